@@ -1,0 +1,1 @@
+"""The routes of the HTTP process, one file per subject."""

@@ -1,0 +1,1 @@
+"""From image bytes to a verdict. Never imports torch."""

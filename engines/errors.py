@@ -1,0 +1,107 @@
+"""Every error Kensa raises on purpose, as one tree.
+
+Each carries the HTTP status and the `code` that clients may rely on. The message is one sentence
+that a person can act on. Whoever lets a `KensaError` leave decides its form in one place:
+`app.main` answers with JSON, the commands print it and exit with `EXIT_CODE`.
+
+KensaError
+├── BadImage              400  the bytes are damaged, or are not what they say they are
+│   ├── UnsupportedImage  415  a kind of image that Kensa does not read
+│   └── ImageTooLarge     413  more bytes or more pixels than allowed
+├── BadRequest            422  the request itself is malformed
+├── BadMeta               422  meta.json is unreadable or contradicts itself
+├── BadBundle             422  the files of a model are missing, damaged or do not fit together
+├── BadDataset            422  a folder of images that cannot be learned from
+├── BadWeights            422  weights that are missing or do not fit the backbone
+├── UnknownModel          404  no model of that name
+├── NotReady              503  the model is not loaded (yet)
+└── RuntimeFailed         500  the inference runtime failed on a good image
+"""
+
+from __future__ import annotations
+
+EXIT_CODE = 2  # what a command exits with after a KensaError; 1 is an error nobody foresaw
+
+
+class KensaError(Exception):
+    """The root: `str(error)` is the sentence for the user."""
+
+    status = 500
+    code = "internal_error"
+
+
+class BadImage(KensaError):
+    """The bytes are damaged, or are not what they say they are."""
+
+    status = 400
+    code = "bad_image"
+
+
+class UnsupportedImage(BadImage):
+    """A kind of image that Kensa does not read, such as WebP, CMYK or an animation."""
+
+    status = 415
+    code = "unsupported_image"
+
+
+class ImageTooLarge(BadImage):
+    """More bytes or more pixels than the limits allow."""
+
+    status = 413
+    code = "image_too_large"
+
+
+class BadRequest(KensaError):
+    """The request itself is malformed: no image in it, an unknown option."""
+
+    status = 422
+    code = "bad_request"
+
+
+class BadMeta(KensaError):
+    """meta.json is unreadable or contradicts itself."""
+
+    status = 422
+    code = "bad_meta"
+
+
+class BadBundle(KensaError):
+    """The files of a model are missing, damaged or do not fit together."""
+
+    status = 422
+    code = "bad_bundle"
+
+
+class BadDataset(KensaError):
+    """A folder of images that cannot be learned from."""
+
+    status = 422
+    code = "bad_dataset"
+
+
+class BadWeights(KensaError):
+    """Weights that are missing, or do not fit the backbone."""
+
+    status = 422
+    code = "bad_weights"
+
+
+class UnknownModel(KensaError):
+    """No model of that name."""
+
+    status = 404
+    code = "unknown_model"
+
+
+class NotReady(KensaError):
+    """The model is not loaded, or not yet."""
+
+    status = 503
+    code = "not_ready"
+
+
+class RuntimeFailed(KensaError):
+    """The inference runtime failed on a good image."""
+
+    status = 500
+    code = "runtime_failed"

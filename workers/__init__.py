@@ -1,0 +1,1 @@
+"""Everything that learns or converts. torch and anomalib live here only."""

@@ -1,0 +1,1 @@
+"""One file per model kind, each reading straight down: train, update, graph."""
