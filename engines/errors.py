@@ -9,6 +9,8 @@ KensaError
 │   ├── UnsupportedImage  415  a kind of image that Kensa does not read
 │   └── ImageTooLarge     413  more bytes or more pixels than allowed
 ├── BadRequest            422  the request itself is malformed
+│   └── UnsupportedBody   415  a body of a content type that no route reads
+├── BadSettings           500  a setting of the server is wrong; it does not start
 ├── BadMeta               422  meta.json is unreadable or contradicts itself
 ├── BadBundle             422  the files of a model are missing, damaged or do not fit together
 ├── BadDataset            422  a folder of images that cannot be learned from
@@ -56,6 +58,19 @@ class BadRequest(KensaError):
 
     status = 422
     code = "bad_request"
+
+
+class UnsupportedBody(BadRequest):
+    """A body whose content type says that it is neither an image nor a form."""
+
+    status = 415
+    code = "unsupported_body"
+
+
+class BadSettings(KensaError):
+    """A setting of the server is wrong, so it does not start. Never leaves over HTTP."""
+
+    code = "bad_settings"
 
 
 class BadMeta(KensaError):

@@ -1,1 +1,35 @@
 """The inference runtimes, each behind the `Runtime` protocol."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Runtime(Protocol):
+    """One model, open and ready. `infer` is called by one thread at a time."""
+
+    name: str  # "openvino"
+    precision: str  # "f32", "bf16" or "f16": what the backbone computes in
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input, pixels."""
+
+    def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score images.
+
+        Args:
+            images: (N, S, S, 3) RGB, S = `image_size`.
+
+        Returns:
+            Raw scores (N,) and raw anomaly maps (N, h, w), float32, owned by the caller.
+
+        Raises:
+            RuntimeFailed: the device or the runtime gave up.
+        """
+
+    def close(self) -> None:
+        """Give the memory back; `infer` must not be called any more."""

@@ -1,0 +1,107 @@
+"""`kensa`, or `python -m app`: read the settings, listen, serve until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from app.settings import Settings, table, unknown_variables
+from engines.errors import EXIT_CODE, BadSettings, KensaError
+
+log = logging.getLogger("kensa")
+
+
+def main() -> None:
+    """The command. Exits with 0 when told to stop, with 2 and one sentence at a wrong setting."""
+    _parser().parse_args()
+    # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
+    # which doubles the latency.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        settings = Settings.read()
+        _log_lines(settings.log_level)
+        listener = listen(settings.host, settings.port)
+    except KensaError as error:
+        sys.stderr.write(f"kensa: {error}\n")
+        sys.exit(EXIT_CODE)
+    serve(settings, listener)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        BadSettings: the port is taken, or the address is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise BadSettings(
+            f"Cannot listen on {host}, port {port}: {error.strerror}."
+            " Stop what uses it, or set KENSA_HOST and KENSA_PORT."
+        ) from None
+
+
+def serve(settings: Settings, listener: socket.socket) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then exit with 0."""
+    # uvicorn raises the signal again once it has stopped in good order: that is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+
+    import uvicorn
+
+    from app.main import create_app, version
+
+    config = uvicorn.Config(
+        create_app(settings),
+        http="httptools",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.shutdown_grace_s,
+    )
+    host, port = listener.getsockname()[:2]
+    at = f"[{host}]" if ":" in host else host
+    log.info("Kensa %s listens on http://%s:%d, its documentation is /docs", version(), at, port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
+
+
+def _log_lines(level: str) -> None:
+    """Plain lines on stderr. uvicorn only speaks up when something is wrong."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what clients do wrong
+    for name in unknown_variables():
+        log.warning("%s is set, but there is no such setting", name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = [
+        f"  {name} ({f'default {default}' if default else 'not set'})\n      {meaning}"
+        for name, default, _, meaning in table()
+    ]
+    return argparse.ArgumentParser(
+        prog="kensa",
+        description="Serve a model over HTTP. Settings are environment variables:\n"
+        + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+if __name__ == "__main__":
+    main()

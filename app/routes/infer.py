@@ -1,0 +1,280 @@
+"""POST /infer: an image in, a verdict out, as JSON, as one line of text or as a picture."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import re
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from app.inspection import Inspection, Inspector
+from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
+from engines.errors import BadRequest, ImageTooLarge, UnsupportedBody
+
+router = APIRouter(tags=["inspection"])
+
+Answer = Literal["application/json", "text/plain", "image/png"]
+ANSWERS: tuple[Answer, ...] = ("application/json", "text/plain", "image/png")
+
+FORM_OVERHEAD = 64 * 1024  # bytes that a form may have around its file
+MAX_FIELDS = 16  # of a form, besides the file
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
+_BINARY = {"type": "string", "format": "binary"}
+_EXAMPLE = {
+    "id": "5f0c8e6c0b1d4a6f9d7c2f0e8a3b1c4d",
+    "model_name": "sample_bracket",
+    "model_version": "3f9a0c41d2e8",
+    "label": "Anomaly",
+    "is_anomalous": True,
+    "raw_score": 2.8731,
+    "score": 0.8712,
+    "threshold": 0.5,
+    "raw_threshold": 1.6204,
+    "heatmap": None,
+    "timing": {"queue_ms": 0.2, "decode_ms": 6.1, "infer_ms": 21.4, "total_ms": 28.0},
+}
+_HEADERS = {
+    "X-Request-ID": "The id of the inspection.",
+    "X-Kensa-Id": "The same.",
+    "X-Kensa-Model-Name": "The model that judged.",
+    "X-Kensa-Model-Version": "Its version.",
+    "X-Kensa-Label": "Normal or Anomaly.",
+    "X-Kensa-Score": "The normalised score, 0 to 1.",
+    "X-Kensa-Threshold": "The limit for it.",
+    "X-Kensa-Raw-Score": "The score in the model's own units.",
+    "X-Kensa-Raw-Threshold": "The limit for it.",
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The verdict, in the form that the header `Accept` asks for.",
+        "headers": {
+            name: {"description": meaning, "schema": {"type": "string"}}
+            for name, meaning in _HEADERS.items()
+        },
+        "content": {
+            "application/json": {"example": _EXAMPLE},
+            "text/plain": {"schema": {"type": "string"}, "example": "NG 0.8712\n"},
+            "image/png": {"schema": _BINARY},
+        },
+    },
+    400: error_response(
+        "The image is damaged.", bad_image="The PNG image is damaged: a checksum does not match."
+    ),
+    404: error_response(
+        "No model of that name.", unknown_model="There is no model 'bolt'; there is 'bracket'."
+    ),
+    413: error_response(
+        "The image has too many bytes or pixels.",
+        image_too_large="The image is 30000 x 30000 pixels; allowed are 16,000,000 in all"
+        " and 65,535 a side.",
+    ),
+    415: error_response(
+        "Not an image that Kensa reads.",
+        unsupported_image="This is not a JPEG, PNG, BMP or TIFF image; send one of these.",
+        unsupported_body="Kensa does not read a body of type text/html: send ...",
+    ),
+    422: error_response(
+        "The request is malformed.",
+        bad_request="The form has no file part named file; it has: image.",
+    ),
+    503: error_response(
+        "No model is loaded.",
+        not_ready="No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made.",
+    ),
+}
+_FORM = {
+    "schema": {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": {**_BINARY, "description": "A JPEG, PNG, BMP or TIFF image."}},
+    }
+}
+_REQUEST_BODY = {
+    "required": True,
+    "description": "The image: as the part `file` of a form, or as the body itself.",
+    "content": {
+        "multipart/form-data": _FORM,
+        **{media_type: {"schema": _BINARY} for media_type in _IMAGE_TYPES},
+    },
+}
+_ID_PARAMETER = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "required": False,
+    "description": "Becomes the id of the inspection, and comes back. Without it, a new one.",
+    "schema": {"type": "string", "pattern": f"^{_REQUEST_ID.pattern}$"},
+}
+
+
+@router.post(
+    "/infer",
+    summary="Inspect one image",
+    response_model=InspectionBody,
+    responses=_RESPONSES,
+    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_ID_PARAMETER]},
+)
+async def infer(
+    request: Request,
+    model: Annotated[str, Query(description="The model's name; may be left out.")] = "",
+    heatmap: Annotated[
+        bool, Query(description="Add a heat map to the JSON answer: where the part differs.")
+    ] = False,
+) -> Response:
+    """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
+
+    `Accept: application/json` (the default) answers with all numbers, `text/plain` with one line
+    for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
+    """
+    inspector: Inspector = request.app.state.inspector
+    resident = inspector.model(model or None)
+    data = await read_image(request, inspector.limits.max_bytes)
+    answer = wanted(request.headers.get("accept", ""))
+    if answer == "image/png":
+        inspection = await inspector.inspect(data, resident, "overlay")
+    else:
+        in_json = heatmap and answer == "application/json"
+        inspection = await inspector.inspect(data, resident, "heatmap" if in_json else None)
+    return _answer(inspection, answer, request_id(request))
+
+
+async def read_image(request: Request, max_bytes: int) -> bytes:
+    """The image file in a request: the body itself, or the part `file` of a form.
+
+    Raises:
+        UnsupportedBody: the content type is neither.
+        BadRequest: the form is malformed, or has no such part, or several files.
+        ImageTooLarge: more than `max_bytes`; what comes after them is not read.
+    """
+    content_type = request.headers.get("content-type", "application/octet-stream")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return await _file_of_form(request, max_bytes + FORM_OVERHEAD)
+    if media_type.startswith("image/") or media_type == "application/octet-stream":
+        return b"".join([chunk async for chunk in _capped(request, max_bytes)])
+    raise UnsupportedBody(
+        f"Kensa does not read a body of type {media_type[:100]}: send the image with Content-Type"
+        " image/jpeg (or png, bmp, tiff), or a multipart/form-data form with a part named file."
+    )
+
+
+async def _capped(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+    """The body in chunks, up to `most` bytes, whether or not it says its length beforehand."""
+    too_large = ImageTooLarge(f"The request has more than the {most:,} bytes allowed.")
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > most:
+            raise too_large
+        yield chunk
+
+
+async def _file_of_form(request: Request, most: int) -> bytes:
+    async with contextlib.aclosing(_capped(request, most)) as chunks:
+        parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=MAX_FIELDS)
+        parser.spool_max_size = most  # in memory: a temporary file for each image wears out a disk
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise BadRequest(f"The form cannot be read: {error.message}") from None
+    file = form.get("file")
+    if isinstance(file, UploadFile):
+        return await file.read()
+    raise BadRequest(
+        "The form has no file part named file (one with a filename);"
+        f" it has: {', '.join(sorted(form))[:200] or 'nothing'}."
+    )
+
+
+def wanted(accept: str) -> Answer:
+    """Which kind of answer an `Accept` header prefers; JSON when it does not know any."""
+    best: Answer = "application/json"
+    best_quality = 0.0
+    for answer in ANSWERS:
+        quality = _quality(answer, accept)
+        if quality > best_quality:
+            best, best_quality = answer, quality
+    return best
+
+
+def _quality(answer: str, accept: str) -> float:
+    """The q value, 0 to 1, of the most specific range in `accept` that covers `answer`."""
+    ranges = {}
+    for item in accept.lower().split(","):
+        media_range, _, parameters = item.partition(";")
+        found = re.search(r"\bq\s*=\s*([01](?:\.\d+)?)", parameters)
+        ranges[media_range.strip()] = float(found[1]) if found else 1.0
+    group = answer.partition("/")[0] + "/*"
+    return ranges.get(answer, ranges.get(group, ranges.get("*/*", 0.0)))
+
+
+def request_id(request: Request) -> str:
+    """The request's X-Request-ID where it is a sane one, else a new id; the same at each call."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    known: str = request.state.request_id
+    return known
+
+
+def _answer(inspection: Inspection, answer: Answer, request_id: str) -> Response:
+    headers = _headers(inspection, request_id)
+    if answer == "image/png":
+        return Response(inspection.drawing, media_type=answer, headers=headers)
+    if answer == "text/plain":
+        verdict = inspection.verdict
+        line = f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
+        return Response(line, media_type=answer, headers=headers)
+    body = _body(inspection, request_id).model_dump_json()
+    return Response(body, media_type=answer, headers=headers)
+
+
+def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
+    verdict = inspection.verdict
+    return {
+        "X-Request-ID": request_id,
+        "X-Kensa-Id": request_id,
+        "X-Kensa-Model-Name": inspection.model.name,
+        "X-Kensa-Model-Version": inspection.model.version,
+        "X-Kensa-Label": verdict.label,
+        "X-Kensa-Score": f"{verdict.score:.6f}",
+        "X-Kensa-Threshold": f"{verdict.threshold:.6f}",
+        "X-Kensa-Raw-Score": f"{verdict.raw_score:.6g}",
+        "X-Kensa-Raw-Threshold": f"{verdict.raw_threshold:.6g}",
+    }
+
+
+def _body(inspection: Inspection, request_id: str) -> InspectionBody:
+    verdict, timing, model = inspection.verdict, inspection.timing, inspection.model
+    size = model.runtime.image_size
+    heatmap = None
+    if inspection.drawing is not None:
+        png = base64.b64encode(inspection.drawing).decode()
+        heatmap = HeatmapBody(width=size, height=size, png=png)
+    return InspectionBody(
+        id=request_id,
+        model_name=model.name,
+        model_version=model.version,
+        label=verdict.label,
+        is_anomalous=verdict.is_anomalous,
+        raw_score=verdict.raw_score,
+        score=verdict.score,
+        threshold=verdict.threshold,
+        raw_threshold=verdict.raw_threshold,
+        heatmap=heatmap,
+        timing=TimingBody(
+            queue_ms=round(timing.queue_ms, 2),
+            decode_ms=round(timing.decode_ms, 2),
+            infer_ms=round(timing.infer_ms, 2),
+            total_ms=round(timing.total_ms, 2),
+        ),
+    )

@@ -1,0 +1,96 @@
+"""Is it alive, is it ready, what is running."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+
+from app.inspection import Inspector, Resident
+from app.schemas import HealthBody, InspectionsBody, ModelBody, StatusBody, error_response
+from engines.errors import NotReady
+
+router = APIRouter(tags=["system"])
+
+NO_MODEL = "No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made."
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    503: error_response("No model is loaded; the sentence says why.", not_ready=NO_MODEL)
+}
+
+
+@router.get("/", include_in_schema=False)
+async def index() -> RedirectResponse:
+    return RedirectResponse("/docs")
+
+
+@router.get("/livez", summary="Is the process alive?")
+async def livez() -> StatusBody:
+    """200 as long as the process answers, with or without a model. Restart it when it does not."""
+    return StatusBody(status="ok")
+
+
+@router.get("/readyz", summary="Can it inspect?", responses=_RESPONSES)
+async def readyz(request: Request) -> StatusBody:
+    """200 when a model is loaded and warm; 503 with the reason when none is."""
+    inspector: Inspector = request.app.state.inspector
+    inspector.model()
+    return StatusBody(status="ready")
+
+
+@router.get(
+    "/healthz",
+    summary="What is running?",
+    response_model=HealthBody,
+    responses={503: {"model": HealthBody, "description": "The same, when no model is loaded."}},
+)
+async def healthz(request: Request) -> Response:
+    """Versions, the model in memory, memory in use, and images inspected since the start."""
+    inspector: Inspector = request.app.state.inspector
+    problem = None
+    model = None
+    try:
+        model = inspector.model()
+    except NotReady as error:
+        problem = error
+    counts = inspector.counts
+    body = HealthBody(
+        status="ok" if problem is None else problem.code,
+        error=None if problem is None else str(problem),
+        code=None if problem is None else problem.code,
+        version=request.app.version,
+        uptime_s=round(time.monotonic() - inspector.started, 1),
+        model=None if model is None else _described(model),
+        resident_bytes=resident_bytes(),
+        inspections=InspectionsBody(
+            normal=counts.normal, anomaly=counts.anomaly, refused=counts.refused
+        ),
+    )
+    left_out = {"error", "code"} if problem is None else set()
+    return JSONResponse(
+        body.model_dump(exclude=left_out), status_code=200 if problem is None else problem.status
+    )
+
+
+def _described(model: Resident) -> ModelBody:
+    return ModelBody(
+        name=model.name,
+        version=model.version,
+        kind=model.meta.model,
+        runtime=model.runtime.name,
+        precision=model.runtime.precision,
+        image_size=model.runtime.image_size,
+        bank_rows=model.bank_rows,
+    )
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM; None on systems without /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("VmRSS:")]  # kB
+    return sizes[0] * 1024 if sizes else None

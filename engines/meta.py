@@ -1,0 +1,135 @@
+"""meta.json: what a model is, and how its scores are judged. All four kinds, old files too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from engines.errors import BadMeta
+from engines.files import write_atomically
+
+Kind = Literal["patchcore", "padim", "efficientad", "vae"]
+
+FORMAT = 1
+
+# The key that only one kind of model has: how a file without `model` says what it is.
+_TELLTALE: dict[str, Kind] = {
+    "coreset_ratio": "patchcore",
+    "n_features": "padim",
+    "model_size": "efficientad",
+    "latent_dim": "vae",
+}
+_REQUIRED: dict[Kind, tuple[str, ...]] = {
+    "patchcore": ("backbone", "layers", "coreset_ratio"),
+    "padim": ("backbone", "layers", "n_features"),
+    "efficientad": ("model_size",),
+    "vae": ("latent_dim",),
+}
+_OLD_NAMES = {"image_min": "raw_image_min", "image_max": "raw_image_max"}  # older PaDiM files
+
+
+class Meta(BaseModel):
+    """One meta.json. Keys it does not know are kept and written back."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: Kind
+    format: int = Field(FORMAT, ge=1, le=FORMAT)
+    backbone: str | None = None
+    layers: list[str] | None = Field(None, min_length=1)
+    coreset_ratio: float | None = Field(None, gt=0, le=1)
+    n_features: int | None = Field(None, ge=1)
+    model_size: Literal["small", "medium"] | None = None
+    latent_dim: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    image_size: int = Field(ge=32, le=4096)
+    bit_depth: int | None = Field(None, ge=8, le=16)  # of 16-bit images, found in training
+    weights_pth: str = "model.pth"
+    memory_bank: str | None = None
+    stats: str | None = None
+    image_threshold: float = Field(0.5, ge=0, le=1)  # set by hand, on the normalised score
+    image_threshold_auto: float | None = None  # found by verification, on the raw score
+    raw_image_min: float | None = None
+    raw_image_max: float | None = None
+    score_kind: str | None = None
+    calibration: dict[str, Any] | None = None
+    files: dict[str, str] | None = None  # file name -> SHA-256 of the files written with this one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understand_old_files(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("it must be a JSON object")  # noqa: TRY004  pydantic reports ValueError
+        data = dict(data)
+        for old, new in _OLD_NAMES.items():
+            if old in data:
+                data.setdefault(new, data.pop(old))
+        if "model" not in data:
+            kinds = [kind for key, kind in _TELLTALE.items() if key in data]
+            if len(kinds) != 1:
+                raise ValueError(
+                    f"cannot tell which model it describes: it needs `model`, or one of {', '.join(_TELLTALE)}"
+                )
+            data["model"] = kinds[0]
+        if data["model"] == "patchcore":
+            data.setdefault("memory_bank", "memory_bank.npz")
+        if data["model"] == "padim":
+            data.setdefault("stats", "stats.npz")
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Meta:
+        missing = [key for key in _REQUIRED[self.model] if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"a {self.model} model also needs {', '.join(missing)}")
+        low, high = self.raw_image_min, self.raw_image_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"raw_image_min ({low}) must be less than raw_image_max ({high})")
+        return self
+
+    @field_validator("weights_pth", "memory_bank", "stats")
+    @classmethod
+    def _plain_name(cls, name: str | None) -> str | None:
+        if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+            raise ValueError("must be a plain file name, without a folder")
+        return name
+
+    @classmethod
+    def read(cls, path: Path) -> Meta:
+        """Read a meta.json.
+
+        Raises:
+            BadMeta: it is missing, is not JSON, or contradicts itself; the sentence says where.
+        """
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8-sig")))
+        except FileNotFoundError:
+            raise BadMeta(f"{path} does not exist.") from None
+        except OSError as error:
+            raise BadMeta(f"{path} cannot be read: {error.strerror}.") from None
+        except ValidationError as error:
+            raise BadMeta(f"{path} is not a valid meta.json: {_first_problem(error)}.") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadMeta(f"{path} is not JSON: {error}.") from None
+
+    def write(self, path: Path) -> None:
+        """Write it in whole or not at all; keys without a value are left out."""
+        text = json.dumps(self.model_dump(exclude_none=True), indent=2, ensure_ascii=False)
+        write_atomically(path, (text + "\n").encode())
+
+    def with_(self, **changes: Any) -> Meta:
+        """A copy with some keys changed, checked like a file that was read."""
+        try:
+            return Meta.model_validate({**self.model_dump(exclude_none=True), **changes})
+        except ValidationError as error:
+            raise BadMeta(f"meta.json would become invalid: {_first_problem(error)}.") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    what = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what

@@ -1,0 +1,257 @@
+"""OpenVINO on a CPU: the runtime of every machine without TensorRT.
+
+A PatchCore graph is cut at its tensor `embedding`. What is before runs as exported. What is after,
+the search in the memory bank, is built here for the bank at hand, because a CPU gains most from it:
+
+- The bank stands on the left of the matrix product, where OpenVINO uses it in place. On the right
+  it would be packed into a second and a third copy; as an input of the graph it would be packed
+  again for each image.
+- It is cut into tiles, so that distances are reduced while they are in the cache and the memory
+  for them does not grow with the bank.
+- The few patches that may decide the score are searched again in float32, whatever precision
+  the first search had.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+from numpy.typing import NDArray
+
+from engines.bundle import Bundle
+from engines.errors import BadBundle, RuntimeFailed
+
+Precision = Literal["auto", "f32", "bf16"]
+
+TILE = 1000  # bank rows per matrix product; (1000, 1024) float32 distances are 4 MB
+CANDIDATES = 8  # patches searched again in float32: reading the bank for 8 costs as much as for 1
+NEIGHBOURS = 9  # anomalib's num_neighbors, fixed by the meaning of the score
+
+
+class OpenVINORuntime:
+    """A model on the CPU; see `engines.runtimes.Runtime`."""
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        onnx: Path,
+        memory_bank: NDArray[np.float32] | None = None,
+        *,
+        precision: Literal["f32", "bf16"] = "f32",
+        threads: int = 0,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """Compile the graph.
+
+        Args:
+            onnx: the exported graph.
+            memory_bank: (M, C) float32, for a graph that has the input `memory_bank`. Used in
+                place: the caller must not change it.
+            precision: of the backbone and of the first search.
+            threads: CPU threads, 0 for all cores.
+            cache_dir: where compiled graphs are kept, so that the next start is faster.
+
+        Raises:
+            BadBundle: the graph cannot be read, or does not fit the bank.
+        """
+        self.precision = precision
+        core = ov.Core()
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        model = _read(core, onnx)
+        self._image_size, (height, width) = _sizes(model, onnx)
+        self._search: _Search | None = None
+        if memory_bank is not None:
+            model = _cut_at_embedding(model, onnx, memory_bank)
+            self._search = _Search(core, memory_bank, (height, width), config)
+        elif len(model.inputs) != 1:
+            raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
+        if cache_dir is not None:
+            config["CACHE_DIR"] = str(cache_dir)
+        self._request = core.compile_model(model, "CPU", config).create_infer_request()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        *,
+        precision: Precision = "auto",
+        threads: int = 0,
+        cache_dir: Path | None = None,
+    ) -> OpenVINORuntime:
+        """Open a bundle; `auto` takes bf16 where the CPU has it and the parity report allows it."""
+        return cls(
+            bundle.onnx,
+            bundle.memory_bank(),
+            precision=choose_precision(bundle) if precision == "auto" else precision,
+            threads=threads,
+            cache_dir=cache_dir,
+        )
+
+    @property
+    def image_size(self) -> int:
+        return self._image_size
+
+    def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        try:
+            # Never share_inputs: with it OpenVINO 2026.4 now and then scored the image before.
+            outputs = self._request.infer({"image": images}, share_outputs=True)
+            if self._search is None:
+                return outputs["score"].copy(), outputs["map"].copy()
+            return self._search.score(outputs["embedding"])
+        except RuntimeError as error:
+            raise RuntimeFailed(f"OpenVINO failed: {error}.") from error
+
+    def close(self) -> None:
+        del self._request, self._search
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively (AVX512-BF16 or AMX)."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def choose_precision(bundle: Bundle) -> Literal["f32", "bf16"]:
+    """bf16 where the CPU has it and the parity report of the export found it good, else f32."""
+    parity = bundle.report().get("parity", {}).get("openvino_bf16", {})
+    return "bf16" if parity.get("ok") is True and cpu_has_bf16() else "f32"
+
+
+def _read(core: ov.Core, onnx: Path) -> ov.Model:
+    try:
+        return core.read_model(onnx)
+    except RuntimeError as error:
+        raise BadBundle(f"{onnx} is not an ONNX model that OpenVINO can read: {error}.") from error
+
+
+def _sizes(model: ov.Model, onnx: Path) -> tuple[int, tuple[int, int]]:
+    """The side of the input and the size of the map (h, w); BadBundle if the graph is not ours."""
+    try:
+        _, side, other, channels = model.input("image").partial_shape
+        _, height, width = model.output("map").partial_shape
+        model.output("score")
+        if side.is_static and side == other and channels.get_length() == 3:
+            return side.get_length(), (height.get_length(), width.get_length())
+    except (RuntimeError, ValueError):
+        pass
+    raise BadBundle(
+        f"{onnx} was not exported by convtrt.py: it needs an input `image` (N, S, S, 3)"
+        " and the outputs `score` and `map`."
+    )
+
+
+def _cut_at_embedding(model: ov.Model, onnx: Path, bank: NDArray[np.float32]) -> ov.Model:
+    """The part of a PatchCore graph from `image` to `embedding` (N, patches, C)."""
+    for node in model.get_ordered_ops():
+        for output in node.outputs():
+            if "embedding" in output.names:
+                channels = output.partial_shape[2].get_length()
+                if channels != bank.shape[1]:
+                    raise BadBundle(
+                        f"The memory bank has {bank.shape[1]} channels, but {onnx} makes {channels}:"
+                        " they are from different trainings."
+                    )
+                cut = ov.Model([ops.result(output)], [model.input("image").get_node()])
+                cut.outputs[0].set_names({"embedding"})
+                return cut
+    raise BadBundle(f"{onnx} has no tensor `embedding`, so it takes no memory bank.")
+
+
+class _Search:
+    """Nearest neighbours in a memory bank, and PatchCore's image score from them."""
+
+    def __init__(
+        self,
+        core: ov.Core,
+        bank: NDArray[np.float32],
+        map_size: tuple[int, int],
+        config: dict[str, Any],
+    ) -> None:
+        self._map_size = map_size
+        # Distances do not change when both sides move by the mean; smaller numbers lose less
+        # to rounding where a square is the difference of large products.
+        self._mean = bank.mean(axis=0)
+        self._bank = bank - self._mean  # (M, C)
+        self._in_use: list[NDArray[np.uint16]] = []  # OpenVINO does not keep its constants alive
+        self._half_norm = 0.5 * np.einsum("mc,mc->m", self._bank, self._bank)  # (M,)
+        patches = map_size[0] * map_size[1]
+        self._nearest = core.compile_model(
+            self._nearest_graph(patches, config["INFERENCE_PRECISION_HINT"]), "CPU", config
+        ).create_infer_request()
+        exact = {**config, "INFERENCE_PRECISION_HINT": "f32"}
+        self._scan = core.compile_model(self._scan_graph(), "CPU", exact).create_infer_request()
+
+    def _nearest_graph(self, patches: int, precision: str) -> ov.Model:
+        """embedding (P, C), the mean taken off -> distance of each patch to the bank (P,)."""
+        channels = self._bank.shape[1]
+        embedding = ops.parameter([patches, channels], np.float32, name="embedding")
+        query = ops.convert(embedding, "bf16") if precision == "bf16" else embedding
+        # |e - b|^2 / 2 = |e|^2 / 2 + (|b|^2 / 2 - e.b): only the bracket differs between rows b
+        brackets = []
+        for start in range(0, len(self._bank), TILE):
+            tile = self._constant(self._bank[start : start + TILE], precision)
+            product = ops.convert(ops.matmul(tile, query, False, True), "f32")  # (tile, P)
+            half_norm = ops.constant(self._half_norm[start : start + TILE, None])
+            brackets.append(ops.reduce_min(ops.subtract(half_norm, product), 0))
+        nearest = reduce(ops.minimum, brackets)
+        square = ops.reduce_sum(ops.multiply(embedding, embedding), 1)
+        squared = ops.add(square, ops.multiply(nearest, np.float32(2)))
+        return ov.Model([ops.result(ops.sqrt(ops.relu(squared)))], [embedding])
+
+    def _scan_graph(self) -> ov.Model:
+        """queries (K, C) -> half the squared distance to every row, less |query|^2 / 2: (M, K)."""
+        queries = ops.parameter([-1, self._bank.shape[1]], np.float32, name="queries")
+        product = ops.matmul(self._constant(self._bank, "f32"), queries, False, True)
+        half_norm = ops.constant(self._half_norm[:, None])
+        return ov.Model([ops.result(ops.subtract(half_norm, product))], [queries])
+
+    def _constant(self, rows: NDArray[np.float32], precision: str) -> Any:
+        """Rows as a constant that uses their memory in place."""
+        if precision == "f32":
+            return ops.constant(rows, shared_memory=True)
+        # Round to nearest by adding half of the 16 bits that are cut off.
+        bits = ((rows.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+        self._in_use.append(bits)
+        return ops.constant(ov.Tensor(bits, list(bits.shape), ov.Type.bf16), shared_memory=True)
+
+    def score(
+        self, embeddings: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """embeddings (N, P, C) -> raw scores (N,) and maps (N, h, w)."""
+        scores = np.empty(len(embeddings), np.float32)
+        maps = np.empty((len(embeddings), *self._map_size), np.float32)
+        for i, embedding in enumerate(embeddings):
+            embedding = embedding - self._mean
+            distance = self._nearest.infer([embedding])[0]
+            maps[i] = distance.reshape(self._map_size)
+            likely = np.argsort(distance)[-CANDIDATES:]
+            scores[i] = self._image_score(embedding[likely])
+        return scores, maps
+
+    def _image_score(self, queries: NDArray[np.float32]) -> float:
+        """PatchCore's weighted score (eq. 7 of arXiv:2106.08265, as anomalib computes it).
+
+        Args:
+            queries: (K, C) the patches that lie farthest from the bank, the mean taken off.
+        """
+        nearest = self._scan.infer([queries])[0].argmin(axis=0)  # (K,)
+        distance = np.linalg.norm(queries - self._bank[nearest], axis=1)
+        decides = distance.argmax()
+        near = self._bank[nearest[decides]]
+        from_near = self._scan.infer([near[None]])[0][:, 0]  # (M,)
+        count = min(NEIGHBOURS, len(from_near))
+        neighbours = np.argpartition(from_near, count - 1)[:count]
+        reach = np.linalg.norm(queries[decides] - self._bank[neighbours], axis=1)
+        own = np.linalg.norm(queries[decides] - near)
+        weight = 1 - 1 / np.exp(reach - own).sum()
+        return float(weight * distance[decides])

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Learn what normal parts look like: see docs/commands.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from workers.commands import run, summarise_training
+from workers.models import KINDS
+from workers.progress import Progress
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="retrain.py",
+        description="Learn what normal parts look like, from nothing or on top of a model that"
+        " exists. Leaves model.pth, the memory bank, meta.json and report.json in --out_dir.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, choices=KINDS)
+    add("--pretrained_pth", metavar="F", help="weights: a model.pth, an anomalib checkpoint, or a"
+        " backbone's .pth or .safetensors. Without it: timm's pretrained weights, from its cache or"
+        " the hub. The word 'untrained' takes random ones")  # fmt: skip
+    add("--meta_json", type=Path, required=True, metavar="F", help="what to train: hyper-parameters,"
+        " image size, thresholds")  # fmt: skip
+    add("--category", required=True, metavar="C", help="folder name under D/train and D/test")
+    add("--data_root", type=Path, required=True, metavar="D", help="folder with train/ and test/")
+    add("--epochs", type=int, default=1, metavar="N", help="passes over the images; patchcore needs"
+        " one and makes one (default 1)")  # fmt: skip
+    add("--batch", type=int, default=4, metavar="N", help="images at once (default 4)")
+    add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
+    add("--load_bank", type=Path, metavar="F", help="memory bank to keep and add to (patchcore)."
+        " Without it the bank is made anew")  # fmt: skip
+    add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
+        " (default on)")  # fmt: skip
+    parsed = parser.parse_args(arguments)
+    if parsed.epochs < 1 or parsed.batch < 1:
+        parser.error("--epochs and --batch must be at least 1")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = vars(parse(arguments))
+    log = flags.pop("log") == "on"
+    progress = Progress(flags["out_dir"] / "retrain.log" if log else None)
+
+    def work() -> None:
+        from workers.retrain import Retrain, retrain
+
+        report = retrain(Retrain(**flags), progress)
+        print("\n".join(summarise_training(report, flags["out_dir"])))
+
+    return run(work, progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,662 @@
+"""Claims about the HTTP interface, against a server process of its own over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import onnx
+import pytest
+from damage import damaged, picture, png_chunk, saved, seeds
+from PIL import Image
+
+from app.inspection import Inspector, Resident
+from app.main import create_app
+from app.routes.infer import wanted
+from app.settings import Settings
+from engines.errors import KensaError
+from engines.image import decode
+from engines.meta import Meta
+from engines.verdict import Scale
+
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+MB = 1024 * 1024
+RAW = {"Content-Type": "application/octet-stream"}
+
+
+@dataclass
+class Server:
+    """A server process, and a client that keeps its connection."""
+
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+    url: str
+    log: Path
+
+    def infer(self, data: bytes, **headers: str) -> httpx.Response:
+        return self.client.post("/infer", content=data, headers={**RAW, **headers})
+
+    def send_form(self, data: bytes, **headers: str) -> httpx.Response:
+        return self.client.post("/infer", files={"file": ("part", data)}, headers=headers)
+
+    def memory(self, line: str) -> int:
+        """VmRSS (memory now) or VmHWM (its highest), bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(rf"{line}:\s+(\d+) kB", status)
+        assert found
+        return int(found[1]) * 1024
+
+
+@contextmanager
+def serving(folder: Path, **settings: str) -> Iterator[Server]:
+    """A server at a free port, with its log in `folder`; stopped in the end."""
+    log = folder / "server.log"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("KENSA_")}
+    variables = {"KENSA_PORT": "0", "KENSA_CACHE_DIR": str(folder / "cache"), **settings}
+    with log.open("wb") as lines:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app"], cwd=ROOT, env={**plain, **variables}, stderr=lines
+        )
+    try:
+        url = _url(process, log)
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+            client.get("/livez")  # answered once the model was tried
+            yield Server(process, client, url, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _url(process: subprocess.Popen[bytes], log: Path) -> str:
+    for _ in range(600):
+        found = re.search(r"listens on (http://\S+:\d+)", log.read_text())
+        if found:
+            return found[1]
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError("the server does not start")
+
+
+def toy_bundle(folder: Path) -> Path:
+    """A model in five operations: how far from grey the patch of 8 x 8 pixels is that is farthest."""
+    node = onnx.helper.make_node
+    nodes = [
+        node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
+        node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+        node("Sub", ["planes", "grey"], ["difference"]),
+        node("Abs", ["difference"], ["distance"]),
+        node("AveragePool", ["distance"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+        node("ReduceMean", ["pooled", "channel"], ["map"], keepdims=0),
+        node("ReduceMax", ["map", "sides"], ["score"], keepdims=0),
+    ]
+    value, tensor = onnx.helper.make_tensor_value_info, onnx.helper.make_tensor
+    graph = onnx.helper.make_graph(
+        nodes,
+        "toy",
+        [value("image", onnx.TensorProto.UINT8, ["N", 256, 256, 3])],
+        [
+            value("score", onnx.TensorProto.FLOAT, ["N"]),
+            value("map", onnx.TensorProto.FLOAT, ["N", 32, 32]),
+        ],
+        [
+            tensor("grey", onnx.TensorProto.FLOAT, [], [128.0]),
+            tensor("channel", onnx.TensorProto.INT64, [1], [1]),
+            tensor("sides", onnx.TensorProto.INT64, [2], [1, 2]),
+        ],
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "model.onnx")
+    meta = {
+        "model": "vae",
+        "latent_dim": 8,
+        "image_size": 256,
+        "image_threshold_auto": 40.0,
+        "raw_image_min": 0.0,
+        "raw_image_max": 100.0,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_bundle(tmp_path_factory.mktemp("bracket"))
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), KENSA_MODEL_DIR=str(bundle)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def photo() -> bytes:
+    return saved(Image.fromarray(picture(1024, 768)), "JPEG")  # 1024 high
+
+
+def agreed(answer: httpx.Response) -> str:
+    """The code of an error; fails where it is not in the agreed form."""
+    assert answer.headers["content-type"] == "application/json", answer.text
+    body = answer.json()
+    assert set(body) == {"error", "code"}
+    assert re.fullmatch(r"[a-z_]+", body["code"])
+    assert body["error"].endswith(".")
+    assert "Traceback" not in body["error"]
+    assert answer.headers["x-request-id"]
+    code: str = body["code"]
+    return code
+
+
+# The answer
+
+
+def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> None:
+    answer = server.infer(photo)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert list(body) == [
+        "id",
+        "model_name",
+        "model_version",
+        "label",
+        "is_anomalous",
+        "raw_score",
+        "score",
+        "threshold",
+        "raw_threshold",
+        "heatmap",
+        "timing",
+    ]
+    assert body["is_anomalous"] == (body["raw_score"] > body["raw_threshold"])
+    assert body["label"] == ("Anomaly" if body["is_anomalous"] else "Normal")
+    assert 0 <= body["score"] <= 1
+    assert re.fullmatch(r"[0-9a-f]{12}", body["model_version"])
+    assert body["heatmap"] is None
+    timing = body["timing"]
+    parts = timing["queue_ms"] + timing["decode_ms"] + timing["infer_ms"]
+    assert 0 < parts <= timing["total_ms"] + 0.1
+
+
+@pytest.mark.parametrize("name", seeds())
+def test_a_form_and_a_raw_body_get_the_same_verdict(server: Server, name: str) -> None:
+    raw, form = server.infer(seeds()[name]), server.send_form(seeds()[name])
+    assert raw.status_code == form.status_code == 200, raw.text
+    assert raw.json()["raw_score"] == form.json()["raw_score"]
+
+
+def test_text_is_one_line_for_a_plc(server: Server, photo: bytes) -> None:
+    body = server.infer(photo).json()
+    answer = server.infer(photo, Accept="text/plain")
+    word = "NG" if body["is_anomalous"] else "OK"
+    assert answer.text == f"{word} {body['score']:.4f}\n"
+    assert answer.headers["x-kensa-model-version"] == body["model_version"]
+    assert answer.headers["x-kensa-id"]
+
+
+def test_a_picture_is_the_uploaded_one_painted_over(server: Server, photo: bytes) -> None:
+    answer = server.send_form(photo, Accept="image/png")
+    assert answer.headers["content-type"] == "image/png"
+    assert decode(answer.content).shape == (1024, 768, 3)
+    body = server.infer(photo).json()
+    assert answer.headers["x-kensa-label"] == body["label"]
+    assert float(answer.headers["x-kensa-score"]) == pytest.approx(body["score"], abs=1e-5)
+
+
+def test_a_heatmap_comes_when_asked_for(server: Server, photo: bytes) -> None:
+    answer = server.client.post("/infer", params={"heatmap": "true"}, content=photo, headers=RAW)
+    heatmap = answer.json()["heatmap"]
+    heat = cv2.imdecode(
+        np.frombuffer(base64.b64decode(heatmap["png"]), np.uint8), cv2.IMREAD_UNCHANGED
+    )
+    assert heat.shape == (heatmap["height"], heatmap["width"])
+    assert heat.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("accept", "answer"),
+    [
+        ("", "application/json"),
+        ("*/*", "application/json"),
+        ("text/plain", "text/plain"),
+        ("text/*, application/json;q=0.5", "text/plain"),
+        ("image/png;q=0.2, application/json;q=0.8", "application/json"),
+        ("IMAGE/PNG", "image/png"),
+        ("text/html", "application/json"),
+        ("text/html,application/xhtml+xml,image/webp,*/*;q=0.8", "application/json"),
+        ("text/plain;q=0", "application/json"),
+        (";;q=,,/", "application/json"),
+    ],
+)
+def test_the_answer_has_the_form_that_accept_prefers(accept: str, answer: str) -> None:
+    assert wanted(accept) == answer
+
+
+def test_an_id_of_the_client_comes_back(server: Server, photo: bytes) -> None:
+    answer = server.infer(photo, **{"X-Request-ID": "line-3.part_17"})
+    assert answer.json()["id"] == answer.headers["x-request-id"] == "line-3.part_17"
+    assert server.client.get("/nope", headers={"X-Request-ID": "a"}).headers["x-request-id"] == "a"
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "<script>"])
+def test_a_strange_id_is_replaced(server: Server, photo: bytes, given: str) -> None:
+    answer = server.infer(photo, **{"X-Request-ID": given})
+    assert re.fullmatch(r"[0-9a-f]{32}", answer.json()["id"])
+
+
+def test_the_model_may_be_named(server: Server, photo: bytes) -> None:
+    name = server.client.get("/healthz").json()["model"]["name"]
+    known = server.client.post("/infer", params={"model": name}, content=photo, headers=RAW)
+    assert known.json()["model_name"] == name
+    other = server.client.post("/infer", params={"model": "other"}, content=photo, headers=RAW)
+    assert other.status_code == 404
+    assert agreed(other) == "unknown_model"
+    assert name in other.json()["error"]
+
+
+# Refusals
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "empty body": ({"headers": RAW}, 400, "bad_image"),
+    "no content type, no body": ({}, 400, "bad_image"),
+    "text": ({"content": b"x", "headers": {"Content-Type": "text/html"}}, 415, "unsupported_body"),
+    "what curl sends": ({"data": {"file": "x"}}, 415, "unsupported_body"),
+    "not an image": ({"content": b"hello", "headers": RAW}, 415, "unsupported_image"),
+    "file part empty": ({"files": {"file": ("a", b"")}}, 400, "bad_image"),
+    "file part misnamed": ({"files": {"image": ("a", b"x")}}, 422, "bad_request"),
+    "two files": ({"files": [("file", ("a", b"x")), ("file", ("b", b"x"))]}, 422, "bad_request"),
+    "a field, not a file": ({"files": {"file": (None, b"x")}}, 422, "bad_request"),
+    "many fields": (
+        {"files": [(f"f{n}", (None, b"x")) for n in range(50)]},
+        422,
+        "bad_request",
+    ),
+    "huge field": ({"files": {"f": (None, b"x" * 2 * MB)}}, 422, "bad_request"),
+    "form: empty": ({"content": b"", "headers": FORM}, 422, "bad_request"),
+    "form: no boundary": (
+        {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
+        422,
+        "bad_request",
+    ),
+    "form: strange charset": (
+        {"content": b"x", "headers": {"Content-Type": FORM["Content-Type"] + "; charset=utf-99"}},
+        422,
+        "bad_request",
+    ),
+    "form: noise": ({"content": os.urandom(3000), "headers": FORM}, 422, "bad_request"),
+    "form: cut short": ({"content": PART + b"\xff\xd8\xff", "headers": FORM}, 422, "bad_request"),
+    "form: nameless": (
+        {"content": b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n", "headers": FORM},
+        422,
+        "bad_request",
+    ),
+    "form: no disposition": (
+        {"content": b"--b\r\nA: b\r\n\r\nx\r\n--b--\r\n", "headers": FORM},
+        422,
+        "bad_request",
+    ),
+    "form: endless header": (
+        {"content": b"--b\r\n" + b"A" * MB, "headers": FORM},
+        422,
+        "bad_request",
+    ),
+    "heatmap=maybe": ({"params": {"heatmap": "maybe"}, "headers": RAW}, 422, "bad_request"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_request_is_refused_in_the_agreed_form(server: Server, name: str) -> None:
+    request, status, code = REFUSED[name]
+    answer = server.client.post("/infer", **request)
+    assert (answer.status_code, agreed(answer)) == (status, code), answer.text
+
+
+def test_unknown_paths_and_methods_are_refused_in_the_agreed_form(server: Server) -> None:
+    for path in ("/nope", "/infer/", "/static-offline-docs/nope", "/%00"):
+        answer = server.client.get(path)
+        assert (answer.status_code, agreed(answer)) == (404, "not_found")
+    answer = server.client.get("/infer")
+    assert (answer.status_code, agreed(answer)) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("form", [False, True])
+def test_a_body_that_says_it_is_too_large_is_refused_unread(server: Server, form: bool) -> None:
+    head = (
+        f"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: {100 * MB}\r\n"
+        f"Content-Type: {'multipart/form-data; boundary=b' if form else 'image/jpeg'}\r\n\r\n"
+    )
+    with _connected(server) as connection:
+        connection.sendall(head.encode())
+        answer = connection.recv(65536).decode()
+    assert answer.startswith("HTTP/1.1 413 ")
+    assert '"code":"image_too_large"' in answer
+
+
+@pytest.mark.parametrize("form", [False, True])
+def test_a_body_without_a_length_is_read_up_to_the_limit(server: Server, form: bool) -> None:
+    head = (
+        "POST /infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        f"Content-Type: {'multipart/form-data; boundary=b' if form else 'image/jpeg'}\r\n\r\n"
+    )
+    chunk = b"%x\r\n" % MB + b"\0" * MB + b"\r\n"
+    with _connected(server) as connection:
+        connection.sendall(head.encode())
+        if form:
+            connection.sendall(b"%x\r\n" % len(PART) + PART + b"\r\n")
+        for _ in range(34):  # the limit is 32, and there is no end
+            connection.sendall(chunk)
+        answer = connection.recv(65536).decode()
+    assert answer.startswith("HTTP/1.1 413 ")
+    assert '"code":"image_too_large"' in answer
+
+
+def _connected(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def test_a_png_bomb_is_refused_at_once(server: Server) -> None:
+    header = png_chunk(b"IHDR", (30_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00")
+    rows = png_chunk(b"IDAT", bytes(100_000))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + rows + png_chunk(b"IEND", b"")
+    began = time.monotonic()
+    answer = server.infer(bomb)
+    assert time.monotonic() - began < 1
+    assert (answer.status_code, agreed(answer)) == (413, "image_too_large")
+
+
+def test_damaged_files_get_no_verdict_and_no_memory(server: Server, bundle: Path) -> None:
+    bit_depth = Meta.read(bundle / "meta.json").bit_depth
+    server.infer(seeds()["png_colour"])
+    highest = server.memory("VmHWM")
+    for number, file in enumerate(damaged()):
+        send = server.infer if number % 2 else server.send_form
+        answer = send(file.data)
+        assert (answer.status_code == 200) == _decodes(file.data, bit_depth), file.name
+        if answer.status_code != 200:
+            assert answer.status_code in (400, 413, 415), file.name
+            agreed(answer)
+    assert server.memory("VmHWM") - highest < 50 * MB
+
+
+def _decodes(data: bytes, bit_depth: int | None) -> bool:
+    try:
+        decode(data, bit_depth=bit_depth)
+    except KensaError:
+        return False
+    return True
+
+
+def test_a_client_that_leaves_while_sending_leaves_no_trace(server: Server, photo: bytes) -> None:
+    before = server.log.read_text()
+    for content_type in ("image/jpeg", "multipart/form-data; boundary=b"):
+        head = (
+            "POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n"
+            f"Content-Type: {content_type}\r\n\r\n"
+        )
+        with _connected(server) as connection:
+            connection.sendall(head.encode() + PART)
+            time.sleep(0.2)  # so that the server waits for the rest
+    assert server.infer(photo).status_code == 200
+    assert server.log.read_text() == before
+
+
+# The process
+
+
+def test_the_event_loop_is_free_while_large_images_are_inspected(server: Server) -> None:
+    # It is compared with the decoding, because machines differ: on the loop, /livez waits for it.
+    pixels = cv2.resize(picture(300, 300), (3000, 3000))
+    large = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
+    waits = []
+    with ThreadPoolExecutor(4) as clients:
+        requests = [clients.submit(_post, server.url, large) for _ in range(8)]
+        while not all(request.done() for request in requests):
+            began = time.perf_counter()
+            assert server.client.get("/livez").status_code == 200
+            waits.append((time.perf_counter() - began) * 1000)
+    decode_ms = [request.result().json()["timing"]["decode_ms"] for request in requests]
+    assert len(waits) >= 8
+    assert statistics.median(waits) < statistics.median(decode_ms) / 4
+
+
+def _post(url: str, data: bytes) -> httpx.Response:
+    return httpx.post(f"{url}/infer", content=data, headers=RAW, timeout=60, trust_env=False)
+
+
+class FakeRuntime:
+    """A runtime that gives one score, and notes the threads that call it."""
+
+    name = "fake"
+    precision = "f32"
+    image_size = 64
+
+    def __init__(self, score: float) -> None:
+        self.score = score
+        self.threads: set[str] = set()
+
+    def infer(self, images: Any) -> tuple[Any, Any]:
+        self.threads.add(threading.current_thread().name)
+        if self.score < 0:
+            raise ZeroDivisionError("a secret")
+        return np.full(len(images), self.score, np.float32), np.zeros((len(images), 8, 8), "f4")
+
+    def close(self) -> None:
+        pass
+
+
+def fake_model(score: float) -> Resident:
+    meta = Meta(model="vae", latent_dim=8, image_size=64)
+    return Resident("fake", "0", meta, Scale(1.0, 0.0, 2.0, 0.5), FakeRuntime(score), None)
+
+
+def test_decoding_and_inferring_have_threads_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoders = set()
+
+    def noted(*arguments: Any) -> Any:
+        decoders.add(threading.current_thread().name.rpartition("_")[0])
+        return decode(*arguments)
+
+    monkeypatch.setattr("app.inspection.decode", noted)
+    model = fake_model(1.5)
+
+    async def inspect() -> None:
+        inspector = Inspector(Settings())
+        for _ in range(4):
+            await inspector.inspect(seeds()["png_colour"], model, "overlay")
+        await inspector.close()
+
+    asyncio.run(inspect())
+    assert decoders == {"decode"}
+    assert isinstance(model.runtime, FakeRuntime)
+    assert model.runtime.threads == {"engine_0"}
+
+
+@pytest.mark.parametrize(("score", "code"), [(float("nan"), "runtime_failed"), (-1, "internal_error")])
+def test_a_failure_inside_is_a_500_without_its_details(
+    score: float, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.inspection.open_model", lambda _: fake_model(score))
+    app = create_app(Settings())
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with _lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://x") as c:
+            return await c.post("/infer", content=seeds()["png_colour"], headers=RAW)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, agreed(answer)) == (500, code)
+    assert "secret" not in answer.text
+
+
+def _lifespan(app: Any) -> Any:
+    return app.router.lifespan_context(app)
+
+
+def test_torch_is_not_in_the_process(server: Server, photo: bytes) -> None:
+    server.infer(photo)
+    assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+
+
+def test_app_and_engines_do_not_import_torch() -> None:
+    program = "import sys, app.__main__, app.main; assert not {'torch', 'onnx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_memory_stays_below_400_mb(server: Server, photo: bytes) -> None:
+    for _ in range(50):
+        assert server.infer(photo).status_code == 200
+    assert server.memory("VmRSS") < 400 * MB
+
+
+def test_sigterm_ends_it_in_order_despite_an_open_connection(bundle: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, KENSA_MODEL_DIR=str(bundle)) as running, _connected(running):
+        assert running.client.get("/readyz").status_code == 200  # and keeps its connection
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=5) == 0
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_a_stuck_upload_does_not_keep_it_from_ending(bundle: Path, tmp_path: Path) -> None:
+    settings = {"KENSA_MODEL_DIR": str(bundle), "KENSA_SHUTDOWN_GRACE_S": "1"}
+    with serving(tmp_path, **settings) as running, _connected(running) as connection:
+        connection.sendall(b"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        time.sleep(0.2)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=5) == 0
+
+
+@pytest.mark.parametrize("damage", ["no model_dir", "no folder", "no meta.json", "wrong graph"])
+def test_without_a_model_it_starts_and_says_why(damage: str, tmp_path: Path, photo: bytes) -> None:
+    folder = tmp_path / "model"
+    if damage == "wrong graph":
+        folder.mkdir()
+        (toy_bundle(folder) / "model.onnx").write_bytes(b"no graph")
+    elif damage == "no meta.json":
+        folder.mkdir()
+    settings = {} if damage == "no model_dir" else {"KENSA_MODEL_DIR": str(folder)}
+    expected = {"no model_dir": "KENSA_MODEL_DIR", "wrong graph": "model.onnx"}
+    with serving(tmp_path, **settings) as running:
+        assert running.client.get("/livez").json() == {"status": "ok"}
+        for answer in (running.client.get("/readyz"), running.infer(photo)):
+            assert (answer.status_code, agreed(answer)) == (503, "not_ready")
+            assert expected.get(damage, "meta.json") in answer.json()["error"]
+        health = running.client.get("/healthz")
+        assert health.status_code == 503
+        assert health.json()["status"] == health.json()["code"] == "not_ready"
+        assert health.json()["model"] is None
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = {"KENSA_CACHE_DIR": str(tmp_path / "file"), "KENSA_MODEL_DIR": str(bundle)}
+    with serving(tmp_path, **settings) as running:
+        assert running.client.get("/readyz").status_code == 200
+    assert "Starts will be slower" in running.log.read_text()
+
+
+def test_health_says_what_is_running(server: Server, bundle: Path, photo: bytes) -> None:
+    before = server.client.get("/healthz").json()
+    server.infer(photo)
+    server.infer(b"no image")
+    after = server.client.get("/healthz").json()
+    meta = Meta.read(bundle / "meta.json")
+    assert after["status"] == "ok"
+    assert after["model"]["kind"] == meta.model
+    assert after["model"]["image_size"] == meta.image_size
+    assert after["resident_bytes"] == pytest.approx(server.memory("VmRSS"), rel=0.1)
+    assert sum(after["inspections"].values()) == sum(before["inspections"].values()) + 2
+    assert after["inspections"]["refused"] == before["inspections"]["refused"] + 1
+
+
+# The documentation
+
+
+def test_the_docs_page_loads_nothing_from_elsewhere(server: Server) -> None:
+    page = server.client.get("/", follow_redirects=True)
+    assert page.url.path == "/docs"
+    needed = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
+    needed += re.findall(r"url: '([^']+)'", page.text)
+    assert len(needed) == 4  # script, style, icon, openapi.json
+    for address in needed:
+        assert address.startswith("/")
+        assert server.client.get(address).status_code == 200
+    style = next(address for address in needed if address.endswith(".css"))
+    assert not re.search(r"url\(['\"]?(?:https?:)?//", server.client.get(style).text)
+
+
+def test_the_openapi_document_describes_what_is_sent(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    assert document["info"]["title"] == "Kensa"
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    infer = document["paths"]["/infer"]["post"]
+    assert set(infer["responses"]) == {"200", "400", "404", "413", "415", "422", "503"}
+    assert set(infer["responses"]["200"]["content"]) == {
+        "application/json",
+        "text/plain",
+        "image/png",
+    }
+    assert {"multipart/form-data", "image/jpeg", "image/png", "image/bmp", "image/tiff"} < set(
+        infer["requestBody"]["content"]
+    )
+    for status in set(infer["responses"]) - {"200"}:
+        content = infer["responses"][status]["content"]["application/json"]
+        assert content["schema"]["$ref"].endswith("/ErrorBody")
+        for code, example in content["examples"].items():
+            assert example["value"]["code"] == code
+
+
+def test_the_page_names_every_route(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    routes = {
+        f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item
+    }
+    assert set(re.findall(r"^## `([A-Z]+ \S+)`", DOCS, re.MULTILINE)) == routes
+
+
+def test_the_page_names_every_code_of_an_error(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    codes = set(re.findall(r"^\| \d+ \| `(\w+)` \|", DOCS, re.MULTILINE))
+    for response in document["paths"]["/infer"]["post"]["responses"].values():
+        for example in response["content"]["application/json"].get("examples", {}):
+            assert example in codes
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_curl_lines_of_the_page_work(server: Server, photo: bytes, tmp_path: Path) -> None:
+    lines = re.findall(r"^curl .+$", DOCS, re.MULTILINE)
+    assert len(lines) >= 6
+    (tmp_path / "part.jpg").write_bytes(photo)
+    for line in lines:
+        words = shlex.split(line.replace("http://localhost:8000", server.url))
+        asked = [*words, "--silent", "--write-out", "\n%{http_code}", "--noproxy", "*"]
+        run = subprocess.run(asked, cwd=tmp_path, capture_output=True, check=True, text=True)
+        assert run.stdout.splitlines()[-1] == "200", line

@@ -1,0 +1,123 @@
+"""Thresholds and score range, from normal and, where there are any, defective images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student_t
+from sklearn.metrics import precision_recall_curve, roc_auc_score
+
+from engines.errors import BadDataset
+from engines.meta import Meta
+
+FALSE_REJECTS = 0.01  # share of normal parts that may be rejected, where no defects are known
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How raw scores of a model are to be read, and what that was found from.
+
+    Attributes:
+        threshold: raw score; above it is an anomaly. meta.json's `image_threshold_auto`.
+        raw_min, raw_max: raw score range. meta.json's `raw_image_min` and `raw_image_max`.
+        method: "best_f1" or "prediction_limit".
+        normals, defects: how many images it was found from.
+        auroc, f1, false_rejects, misses: on these images; None where there are no defects.
+    """
+
+    threshold: float
+    raw_min: float
+    raw_max: float
+    method: str
+    normals: int
+    defects: int
+    auroc: float | None = None
+    f1: float | None = None
+    false_rejects: int | None = None
+    misses: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As meta.json and report.json carry it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def write_to(self, meta: Meta) -> Meta:
+        """meta.json with this calibration in it."""
+        return meta.with_(
+            image_threshold_auto=self.threshold,
+            raw_image_min=self.raw_min,
+            raw_image_max=self.raw_max,
+            calibration=self.record(),
+        )
+
+
+def calibrate(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Calibration:
+    """Find threshold and score range.
+
+    With defects: the threshold with the best F1, as anomalib's F1AdaptiveThreshold, but half way
+    to the next lower score: anomalib's lies on a defect's own score, which it then calls normal.
+    With normals only: the limit under which the next normal part lies with a probability of
+    1 - `FALSE_REJECTS`, if scores are normally distributed (one-sided prediction limit,
+    mean + t * s * sqrt(1 + 1/n)); the range is as wide above that limit as it is below.
+
+    Args:
+        normal: raw scores (n,) of normal images that the model did not learn.
+        defective: raw scores (m,) of defective images, m may be 0.
+
+    Raises:
+        BadDataset: too few images, or images that all score alike.
+    """
+    if not np.isfinite(normal).all() or not np.isfinite(defective).all():
+        raise BadDataset("The model gives scores that are not finite: its weights are damaged.")
+    if len(defective) and len(normal):
+        return _best_f1(normal, defective)
+    return _prediction_limit(normal)
+
+
+def _best_f1(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Calibration:
+    scores = np.concatenate([normal, defective]).astype(np.float64)
+    truth = np.concatenate([np.zeros(len(normal)), np.ones(len(defective))])
+    precision, recall, thresholds = precision_recall_curve(truth, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = float(thresholds[f1[:-1].argmax()])
+    below = scores[scores < best]
+    threshold = float((best + below.max()) / 2) if len(below) else best - 1e-6 * abs(best)
+    if scores.min() == scores.max():
+        raise BadDataset("All images score alike, normal and defective: check that they differ.")
+    return Calibration(
+        threshold=threshold,
+        raw_min=float(scores.min()),
+        raw_max=float(scores.max()),
+        method="best_f1",
+        normals=len(normal),
+        defects=len(defective),
+        auroc=float(roc_auc_score(truth, scores)),
+        f1=float(f1.max()),
+        false_rejects=int((normal > threshold).sum()),
+        misses=int((defective <= threshold).sum()),
+    )
+
+
+def _prediction_limit(normal: NDArray[np.float32]) -> Calibration:
+    n = len(normal)
+    if n < 2:
+        raise BadDataset(
+            "A threshold needs at least 2 normal images that the model did not learn: add images to"
+            " train/, or put normal images into test/<category>/normal."
+        )
+    scores = normal.astype(np.float64)
+    spread = max(float(scores.std(ddof=1)), 1e-6 * abs(float(scores.mean())) + 1e-12)
+    factor = float(student_t.ppf(1 - FALSE_REJECTS, n - 1)) * math.sqrt(1 + 1 / n)
+    threshold = float(scores.mean()) + factor * spread
+    low = float(scores.min())
+    return Calibration(
+        threshold=threshold,
+        raw_min=low,
+        raw_max=threshold + (threshold - low),
+        method="prediction_limit",
+        normals=n,
+        defects=0,
+    )

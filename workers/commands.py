@@ -1,0 +1,106 @@
+"""What the commands share: how they end, and how they tell what happened."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engines.errors import EXIT_CODE, KensaError
+from workers.progress import Progress
+
+# Threads of torch that wait must sleep: when they spin, training beside a server slows both down.
+# It has to be said before torch is loaded, and the commands load torch after this file.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+
+def run(work: Callable[[], None], progress: Progress) -> int:
+    """Do the work of a command; errors become one sentence and an exit code.
+
+    Returns:
+        0, 2 for what the user can mend (`KensaError`, a file or folder that cannot be written),
+        130 after Ctrl-C. Anything else is a fault of ours and leaves with its traceback.
+    """
+    _hush_libraries()
+    try:
+        work()
+    except KensaError as error:
+        progress.fail(str(error))
+        return EXIT_CODE
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            progress.fail(f"The disk is full; nothing was changed. Free some space ({error}).")
+        else:
+            progress.fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        progress.fail("Stopped. Nothing was changed.")
+        return INTERRUPTED
+    return 0
+
+
+def _hush_libraries() -> None:
+    """Keep a terminal for what its user can act on."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("timm", "torch.onnx", "huggingface_hub", "httpx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
+    """What was learned and measured, for a person."""
+    images, seconds = report["images"], report["seconds"]
+    bank, before = report["memory_bank"], report.get("before", {}).get("memory_bank")
+    size = f"{bank['rows']:,} x {bank['channels']} ({bank['mib']} MiB)"
+    grown = f", {bank['rows'] - before['rows']:,} rows new" if before else ""
+    skipped = f", {len(images['skipped'])} broken ones skipped" if images["skipped"] else ""
+    return [
+        "",
+        f"learned      {images['learned']} images{skipped} in {seconds['learn']:.1f} s",
+        f"memory bank  {size}{grown}",
+        *_calibration_lines(report["calibration"]),
+        f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
+        f" verify {seconds['verify']:.1f}",
+        f"written to   {out_dir}",
+    ]
+
+
+def _calibration_lines(found: dict[str, Any]) -> list[str]:
+    if found["defects"]:
+        how = f"best F1 over {found['normals']} normal and {found['defects']} defective images"
+        measured = [
+            f"measured     AUROC {found['auroc']:.4f}, best F1 {found['f1']:.4f},"
+            f" {found['false_rejects']} false rejects, {found['misses']} misses"
+        ]
+    else:
+        how = f"limit for the next normal part, from {found['normals']} normal images"
+        measured = ["measured     no defective test images: AUROC and F1 are not known"]
+    return [
+        *measured,
+        f"threshold    {found['threshold']:.4f} on the raw score ({how})",
+        f"score range  {found['raw_min']:.4f} to {found['raw_max']:.4f}",
+    ]
+
+
+def summarise_conversion(report: dict[str, Any], out_dir: Path) -> list[str]:
+    """What was exported, how well it agrees, and with what; for a person."""
+    export = report["export"]
+    agreement = [
+        f"parity       {name}: raw scores within {found['max_relative']:.1e} of torch,"
+        f" {found['flips']} verdicts flip{'' if found['ok'] else ': not used'}"
+        for name, found in report["parity"].items()
+    ]
+    return [
+        "",
+        f"exported     model.onnx, opset {export['opset']}, {export['precision']},"
+        f" in {export['seconds']:.1f} s",
+        *agreement,
+        f"compared on  {report['parity_images']}",
+        f"written to   {out_dir}",
+    ]

@@ -1,0 +1,66 @@
+"""A few images kept with a model: what every later form of it must score as the first one did."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BadBundle
+from engines.files import write_atomically
+
+GOLDEN = "golden.npz"
+EACH = 8  # normals, and defects where there are any
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Images as the model sees them: (n, S, S, 3) uint8 RGB."""
+
+    images: NDArray[np.uint8]
+
+    @classmethod
+    def choose(
+        cls,
+        normal: NDArray[np.uint8],
+        normal_scores: NDArray[np.float32],
+        defective: NDArray[np.uint8],
+        defective_scores: NDArray[np.float32],
+    ) -> Golden:
+        """From the lowest to the highest score of each group, evenly: both ends are in it."""
+        chosen = [
+            group[np.argsort(scores)[np.linspace(0, len(group) - 1, EACH).round().astype(int)]]
+            if len(group) > EACH
+            else group
+            for group, scores in ((normal, normal_scores), (defective, defective_scores))
+        ]
+        return cls(np.concatenate(chosen))
+
+    def write(self, folder: Path) -> str:
+        """Write golden.npz into a folder, and return its name."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=self.images)
+        write_atomically(folder / GOLDEN, buffer.getvalue())
+        return GOLDEN
+
+    @classmethod
+    def read(cls, folder: Path, size: int) -> Golden | None:
+        """golden.npz of a folder, None where there is none.
+
+        Raises:
+            BadBundle: it is damaged, or its images have another size than the model's.
+        """
+        path = folder / GOLDEN
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                images = file["images"]
+        except Exception as error:  # noqa: BLE001  zip and npy readers raise what they like
+            raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from error
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
+            raise BadBundle(f"{path} holds {images.dtype} {images.shape}, not {size} x {size} RGB.")
+        return cls(images)

@@ -1,0 +1,151 @@
+"""A timm backbone as a feature extractor, and the weights that go into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from anomalib.models.components import TimmFeatureExtractor
+from torch import nn
+
+from engines.errors import BadMeta, BadWeights
+
+UNTRAINED = "untrained"  # asked for by this name, never by accident
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; what anomalib uses for every backbone
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What checkpoints put before the backbone's own names: anomalib's Lightning modules and torch
+# models, torch's DataParallel, and common wrappers. The empty one is a bare backbone.
+_PREFIXES = (
+    "model.feature_extractor.feature_extractor.",
+    "feature_extractor.feature_extractor.",
+    "feature_extractor.",
+    "backbone.",
+    "module.",
+    "model.",
+    "",
+)
+
+
+def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> nn.Module:
+    """Build a frozen feature extractor: images (N, 3, S, S) -> {layer: (N, C, h, w)}.
+
+    Args:
+        backbone: any name that timm knows.
+        layers: names of its stages, as timm lists them (`layer2`, `blocks.3`).
+        weights: a file (see `read_weights`), "untrained" for random weights by a fixed seed, or
+            None for timm's own pretrained ones from its cache or the hub.
+
+    Raises:
+        BadMeta: timm does not know the backbone or the layers.
+        BadWeights: the weights are not to be had or do not fit.
+    """
+    _check_layers(backbone, layers)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = _create(backbone, layers, pretrained=weights is None)
+    if weights is not None and str(weights) != UNTRAINED:
+        load_weights(module.feature_extractor, read_weights(Path(weights)), str(weights), backbone)
+    return module.eval().requires_grad_(False)
+
+
+def _check_layers(backbone: str, layers: list[str]) -> None:
+    """Raise BadMeta in words that help; anomalib would drop a layer that it does not find."""
+    if not timm.is_model(backbone):
+        near = timm.list_models(f"*{backbone.split('_')[0][:6]}*")[:5]
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise BadMeta(f"timm has no backbone named {backbone!r}.{hint}")
+    if "vit" in backbone.lower():
+        return  # anomalib takes `blocks.N` of these and checks them itself
+    probe = timm.create_model(backbone, pretrained=False, features_only=True, exportable=True)
+    known = [info["module"] for info in probe.feature_info.info]
+    unknown = [layer for layer in layers if layer not in known]
+    if unknown:
+        raise BadMeta(f"{backbone} has no layer {', '.join(unknown)}: it has {', '.join(known)}.")
+
+
+def _create(backbone: str, layers: list[str], *, pretrained: bool) -> TimmFeatureExtractor:
+    try:
+        return TimmFeatureExtractor(backbone=backbone, layers=layers, pre_trained=pretrained)
+    except (OSError, RuntimeError, ValueError) as error:
+        # The hub's client raises OSError for no network and for a cache without the file,
+        # timm RuntimeError for a backbone that was published without weights.
+        if not pretrained:
+            raise BadMeta(f"timm cannot build {backbone} with layers {layers}: {error}.") from error
+        raise BadWeights(
+            f"No pretrained weights for {backbone}: they are not in timm's cache and the hub cannot"
+            " be reached. Pass a file with --pretrained_pth (.pth or .safetensors with timm or"
+            f" torchvision names), or --pretrained_pth {UNTRAINED} to do without."
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a .safetensors, a state dict, a Lightning checkpoint or our model.pth.
+
+    Raises:
+        BadWeights: it is missing, damaged, or holds objects that would run code when loaded.
+    """
+    if not path.is_file():
+        raise BadWeights(f"{path} does not exist: --pretrained_pth takes a file of weights.")
+    try:
+        content = _load(path)
+    except Exception as error:  # noqa: BLE001  torch.load lets any unpickling error through
+        raise BadWeights(
+            f"{path} is not a file of weights that is safe to load: {str(error).splitlines()[0]}"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise BadWeights(f"{path} holds no weights.")
+    return tensors
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(
+    module: nn.Module, weights: dict[str, torch.Tensor], source: str, backbone: str
+) -> None:
+    """Copy the weights that a backbone needs; what it does not need (a classifier) is left.
+
+    timm joins the names of some stages with `_` when it cuts features out, so names are compared
+    with `.` and `_` made equal.
+
+    Raises:
+        BadWeights: a tensor is missing, has another shape, or is not finite.
+    """
+    wanted = {k: v for k, v in module.state_dict().items() if "num_batches_tracked" not in k}
+    found = max((_without(prefix, weights) for prefix in _PREFIXES), key=lambda w: _fit(wanted, w))
+    chosen = {}
+    for name, target in wanted.items():
+        tensor = found.get(name.replace(".", "_"))
+        if tensor is None:
+            raise BadWeights(f"{source} does not fit {backbone}: it has no {name}.")
+        if tensor.shape != target.shape:
+            raise BadWeights(
+                f"{source} does not fit {backbone}: {name} is {tuple(tensor.shape)},"
+                f" and {tuple(target.shape)} is needed."
+            )
+        if not torch.isfinite(tensor).all():
+            raise BadWeights(f"{source}: {name} holds values that are not finite.")
+        chosen[name] = tensor.to(target.dtype)
+    module.load_state_dict(chosen, strict=False)
+
+
+def _without(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix).replace(".", "_"): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def _fit(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> int:
+    return sum(name.replace(".", "_") in found for name in wanted)

@@ -1,0 +1,241 @@
+"""PatchCore (arXiv:2106.08265): a bank of normal patch embeddings; what is far from it is strange.
+
+anomalib makes the embeddings. The coreset and the search in the bank are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from numpy.typing import NDArray
+from torch import nn
+
+from engines.bundle import read_bank, read_coverage_radius, write_bank
+from engines.errors import BadBundle, BadDataset, BadMeta
+from engines.meta import Meta
+from workers.coreset import k_centre_greedy
+from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
+from workers.progress import Progress
+
+Batches = Iterable[NDArray[np.uint8]]
+
+SCORE_KIND = "patchcore/weighted-distance"  # anomalib's PatchcoreModel with num_neighbors=9
+NEIGHBOURS = 9
+CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A memory bank and how well it covers what it was made from."""
+
+    embeddings: torch.Tensor  # (M, C) float32
+    coverage_radius: float  # the largest distance of any training patch to it, feature units
+
+
+class PatchCore(nn.Module):
+    """The whole model: images and a memory bank -> raw scores and raw anomaly maps.
+
+    Scores are those of anomalib's PatchcoreModel. Only the one patch of each image that decides
+    the score is compared with its neighbours' neighbours; for all others the nearest distance
+    is enough, and that is a matrix product and a minimum.
+    """
+
+    def __init__(self, meta: Meta, weights: str | Path | None) -> None:
+        super().__init__()
+        if meta.model != "patchcore" or meta.backbone is None or meta.layers is None:
+            raise BadMeta(f"meta.json describes a {meta.model} model, not a patchcore model.")
+        self.features = extractor(meta.backbone, meta.layers, weights)
+        self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
+        self.layers = meta.layers  # read by PatchcoreModel.generate_embedding
+        self.image_size = meta.image_size
+        self.half = False
+        self.bank: Bank | None = None
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD)[:, None, None])
+
+    def forward(
+        self, image: torch.Tensor, memory_bank: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score images.
+
+        Args:
+            image: (N, S, S, 3) uint8 RGB.
+            memory_bank: (M, C) float32.
+
+        Returns:
+            Raw scores (N,), raw maps (N, h, w), and the embeddings (N, h*w, C) they come from.
+        """
+        embedding, (height, width) = self.embed(image)
+        n, patches, channels = embedding.shape
+        # Distances do not change when both sides move by the mean; rounding errors shrink.
+        mean = memory_bank.mean(dim=0)
+        bank = memory_bank - mean
+        query = (embedding - mean).reshape(n * patches, channels)
+        half_norm = 0.5 * bank.square().sum(dim=1)  # (M,)
+        # |q - b|^2 = |q|^2 + 2 (|b|^2 / 2 - q.b)
+        nearest = (half_norm - query @ bank.T).amin(dim=1)  # (n*patches,)
+        squared = query.square().sum(dim=1) + 2 * nearest
+        distance = squared.clamp_min(0).sqrt().reshape(n, patches)
+
+        decides = distance.argmax(dim=1)  # (n,)
+        query = query.reshape(n, patches, channels)[torch.arange(n), decides]  # (n, C)
+        near = bank[(half_norm - query @ bank.T).argmin(dim=1)]  # (n, C)
+        count = min(NEIGHBOURS, len(memory_bank))
+        neighbours = (half_norm - near @ bank.T).topk(count, dim=1, largest=False).indices
+        reach = (query[:, None] - bank[neighbours]).square().sum(dim=2).sqrt()  # (n, count)
+        weight = 1 - torch.softmax(reach, dim=1)[:, 0]
+        score = weight * distance.amax(dim=1)
+        return score, distance.reshape(n, height, width), embedding
+
+    def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w)."""
+        x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        features = self.features(x.half() if self.half else x)
+        pooled = {layer: self.pool(feature) for layer, feature in features.items()}
+        embedding = PatchcoreModel.generate_embedding(self, pooled).float()  # (N, C, h, w)
+        _, channels, height, width = embedding.shape
+        return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)
+
+    def channels(self) -> int:
+        """Columns of an embedding."""
+        return sum(self.features.out_dims)
+
+
+def build(meta: Meta, weights: str | Path | None) -> PatchCore:
+    """The model with its backbone and no bank yet; see `backbone.extractor` for `weights`."""
+    return PatchCore(meta, weights)
+
+
+def load(model: PatchCore, path: Path) -> None:
+    """Give the model a bank from a file.
+
+    Raises:
+        BadBundle: the bank is damaged or was made with another backbone or other layers.
+    """
+    embeddings = torch.from_numpy(read_bank(path))
+    channels = model.channels()
+    if embeddings.shape[1] != channels:
+        raise BadBundle(
+            f"{path} does not fit meta.json: its embeddings have {embeddings.shape[1]} channels,"
+            f" and the backbone and layers of meta.json make {channels}."
+            " Pass the meta.json that was written with this bank."
+        )
+    model.bank = Bank(embeddings, read_coverage_radius(path) or 0.0)
+
+
+def train(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) -> None:
+    """Learn a bank from nothing: all patches of all images, thinned to `coreset_ratio`.
+
+    Args:
+        batches: uint8 arrays (N, S, S, 3) of normal parts.
+
+    Raises:
+        BadDataset: there was no image.
+    """
+    patches = _embed_all(model, batches)
+    count = max(1, int(len(patches) * _ratio(meta)))
+    chosen, radius = k_centre_greedy(patches, count, report=progress.phase("coreset"))
+    model.bank = Bank(patches[chosen], radius)
+
+
+def update(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) -> None:
+    """Keep what the bank knows and add the patches of new images that it does not cover yet.
+
+    A patch is covered when it lies no farther from the bank than the farthest patch of the first
+    training did. At the most `coreset_ratio` of the new patches are added.
+
+    Raises:
+        BadDataset: there was no image.
+    """
+    assert model.bank is not None, "load a bank, or train one, first"
+    known, radius = model.bank.embeddings, model.bank.coverage_radius
+    patches = _embed_all(model, batches)
+    covered_to = torch.cat([_distance(chunk, known) for chunk in patches.split(CHUNK)])
+    chosen, new_radius = k_centre_greedy(
+        patches,
+        max(1, int(len(patches) * _ratio(meta))),
+        covered_to=covered_to,
+        stop_radius=radius,
+        report=progress.phase("coreset"),
+    )
+    model.bank = Bank(torch.cat([known, patches[chosen]]), max(radius, new_radius))
+
+
+def scores(model: PatchCore, batches: Batches) -> NDArray[np.float32]:
+    """Raw scores (n,) of images (N, S, S, 3) uint8 in batches."""
+    assert model.bank is not None, "load a bank, or train one, first"
+    with torch.inference_mode():
+        found = [
+            model(torch.from_numpy(picture[None]), model.bank.embeddings)[0].numpy()
+            for batch in batches
+            for picture in batch  # one by one: distances of a batch would not fit in the cache
+        ]
+    return np.concatenate(found) if found else np.empty(0, np.float32)
+
+
+def summary(model: PatchCore) -> dict[str, Any]:
+    """What report.json says of the bank."""
+    assert model.bank is not None, "load a bank, or train one, first"
+    rows, channels = model.bank.embeddings.shape
+    return {
+        "memory_bank": {
+            "rows": rows,
+            "channels": channels,
+            "mib": round(rows * channels * 4 / 2**20, 1),
+            "coverage_radius": model.bank.coverage_radius,
+        }
+    }
+
+
+def save(model: PatchCore, meta: Meta, folder: Path) -> list[str]:
+    """Write the files to retrain from into a folder, and return their names."""
+    assert model.bank is not None, "load a bank, or train one, first"
+    assert meta.memory_bank is not None, "Meta requires it of a patchcore model"
+    content = {
+        "model": meta.model,
+        "backbone": meta.backbone,
+        "layers": meta.layers,
+        "state_dict": model.features.feature_extractor.state_dict(),
+    }
+    torch.save(content, folder / meta.weights_pth)
+    bank = model.bank.embeddings.numpy()
+    write_bank(folder / meta.memory_bank, bank, model.bank.coverage_radius)
+    return [meta.weights_pth, meta.memory_bank]
+
+
+@torch.inference_mode()
+def _embed_all(model: PatchCore, batches: Batches) -> torch.Tensor:
+    """All patch embeddings of all images, (n, C)."""
+    embeddings = [model.embed(torch.from_numpy(batch))[0].flatten(0, 1) for batch in batches]
+    if not embeddings:
+        raise BadDataset("There is no usable training image, so nothing can be learned.")
+    return torch.cat(embeddings)
+
+
+def _distance(patches: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    """Distance of each patch (n, C) to the nearest row of a bank (M, C): (n,)."""
+    return torch.cdist(patches, bank).amin(dim=1)
+
+
+def _ratio(meta: Meta) -> float:
+    assert meta.coreset_ratio is not None, "Meta requires it of a patchcore model"
+    return meta.coreset_ratio
+
+
+def graph(model: PatchCore, *, half: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """What is exported: the module, and an example of each of its inputs by name.
+
+    With `half` the backbone becomes float16 for good; the search stays in float32.
+    """
+    assert model.bank is not None, "load a bank, or train one, first"
+    if half:
+        model.features.half()
+        model.half = True
+    image = torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
+    return model, {"image": image, "memory_bank": model.bank.embeddings}
