@@ -23,8 +23,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_pth", metavar="F", help="weights: a model.pth, an anomalib checkpoint, or a"
         " backbone's .pth or .safetensors. Without it: timm's pretrained weights, from its cache or"
         " the hub. The word 'untrained' takes random ones")  # fmt: skip
-    add("--meta_json", type=Path, required=True, metavar="F", help="what to train: hyper-parameters,"
-        " image size, thresholds")  # fmt: skip
+    add("--meta_json", type=Path, required=True, metavar="F", help="what to train:"
+        " hyper-parameters, image size, thresholds")  # fmt: skip
     add("--category", required=True, metavar="C", help="folder name under D/train and D/test")
     add("--data_root", type=Path, required=True, metavar="D", help="folder with train/ and test/")
     add("--epochs", type=int, default=1, metavar="N", help="passes over the images; patchcore needs"

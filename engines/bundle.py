@@ -1,4 +1,4 @@
-"""One version of a model on disk: meta.json and the files it names, checked before they are used."""
+"""One version of a model on disk: meta.json and the files it names, checked before use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Bundle:
             check_hash(root / name, expected)
         bundle = cls(root, meta)
         if not bundle.onnx.is_file():
-            raise BadBundle(f"{bundle.onnx} does not exist: make it with convtrt.py --out_dir {root}.")
+            raise BadBundle(f"{bundle.onnx} does not exist: make it with convtrt.py.")
         return bundle
 
     @property
@@ -98,7 +98,8 @@ def read_bank(path: Path) -> NDArray[np.float32]:
         raise BadBundle(f"{path} is not a readable .npz file: {error}.") from None
     if bank.ndim != 2 or 0 in bank.shape or not np.issubdtype(bank.dtype, np.floating):
         raise BadBundle(
-            f"{path}: embeddings must be a float matrix (patches, channels), got {bank.dtype} {bank.shape}."
+            f"{path}: embeddings must be a float matrix (patches, channels),"
+            f" got {bank.dtype} {bank.shape}."
         )
     bank = np.ascontiguousarray(bank, dtype=np.float32)
     if not np.isfinite(bank).all():

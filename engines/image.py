@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -40,6 +41,7 @@ from engines.errors import BadImage, ImageTooLarge, UnsupportedImage
 
 Pixels = NDArray[Any]  # uint8 or uint16, (H, W) grey or (H, W, 3) RGB
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 MAX_SIDE = 65_535  # pixels: JPEG's own limit, far below the one of cv2
 _MAX_PNG_CHUNKS = 100_000  # 32 MiB of empty chunks would keep a thread busy for seconds
 _MAX_JPEG_SCANS = 500  # 883 scans over 16 million pixels, in 58 KB, took 2.3 s; 1 to 20 are usual
@@ -81,6 +83,15 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The image files of a folder by the endings of their names, sorted; none if it is missing."""
+    return sorted(
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def load(

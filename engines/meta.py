@@ -34,7 +34,9 @@ _OLD_NAMES = {"image_min": "raw_image_min", "image_max": "raw_image_max"}  # old
 class Meta(BaseModel):
     """One meta.json. Keys it does not know are kept and written back."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     model: Kind
     format: int = Field(FORMAT, ge=1, le=FORMAT)
@@ -62,7 +64,7 @@ class Meta(BaseModel):
     @classmethod
     def _understand_old_files(cls, data: Any) -> Any:
         if not isinstance(data, dict):
-            raise ValueError("it must be a JSON object")  # noqa: TRY004  pydantic reports ValueError
+            raise ValueError("it must be a JSON object")
         data = dict(data)
         for old, new in _OLD_NAMES.items():
             if old in data:
@@ -71,7 +73,8 @@ class Meta(BaseModel):
             kinds = [kind for key, kind in _TELLTALE.items() if key in data]
             if len(kinds) != 1:
                 raise ValueError(
-                    f"cannot tell which model it describes: it needs `model`, or one of {', '.join(_TELLTALE)}"
+                    "cannot tell which model it describes: it needs `model`,"
+                    f" or one of {', '.join(_TELLTALE)}"
                 )
             data["model"] = kinds[0]
         if data["model"] == "patchcore":

@@ -31,12 +31,12 @@ class Scale:
 
     @classmethod
     def of(cls, meta: Meta) -> Scale:
-        """The scale that meta.json carries; BadMeta when the model was never verified."""
+        """The scale in a meta.json; BadMeta when the model was never verified."""
         auto, low, high = meta.image_threshold_auto, meta.raw_image_min, meta.raw_image_max
         if auto is None or low is None or high is None:
             raise BadMeta(
-                "meta.json has no image_threshold_auto, raw_image_min and raw_image_max, so no score"
-                " can be judged: run retrain.py, which finds them."
+                "meta.json has no image_threshold_auto, raw_image_min and raw_image_max, so no"
+                " score can be judged: run retrain.py, which finds them."
             )
         return cls(auto, low, high, meta.image_threshold)
 
@@ -95,7 +95,8 @@ def heatmap(anomaly_map: NDArray[np.float32], scale: Scale, size: int) -> NDArra
     smooth = cv2.resize(anomaly_map, (size, size), interpolation=cv2.INTER_LINEAR)
     smooth = cv2.GaussianBlur(smooth, (0, 0), BLUR_SIGMA)
     span = scale.raw_max - scale.raw_min
-    return np.clip((smooth - scale.threshold_auto) / span + 0.5, 0, 1).astype(np.float32)
+    heat: NDArray[np.float32] = np.clip((smooth - scale.threshold_auto) / span + 0.5, 0, 1)
+    return heat.astype(np.float32)
 
 
 def overlay_png(image: NDArray[np.uint8], heat: NDArray[np.float32], threshold: float) -> bytes:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def toy_bundle(folder: Path) -> Path:
-    """A model in five operations: how far from grey the patch of 8 x 8 pixels is that is farthest."""
+    """A model without training: how far from grey the farthest patch of 8 x 8 pixels is."""
     node = onnx.helper.make_node
     nodes = [
         node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
@@ -127,7 +127,9 @@ def toy_bundle(folder: Path) -> Path:
         ],
     )
     opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "model.onnx")
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "model.onnx"
+    )
     meta = {
         "model": "vae",
         "latent_dim": 8,
@@ -200,10 +202,16 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
 
 
 @pytest.mark.parametrize("name", seeds())
-def test_a_form_and_a_raw_body_get_the_same_verdict(server: Server, name: str) -> None:
-    raw, form = server.infer(seeds()[name]), server.send_form(seeds()[name])
-    assert raw.status_code == form.status_code == 200, raw.text
-    assert raw.json()["raw_score"] == form.json()["raw_score"]
+def test_a_form_and_a_raw_body_get_the_same_verdict(
+    server: Server, bundle: Path, name: str
+) -> None:
+    data = seeds()[name]
+    raw, form = server.infer(data), server.send_form(data)
+    if _decodes(data, Meta.read(bundle / "meta.json").bit_depth):
+        assert raw.status_code == form.status_code == 200, raw.text
+        assert raw.json()["raw_score"] == form.json()["raw_score"]
+    else:  # 16 bits, and the model learned from 8
+        assert agreed(raw) == agreed(form) == "bad_image"
 
 
 def test_text_is_one_line_for_a_plc(server: Server, photo: bytes) -> None:
@@ -310,7 +318,10 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "form: noise": ({"content": os.urandom(3000), "headers": FORM}, 422, "bad_request"),
     "form: cut short": ({"content": PART + b"\xff\xd8\xff", "headers": FORM}, 422, "bad_request"),
     "form: nameless": (
-        {"content": b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n", "headers": FORM},
+        {
+            "content": b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
+            "headers": FORM,
+        },
         422,
         "bad_request",
     ),
@@ -352,7 +363,7 @@ def test_a_body_that_says_it_is_too_large_is_refused_unread(server: Server, form
     )
     with _connected(server) as connection:
         connection.sendall(head.encode())
-        answer = connection.recv(65536).decode()
+        answer = _received(connection)
     assert answer.startswith("HTTP/1.1 413 ")
     assert '"code":"image_too_large"' in answer
 
@@ -370,7 +381,7 @@ def test_a_body_without_a_length_is_read_up_to_the_limit(server: Server, form: b
             connection.sendall(b"%x\r\n" % len(PART) + PART + b"\r\n")
         for _ in range(34):  # the limit is 32, and there is no end
             connection.sendall(chunk)
-        answer = connection.recv(65536).decode()
+        answer = _received(connection)
     assert answer.startswith("HTTP/1.1 413 ")
     assert '"code":"image_too_large"' in answer
 
@@ -378,6 +389,16 @@ def test_a_body_without_a_length_is_read_up_to_the_limit(server: Server, form: b
 def _connected(server: Server) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=30)
+
+
+def _received(connection: socket.socket) -> str:
+    """An answer with a JSON object, head and all."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        more = connection.recv(65536)
+        assert more, answer
+        answer += more
+    return answer.decode()
 
 
 def test_a_png_bomb_is_refused_at_once(server: Server) -> None:
@@ -430,9 +451,10 @@ def test_a_client_that_leaves_while_sending_leaves_no_trace(server: Server, phot
 
 
 def test_the_event_loop_is_free_while_large_images_are_inspected(server: Server) -> None:
-    # It is compared with the decoding, because machines differ: on the loop, /livez waits for it.
+    # On the loop, decoding would hold up /livez. Machines differ, so the one is compared with the
+    # other: how long does a probe wait that comes at any moment, and how long does decoding take?
     pixels = cv2.resize(picture(300, 300), (3000, 3000))
-    large = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
+    large = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
     waits = []
     with ThreadPoolExecutor(4) as clients:
         requests = [clients.submit(_post, server.url, large) for _ in range(8)]
@@ -441,8 +463,8 @@ def test_the_event_loop_is_free_while_large_images_are_inspected(server: Server)
             assert server.client.get("/livez").status_code == 200
             waits.append((time.perf_counter() - began) * 1000)
     decode_ms = [request.result().json()["timing"]["decode_ms"] for request in requests]
-    assert len(waits) >= 8
-    assert statistics.median(waits) < statistics.median(decode_ms) / 4
+    mean_wait = sum(wait * wait for wait in waits) / sum(waits)
+    assert mean_wait < statistics.median(decode_ms) / 2
 
 
 def _post(url: str, data: bytes) -> httpx.Response:
@@ -499,7 +521,9 @@ def test_decoding_and_inferring_have_threads_of_their_own(
     assert model.runtime.threads == {"engine_0"}
 
 
-@pytest.mark.parametrize(("score", "code"), [(float("nan"), "runtime_failed"), (-1, "internal_error")])
+@pytest.mark.parametrize(
+    ("score", "code"), [(float("nan"), "runtime_failed"), (-1, "internal_error")]
+)
 def test_a_failure_inside_is_a_500_without_its_details(
     score: float, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

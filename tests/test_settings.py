@@ -44,7 +44,7 @@ def refused(arguments: list[str] | None = None, **variables: str) -> str:
 def test_the_page_lists_every_setting_as_it_is() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     rows = [
-        tuple(cell.strip().strip("`") for cell in line.strip("|").split(" | "))
+        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
         for line in page.splitlines()
         if line.startswith("| `KENSA_")
     ]

@@ -127,4 +127,4 @@ def _about_the_plan(request: Convert) -> str:
             "no model.plan: TensorRT is not on this machine. OpenVINO runs model.onnx as it is;"
             " the same command on the Jetson makes the plan."
         )
-    return "no model.plan: this version of Kensa does not build plans yet. OpenVINO runs model.onnx."
+    return "no model.plan: this Kensa does not build plans yet. OpenVINO runs model.onnx."

@@ -16,7 +16,6 @@ from engines import image
 from engines.errors import BadDataset, BadImage
 from workers.progress import Progress, Tick
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 T = TypeVar("T")
 
 THREADS = 2  # decoding; the backbone takes the rest of the machine
@@ -38,8 +37,9 @@ class Category:
             BadDataset: the folder is missing or has no training images; says what is there.
         """
         if not root.is_dir():
-            raise BadDataset(f"The data root {root} does not exist: --data_root takes the folder"
-                             " that holds train/ and test/.")  # fmt: skip
+            raise BadDataset(
+                f"{root} does not exist: --data_root takes the folder that holds train/ and test/."
+            )
         folder = root / "train" / name
         if not folder.is_dir():
             there = sorted(path.name for path in (root / "train").glob("*") if path.is_dir())
@@ -48,25 +48,14 @@ class Category:
                 if there
                 else f"{folder} does not exist: put the normal images there."
             )
-        train = images_in(folder)
+        train = image.files_in(folder)
         if not train:
             raise BadDataset(
                 f"{folder} holds no images: put normal images there"
-                f" ({', '.join(sorted(suffix[1:] for suffix in SUFFIXES))})."
+                f" ({', '.join(sorted(image.SUFFIXES))})."
             )
         test = root / "test" / name
-        return cls(train, images_in(test / "normal"), images_in(test / "anomaly"))
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder by their names' endings, sorted; none where it is missing."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+        return cls(train, image.files_in(test / "normal"), image.files_in(test / "anomaly"))
 
 
 @dataclass
@@ -112,7 +101,7 @@ class Images:
 
 
 def measure_bit_depth(paths: list[Path]) -> int:
-    """The bits that the camera of these images fills: 8, or up to 16. Broken images do not count."""
+    """The bits that the camera of these images fills: 8, or up to 16. Broken ones do not count."""
 
     def measure(path: Path) -> int:
         try:
@@ -123,14 +112,14 @@ def measure_bit_depth(paths: list[Path]) -> int:
     return max(depth for _, depth in _in_order(paths, measure, THREADS))
 
 
-def _in_order(
-    paths: list[Path], work: Callable[[Path], T], ahead: int
-) -> Iterator[tuple[Path, T]]:
+def _in_order(paths: list[Path], work: Callable[[Path], T], ahead: int) -> Iterator[tuple[Path, T]]:
     """(path, work(path)) in order, with a few worked on ahead in threads."""
     with ThreadPoolExecutor(THREADS) as pool:
         coming = iter(paths)
         waiting = [(path, pool.submit(work, path)) for path in islice(coming, ahead + THREADS)]
         while waiting:
             path, future = waiting.pop(0)
-            waiting.extend((next_path, pool.submit(work, next_path)) for next_path in islice(coming, 1))
+            waiting.extend(
+                (next_path, pool.submit(work, next_path)) for next_path in islice(coming, 1)
+            )
             yield path, future.result()

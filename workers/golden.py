@@ -59,7 +59,7 @@ class Golden:
         try:
             with np.load(path, allow_pickle=False) as file:
                 images = file["images"]
-        except Exception as error:  # noqa: BLE001  zip and npy readers raise what they like
+        except Exception as error:  # zip and npy readers raise what they like
             raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from error
         if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
             raise BadBundle(f"{path} holds {images.dtype} {images.shape}, not {size} x {size} RGB.")

@@ -167,7 +167,10 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
 
 async def _capped(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body in chunks, up to `most` bytes, whether or not it says its length beforehand."""
-    too_large = ImageTooLarge(f"The request has more than the {most:,} bytes allowed.")
+    too_large = ImageTooLarge(
+        f"The request has more than the {most:,} bytes allowed: send a smaller image, or raise"
+        " KENSA_MAX_IMAGE_BYTES."
+    )
     if int(request.headers.get("content-length", 0)) > most:
         raise too_large
     received = 0

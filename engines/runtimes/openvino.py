@@ -60,7 +60,7 @@ class OpenVINORuntime:
         Raises:
             BadBundle: the graph cannot be read, or does not fit the bank.
         """
-        self.precision = precision
+        self.precision: str = precision
         core = ov.Core()
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
@@ -93,7 +93,7 @@ class OpenVINORuntime:
         return cls(
             bundle.onnx,
             bundle.memory_bank(),
-            precision=choose_precision(bundle) if precision == "auto" else precision,
+            precision=choose_precision(bundle.report()) if precision == "auto" else precision,
             threads=threads,
             cache_dir=cache_dir,
         )
@@ -121,9 +121,9 @@ def cpu_has_bf16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def choose_precision(bundle: Bundle) -> Literal["f32", "bf16"]:
-    """bf16 where the CPU has it and the parity report of the export found it good, else f32."""
-    parity = bundle.report().get("parity", {}).get("openvino_bf16", {})
+def choose_precision(report: dict[str, Any]) -> Literal["f32", "bf16"]:
+    """bf16 where the CPU has it and the export's report.json found it good, else f32."""
+    parity = report.get("parity", {}).get("openvino_bf16", {})
     return "bf16" if parity.get("ok") is True and cpu_has_bf16() else "f32"
 
 
@@ -158,8 +158,8 @@ def _cut_at_embedding(model: ov.Model, onnx: Path, bank: NDArray[np.float32]) ->
                 channels = output.partial_shape[2].get_length()
                 if channels != bank.shape[1]:
                     raise BadBundle(
-                        f"The memory bank has {bank.shape[1]} channels, but {onnx} makes {channels}:"
-                        " they are from different trainings."
+                        f"The memory bank has {bank.shape[1]} channels, but {onnx} makes"
+                        f" {channels}: they are from different trainings."
                     )
                 cut = ov.Model([ops.result(output)], [model.input("image").get_node()])
                 cut.outputs[0].set_names({"embedding"})

@@ -29,7 +29,7 @@ _PREFIXES = (
 )
 
 
-def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> nn.Module:
+def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> TimmFeatureExtractor:
     """Build a frozen feature extractor: images (N, 3, S, S) -> {layer: (N, C, h, w)}.
 
     Args:
@@ -45,10 +45,11 @@ def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> n
     _check_layers(backbone, layers)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = _create(backbone, layers, pretrained=weights is None)
+        module: TimmFeatureExtractor = _create(backbone, layers, pretrained=weights is None)
     if weights is not None and str(weights) != UNTRAINED:
         load_weights(module.feature_extractor, read_weights(Path(weights)), str(weights), backbone)
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    return module
 
 
 def _check_layers(backbone: str, layers: list[str]) -> None:
@@ -91,7 +92,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise BadWeights(f"{path} does not exist: --pretrained_pth takes a file of weights.")
     try:
         content = _load(path)
-    except Exception as error:  # noqa: BLE001  torch.load lets any unpickling error through
+    except Exception as error:  # torch.load lets any unpickling error through
         raise BadWeights(
             f"{path} is not a file of weights that is safe to load: {str(error).splitlines()[0]}"
         ) from error

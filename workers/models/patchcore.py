@@ -54,8 +54,10 @@ class PatchCore(nn.Module):
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
         self.layers = meta.layers  # read by PatchcoreModel.generate_embedding
         self.image_size = meta.image_size
-        self.half = False
+        self.half_backbone = False
         self.bank: Bank | None = None
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD)[:, None, None])
 
@@ -96,7 +98,7 @@ class PatchCore(nn.Module):
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w)."""
         x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        features = self.features(x.half() if self.half else x)
+        features = self.features(x.half() if self.half_backbone else x)
         pooled = {layer: self.pool(feature) for layer, feature in features.items()}
         embedding = PatchcoreModel.generate_embedding(self, pooled).float()  # (N, C, h, w)
         _, channels, height, width = embedding.shape
@@ -156,7 +158,7 @@ def update(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) -
     assert model.bank is not None, "load a bank, or train one, first"
     known, radius = model.bank.embeddings, model.bank.coverage_radius
     patches = _embed_all(model, batches)
-    covered_to = torch.cat([_distance(chunk, known) for chunk in patches.split(CHUNK)])
+    covered_to = torch.cat([_distance(chunk, known) for chunk in torch.split(patches, CHUNK)])
     chosen, new_radius = k_centre_greedy(
         patches,
         max(1, int(len(patches) * _ratio(meta))),
@@ -236,6 +238,6 @@ def graph(model: PatchCore, *, half: bool) -> tuple[nn.Module, dict[str, torch.T
     assert model.bank is not None, "load a bank, or train one, first"
     if half:
         model.features.half()
-        model.half = True
+        model.half_backbone = True
     image = torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
     return model, {"image": image, "memory_bank": model.bank.embeddings}

@@ -1,0 +1,134 @@
+"""The inference commands: score an image or a folder of images with one model."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import sys
+from pathlib import Path
+
+from engines import image
+from engines.bundle import ONNX, read_bank, read_report
+from engines.errors import EXIT_CODE, BadBundle, BadDataset, BadImage, KensaError
+from engines.files import write_atomically
+from engines.meta import Kind, Meta
+from engines.runtimes import Runtime
+from engines.runtimes.openvino import OpenVINORuntime, choose_precision
+from engines.verdict import decide
+
+NOT_ALL_JUDGED = 1  # exit code when some images could not be read; the others are in the CSV
+
+
+def main(kind: Kind, arguments: list[str] | None = None) -> int:
+    """Run `./patchcore` and its like; returns the exit code."""
+    flags = _parse(kind, arguments)
+    try:
+        return _inspect_all(kind, flags)
+    except KensaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        print(f"Stopped. result_{kind}.csv was not written.", file=sys.stderr)
+        return 130
+
+
+def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
+    """Print a line per image, write result_<kind>.csv into the working folder."""
+    paths = _images(flags.data)
+    meta = _meta_beside(flags.engine, kind)
+    runtime = _open(flags.engine, flags.memory_bank if kind == "patchcore" else None)
+    if runtime.image_size != flags.image_size:
+        raise BadBundle(
+            f"This model takes images of {runtime.image_size} x {runtime.image_size}:"
+            f" pass -i {runtime.image_size}, or convert a model of size {flags.image_size}."
+        )
+    rows: list[tuple[str, str, str]] = []
+    for path in paths:
+        try:
+            picture = image.load(
+                path.read_bytes(), runtime.image_size, bit_depth=meta.bit_depth if meta else None
+            )
+        except BadImage as error:
+            print(f"{path.name}: not judged: {error}", file=sys.stderr)
+            continue
+        raw_score = float(runtime.infer(picture[None])[0][0])
+        rows.append((path.name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
+        print(f"{path.name}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
+    table = Path(f"result_{kind}.csv")
+    write_atomically(table.resolve(), _csv(rows))
+    rejects = sum(row[2] == "Anomaly" for row in rows)
+    unread = len(paths) - len(rows)
+    print(
+        f"{len(rows)} judged, {rejects} Anomaly, {len(rows) - rejects} Normal"
+        f"{f', {unread} not judged' if unread else ''}: {table}",
+        file=sys.stderr,
+    )
+    return NOT_ALL_JUDGED if unread else 0
+
+
+def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=kind, description=f"Score images with a {kind} model; writes result_{kind}.csv."
+    )
+    add = parser.add_argument
+    add("-e", "--engine", type=Path, required=True, metavar="F.plan", help="model.plan; where it is"
+        " missing, the model.onnx beside it runs on OpenVINO")  # fmt: skip
+    if kind == "patchcore":
+        add("-m", "--memory_bank", type=Path, required=True, metavar="F.npz", help="memory bank")
+    add("-d", "--data", type=Path, required=True, metavar="PATH", help="an image, or a folder")
+    add("-i", "--image_size", type=int, required=True, metavar="N", help="side of the model's"
+        " square input, pixels")  # fmt: skip
+    add("-t", "--threshold", type=float, required=True, metavar="X", help="raw score above which a"
+        " part is an anomaly")  # fmt: skip
+    flags = parser.parse_args(arguments)
+    if not math.isfinite(flags.threshold):
+        parser.error("-t must be a finite number")
+    return flags
+
+
+def _images(data: Path) -> list[Path]:
+    if data.is_file():
+        return [data]
+    paths = image.files_in(data)
+    if not data.exists():
+        raise BadDataset(f"{data} does not exist: -d takes an image or a folder of images.")
+    if not paths:
+        raise BadDataset(f"{data} holds no images ({', '.join(sorted(image.SUFFIXES))}).")
+    return paths
+
+
+def _meta_beside(engine: Path, kind: Kind) -> Meta | None:
+    """meta.json beside the engine; engines of older tools have none."""
+    path = engine.with_name("meta.json")
+    if not path.is_file():
+        return None
+    meta = Meta.read(path)
+    if meta.model != kind:
+        raise BadBundle(f"{engine.parent} holds a {meta.model} model: run ./{meta.model}.")
+    return meta
+
+
+def _open(engine: Path, memory_bank: Path | None) -> Runtime:
+    """The model.onnx beside the plan, or given in its place: TensorRT is not supported yet."""
+    onnx = engine if engine.suffix == ".onnx" else engine.with_name(ONNX)
+    if not onnx.is_file():
+        state = "needs TensorRT, which is not here," if engine.is_file() else "does not exist,"
+        raise BadBundle(f"{engine} {state} and {onnx} does not exist: make it with convtrt.py.")
+    if onnx != engine:
+        print(f"{engine} needs TensorRT: running {onnx} on OpenVINO instead", file=sys.stderr)
+    bank = None if memory_bank is None else read_bank(memory_bank)
+    precision = choose_precision(read_report(onnx.parent))
+    return OpenVINORuntime(onnx, bank, precision=precision)
+
+
+def _csv(rows: list[tuple[str, str, str]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("filename", "raw_score", "decision"))
+    writer.writerows(rows)
+    return text.getvalue().encode()
