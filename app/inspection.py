@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.compiled import seal_cache, usable_cache
 from app.settings import Settings
 from engines.bundle import Bundle
 from engines.errors import BadBundle, KensaError, NotReady, UnknownModel
@@ -29,8 +29,6 @@ Drawing = Literal["heatmap", "overlay"]
 Result = TypeVar("Result")
 
 log = logging.getLogger("kensa")
-
-COMPILED_KEPT = 8  # files in the cache of compiled networks; a resnet18 takes about 10 MB
 
 
 @dataclass(frozen=True)
@@ -187,12 +185,11 @@ def open_model(settings: Settings) -> Resident:
     bank = bundle.memory_bank()
     bank_rows = None if bank is None else len(bank)
     del bank  # the runtime reads it again; two of them need not be in memory at once
+    cache = usable_cache(settings.compiled_dir)
     runtime = OpenVINORuntime.open(
-        bundle,
-        precision=settings.precision,
-        threads=settings.threads,
-        cache_dir=_usable_cache(settings.compiled_dir),
+        bundle, precision=settings.precision, threads=settings.threads, cache_dir=cache
     )
+    seal_cache(cache)
     model = Resident(
         settings.served_name, version_of(bundle), bundle.meta, scale, runtime, bank_rows
     )
@@ -233,22 +230,6 @@ def version_of(bundle: Bundle) -> str:
     names = ["meta.json", bundle.onnx.name, bundle.meta.memory_bank]
     hashes = [sha256(bundle.root / name) for name in names if name is not None]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
-
-
-def _usable_cache(folder: Path | None) -> Path | None:
-    """The folder, made and pruned; None, with a warning, where it cannot be written."""
-    if folder is None:
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        files = sorted(folder.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in files[COMPILED_KEPT:]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("Starts will be slower: %s cannot be written (%s)", folder, error.strerror)
-        return None
-    return folder
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import os
 import re
 import shlex
@@ -26,11 +25,11 @@ from typing import Any
 import cv2
 import httpx
 import numpy as np
-import onnx
 import pytest
 from damage import damaged, picture, png_chunk, saved, seeds
 from PIL import Image
 
+from app.compiled import KEPT, seal_cache, usable_cache
 from app.inspection import Inspector, Resident
 from app.main import create_app
 from app.routes.infer import wanted
@@ -99,57 +98,9 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
     raise AssertionError("the server does not start")
 
 
-def toy_bundle(folder: Path) -> Path:
-    """A model without training: how far from grey the farthest patch of 8 x 8 pixels is."""
-    node = onnx.helper.make_node
-    nodes = [
-        node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
-        node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
-        node("Sub", ["planes", "grey"], ["difference"]),
-        node("Abs", ["difference"], ["distance"]),
-        node("AveragePool", ["distance"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
-        node("ReduceMean", ["pooled", "channel"], ["map"], keepdims=0),
-        node("ReduceMax", ["map", "sides"], ["score"], keepdims=0),
-    ]
-    value, tensor = onnx.helper.make_tensor_value_info, onnx.helper.make_tensor
-    graph = onnx.helper.make_graph(
-        nodes,
-        "toy",
-        [value("image", onnx.TensorProto.UINT8, ["N", 256, 256, 3])],
-        [
-            value("score", onnx.TensorProto.FLOAT, ["N"]),
-            value("map", onnx.TensorProto.FLOAT, ["N", 32, 32]),
-        ],
-        [
-            tensor("grey", onnx.TensorProto.FLOAT, [], [128.0]),
-            tensor("channel", onnx.TensorProto.INT64, [1], [1]),
-            tensor("sides", onnx.TensorProto.INT64, [2], [1, 2]),
-        ],
-    )
-    opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(
-        onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "model.onnx"
-    )
-    meta = {
-        "model": "vae",
-        "latent_dim": 8,
-        "image_size": 256,
-        "image_threshold_auto": 40.0,
-        "raw_image_min": 0.0,
-        "raw_image_max": 100.0,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_bundle(tmp_path_factory.mktemp("bracket"))
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), KENSA_MODEL_DIR=str(bundle)) as running:
+def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), KENSA_MODEL_DIR=str(kensa_model)) as running:
         yield running
 
 
@@ -203,11 +154,11 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
 
 @pytest.mark.parametrize("name", seeds())
 def test_a_form_and_a_raw_body_get_the_same_verdict(
-    server: Server, bundle: Path, name: str
+    server: Server, kensa_model: Path, name: str
 ) -> None:
     data = seeds()[name]
     raw, form = server.infer(data), server.send_form(data)
-    if _decodes(data, Meta.read(bundle / "meta.json").bit_depth):
+    if _decodes(data, Meta.read(kensa_model / "meta.json").bit_depth):
         assert raw.status_code == form.status_code == 200, raw.text
         assert raw.json()["raw_score"] == form.json()["raw_score"]
     else:  # 16 bits, and the model learned from 8
@@ -411,8 +362,8 @@ def test_a_png_bomb_is_refused_at_once(server: Server) -> None:
     assert (answer.status_code, agreed(answer)) == (413, "image_too_large")
 
 
-def test_damaged_files_get_no_verdict_and_no_memory(server: Server, bundle: Path) -> None:
-    bit_depth = Meta.read(bundle / "meta.json").bit_depth
+def test_damaged_files_get_no_verdict_and_no_memory(server: Server, kensa_model: Path) -> None:
+    bit_depth = Meta.read(kensa_model / "meta.json").bit_depth
     server.infer(seeds()["png_colour"])
     highest = server.memory("VmHWM")
     for number, file in enumerate(damaged()):
@@ -560,16 +511,18 @@ def test_memory_stays_below_400_mb(server: Server, photo: bytes) -> None:
     assert server.memory("VmRSS") < 400 * MB
 
 
-def test_sigterm_ends_it_in_order_despite_an_open_connection(bundle: Path, tmp_path: Path) -> None:
-    with serving(tmp_path, KENSA_MODEL_DIR=str(bundle)) as running, _connected(running):
+def test_sigterm_ends_it_in_order_despite_an_open_connection(
+    kensa_model: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model)) as running, _connected(running):
         assert running.client.get("/readyz").status_code == 200  # and keeps its connection
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=5) == 0
     assert "Traceback" not in running.log.read_text()
 
 
-def test_a_stuck_upload_does_not_keep_it_from_ending(bundle: Path, tmp_path: Path) -> None:
-    settings = {"KENSA_MODEL_DIR": str(bundle), "KENSA_SHUTDOWN_GRACE_S": "1"}
+def test_a_stuck_upload_does_not_keep_it_from_ending(kensa_model: Path, tmp_path: Path) -> None:
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_SHUTDOWN_GRACE_S": "1"}
     with serving(tmp_path, **settings) as running, _connected(running) as connection:
         connection.sendall(b"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
         time.sleep(0.2)
@@ -578,14 +531,16 @@ def test_a_stuck_upload_does_not_keep_it_from_ending(bundle: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["no model_dir", "no folder", "no meta.json", "wrong graph"])
-def test_without_a_model_it_starts_and_says_why(damage: str, tmp_path: Path, photo: bytes) -> None:
-    folder = tmp_path / "model"
+def test_without_a_model_it_starts_and_says_why(
+    damage: str, own_model: Path, tmp_path: Path, photo: bytes
+) -> None:
     if damage == "wrong graph":
-        folder.mkdir()
-        (toy_bundle(folder) / "model.onnx").write_bytes(b"no graph")
+        (own_model / "model.onnx").write_bytes(b"no graph")
     elif damage == "no meta.json":
-        folder.mkdir()
-    settings = {} if damage == "no model_dir" else {"KENSA_MODEL_DIR": str(folder)}
+        (own_model / "meta.json").unlink()
+    elif damage == "no folder":
+        shutil.rmtree(own_model)
+    settings = {} if damage == "no model_dir" else {"KENSA_MODEL_DIR": str(own_model)}
     expected = {"no model_dir": "KENSA_MODEL_DIR", "wrong graph": "model.onnx"}
     with serving(tmp_path, **settings) as running:
         assert running.client.get("/livez").json() == {"status": "ok"}
@@ -599,20 +554,48 @@ def test_without_a_model_it_starts_and_says_why(damage: str, tmp_path: Path, pho
     assert "Traceback" not in running.log.read_text()
 
 
-def test_a_cache_that_cannot_be_written_only_costs_time(bundle: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_only_costs_time(kensa_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    settings = {"KENSA_CACHE_DIR": str(tmp_path / "file"), "KENSA_MODEL_DIR": str(bundle)}
+    settings = {"KENSA_CACHE_DIR": str(tmp_path / "file"), "KENSA_MODEL_DIR": str(kensa_model)}
     with serving(tmp_path, **settings) as running:
         assert running.client.get("/readyz").status_code == 200
     assert "Starts will be slower" in running.log.read_text()
 
 
-def test_health_says_what_is_running(server: Server, bundle: Path, photo: bytes) -> None:
+def test_a_damaged_cache_changes_no_score(kensa_model: Path, tmp_path: Path, photo: bytes) -> None:
+    # OpenVINO reads zeros in a cached network, as a power cut leaves them, without complaint.
+    scores = []
+    for _ in range(3):
+        with serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model)) as running:
+            scores.append(running.infer(photo).json()["raw_score"])
+        (file,) = (tmp_path / "cache").glob("*.blob")
+        data = file.read_bytes()
+        file.unlink()  # it is read-only
+        file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_the_cache_keeps_sealed_files_the_newest_few(tmp_path: Path) -> None:
+    for number in range(KEPT + 2):
+        file = tmp_path / f"{number}.blob"
+        file.write_bytes(b"network")
+        os.utime(file, (number, number))
+    seal_cache(tmp_path)
+    (tmp_path / "5.blob").write_bytes(b"damaged")
+    os.utime(tmp_path / "5.blob", (5, 5))
+    (tmp_path / "new.blob").write_bytes(b"half written")
+    assert usable_cache(tmp_path) == tmp_path
+    left = {file.stem for file in tmp_path.glob("*.blob")}
+    assert left == {"3", "4", "6", "7", "8", "9"}
+    assert {file.stem for file in tmp_path.glob("*.sha256")} == left
+
+
+def test_health_says_what_is_running(server: Server, kensa_model: Path, photo: bytes) -> None:
     before = server.client.get("/healthz").json()
     server.infer(photo)
     server.infer(b"no image")
     after = server.client.get("/healthz").json()
-    meta = Meta.read(bundle / "meta.json")
+    meta = Meta.read(kensa_model / "meta.json")
     assert after["status"] == "ok"
     assert after["model"]["kind"] == meta.model
     assert after["model"]["image_size"] == meta.image_size

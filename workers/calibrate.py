@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ class Calibration:
         raw_min, raw_max: raw score range. meta.json's `raw_image_min` and `raw_image_max`.
         method: "best_f1" or "prediction_limit".
         normals, defects: how many images it was found from.
-        auroc, f1, false_rejects, misses: on these images; None where there are no defects.
+        auroc, f1: of the model on these images, f1 at its best; None where there are no defects.
+        false_rejects, misses: at the threshold.
     """
 
     threshold: float
@@ -62,6 +63,8 @@ def calibrate(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Ca
     With normals only: the limit under which the next normal part lies with a probability of
     1 - `FALSE_REJECTS`, if scores are normally distributed (one-sided prediction limit,
     mean + t * s * sqrt(1 + 1/n)); the range is as wide above that limit as it is below.
+    The same with defects that the model cannot tell from normals, where the best F1 is that of
+    rejecting nearly everything: a threshold under which no line could run.
 
     Args:
         normal: raw scores (n,) of normal images that the model did not learn.
@@ -72,9 +75,21 @@ def calibrate(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Ca
     """
     if not np.isfinite(normal).all() or not np.isfinite(defective).all():
         raise BadDataset("The model gives scores that are not finite: its weights are damaged.")
-    if len(defective) and len(normal):
-        return _best_f1(normal, defective)
-    return _prediction_limit(normal)
+    if not len(defective) or not len(normal):
+        return _prediction_limit(normal)
+    best = _best_f1(normal, defective)
+    if 2 * (best.false_rejects or 0) <= len(normal) or len(normal) < 2:
+        return best
+    limit = _prediction_limit(normal)
+    return replace(
+        best,
+        threshold=limit.threshold,
+        raw_min=min(best.raw_min, limit.raw_min),
+        raw_max=max(best.raw_max, limit.raw_max),
+        method=limit.method,
+        false_rejects=int((normal > limit.threshold).sum()),
+        misses=int((defective <= limit.threshold).sum()),
+    )
 
 
 def _best_f1(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Calibration:

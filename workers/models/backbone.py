@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import timm
 import torch
 from anomalib.models.components import TimmFeatureExtractor
@@ -12,6 +16,7 @@ from torch import nn
 
 from engines.errors import BadMeta, BadWeights
 
+HUB_TIMEOUT_S = 3.0
 UNTRAINED = "untrained"  # asked for by this name, never by accident
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; what anomalib uses for every backbone
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,7 +73,10 @@ def _check_layers(backbone: str, layers: list[str]) -> None:
 
 
 def _create(backbone: str, layers: list[str], *, pretrained: bool) -> TimmFeatureExtractor:
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
+        if pretrained and not _hub_answers():
+            huggingface_hub.constants.HF_HUB_OFFLINE = True  # its cache only
         return TimmFeatureExtractor(backbone=backbone, layers=layers, pre_trained=pretrained)
     except (OSError, RuntimeError, ValueError) as error:
         # The hub's client raises OSError for no network and for a cache without the file,
@@ -80,6 +88,20 @@ def _create(backbone: str, layers: list[str], *, pretrained: bool) -> TimmFeatur
             " be reached. Pass a file with --pretrained_pth (.pth or .safetensors with timm or"
             f" torchvision names), or --pretrained_pth {UNTRAINED} to do without."
         ) from error
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    """Whether asking the hub makes sense; its client would retry for most of a minute."""
+    if getproxies():
+        return True  # the proxy knows
+    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname or ""
+    try:
+        socket.create_connection((host, 443), timeout=HUB_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

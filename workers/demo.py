@@ -1,0 +1,164 @@
+"""`make demo`: from pictures of normal parts to verdicts over HTTP, on this machine.
+
+It goes the way a user goes: pictures in folders, retrain, convert, start the server, post a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from engines.errors import BadWeights, RuntimeFailed
+from engines.meta import Meta
+from workers.commands import run, summarise_conversion, summarise_training
+from workers.progress import Progress
+from workers.sample_parts import CATEGORY, write_dataset
+
+HYPER_PARAMETERS = {
+    "model": "patchcore",
+    "backbone": "resnet18",
+    "layers": ["layer2", "layer3"],
+    "coreset_ratio": 0.1,
+    "image_size": 256,
+}
+START_LIMIT_S = 120.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make demo ARGS=...", description=__doc__.split("\n")[0])
+    parser.add_argument("--once", action="store_true", help="stop after the two verdicts")
+    parser.add_argument("--port", type=int, default=8000, help="of the server (default 8000)")
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="(default .demo)")
+    flags = parser.parse_args()
+    progress = Progress()
+    return run(lambda: demo(flags.folder.resolve(), flags.port, flags.once, progress), progress)
+
+
+def demo(folder: Path, port: int, once: bool, progress: Progress) -> None:
+    """Draw, learn, convert, serve, inspect; stay until Ctrl-C unless `once`."""
+    progress.say(f"1/4  drawing sample parts into {folder / 'data'}")
+    data = write_dataset(folder / "data")
+    progress.say("2/4  learning what a normal part looks like")
+    trained = _learn(data, folder / "models", progress)
+    progress.say("3/4  converting the model")
+    engine = _convert(trained, folder / "models" / "engine", progress)
+    progress.say(f"4/4  starting the server on port {port}")
+    with _Server(engine, port) as server:
+        _inspect(server, data)
+        if once:
+            return
+        print("\nThe server runs until Ctrl-C.", flush=True)
+        server.wait()
+
+
+def _learn(data: Path, models: Path, progress: Progress) -> Path:
+    from workers.models.backbone import UNTRAINED
+    from workers.retrain import Retrain, retrain
+
+    meta_json = models / "meta.json"
+    models.mkdir(parents=True, exist_ok=True)
+    Meta.model_validate(HYPER_PARAMETERS).write(meta_json)
+    trained = models / "trained"
+
+    def learn(weights: str | None) -> dict[str, Any]:
+        request = Retrain("patchcore", CATEGORY, data, trained, meta_json, pretrained_pth=weights)
+        return retrain(request, progress)
+
+    try:
+        report = learn(None)
+    except BadWeights:
+        progress.say(
+            "No pretrained weights can be had here (no internet, none in timm's cache): the demo"
+            " uses an untrained backbone, which sees strong colours but misses fine defects."
+        )
+        report = learn(UNTRAINED)
+    print("\n".join(summarise_training(report, trained)), flush=True)
+    return trained
+
+
+def _convert(trained: Path, engine: Path, progress: Progress) -> Path:
+    from workers.convert import Convert, convert
+
+    request = Convert("patchcore", trained / "model.pth", trained / "meta.json", engine)
+    print("\n".join(summarise_conversion(convert(request, progress), engine)), flush=True)
+    return engine
+
+
+def _inspect(server: _Server, data: Path) -> None:
+    """Post a good and a bad part, print the verdicts and how to ask for one by hand."""
+    parts = {
+        "good part": sorted((data / "test" / CATEGORY / "normal").glob("*.png"))[0],
+        "bad part": sorted((data / "test" / CATEGORY / "anomaly").glob("stain_*.png"))[0],
+    }
+    print()
+    for name, path in parts.items():
+        answer = httpx.post(
+            f"{server.url}/infer", content=path.read_bytes(), headers={"Content-Type": "image/png"}
+        )
+        verdict = answer.json()
+        print(
+            f"{name:<10} {path.name:<14} {verdict['label']:<8} score {verdict['score']:.3f}"
+            f" (threshold {verdict['threshold']:.2f}), {verdict['timing']['total_ms']:.0f} ms"
+        )
+    print(
+        f"\nTry it:    curl -F file=@{parts['bad part']} {server.url}/infer"
+        f"\nSee it:    curl -F file=@{parts['bad part']} -H 'Accept: image/png'"
+        f" -o overlay.png {server.url}/infer"
+        f"\nDocs page: {server.url}/docs",
+        flush=True,
+    )
+
+
+class _Server:
+    """`kensa` in a process of its own, ready when the block is entered and gone after it."""
+
+    def __init__(self, engine: Path, port: int) -> None:
+        environment = {"KENSA_MODEL_DIR": str(engine), "KENSA_PORT": str(port)}
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "app"],
+            env={**os.environ, **environment, "KENSA_LOG_LEVEL": "warning"},
+        )
+
+    def __enter__(self) -> _Server:
+        try:
+            self._until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _until_ready(self) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeFailed("The server did not start; its own message is above.")
+            try:
+                if httpx.get(f"{self.url}/readyz").status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise RuntimeFailed(f"The server was not ready within {START_LIMIT_S:.0f} s.")
+
+    def wait(self) -> None:
+        """Until it ends, or Ctrl-C."""
+        try:
+            self._process.wait()
+        except KeyboardInterrupt:
+            print("Stopping.", flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
