@@ -112,7 +112,7 @@ def overlay_png(image: NDArray[np.uint8], heat: NDArray[np.float32], threshold: 
     part = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     heat = cv2.resize(heat, (width, height), interpolation=cv2.INTER_LINEAR)
     colour = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)  # BGR
-    opacity = np.clip(heat * 1.5 - 0.4, 0, 0.6)[..., None]  # the part stays visible below
+    opacity = np.clip(2 * heat - 0.8, 0, 0.6)[..., None]  # the part stays visible below
     picture = (part[..., ::-1] * (1 - opacity) + colour * opacity).astype(np.uint8)
     outlines, _ = cv2.findContours(
         (heat > threshold).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
