@@ -93,12 +93,20 @@ class Meta(BaseModel):
             raise ValueError(f"raw_image_min ({low}) must be less than raw_image_max ({high})")
         return self
 
-    @field_validator("weights_pth", "memory_bank", "stats")
+    @field_validator("weights_pth", "memory_bank", "stats", "files")
     @classmethod
-    def _plain_name(cls, name: str | None) -> str | None:
-        if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
-            raise ValueError("must be a plain file name, without a folder")
-        return name
+    def _plain_names(cls, names: Any) -> Any:
+        for name in names if isinstance(names, dict) else [names]:
+            if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
+                raise ValueError("must be a plain file name, without a folder")
+        return names
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_or_no(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 or 1
+            raise ValueError("must not be true or false")
+        return value
 
     @classmethod
     def read(cls, path: Path) -> Meta:
@@ -115,20 +123,28 @@ class Meta(BaseModel):
             raise BadMeta(f"{path} cannot be read: {error.strerror}.") from None
         except ValidationError as error:
             raise BadMeta(f"{path} is not a valid meta.json: {_first_problem(error)}.") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or absurdly so
             raise BadMeta(f"{path} is not JSON: {error}.") from None
 
     def write(self, path: Path) -> None:
-        """Write it in whole or not at all; keys without a value are left out."""
-        text = json.dumps(self.model_dump(exclude_none=True), indent=2, ensure_ascii=False)
+        """Write it in whole or not at all; known keys without a value are left out."""
+        text = json.dumps(self._content(), indent=2, ensure_ascii=False)
         write_atomically(path, (text + "\n").encode())
 
     def with_(self, **changes: Any) -> Meta:
         """A copy with some keys changed, checked like a file that was read."""
         try:
-            return Meta.model_validate({**self.model_dump(exclude_none=True), **changes})
+            return Meta.model_validate({**self._content(), **changes})
         except ValidationError as error:
             raise BadMeta(f"meta.json would become invalid: {_first_problem(error)}.") from None
+
+    def _content(self) -> dict[str, Any]:
+        unknown = self.model_extra or {}
+        return {
+            key: value
+            for key, value in self.model_dump().items()
+            if value is not None or key in unknown
+        }
 
 
 def _first_problem(error: ValidationError) -> str:

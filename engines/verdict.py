@@ -92,7 +92,7 @@ def heatmap(anomaly_map: NDArray[np.float32], scale: Scale, size: int) -> NDArra
 
     Upsampled and smoothed as anomalib's AnomalyMapGenerator does; `size` is the model's input side.
     """
-    smooth = cv2.resize(anomaly_map, (size, size), interpolation=cv2.INTER_LINEAR)
+    smooth = cv2.resize(anomaly_map, (size, size), interpolation=cv2.INTER_NEAREST)
     smooth = cv2.GaussianBlur(smooth, (0, 0), BLUR_SIGMA)
     span = scale.raw_max - scale.raw_min
     heat: NDArray[np.float32] = np.clip((smooth - scale.threshold_auto) / span + 0.5, 0, 1)

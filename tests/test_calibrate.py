@@ -47,10 +47,11 @@ def test_the_threshold_lies_half_way_between_groups_that_do_not_overlap() -> Non
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("gap", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("gap", [1.5, 2.5, 4.0])
 def test_no_other_threshold_has_a_better_f1(seed: int, gap: float) -> None:
     normal, defective = drawn(seed, gap)
     found = calibrate(normal, defective)
+    assert found.method == "best_f1"
     everywhere = np.r_[normal, defective].astype(np.float64)
     best = max(f1_above(t, normal, defective) for t in [everywhere.min() - 1, *everywhere])
     assert f1_above(found.threshold, normal, defective) == pytest.approx(best)
@@ -67,7 +68,7 @@ def test_it_reaches_the_f1_of_scikit_learn_and_of_anomalib(seed: int) -> None:
     assert found.f1 == pytest.approx(
         float(np.nanmax(2 * precision * recall / (precision + recall)))
     )
-    theirs = F1AdaptiveThreshold()
+    theirs = F1AdaptiveThreshold(fields=["pred_score", "gt_label"])
     theirs.update(torch.from_numpy(everything), torch.from_numpy(truth))
     # Theirs is a defect's own score, which is an anomaly at `>=`: ours is the same split at `>`.
     at_or_above = everything >= theirs.compute().numpy()
@@ -150,9 +151,22 @@ def test_the_meta_json_it_writes_judges_normals_normal_and_defects_anomaly(
     assert Calibration(**written.calibration).threshold == written.image_threshold_auto
 
 
-def test_defects_that_score_below_normals_still_give_a_model_that_can_be_written() -> None:
-    found = calibrate(scores(5, 6, 7), scores(1, 2))
-    assert found.auroc == 0
-    assert found.misses == 0  # the best F1 is to reject everything: the report says how many
-    assert found.false_rejects == 3
-    assert found.raw_min < found.raw_max
+@pytest.mark.parametrize("seed", range(10))
+def test_defects_that_cannot_be_told_from_normals_do_not_stop_the_line(seed: int) -> None:
+    normal, defective = drawn(seed, gap=-1.0)
+    found = calibrate(normal, defective)
+    assert found.method == "prediction_limit"
+    assert found.threshold == calibrate(normal, NONE).threshold
+    assert found.auroc is not None
+    assert found.auroc < 0.6
+    assert found.false_rejects == int((normal > found.threshold).sum()) <= 1
+    assert found.misses == int((defective <= found.threshold).sum())
+    assert found.raw_min <= min(normal.min(), defective.min())
+    assert found.raw_max >= max(normal.max(), defective.max())
+
+
+def test_at_most_half_of_the_normals_may_pay_for_a_better_f1() -> None:
+    half = calibrate(scores(1, 2, 5, 6), scores(4, 7, 8))
+    assert (half.method, half.false_rejects) == ("best_f1", 2)
+    more = calibrate(scores(1, 4.5, 5, 6), scores(4, 7, 8))
+    assert more.method == "prediction_limit"

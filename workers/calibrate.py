@@ -124,7 +124,9 @@ def _prediction_limit(normal: NDArray[np.float32]) -> Calibration:
             " train/, or put normal images into test/<category>/normal."
         )
     scores = normal.astype(np.float64)
-    spread = max(float(scores.std(ddof=1)), 1e-6 * abs(float(scores.mean())) + 1e-12)
+    spread = float(scores.std(ddof=1))
+    if scores.min() == scores.max():
+        raise BadDataset("All normal images score alike: check that they are not copies of one.")
     factor = float(student_t.ppf(1 - FALSE_REJECTS, n - 1)) * math.sqrt(1 + 1 / n)
     threshold = float(scores.mean()) + factor * spread
     low = float(scores.min())

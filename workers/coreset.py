@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 DIMENSIONS = 32  # of the projection that rules most rows out; more costs more than it rules out
+ROUNDING = 1e-6  # of the largest squared length: equal rows may seem that far apart in float32
 
 Report = Callable[[int, int], None]  # rows chosen, rows to choose at the most
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,9 +73,10 @@ def k_centre_greedy(
     else:
         nearest = covered_to.square()
         centre = int(nearest.argmax())
+    noise = ROUNDING * float(square.max())
     chosen: list[int] = []
     bound = torch.empty_like(square)
-    while len(chosen) < count and nearest[centre] > stop_radius**2:
+    while len(chosen) < count and nearest[centre] > max(stop_radius**2, noise):
         chosen.append(centre)
         torch.mv(sketch, sketch[centre], out=bound)
         bound.mul_(-2).add_(square).add_(square[centre])
@@ -85,7 +88,8 @@ def k_centre_greedy(
         if len(chosen) % 64 == 0 and len(chosen) < count:
             report(len(chosen), count)
     report(len(chosen), len(chosen))
-    return torch.tensor(chosen, dtype=torch.long), float(nearest.max().sqrt())
+    farthest = float(nearest.max())
+    return torch.tensor(chosen, dtype=torch.long), math.sqrt(farthest) if farthest > noise else 0.0
 
 
 def _sketch(rows: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

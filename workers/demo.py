@@ -52,10 +52,8 @@ def demo(folder: Path, port: int, once: bool, progress: Progress) -> None:
     progress.say(f"4/4  starting the server on port {port}")
     with _Server(engine, port) as server:
         _inspect(server, data)
-        if once:
-            return
-        print("\nThe server runs until Ctrl-C.", flush=True)
-        server.wait()
+        if not once:
+            server.run_until_stopped()
 
 
 def _learn(data: Path, models: Path, progress: Progress) -> Path:
@@ -148,9 +146,10 @@ class _Server:
             time.sleep(0.1)
         raise RuntimeFailed(f"The server was not ready within {START_LIMIT_S:.0f} s.")
 
-    def wait(self) -> None:
-        """Until it ends, or Ctrl-C."""
+    def run_until_stopped(self) -> None:
+        """Until Ctrl-C, or until it ends by itself."""
         try:
+            print("\nThe server runs until Ctrl-C.", flush=True)
             self._process.wait()
         except KeyboardInterrupt:
             print("Stopping.", flush=True)

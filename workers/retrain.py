@@ -115,7 +115,7 @@ def _learn(
     held = [] if len(category.test_normal) >= 2 else _held_out(category.train)
     first = [path for path in category.train if path not in held]
     learn(kind.train if request.load_bank is None else kind.update, first)
-    normal, normal_scores = verify(category.test_normal or held)
+    normal, normal_scores = verify([*category.test_normal, *held])
     defective, defective_scores = verify(category.test_anomaly)
     calibration = calibrate(normal_scores, defective_scores)
     golden = Golden.choose(normal, normal_scores, defective, defective_scores)
@@ -124,7 +124,7 @@ def _learn(
     return _Learned(
         calibration,
         golden,
-        [path for source in read for path in source.used if path in category.train],
+        sorted({path for source in read for path in source.used} & set(category.train)),
         {str(path): why for source in read for path, why in source.broken.items()},
         seconds,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ _PREFIXES = (
     "",
 )
 
+# Where the objects come from that Lightning checkpoints carry beside their weights. None of them is
+# ever made: each name gets `_LeftOut` in its place.
+_LEFT_OUT = (
+    "anomalib.",
+    "lightning.",
+    "omegaconf.",
+    "pathlib.",
+    "pytorch_lightning.",
+    "torch.nn.modules.",
+    "torchmetrics.",
+    "torchvision.",
+)
+
 
 def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> TimmFeatureExtractor:
     """Build a frozen feature extractor: images (N, 3, S, S) -> {layer: (N, C, h, w)}.
@@ -51,6 +65,8 @@ def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> T
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module: TimmFeatureExtractor = _create(backbone, layers, pretrained=weights is None)
+    if hasattr(module.feature_extractor, "reset_classifier"):
+        module.feature_extractor.reset_classifier(0)  # a whole ViT stands there: drop its head
     if weights is not None and str(weights) != UNTRAINED:
         load_weights(module.feature_extractor, read_weights(Path(weights)), str(weights), backbone)
     module.eval().requires_grad_(False)
@@ -63,13 +79,31 @@ def _check_layers(backbone: str, layers: list[str]) -> None:
         near = timm.list_models(f"*{backbone.split('_')[0][:6]}*")[:5]
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise BadMeta(f"timm has no backbone named {backbone!r}.{hint}")
-    if "vit" in backbone.lower():
-        return  # anomalib takes `blocks.N` of these and checks them itself
-    probe = timm.create_model(backbone, pretrained=False, features_only=True, exportable=True)
-    known = [info["module"] for info in probe.feature_info.info]
+    known = _blocks(backbone) if "vit" in backbone.lower() else _stages(backbone)
     unknown = [layer for layer in layers if layer not in known]
     if unknown:
         raise BadMeta(f"{backbone} has no layer {', '.join(unknown)}: it has {', '.join(known)}.")
+
+
+def _stages(backbone: str) -> list[str]:
+    try:
+        probe = timm.create_model(backbone, pretrained=False, features_only=True, exportable=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise BadMeta(f"timm cuts no features out of {backbone}: {error}.") from error
+    return [info["module"] for info in probe.feature_info.info]
+
+
+def _blocks(backbone: str) -> list[str]:
+    """Layers of what anomalib takes for a plain vision transformer: all with `vit` in the name."""
+    probe = timm.create_model(backbone, pretrained=False)
+    if not hasattr(getattr(probe, "patch_embed", None), "patch_size") or not hasattr(
+        probe, "blocks"
+    ):
+        raise BadMeta(
+            f"anomalib reads every backbone with 'vit' in its name as a plain vision transformer,"
+            f" and {backbone} is none: choose another, such as mobilenetv2_100."
+        )
+    return [f"blocks.{index}" for index in range(len(probe.blocks))]
 
 
 def _create(backbone: str, layers: list[str], *, pretrained: bool) -> TimmFeatureExtractor:
@@ -114,6 +148,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise BadWeights(f"{path} does not exist: --pretrained_pth takes a file of weights.")
     try:
         content = _load(path)
+    except BadWeights:
+        raise
     except Exception as error:  # torch.load lets any unpickling error through
         raise BadWeights(
             f"{path} is not a file of weights that is safe to load: {str(error).splitlines()[0]}"
@@ -130,7 +166,37 @@ def _load(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        foreign = _foreign_names(path)
+    unknown = [name for name in foreign if not name.startswith(_LEFT_OUT)]
+    if unknown or not foreign:
+        raise BadWeights(
+            f"{path} is not loaded: it holds more than weights"
+            f" ({', '.join(unknown[:3]) or 'unreadable data'}), which could run code."
+            " Save the model's state_dict() alone, or use .safetensors."
+        )
+    with torch.serialization.safe_globals([(_LeftOut, name) for name in foreign]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """Classes and functions that a checkpoint wants, besides those of tensors; runs nothing."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # not a zip: written by a torch older than 1.6
+        return []
+
+
+class _LeftOut:
+    """Stands in a Lightning checkpoint where its hyper-parameters hold objects; does nothing."""
+
+    def __new__(cls, *_args: Any) -> _LeftOut:
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
 
 
 def load_weights(

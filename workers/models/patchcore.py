@@ -5,6 +5,7 @@ anomalib makes the embeddings. The coreset and the search in the bank are ours.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from engines.bundle import read_bank, read_coverage_radius, write_bank
 from engines.errors import BadBundle, BadDataset, BadMeta
+from engines.files import write_atomically
 from engines.meta import Meta
 from workers.coreset import k_centre_greedy
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
@@ -110,8 +112,22 @@ class PatchCore(nn.Module):
 
 
 def build(meta: Meta, weights: str | Path | None) -> PatchCore:
-    """The model with its backbone and no bank yet; see `backbone.extractor` for `weights`."""
-    return PatchCore(meta, weights)
+    """The model with its backbone and no bank yet; see `backbone.extractor` for `weights`.
+
+    Raises:
+        BadMeta: the backbone or its layers are unknown, or cannot take images of that size.
+        BadWeights: the weights are not to be had or do not fit.
+    """
+    model = PatchCore(meta, weights)
+    size = meta.image_size
+    try:
+        with torch.inference_mode():
+            embedding, _ = model.embed(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise BadMeta(f"{meta.backbone} cannot take images of {size} x {size}: {error}.") from error
+    if embedding.shape[2] != model.channels():
+        raise BadMeta(f"{meta.backbone} gives features in a form that anomalib does not read.")
+    return model
 
 
 def load(model: PatchCore, path: Path) -> None:
@@ -205,7 +221,9 @@ def save(model: PatchCore, meta: Meta, folder: Path) -> list[str]:
         "layers": meta.layers,
         "state_dict": model.features.feature_extractor.state_dict(),
     }
-    torch.save(content, folder / meta.weights_pth)
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk into a RuntimeError
+    torch.save(content, buffer)
+    write_atomically(folder / meta.weights_pth, buffer.getvalue())
     bank = model.bank.embeddings.numpy()
     write_bank(folder / meta.memory_bank, bank, model.bank.coverage_radius)
     return [meta.weights_pth, meta.memory_bank]

@@ -1,0 +1,1 @@
+"""How fast Kensa serves and learns, beside anomalib on the same data in the same run."""

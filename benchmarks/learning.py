@@ -1,0 +1,233 @@
+"""How fast and how well we learn: coreset beside anomalib's, update beside training anew.
+
+    python -m benchmarks.learning [--quick]
+
+docs/benchmarks.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.common import (
+    BACKBONE,
+    LAYERS,
+    RATIO,
+    SIDE,
+    Subject,
+    embeddings,
+    find_subject,
+    phase,
+    pictures,
+    print_load,
+    print_machine,
+    print_table,
+    require_train_extra,
+    times,
+)
+
+TURNS = 3
+UPDATE_SHARE = 4  # one in four of the training images comes later
+WARM_UP = 4  # images: the first call of a network takes longer
+CHUNK = 1024  # patches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="a quarter of the training images")
+    flags = parser.parse_args()
+    require_train_extra()
+    with tempfile.TemporaryDirectory() as folder:
+        subject = find_subject(Path(folder))
+        if flags.quick:
+            train = subject.category.train[::4]
+            subject = replace(subject, category=replace(subject.category, train=train))
+        compare(subject)
+
+
+def compare(subject: Subject) -> None:
+    """Both comparisons, each with its table."""
+    print_machine(["anomalib", "torch", "numpy"])
+    print(f"{subject.words}, {BACKBONE} {'+'.join(LAYERS)}, {SIDE} px, coreset ratio {RATIO}")
+    with phase("pictures to test with"):
+        category = subject.category
+        test = _Test(pictures(category.test_normal), pictures(category.test_anomaly))
+    compare_coresets(subject, test)
+    compare_update(subject, test)
+    print()
+    print_load("after")
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Test pictures, each (n, SIDE, SIDE, 3)."""
+
+    normal: NDArray[np.uint8]
+    defective: NDArray[np.uint8]
+
+    def verify(self, model: Any) -> Any:
+        """What verification in retrain.py does: score all, find the threshold."""
+        from workers.calibrate import calibrate
+        from workers.models import patchcore
+
+        scores = [patchcore.scores(model, [group]) for group in (self.normal, self.defective)]
+        return calibrate(*scores)
+
+
+# ---- coreset -------------------------------------------------------------------------------------
+
+
+def compare_coresets(subject: Subject, test: _Test) -> None:
+    """The same patches to the same number of rows: ours, anomalib's, ours again."""
+    import torch
+
+    from workers.models import patchcore
+
+    with phase(f"patches of {len(subject.category.train)} images"):
+        model = patchcore.build(subject.meta, subject.weights)
+        patches = embeddings(model, pictures(subject.category.train))
+    count = int(len(patches) * RATIO)
+    seconds: dict[str, list[float]] = {}
+    chosen: dict[str, Any] = {}
+    for name, choose in (("ours", _ours), ("anomalib", _anomalibs), ("ours", _ours)):
+        with phase(f"coreset: {name}, {len(patches):,} to {count:,}"):
+            began = time.perf_counter()
+            chosen[name] = choose(patches, count)
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+    rows = []
+    base = statistics.median(seconds["anomalib"])
+    wide = _radius(patches, patches[chosen["anomalib"]])
+    threads = {"ours": 1, "anomalib": torch.get_num_threads()}
+    for name in ("anomalib", "ours"):
+        bank = patches[chosen[name]]
+        with phase(f"AUROC of the bank of {name}"):
+            model.bank = patchcore.Bank(bank, 0.0)
+            auroc = test.verify(model).auroc
+        median, radius = statistics.median(seconds[name]), _radius(patches, bank)
+        row = [name, str(threads[name]), f"{len(bank):,}", f"{median:.2f}", times(base / median)]
+        rows.append([*row, f"{radius:.4f}", f"{radius / wide:.3f}", f"{auroc:.4f}"])
+    head = ["coreset", "threads", "rows", "seconds", "speed", "coverage radius", "radius ratio"]
+    print_table(f"Coreset of {len(patches):,} patches", [*head, "image AUROC"], rows)
+
+
+def _ours(patches: Any, count: int) -> Any:
+    from workers.coreset import k_centre_greedy
+
+    return k_centre_greedy(patches, count)[0]
+
+
+def _anomalibs(patches: Any, count: int) -> Any:
+    import torch
+    from anomalib.models.components import KCenterGreedy
+
+    torch.manual_seed(0)  # it begins with a random row
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        sampler = KCenterGreedy(patches, sampling_ratio=RATIO)
+        return torch.tensor(sampler.select_coreset_idxs())
+
+
+def _radius(patches: Any, bank: Any) -> float:
+    """The largest distance of any patch to the bank, feature units; in float64, for both alike."""
+    import torch
+
+    bank = bank.double()
+    chunks = torch.split(patches, CHUNK)
+    return max(float(torch.cdist(chunk.double(), bank).amin(dim=1).max()) for chunk in chunks)
+
+
+# ---- update --------------------------------------------------------------------------------------
+
+
+def compare_update(subject: Subject, test: _Test) -> None:
+    """Training on all images, beside the update of a bank that knows three in four."""
+    from workers.models import patchcore
+
+    paths = subject.category.train
+    later = paths[UPDATE_SHARE - 1 :: UPDATE_SHARE]
+    first = [path for path in paths if path not in later]
+    model = patchcore.build(subject.meta, subject.weights)
+    embeddings(model, pictures(first[:WARM_UP]))
+    with phase(f"a bank of {len(first)} images"):
+        _learn(patchcore.train, model, subject, first)
+    known = model.bank
+    works = {
+        f"train on {len(paths)}": lambda: _learn(patchcore.train, model, subject, paths),
+        f"update {len(first)} with {len(later)}": lambda: _update(model, subject, known, later),
+    }
+    results: dict[str, list[_Result]] = {name: [] for name in works}
+    for turn in range(TURNS):
+        for name, work in works.items():
+            with phase(f"{name}, turn {turn + 1} of {TURNS}"):
+                results[name].append(_timed(work, model, test, pictures(first)))
+    _print_update(results)
+
+
+def _learn(how: Callable[..., None], model: Any, subject: Subject, paths: list[Path]) -> None:
+    """As retrain.py does it, from files to a bank."""
+    from workers.dataset import Images
+    from workers.progress import Progress
+
+    silent = Progress(quiet=True)
+    how(model, subject.meta, Images(paths, SIDE, 4, subject.meta.bit_depth, silent), silent)
+
+
+def _update(model: Any, subject: Subject, known: Any, later: list[Path]) -> None:
+    from workers.models import patchcore
+
+    model.bank = known
+    _learn(patchcore.update, model, subject, later)
+
+
+@dataclass(frozen=True)
+class _Result:
+    learn: float  # seconds
+    verify: float  # seconds
+    rows: int
+    auroc: float
+    rejected: int  # of the images learned first
+
+
+def _timed(work: Callable[[], None], model: Any, test: _Test, first: Any) -> _Result:
+    from workers.models import patchcore
+
+    began = time.perf_counter()
+    work()
+    learned = time.perf_counter()
+    calibration = test.verify(model)
+    verified = time.perf_counter()
+    rejected = int((patchcore.scores(model, [first]) > calibration.threshold).sum())
+    rows, auroc = len(model.bank.embeddings), calibration.auroc
+    return _Result(learned - began, verified - learned, rows, auroc, rejected)
+
+
+def _print_update(results: dict[str, list[_Result]]) -> None:
+    rows = []
+    base: tuple[float, float] | None = None
+    for name, found in results.items():
+        learn = statistics.median(one.learn for one in found)
+        whole = statistics.median(one.learn + one.verify for one in found)
+        base = base or (learn, whole)
+        row = [name, f"{learn:.2f}", f"{learn / base[0]:.3f}", f"{whole:.2f}"]
+        last = found[-1]
+        row += [f"{whole / base[1]:.3f}", f"{last.rows:,}", f"{last.auroc:.4f}"]
+        rows.append([*row, str(last.rejected)])
+    head = ["work", "learn s", "ratio", "with verification s", "ratio", "rows", "image AUROC"]
+    print_table("Update beside training anew", [*head, "known normals rejected"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""`make demo`, as a newcomer runs it: on a machine without internet and without weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from engines.bundle import Bundle
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def offline(folder: Path) -> dict[str, str]:
+    """An environment in which no pretrained weights are to be had."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "no-weights")}
+
+
+def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet(
+    tmp_path: Path, port: int
+) -> None:
+    done = subprocess.run(
+        ["make", "demo", f"VENV={sys.prefix}", f"ARGS=--once --port {port} --folder {tmp_path}"],
+        cwd=ROOT,
+        env=offline(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = dict(re.findall(r"^(good part|bad part) +\S+ +(Normal|Anomaly) ", done.stdout, re.M))
+    assert verdicts == {"good part": "Normal", "bad part": "Anomaly"}
+    assert re.search(rf"curl -F file=@\S+/stain_00.png http://127.0.0.1:{port}/infer", done.stdout)
+    assert f"http://127.0.0.1:{port}/docs" in done.stdout
+    said = [line for line in done.stderr.splitlines() if "untrained backbone" in line]
+    assert len(said) == 1
+    assert "misses fine defects" in said[0]
+    Bundle.open(tmp_path / "models" / "engine")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_the_demo_stays_up_until_ctrl_c_and_leaves_no_server_behind(
+    tmp_path: Path, port: int
+) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "workers.demo", "--port", str(port), "--folder", str(tmp_path)],
+        cwd=ROOT,
+        env=offline(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # its own group, as a terminal gives it
+    )
+    assert demo.stdout is not None
+    said = ""
+    for line in demo.stdout:
+        said += line
+        if "until Ctrl-C" in line:
+            break
+    assert "until Ctrl-C" in said
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    os.killpg(demo.pid, signal.SIGINT)
+    assert demo.wait(timeout=30) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_a_taken_port_is_said_in_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "app"],
+            cwd=ROOT,
+            env={**os.environ, "KENSA_PORT": str(server.getsockname()[1])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "KENSA_PORT" in done.stderr

@@ -1,0 +1,68 @@
+"""The documentation names all there is, and nothing that there is not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+from engines.meta import Meta
+
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+
+
+def blocks(page: Path) -> list[str]:
+    """The indented or fenced code of a page."""
+    return re.findall(r"^```\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("command", ["retrain.py", "convtrt.py", "bin/patchcore"])
+def test_every_flag_of_a_command_is_documented_and_every_documented_one_exists(
+    command: str,
+) -> None:
+    has = set(re.findall(r"(?<![\w-])--\w+", run(ROOT / command, "--help").stdout)) - {"--help"}
+    part = COMMANDS.split(f"## {command}\n")[1].split("\n## ")[0]
+    assert has == set(re.findall(r"(?<![\w-])--\w+", part.split("| flag |")[1].split("\n\n")[0]))
+
+
+def test_every_key_of_a_patchcore_meta_json_is_documented() -> None:
+    others = {"n_features", "model_size", "latent_dim", "learning_rate", "stats"}
+    table = COMMANDS.split("### meta.json")[1].split("\n## ")[0]
+    missing = [key for key in Meta.model_fields if key not in others and f"`{key}`" not in table]
+    assert not missing
+
+
+def test_every_make_target_is_documented_and_every_documented_one_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"`make (\w+)", COMMANDS))
+    assert named == targets
+
+
+def test_the_japanese_readme_shows_the_same_commands_as_the_english_one() -> None:
+    def commands(name: str) -> list[str]:
+        text = "\n".join(blocks(ROOT / name))
+        return re.findall(r"^(?:\$ )?((?:make|python3|curl|KENSA_\w+=)[^#\n]*[^#\s])", text, re.M)
+
+    assert commands("README.ja.md") == commands("README.md")
+    assert len(commands("README.md")) >= 6
+
+
+def test_the_readmes_name_the_same_pages() -> None:
+    pages = [set(re.findall(r"docs/\w+\.md", (ROOT / name).read_text()))
+             for name in ("README.md", "README.ja.md")]  # fmt: skip
+    assert pages[0] == pages[1] == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_licence_is_apache_2_and_pyproject_says_so() -> None:
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
