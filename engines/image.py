@@ -322,7 +322,11 @@ def _decode_with_cv2(data: bytes) -> Pixels:
     image: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None:
         raise BadImage("The image is damaged: its pixels cannot be decoded.")
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if image.ndim == 3:
+        for top in range(0, len(image), 256):  # in bands: a second whole picture is 48 MB
+            band = image[top : top + 256]
+            band[...] = cv2.cvtColor(band, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def _exif_orientation(exif: bytes) -> int:

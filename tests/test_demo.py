@@ -82,7 +82,7 @@ def test_a_taken_port_is_said_in_one_sentence(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "app"],
             cwd=ROOT,
-            env={**os.environ, "KENSA_PORT": str(server.getsockname()[1])},
+            env={"PATH": os.environ["PATH"], "KENSA_PORT": str(server.getsockname()[1])},
             capture_output=True,
             text=True,
             timeout=60,

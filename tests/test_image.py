@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import time
 import tracemalloc
@@ -527,16 +526,8 @@ def test_resizing_stretches_to_a_contiguous_square() -> None:
 # Photos
 
 
-def photos() -> list[Path]:
-    folder = os.environ.get("KENSA_ASSETS")
-    found = sorted(Path(folder).glob("data/train/alien/*.png")) if folder else []
-    if not found:
-        pytest.skip("set KENSA_ASSETS to the folder of real photos (data/train/alien/*.png)")
-    return found[:5]
-
-
-def test_photos_load_as_cv2_loads_them() -> None:
-    for path in photos():
+def test_photos_load_as_cv2_loads_them(assets: Path) -> None:
+    for path in sorted((assets / "data" / "train" / "alien").glob("*.png"))[:5]:
         plain = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
         assert np.array_equal(decode(path.read_bytes()), plain)
         assert np.array_equal(
