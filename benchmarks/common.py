@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ class Subject:
     meta: Meta
 
 
-def require_train_extra() -> None:
-    """End with one sentence where anomalib or torch is missing."""
+def begin() -> None:
+    """End with one sentence where anomalib or torch is missing; silence deprecation warnings."""
+    warnings.simplefilter("ignore")
     if find_spec("torch") is None or find_spec("anomalib") is None:
         sys.exit("The benchmarks compare with anomalib on torch: pip install -e '.[train]' first.")
 

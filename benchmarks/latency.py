@@ -15,6 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import argparse
 import contextlib
 import http.client
+import io
 import json
 import signal
 import socket
@@ -28,9 +29,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from fastapi import Body, FastAPI, UploadFile
 from numpy.typing import NDArray
 
 from benchmarks.common import (
@@ -39,6 +41,7 @@ from benchmarks.common import (
     ROOT,
     SIDE,
     Subject,
+    begin,
     embeddings,
     find_subject,
     memory_mib,
@@ -47,7 +50,6 @@ from benchmarks.common import (
     print_load,
     print_machine,
     print_table,
-    require_train_extra,
     times,
 )
 
@@ -67,7 +69,7 @@ MIB = 2**20
 
 def main() -> None:
     flags = _flags()
-    require_train_extra()
+    begin()
     if flags.child == "serve":
         serve_anomalib(flags.folder, flags.port)
     elif flags.child:
@@ -105,13 +107,7 @@ def compare(folder: Path, images: int, rows: int, *, skip_http: bool) -> None:
     compare_engines(trained, images)
     if not skip_http:
         compare_servers(trained, images)
-    banks = {}
-    for count in MEMORY_BANKS:
-        small = count <= len(patches)
-        banks[count] = trained if count == rows else None
-        if banks[count] is None and small:
-            banks[count] = _Trained.make(folder / f"{count}", subject, model, patches, count)
-    compare_memory({count: bank for count, bank in banks.items() if bank is not None})
+    compare_memory(_banks(folder, trained, model, patches))
     print()
     print_load("after")
 
@@ -133,14 +129,7 @@ class _Trained:
 
     @classmethod
     def make(cls, folder: Path, subject: Subject, model: Any, patches: Any, rows: int) -> _Trained:
-        import torch
-
-        from workers.models.patchcore import Bank
-
-        if rows > len(patches):
-            sys.exit(f"--bank {rows} is more than the {len(patches)} patches of these pictures.")
-        order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
-        model.bank = Bank(patches[order[:rows]].clone(), 0.0)
+        _give_bank(model, patches, rows)
         with phase(f"bank of {rows:,} rows: calibrate and export with convtrt.py's code"):
             _export_ours(folder, subject, model)
         with phase(f"bank of {rows:,} rows: export with anomalib's to_onnx"):
@@ -148,6 +137,18 @@ class _Trained:
         category = subject.category
         pairs = zip(cycle(category.test_normal), category.test_anomaly, strict=False)
         return cls(folder, rows, [path for pair in pairs for path in pair])
+
+
+def _give_bank(model: Any, patches: Any, rows: int) -> None:
+    """Random patches: a coreset would take minutes, and changes no latency."""
+    import torch
+
+    from workers.models.patchcore import Bank
+
+    if rows > len(patches):
+        sys.exit(f"--bank {rows} is more than the {len(patches)} patches of these pictures.")
+    order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
+    model.bank = Bank(patches[order[:rows]].clone(), 0.0)
 
 
 def _learned(subject: Subject) -> tuple[Any, Any]:
@@ -188,7 +189,8 @@ def _export_anomalib(folder: Path, model: Any) -> None:
     theirs.model.memory_bank = model.bank.embeddings
     # With its default for dynamic_shapes, anomalib 2.7 fixes PatchCore at batch 2: twice the work
     # for one image.
-    with (folder / "to_onnx.log").open("w") as log, contextlib.redirect_stdout(log):
+    chatter = io.StringIO()
+    with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
         theirs.to_onnx(folder / "anomalib", input_size=(SIDE, SIDE), dynamic_shapes=None)
 
 
@@ -448,7 +450,6 @@ def serve_anomalib(folder: Path, port: int) -> None:
 
     import cv2
     import uvicorn
-    from fastapi import Body, FastAPI, File, UploadFile
 
     app = FastAPI()
     score = open_anomalib(folder)
@@ -460,18 +461,18 @@ def serve_anomalib(folder: Path, port: int) -> None:
         with alone:
             return {"score": score(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))}
 
-    # Types as objects: the annotations of this module are text, and FastAPI would look these up
-    # among its globals.
-    def raw(data: Any = Body(media_type="image/png")) -> Any:  # noqa: B008
+    @app.post("/raw")
+    def raw(data: Annotated[bytes, Body(media_type="image/png")]) -> dict[str, float]:
         return inspect(data)
 
-    def form(file: Any = File()) -> Any:  # noqa: B008
+    @app.post("/form")
+    def form(file: UploadFile) -> dict[str, float]:
         return inspect(file.file.read())
 
-    raw.__annotations__["data"], form.__annotations__["file"] = bytes, UploadFile
-    app.post("/raw")(raw)
-    app.post("/form")(form)
-    app.get("/readyz")(dict)
+    @app.get("/readyz")
+    def ready() -> dict[str, float]:
+        return {}
+
     inspect(cv2.imencode(".png", np.zeros((SIDE, SIDE, 3), np.uint8))[1].tobytes())
     uvicorn.run(app, port=port, access_log=False, log_level="warning")
 
@@ -484,7 +485,23 @@ def _child(work: str, folder: Path) -> list[str]:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def compare_memory(banks: dict[int, _Trained]) -> None:
+def _banks(folder: Path, trained: _Trained, model: Any, patches: Any) -> dict[int, Path]:
+    """A folder for each size of bank: what measure_memory opens."""
+    from engines.bundle import ONNX, write_bank
+
+    folders = {}
+    for rows in MEMORY_BANKS:
+        folders[rows] = folder / f"memory-{rows}"
+        folders[rows].mkdir()
+        with phase(f"memory: export with a bank of {rows:,} rows"):
+            _give_bank(model, patches, rows)
+            _export_anomalib(folders[rows], model)
+        write_bank(folders[rows] / "memory_bank.npz", model.bank.embeddings.numpy(), 0.0)
+        (folders[rows] / ONNX).symlink_to(trained.bundle / ONNX)  # the same graph for any bank
+    return folders
+
+
+def compare_memory(banks: dict[int, Path]) -> None:
     """Peak memory of each engine with a small and a large bank, in fresh processes."""
     from engines.runtimes.openvino import cpu_has_bf16
 
@@ -492,7 +509,7 @@ def compare_memory(banks: dict[int, _Trained]) -> None:
     rows = []
     for work in works:
         with phase(f"memory: {work}, banks of {' and '.join(f'{rows:,}' for rows in banks)}"):
-            found = {count: _measured(bank.folder, work) for count, bank in banks.items()}
+            found = {count: _measured(bank, work) for count, bank in banks.items()}
         smallest = min(found)
         for count, memory in found.items():
             row = [work, f"{count:,}", *(f"{memory[key]:.0f}" for key in ("bank", *_PEAKS))]
@@ -538,7 +555,13 @@ def _open_without_cache(folder: Path, work: str, empty: Path) -> Score:
     """As on a machine that has never opened this model."""
     who, precision = work.split()
     if who == "ours":
-        return open_ours(folder / "engine", precision)[0]
+        from engines.bundle import ONNX, read_bank
+        from engines.runtimes.openvino import OpenVINORuntime
+
+        chosen: Any = precision
+        bank = read_bank(folder / "memory_bank.npz")
+        runtime = OpenVINORuntime(folder / ONNX, bank, precision=chosen)
+        return lambda image: float(runtime.infer(image[None])[0][0])
     (empty / "anomalib").symlink_to(folder / "anomalib")
     return open_anomalib(empty)
 

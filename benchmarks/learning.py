@@ -27,6 +27,7 @@ from benchmarks.common import (
     RATIO,
     SIDE,
     Subject,
+    begin,
     embeddings,
     find_subject,
     phase,
@@ -34,7 +35,6 @@ from benchmarks.common import (
     print_load,
     print_machine,
     print_table,
-    require_train_extra,
     times,
 )
 
@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the training images")
     flags = parser.parse_args()
-    require_train_extra()
+    begin()
     with tempfile.TemporaryDirectory() as folder:
         subject = find_subject(Path(folder))
         if flags.quick:
@@ -200,6 +200,10 @@ class _Result:
     auroc: float
     rejected: int  # of the images learned first
 
+    @property
+    def whole(self) -> float:
+        return self.learn + self.verify
+
 
 def _timed(work: Callable[[], None], model: Any, test: _Test, first: Any) -> _Result:
     from workers.models import patchcore
@@ -215,16 +219,17 @@ def _timed(work: Callable[[], None], model: Any, test: _Test, first: Any) -> _Re
 
 
 def _print_update(results: dict[str, list[_Result]]) -> None:
+    base = next(iter(results.values()))
     rows = []
-    base: tuple[float, float] | None = None
     for name, found in results.items():
-        learn = statistics.median(one.learn for one in found)
-        whole = statistics.median(one.learn + one.verify for one in found)
-        base = base or (learn, whole)
-        row = [name, f"{learn:.2f}", f"{learn / base[0]:.3f}", f"{whole:.2f}"]
-        last = found[-1]
-        row += [f"{whole / base[1]:.3f}", f"{last.rows:,}", f"{last.auroc:.4f}"]
-        rows.append([*row, str(last.rejected)])
+        # Ratios within a turn: other work on the machine comes and goes between turns.
+        learn = [one.learn / other.learn for one, other in zip(found, base, strict=True)]
+        whole = [one.whole / other.whole for one, other in zip(found, base, strict=True)]
+        row = [name, f"{statistics.median(one.learn for one in found):.2f}"]
+        row += [f"{statistics.median(learn):.3f}"]
+        row += [f"{statistics.median(one.whole for one in found):.2f}"]
+        row += [f"{statistics.median(whole):.3f}", f"{found[-1].rows:,}"]
+        rows.append([*row, f"{found[-1].auroc:.4f}", str(found[-1].rejected)])
     head = ["work", "learn s", "ratio", "with verification s", "ratio", "rows", "image AUROC"]
     print_table("Update beside training anew", [*head, "known normals rejected"], rows)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,22 @@ class Bundle:
             BadBundle: a file is missing or is not the one that was written with meta.json.
         """
         meta = Meta.read(root / "meta.json")
-        for name, expected in (meta.files or {}).items():
-            check_hash(root / name, expected)
         bundle = cls(root, meta)
+        if meta.files is not None:  # older tools wrote none
+            bundle._check_hashes(meta.files)
         if not bundle.onnx.is_file():
             raise BadBundle(f"{bundle.onnx} does not exist: make it with convtrt.py.")
         return bundle
+
+    def _check_hashes(self, files: dict[str, str]) -> None:
+        for name in (ONNX, self.meta.memory_bank):
+            if name is not None and name not in files:
+                raise BadBundle(
+                    f"{self.root / 'meta.json'} was written without {name}, so the two may be of"
+                    " different trainings: run convtrt.py."
+                )
+        for name, expected in files.items():
+            check_hash(self.root / name, expected)
 
     @property
     def onnx(self) -> Path:
@@ -87,15 +96,9 @@ def read_bank(path: Path) -> NDArray[np.float32]:
     Raises:
         BadBundle: it is missing, is not such a file, or holds no finite matrix.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            bank = file["embeddings"]
-    except FileNotFoundError:
-        raise BadBundle(f"{path} does not exist.") from None
-    except KeyError:
-        raise BadBundle(f"{path} has no array named embeddings, so it is no memory bank.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-        raise BadBundle(f"{path} is not a readable .npz file: {error}.") from None
+    bank = _array(path, "embeddings")
+    if bank is None:
+        raise BadBundle(f"{path} has no array named embeddings, so it is no memory bank.")
     if bank.ndim != 2 or 0 in bank.shape or not np.issubdtype(bank.dtype, np.floating):
         raise BadBundle(
             f"{path}: embeddings must be a float matrix (patches, channels),"
@@ -108,9 +111,28 @@ def read_bank(path: Path) -> NDArray[np.float32]:
 
 
 def read_coverage_radius(path: Path) -> float | None:
-    """The coverage radius that `write_bank` stored, None in files of other makers."""
-    with np.load(path, allow_pickle=False) as file:
-        return float(file["coverage_radius"]) if "coverage_radius" in file else None
+    """The coverage radius that `write_bank` stored, None in files of other makers.
+
+    Raises:
+        BadBundle: the file is missing or damaged.
+    """
+    radius = _array(path, "coverage_radius")
+    if radius is None:
+        return None
+    if radius.shape != () or not np.issubdtype(radius.dtype, np.floating) or not radius >= 0:
+        raise BadBundle(f"{path}: coverage_radius must be a distance, got {radius}.")
+    return float(radius)
+
+
+def _array(path: Path, name: str) -> NDArray[Any] | None:
+    """One array of an .npz, None where it has none of that name. Never unpickles."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file.get(name)
+    except FileNotFoundError:
+        raise BadBundle(f"{path} does not exist.") from None
+    except Exception as error:  # zip and npy readers raise what they like
+        raise BadBundle(f"{path} is not a readable .npz file: {error}.") from error
 
 
 def write_bank(path: Path, embeddings: NDArray[np.float32], coverage_radius: float) -> None:

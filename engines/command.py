@@ -27,7 +27,7 @@ def main(kind: Kind, arguments: list[str] | None = None) -> int:
     try:
         return _inspect_all(kind, flags)
     except KensaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # libraries say paragraphs
         return EXIT_CODE
     except OSError as error:
         print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)

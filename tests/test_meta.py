@@ -126,7 +126,7 @@ def test_a_file_that_was_written_reads_back_the_same(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "value", [1, "検査 line 3", None, [1, {"deep": None}], {"camera": {"gain": None, "id": "A7"}}]
+    "value", [1, True, "検査 line 3", None, [1, {"deep": None}], {"lens": {"gain": None, "id": 7}}]
 )
 def test_unknown_keys_survive_reading_and_writing(value: Any, tmp_path: Path) -> None:
     path = written(tmp_path, {**OLD["patchcore"], "station": value})
@@ -193,7 +193,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("changes, name", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("changes", "name"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_is_refused_by_name(
     changes: dict[str, Any], name: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.bundle import ONNX, read_bank, read_report, write_report
+from engines.bundle import ONNX, REPORT, read_bank, read_report, write_report
 from engines.errors import BadMeta
 from engines.files import sha256, staged
 from engines.image import resize
@@ -80,13 +80,13 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         }
         report["parity"] = agreement
         report["parity_images"] = f"{len(images)} {'of its own images' if golden else NO_GOLDEN}"
-        names = [ONNX, str(meta.memory_bank)]
+        write_report(folder, report)
+        names = [ONNX, str(meta.memory_bank), REPORT]
         shutil.copyfile(bank_path, folder / names[1])
         if golden is not None:
             names.append(golden.write(folder))
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
-        write_report(folder, report)
     progress.say(_about_the_plan(request))
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Progress:
 
     def fail(self, sentence: str) -> None:
         """Say why the work ended without a result; never itself the reason for another error."""
+        sentence = " ".join(sentence.split())  # what libraries say may be a paragraph
         tqdm.write(f"error: {sentence}", file=sys.stderr)
         with contextlib.suppress(OSError):
             self._to_log(f"error: {sentence}")
@@ -39,7 +41,7 @@ class Progress:
     def phase(self, name: str) -> Tick:
         """Begin a phase; call what it returns with (done, total) until both are equal."""
         started = time.monotonic()
-        bar = tqdm(desc=f"{name:<10}", file=sys.stderr, leave=True) if self._bar_on else None
+        bar = _bar(name) if self._bar_on else None
         last = [started]
 
         def tick(done: int, total: int) -> None:
@@ -65,3 +67,9 @@ class Progress:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def _bar(name: str) -> tqdm:
+    # A serial console tells no width; get_terminal_size then says 80, tqdm would draw nothing.
+    width = shutil.get_terminal_size().columns
+    return tqdm(desc=f"{name:<10}", file=sys.stderr, leave=True, ncols=width)

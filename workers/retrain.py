@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bundle import check_hash, write_report
+from engines.bundle import REPORT, check_hash, write_report
 from engines.errors import BadMeta
 from engines.files import sha256, staged
 from engines.meta import Meta
@@ -158,7 +158,7 @@ def _write(
     out_dir: Path, meta: Meta, kind: Any, model: Any, golden: Golden, report: dict[str, Any]
 ) -> None:
     with staged(out_dir) as folder:
-        names = [*kind.save(model, meta, folder), golden.write(folder)]
+        write_report(folder, report)
+        names = [*kind.save(model, meta, folder), golden.write(folder), REPORT]
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
-        write_report(folder, report)

@@ -61,8 +61,8 @@ def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> T
         BadMeta: timm does not know the backbone or the layers.
         BadWeights: the weights are not to be had or do not fit.
     """
-    _check_layers(backbone, layers)
     with torch.random.fork_rng():
+        _check_layers(backbone, layers)
         torch.manual_seed(0)
         module: TimmFeatureExtractor = _create(backbone, layers, pretrained=weights is None)
     if hasattr(module.feature_extractor, "reset_classifier"):
@@ -152,7 +152,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # torch.load lets any unpickling error through
         raise BadWeights(
-            f"{path} is not a file of weights that is safe to load: {str(error).splitlines()[0]}"
+            f"{path} is damaged, or is not a file of weights"
+            f" ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

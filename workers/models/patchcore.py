@@ -103,7 +103,8 @@ class PatchCore(nn.Module):
         features = self.features(x.half() if self.half_backbone else x)
         pooled = {layer: self.pool(feature) for layer, feature in features.items()}
         embedding = PatchcoreModel.generate_embedding(self, pooled).float()  # (N, C, h, w)
-        _, channels, height, width = embedding.shape
+        # int(): the sizes of the graph that is exported are fixed, whatever the backbone does.
+        channels, height, width = (int(side) for side in embedding.shape[1:])
         return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)
 
     def channels(self) -> int:

@@ -1,0 +1,168 @@
+"""Claims about the house itself: what may import what, and what may not stand in it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from engines import errors
+from engines.errors import KensaError
+
+TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}
+# Where somebody works on it, not where it runs: /work and the homes of people.
+SOMEBODYS_PATH = re.compile(r"(?<![\w.:/-])/(?:work|home/\w+|Users/\w+)/")
+BRANCH = re.compile(r"^((?:│   )*)(?:├── |└── )(\w+) +(\d{3})  \S", re.MULTILINE)
+
+
+def modules(package: str) -> list[str]:
+    """The dotted names of all modules of a package, by its files."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The top-level packages that a file imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where an arrow goes"
+            yield str(node.module).split(".")[0]
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# Arrows
+
+
+def test_the_server_and_its_engines_never_load_what_only_training_needs() -> None:
+    """In a process of its own, because the tests themselves import torch."""
+    wanted = modules("app") + modules("engines")
+    assert {"app.main", "app.__main__", "engines.command", "engines.runtimes.openvino"} <= {*wanted}
+    program = (
+        "import importlib, sys\n"
+        f"for name in {wanted}: importlib.import_module(name)\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"app", "engines", "openvino", "numpy"} <= loaded
+    assert not loaded & (TRAINING | {"workers"})
+
+
+@pytest.mark.parametrize("path", files("app") + files("engines"), ids=name)
+def test_no_import_of_training_stands_in_what_serves(path: Path) -> None:
+    """Not even inside a function that the test above does not call."""
+    assert not set(imports(path)) & TRAINING
+
+
+def test_engines_know_neither_the_server_nor_the_workers() -> None:
+    known = {path: set(imports(path)) & {"app", "workers"} for path in files("engines")}
+    assert len(known) > 5
+    assert not any(known.values()), known
+
+
+def test_workers_do_not_know_the_server() -> None:
+    known = {path: set(imports(path)) & {"app"} for path in files("workers")}
+    assert len(known) > 10
+    assert not any(known.values()), known
+
+
+def test_the_server_does_not_know_the_workers() -> None:
+    known = {path: set(imports(path)) & {"workers"} for path in files("app")}
+    assert len(known) > 5
+    assert not any(known.values()), known
+
+
+def test_only_one_runtime_knows_openvino_and_only_its_file_imports_it() -> None:
+    serving = files("app") + files("engines")
+    users = [path for path in serving if "openvino" in set(imports(path))]
+    assert [path.name for path in users] == ["openvino.py"]
+
+
+# Paths
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_path_of_this_machine() -> None:
+    found = []
+    for path in tracked():
+        text = path.read_bytes().decode("utf-8", "replace")
+        paths = {str(ROOT), sys.prefix} if len(ROOT.parts) > 2 else {sys.prefix}
+        if SOMEBODYS_PATH.search(text) or any(f"{name}/" in text for name in paths):
+            found.append(str(path.relative_to(ROOT)))
+    assert not found
+
+
+@pytest.mark.parametrize("where", ["", " ", '"', "=", "("])
+def test_a_path_of_somebody_would_be_found(where: str) -> None:
+    for home in ("work", "home/taro", "Users/hanako"):
+        assert SOMEBODYS_PATH.search(f"{where}/{home}/kensa")
+
+
+# The error tree
+
+
+def drawn() -> dict[str, tuple[str, int]]:
+    """Name -> parent and status, as the docstring of errors.py draws them."""
+    tree: dict[str, tuple[str, int]] = {}
+    line = ["KensaError"]
+    for branch in BRANCH.finditer(errors.__doc__ or ""):
+        bars, name, status = branch.groups()
+        depth = len(bars) // len("│   ") + 1
+        tree[name] = line[depth - 1], int(status)
+        line[depth:] = [name]
+    return tree
+
+
+def defined(base: type[KensaError] = KensaError) -> list[type[KensaError]]:
+    """All errors below `base`, in every module of the server and the engines."""
+    for name in modules("engines") + modules("app"):
+        importlib.import_module(name)
+    return [error for child in base.__subclasses__() for error in (child, *defined(child))]
+
+
+def test_the_tree_in_the_docstring_is_the_tree_of_the_classes() -> None:
+    classes = {error.__name__: (error.__mro__[1].__name__, error.status) for error in defined()}
+    assert len(classes) > 10
+    assert drawn() == classes
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    codes = {error.__name__: vars(error).get("code") for error in [KensaError, *defined()]}
+    assert None not in codes.values(), codes
+    assert len(set(codes.values())) == len(codes)
+    for name, code in codes.items():
+        if name != "KensaError":
+            assert code == re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def test_every_error_says_what_it_means() -> None:
+    for error in defined():
+        assert error.__module__ == "engines.errors", "the tree stands in one file"
+        assert error.__doc__
+        assert 400 <= error.status <= 599
