@@ -128,7 +128,8 @@ def _array(path: Path, name: str) -> NDArray[Any] | None:
     """One array of an .npz, None where it has none of that name. Never unpickles."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return file.get(name)
+            array: NDArray[Any] | None = file.get(name)
+            return array
     except FileNotFoundError:
         raise BadBundle(f"{path} does not exist.") from None
     except Exception as error:  # zip and npy readers raise what they like

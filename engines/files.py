@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -34,12 +36,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 def staged(target: Path) -> Iterator[Path]:
     """A new folder beside `target`; what is in it at the end moves into `target` in one go.
 
-    When the body raises, or the process dies, `target` is as it was. meta.json moves last: it
-    carries the hashes of the others, so a reader that comes in between meets a mixture that it
-    can tell, never one that it would trust.
+    When the body raises, or the process dies before its end, `target` is as it was. After that the
+    files move one by one, meta.json first: it carries the hashes of the others, so whoever reads
+    before the last one meets a mixture that it can tell, even over old files without hashes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    in_use = os.open(staging, os.O_RDONLY)
+    fcntl.flock(in_use, fcntl.LOCK_EX)  # the system gives it back however this process ends
     try:
         staging.chmod(0o755)
         yield staging
@@ -48,12 +53,26 @@ def staged(target: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         if not target.exists():
             staging.rename(target)
-        for path in sorted(staging.glob("*"), key=lambda path: path.name == "meta.json"):
+        for path in sorted(staging.glob("*"), key=lambda path: path.name != "meta.json"):
             path.replace(target / path.name)
         sync_folder(target)
         sync_folder(target.parent)
     finally:
+        os.close(in_use)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the staging folders that killed processes left beside `target`."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*/"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # somebody is at work in it
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

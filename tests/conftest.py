@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+# As the commands set it, before anything loads torch: threads that spin take the other core away.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("KENSA_ASSETS", ROOT.parent / "shared" / "assets"))
 

@@ -3,6 +3,7 @@
     killed.py meta FILE              at each step of Meta.write
     killed.py staged FOLDER          at each step of staged, with a set of files as a model has
     killed.py staged FOLDER KILLS    at KILLS random moments of it
+    killed.py old FOLDER             at each step, over a set of files without hashes
 
 Prints one JSON value per kill: what a reader finds afterwards.
 """
@@ -37,14 +38,15 @@ def main(what: str, path: Path, kills: int = 0) -> None:
         for _ in at_each_step(lambda: new.write(path)):
             show(Meta.read(path).image_threshold)
         return
-    write_set(path, 0)
+    hashed = what != "old"
+    write_set(path, 0, hashed=hashed)
     if kills:
         for _ in at_random(lambda: write_sets(path, range(1, MANY)), kills):
             show(found_in(path))
         return
     for _ in at_each_step(lambda: write_set(path, 1)):
         show(found_in(path))
-        write_set(path, 0)
+        write_set(path, 0, hashed=hashed)
         assert found_in(path) == {"opens": True, "generations": [0]}, "not healed by the next write"
 
 
@@ -53,8 +55,8 @@ def write_sets(target: Path, generations: range) -> None:
         write_set(target, generation)
 
 
-def write_set(target: Path, generation: int) -> None:
-    """A set of files that all say of which generation they are; meta.json carries their hashes."""
+def write_set(target: Path, generation: int, *, hashed: bool = True) -> None:
+    """A set of files that all say of which generation they are, as does meta.json."""
     with staged(target) as folder:
         for name in NAMES:
             (folder / name).write_text(f"{generation} " * 5000)
@@ -62,7 +64,7 @@ def write_set(target: Path, generation: int) -> None:
             {
                 "model": "patchcore", "backbone": "resnet18", "layers": ["layer2"],
                 "coreset_ratio": 0.1, "image_size": 256, "generation": generation,
-                "files": {name: sha256(folder / name) for name in NAMES},
+                "files": {name: sha256(folder / name) for name in NAMES} if hashed else None,
             }
         )  # fmt: skip
         meta.write(folder / "meta.json")

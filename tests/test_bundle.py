@@ -121,7 +121,6 @@ def test_hashes_that_leave_out_what_is_served_are_refused(name: str, own_model: 
         Bundle.open(own_model)
 
 
-@pytest.mark.xfail(reason="workers/convert.py writes no hash of report.json yet", strict=True)
 def test_every_file_that_convtrt_leaves_is_hashed(kensa_model: Path) -> None:
     """report.json too: it decides whether bf16 is allowed."""
     files = {path.name for path in kensa_model.iterdir()} - {"meta.json"}
@@ -308,6 +307,22 @@ def test_a_target_in_a_folder_that_does_not_exist_is_made(tmp_path: Path) -> Non
     assert target.stat().st_mode & 0o777 == 0o755  # a server of another user may read it
 
 
+def test_what_a_killed_process_left_is_removed_and_what_another_works_on_is_not(
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "model"
+    left = tmp_path / ".model.abc123"
+    left.mkdir()
+    (left / "model.onnx").write_text("half of i")
+    with staged(target) as mine:
+        assert not left.exists()
+        with staged(target) as other:
+            assert mine.is_dir()
+            (other / "meta.json").write_text("other")
+        (mine / "meta.json").write_text("mine")
+    assert snapshot(tmp_path) == {"model": None, "model/meta.json": b"mine"}
+
+
 def test_a_write_that_fails_leaves_no_temporary(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     (target / "inside").mkdir(parents=True)
@@ -328,10 +343,10 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 # Being killed
 
 
-def killed(folder: Path, *kills: int) -> list[dict[str, Any]]:
+def killed(folder: Path, *kills: int, what: str = "staged") -> list[dict[str, Any]]:
     """What a reader finds after each kill; see killed.py."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "killed.py", "staged", folder, *map(str, kills)],
+        [sys.executable, ROOT / "tests" / "killed.py", what, folder, *map(str, kills)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -344,6 +359,13 @@ def test_a_process_killed_at_any_step_leaves_no_mixture_that_opens(tmp_path: Pat
         assert state["opens"] == (len(state["generations"]) == 1)
     sets = {tuple(state["generations"]) for state in found}
     assert sets == {(0,), (0, 1), (1,)}  # killed before, within and after the renames
+
+
+def test_nor_where_the_old_files_had_no_hashes(tmp_path: Path) -> None:
+    found = killed(tmp_path / "model", what="old")
+    for state in found:
+        assert state["opens"] == (len(state["generations"]) == 1)
+    assert {tuple(state["generations"]) for state in found} == {(0,), (0, 1), (1,)}
 
 
 def test_a_process_killed_at_any_moment_leaves_no_mixture_that_opens(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ class Progress:
 
 
 def _bar(name: str) -> tqdm:
-    # A serial console tells no width; get_terminal_size then says 80, tqdm would draw nothing.
-    width = shutil.get_terminal_size().columns
-    return tqdm(desc=f"{name:<10}", file=sys.stderr, leave=True, ncols=width)
+    # A serial console says 0 x 0, where tqdm draws nothing; get_terminal_size then says 80 x 24.
+    size = shutil.get_terminal_size()
+    return tqdm(
+        desc=f"{name:<10}", file=sys.stderr, leave=True, ncols=size.columns, nrows=size.lines
+    )

@@ -78,7 +78,10 @@ class OpenVINORuntime:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
         if cache_dir is not None:
             config["CACHE_DIR"] = str(cache_dir)
-        self._request = core.compile_model(model, "CPU", config).create_infer_request()
+        try:
+            self._request = core.compile_model(model, "CPU", config).create_infer_request()
+        except RuntimeError as error:
+            raise BadBundle(f"OpenVINO cannot compile {onnx}: {error}.") from error
 
     @classmethod
     def open(
