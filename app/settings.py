@@ -65,11 +65,12 @@ class Settings(BaseSettings):
         ge=0,
         le=65_535,
     )
-    precision: Literal["auto", "f32", "bf16"] = _setting(
+    precision: Literal["auto", "f32", "mixed", "bf16"] = _setting(
         "auto",
         "",
-        "What the network computes in; auto takes bf16 where the CPU has it and the export found"
-        " it accurate.",
+        "What is computed in: f32 alone, mixed (the first search in the memory bank in bf16) or"
+        " bf16 (the network too). auto takes the fastest that the CPU has and that the export"
+        " found accurate.",
     )
     threads: int = _setting(
         0, "threads", "CPU threads of the inference engine; 0 for all cores.", ge=0, le=1024

@@ -165,6 +165,19 @@ def test_an_update_with_the_same_images_adds_next_to_nothing() -> None:
     assert len(bank_of(model).embeddings) - before <= 1  # the farthest, by rounding
 
 
+def test_a_bank_that_does_not_say_its_coverage_hardly_grows_with_images_it_knows(
+    tmp_path: Path,
+) -> None:
+    pictures = parts(1, 2, 3)
+    model = learned(pictures)
+    before = bank_of(model)
+    np.savez(tmp_path / "memory_bank.npz", embeddings=before.embeddings.numpy())
+    patchcore.load(model, tmp_path / "memory_bank.npz")
+    assert bank_of(model).coverage_radius == pytest.approx(before.coverage_radius, rel=0.2)
+    patchcore.update(model, settings(), [pictures], QUIET)
+    assert len(bank_of(model).embeddings) <= 1.2 * len(before.embeddings)
+
+
 def test_new_normals_score_lower_after_an_update_and_known_ones_no_higher() -> None:
     known, new = parts(1, 2, 3), darker(parts(4, 5, 6))
     model = learned(known)

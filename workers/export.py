@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle
 from engines.meta import Meta
-from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
+from engines.runtimes.openvino import OpenVINORuntime, Precision, cpu_has_bf16
 from engines.verdict import Scale, decide
 
 # Largest relative difference of raw scores from the float32 torch model that is accepted.
 FLOAT32_LIMIT = 1e-3
-HALF_LIMIT = 1e-2  # of a graph or a runtime with half precision in it
+HALF_LIMIT = 1e-2  # of a graph or a runtime with half precision in its backbone
+# A few images do not prove a limit for all: a faster precision must keep half of it on these.
+MARGIN = 0.5
 
 Opset = Literal[17, 18]
 
@@ -80,8 +82,9 @@ def parity(
         half: whether the graph itself holds half precision.
 
     Returns:
-        For `onnx` (the graph as TensorRT gets it), `openvino_f32` and, where the CPU has it,
-        `openvino_bf16`: max_relative, mean_relative, flips (verdicts that change) and ok.
+        For `onnx` (the graph as TensorRT gets it), `openvino_f32` and, where the CPU has bf16,
+        `openvino_mixed` and `openvino_bf16`: max_relative, mean_relative, flips (verdicts that
+        change) and ok.
 
     Raises:
         BadBundle: the graph, or OpenVINO in float32, does not agree.
@@ -101,8 +104,11 @@ def parity(
                 " verdicts flip); nothing was written. Try without --fp16, or another --opset."
             )
     if cpu_has_bf16():
+        if memory_bank is not None:
+            served = _served_scores(path, images, memory_bank, "mixed")
+            report["openvino_mixed"] = _compare(expected, served, meta, MARGIN * limit)
         served = _served_scores(path, images, memory_bank, "bf16")
-        report["openvino_bf16"] = _compare(expected, served, meta, HALF_LIMIT)
+        report["openvino_bf16"] = _compare(expected, served, meta, MARGIN * HALF_LIMIT)
     return report
 
 
@@ -140,7 +146,7 @@ def _served_scores(
     path: Path,
     images: NDArray[np.uint8],
     bank: NDArray[np.float32] | None,
-    precision: Literal["f32", "bf16"],
+    precision: Precision,
 ) -> NDArray[np.float32]:
     """Scores as the server computes them."""
     runtime = OpenVINORuntime(path, bank, precision=precision)

@@ -9,7 +9,7 @@ the search in the memory bank, is built here for the bank at hand, because a CPU
 - It is cut into tiles, so that distances are reduced while they are in the cache and the memory
   for them does not grow with the bank.
 - The few patches that may decide the score are searched again in float32, whatever precision
-  the first search had.
+  the first search had. So the first one may be in bf16, in half the time, and hardly move a score.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
 
-Precision = Literal["auto", "f32", "bf16"]
+# f32: all in float32. mixed: the first search in bf16. bf16: the backbone too.
+Precision = Literal["f32", "mixed", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("bf16", "mixed", "f32")  # fastest first
 
 TILE = 1000  # bank rows per matrix product; (1000, 1024) float32 distances are 4 MB
-CANDIDATES = 8  # patches searched again in float32: reading the bank for 8 costs as much as for 1
+CANDIDATES = 16  # patches searched again in float32: the bank is read once, for one or for 16
 NEIGHBOURS = 9  # anomalib's num_neighbors, fixed by the meaning of the score
 
 
@@ -43,7 +45,7 @@ class OpenVINORuntime:
         onnx: Path,
         memory_bank: NDArray[np.float32] | None = None,
         *,
-        precision: Literal["f32", "bf16"] = "f32",
+        precision: Precision = "f32",
         threads: int = 0,
         cache_dir: Path | None = None,
     ) -> None:
@@ -53,7 +55,7 @@ class OpenVINORuntime:
             onnx: the exported graph.
             memory_bank: (M, C) float32, for a graph that has the input `memory_bank`. Used in
                 place: the caller must not change it.
-            precision: of the backbone and of the first search.
+            precision: of the backbone and of the first search; see `Precision`.
             threads: CPU threads, 0 for all cores.
             cache_dir: where compiled graphs are kept, so that the next start is faster.
 
@@ -63,7 +65,7 @@ class OpenVINORuntime:
         self.precision: str = precision
         core = ov.Core()
         config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
@@ -73,7 +75,8 @@ class OpenVINORuntime:
         self._search: _Search | None = None
         if memory_bank is not None:
             model = _cut_at_embedding(model, onnx, memory_bank)
-            self._search = _Search(core, memory_bank, (height, width), config)
+            search = {**config, "INFERENCE_PRECISION_HINT": "f32" if precision == "f32" else "bf16"}
+            self._search = _Search(core, memory_bank, (height, width), search)
         elif len(model.inputs) != 1:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
         if cache_dir is not None:
@@ -88,11 +91,11 @@ class OpenVINORuntime:
         cls,
         bundle: Bundle,
         *,
-        precision: Precision = "auto",
+        precision: Precision | Literal["auto"] = "auto",
         threads: int = 0,
         cache_dir: Path | None = None,
     ) -> OpenVINORuntime:
-        """Open a bundle; `auto` takes bf16 where the CPU has it and the parity report allows it."""
+        """Open a bundle; `auto` takes the fastest precision that `choose_precision` allows."""
         return cls(
             bundle.onnx,
             bundle.memory_bank(),
@@ -124,10 +127,11 @@ def cpu_has_bf16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def choose_precision(report: dict[str, Any]) -> Literal["f32", "bf16"]:
-    """bf16 where the CPU has it and the export's report.json found it good, else f32."""
-    parity = report.get("parity", {}).get("openvino_bf16", {})
-    return "bf16" if parity.get("ok") is True and cpu_has_bf16() else "f32"
+def choose_precision(report: dict[str, Any]) -> Precision:
+    """The fastest precision that this CPU has and the export's report.json found good."""
+    parity = report.get("parity", {})
+    fast = [name for name in PRECISIONS if parity.get(f"openvino_{name}", {}).get("ok") is True]
+    return fast[0] if fast and cpu_has_bf16() else "f32"
 
 
 def _read(core: ov.Core, onnx: Path) -> ov.Model:
@@ -188,44 +192,54 @@ class _Search:
         self._in_use: list[NDArray[np.uint16]] = []  # OpenVINO does not keep its constants alive
         self._half_norm = 0.5 * np.einsum("mc,mc->m", self._bank, self._bank)  # (M,)
         patches = map_size[0] * map_size[1]
-        self._nearest = core.compile_model(
-            self._nearest_graph(patches, config["INFERENCE_PRECISION_HINT"]), "CPU", config
-        ).create_infer_request()
+        self._in_bf16 = config["INFERENCE_PRECISION_HINT"] == "bf16"
+        graph = self._nearest_in_bf16(patches) if self._in_bf16 else self._nearest_in_f32(patches)
+        self._nearest = core.compile_model(graph, "CPU", config).create_infer_request()
         exact = {**config, "INFERENCE_PRECISION_HINT": "f32"}
         self._scan = core.compile_model(self._scan_graph(), "CPU", exact).create_infer_request()
 
-    def _nearest_graph(self, patches: int, precision: str) -> ov.Model:
+    def _nearest_in_f32(self, patches: int) -> ov.Model:
         """embedding (P, C), the mean taken off -> distance of each patch to the bank (P,)."""
-        channels = self._bank.shape[1]
-        embedding = ops.parameter([patches, channels], np.float32, name="embedding")
-        query = ops.convert(embedding, "bf16") if precision == "bf16" else embedding
+        embedding = ops.parameter([patches, self._bank.shape[1]], np.float32, name="embedding")
         # |e - b|^2 / 2 = |e|^2 / 2 + (|b|^2 / 2 - e.b): only the bracket differs between rows b
         brackets = []
         for start in range(0, len(self._bank), TILE):
-            tile = self._constant(self._bank[start : start + TILE], precision)
-            product = ops.convert(ops.matmul(tile, query, False, True), "f32")  # (tile, P)
+            tile = ops.constant(self._bank[start : start + TILE], shared_memory=True)
+            product = ops.matmul(tile, embedding, False, True)  # (tile, P)
             half_norm = ops.constant(self._half_norm[start : start + TILE, None])
             brackets.append(ops.reduce_min(ops.subtract(half_norm, product), 0))
-        nearest = reduce(ops.minimum, brackets)
         square = ops.reduce_sum(ops.multiply(embedding, embedding), 1)
-        squared = ops.add(square, ops.multiply(nearest, np.float32(2)))
+        squared = ops.add(square, ops.multiply(reduce(ops.minimum, brackets), np.float32(2)))
         return ov.Model([ops.result(ops.sqrt(ops.relu(squared)))], [embedding])
+
+    def _nearest_in_bf16(self, patches: int) -> ov.Model:
+        """Augmented queries (P, C + 4), see `_augment` -> distance of each patch to the bank (P,).
+
+        The product of two augmented rows is |e - b|^2 / 2, summed in float32 and then rounded to
+        bf16. A plain product would be rounded before the norms are added, which loses four times
+        as much where the two nearly cancel.
+        """
+        queries = ops.parameter([patches, self._bank.shape[1] + 4], np.float32, name="queries")
+        in_bf16 = ops.convert(queries, "bf16")
+        halves = []
+        for start in range(0, len(self._bank), TILE):
+            rows = slice(start, start + TILE)
+            bits = _bf16_bits(_augment(-self._bank[rows], self._half_norm[rows], norm_first=True))
+            self._in_use.append(bits)
+            tensor = ov.Tensor(bits, list(bits.shape), ov.Type.bf16)
+            tile = ops.constant(tensor, shared_memory=True)
+            halves.append(ops.reduce_min(ops.matmul(tile, in_bf16, False, True), 0))
+        half = ops.convert(reduce(ops.minimum, halves), "f32")
+        return ov.Model(
+            [ops.result(ops.sqrt(ops.relu(ops.multiply(half, np.float32(2)))))], [queries]
+        )
 
     def _scan_graph(self) -> ov.Model:
         """queries (K, C) -> half the squared distance to every row, less |query|^2 / 2: (M, K)."""
         queries = ops.parameter([-1, self._bank.shape[1]], np.float32, name="queries")
-        product = ops.matmul(self._constant(self._bank, "f32"), queries, False, True)
+        product = ops.matmul(ops.constant(self._bank, shared_memory=True), queries, False, True)
         half_norm = ops.constant(self._half_norm[:, None])
         return ov.Model([ops.result(ops.subtract(half_norm, product))], [queries])
-
-    def _constant(self, rows: NDArray[np.float32], precision: str) -> Any:
-        """Rows as a constant that uses their memory in place."""
-        if precision == "f32":
-            return ops.constant(rows, shared_memory=True)
-        # Round to nearest by adding half of the 16 bits that are cut off.
-        bits = ((rows.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
-        self._in_use.append(bits)
-        return ops.constant(ov.Tensor(bits, list(bits.shape), ov.Type.bf16), shared_memory=True)
 
     def score(
         self, embeddings: NDArray[np.float32]
@@ -235,7 +249,11 @@ class _Search:
         maps = np.empty((len(embeddings), *self._map_size), np.float32)
         for i, embedding in enumerate(embeddings):
             embedding = embedding - self._mean
-            distance = self._nearest.infer([embedding])[0]
+            query = embedding
+            if self._in_bf16:
+                half_norm = 0.5 * np.einsum("pc,pc->p", embedding, embedding)
+                query = _augment(embedding, half_norm, norm_first=False)
+            distance = self._nearest.infer([query])[0]
             maps[i] = distance.reshape(self._map_size)
             likely = np.argsort(distance)[-CANDIDATES:]
             scores[i] = self._image_score(embedding[likely])
@@ -258,3 +276,21 @@ class _Search:
         own = np.linalg.norm(queries[decides] - near)
         weight = 1 - 1 / np.exp(reach - own).sum()
         return float(weight * distance[decides])
+
+
+def _augment(
+    rows: NDArray[np.float32], half_norm: NDArray[np.float32], *, norm_first: bool
+) -> NDArray[np.float32]:
+    """Rows (n, C) with half their squared norms and ones beside them: (n, C + 4).
+
+    The product of a row -b, norm first, and a row e, norm last, is |b|^2 / 2 - e.b + |e|^2 / 2.
+    Each norm takes two columns, one for what bf16 rounds off: together they hold 16 bits of it.
+    """
+    high = (_bf16_bits(half_norm).astype(np.uint32) << 16).view(np.float32)
+    norm, ones = np.stack([high, half_norm - high], axis=1), np.ones((len(rows), 2), np.float32)
+    return np.hstack([rows, norm, ones] if norm_first else [rows, ones, norm])
+
+
+def _bf16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to the nearest bf16, as its 16 bits."""
+    return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)

@@ -145,7 +145,8 @@ def load(model: PatchCore, path: Path) -> None:
             f" and the backbone and layers of meta.json make {channels}."
             " Pass the meta.json that was written with this bank."
         )
-    model.bank = Bank(embeddings, read_coverage_radius(path) or 0.0)
+    radius = read_coverage_radius(path)
+    model.bank = Bank(embeddings, _spacing(embeddings) if radius is None else radius)
 
 
 def train(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) -> None:
@@ -242,6 +243,19 @@ def _embed_all(model: PatchCore, batches: Batches) -> torch.Tensor:
 def _distance(patches: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     """Distance of each patch (n, C) to the nearest row of a bank (M, C): (n,)."""
     return torch.cdist(patches, bank).amin(dim=1)
+
+
+def _spacing(bank: torch.Tensor) -> float:
+    """The coverage radius of a bank that does not say its own.
+
+    k-centre greedy chooses each row at least as far from the others as the radius in the end. So
+    nearly all rows lie farther than that from their nearest neighbour; 1 % for other makers' ways.
+    """
+    if len(bank) < 2:
+        return 0.0
+    chunks = torch.split(bank, CHUNK)
+    nearest = [torch.cdist(rows, bank).topk(2, largest=False).values[:, 1] for rows in chunks]
+    return float(torch.cat(nearest).quantile(0.01))
 
 
 def _ratio(meta: Meta) -> float:
