@@ -75,8 +75,9 @@ class OpenVINORuntime:
         self._search: _Search | None = None
         if memory_bank is not None:
             model = _cut_at_embedding(model, onnx, memory_bank)
-            search = {**config, "INFERENCE_PRECISION_HINT": "f32" if precision == "f32" else "bf16"}
-            self._search = _Search(core, memory_bank, (height, width), search)
+            self._search = _Search(
+                core, memory_bank, (height, width), config, in_bf16=precision != "f32"
+            )
         elif len(model.inputs) != 1:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
         if cache_dir is not None:
@@ -183,6 +184,8 @@ class _Search:
         bank: NDArray[np.float32],
         map_size: tuple[int, int],
         config: dict[str, Any],
+        *,
+        in_bf16: bool,
     ) -> None:
         self._map_size = map_size
         # Distances do not change when both sides move by the mean; smaller numbers lose less
@@ -192,47 +195,53 @@ class _Search:
         self._in_use: list[NDArray[np.uint16]] = []  # OpenVINO does not keep its constants alive
         self._half_norm = 0.5 * np.einsum("mc,mc->m", self._bank, self._bank)  # (M,)
         patches = map_size[0] * map_size[1]
-        self._in_bf16 = config["INFERENCE_PRECISION_HINT"] == "bf16"
-        graph = self._nearest_in_bf16(patches) if self._in_bf16 else self._nearest_in_f32(patches)
+        graph = self._nearest_in_bf16(patches) if in_bf16 else self._nearest_in_f32(patches)
+        # "f32" leaves what is bf16 in the graph as it is, and makes nothing else bf16.
+        config = {**config, "INFERENCE_PRECISION_HINT": "f32"}
         self._nearest = core.compile_model(graph, "CPU", config).create_infer_request()
-        exact = {**config, "INFERENCE_PRECISION_HINT": "f32"}
-        self._scan = core.compile_model(self._scan_graph(), "CPU", exact).create_infer_request()
+        self._scan = core.compile_model(self._scan_graph(), "CPU", config).create_infer_request()
 
     def _nearest_in_f32(self, patches: int) -> ov.Model:
-        """embedding (P, C), the mean taken off -> distance of each patch to the bank (P,)."""
-        embedding = ops.parameter([patches, self._bank.shape[1]], np.float32, name="embedding")
+        """embedding (P, C) -> distance of each patch to the bank (P,)."""
+        embedding, query = self._query(patches)
         # |e - b|^2 / 2 = |e|^2 / 2 + (|b|^2 / 2 - e.b): only the bracket differs between rows b
         brackets = []
         for start in range(0, len(self._bank), TILE):
             tile = ops.constant(self._bank[start : start + TILE], shared_memory=True)
-            product = ops.matmul(tile, embedding, False, True)  # (tile, P)
+            product = ops.matmul(tile, query, False, True)  # (tile, P)
             half_norm = ops.constant(self._half_norm[start : start + TILE, None])
             brackets.append(ops.reduce_min(ops.subtract(half_norm, product), 0))
-        square = ops.reduce_sum(ops.multiply(embedding, embedding), 1)
-        squared = ops.add(square, ops.multiply(reduce(ops.minimum, brackets), np.float32(2)))
-        return ov.Model([ops.result(ops.sqrt(ops.relu(squared)))], [embedding])
+        half = ops.add(_half_square(query, keep_axis=False), reduce(ops.minimum, brackets))
+        return ov.Model([_distance(half)], [embedding])
 
     def _nearest_in_bf16(self, patches: int) -> ov.Model:
-        """Augmented queries (P, C + 4), see `_augment` -> distance of each patch to the bank (P,).
+        """embedding (P, C) -> distance of each patch to the bank (P,), the search in bf16.
 
-        The product of two augmented rows is |e - b|^2 / 2, summed in float32 and then rounded to
-        bf16. A plain product would be rounded before the norms are added, which loses four times
-        as much where the two nearly cancel.
+        Rows carry half their squared norm in columns of their own, so that the product of two is
+        |e - b|^2 / 2, summed in float32 and then rounded to bf16. A plain product would be rounded
+        before the norms are added, which loses four times as much where the two nearly cancel.
+        A norm takes two columns, the second for what bf16 rounds off the first.
         """
-        queries = ops.parameter([patches, self._bank.shape[1] + 4], np.float32, name="queries")
-        in_bf16 = ops.convert(queries, "bf16")
+        embedding, query = self._query(patches)
+        half = _half_square(query, keep_axis=True)  # (P, 1)
+        high = ops.convert(ops.convert(half, "bf16"), "f32")
+        ones = ops.constant(np.ones((patches, 2), np.float32))
+        augmented = ops.concat([query, ones, high, ops.subtract(half, high)], 1)  # (P, C + 4)
+        in_bf16 = ops.convert(augmented, "bf16")
         halves = []
         for start in range(0, len(self._bank), TILE):
             rows = slice(start, start + TILE)
-            bits = _bf16_bits(_augment(-self._bank[rows], self._half_norm[rows], norm_first=True))
+            bits = _augmented_bits(self._bank[rows], self._half_norm[rows])
             self._in_use.append(bits)
             tensor = ov.Tensor(bits, list(bits.shape), ov.Type.bf16)
             tile = ops.constant(tensor, shared_memory=True)
             halves.append(ops.reduce_min(ops.matmul(tile, in_bf16, False, True), 0))
-        half = ops.convert(reduce(ops.minimum, halves), "f32")
-        return ov.Model(
-            [ops.result(ops.sqrt(ops.relu(ops.multiply(half, np.float32(2)))))], [queries]
-        )
+        return ov.Model([_distance(ops.convert(reduce(ops.minimum, halves), "f32"))], [embedding])
+
+    def _query(self, patches: int) -> tuple[Any, Any]:
+        """The parameter embedding (P, C), and the same with the bank's mean taken off."""
+        embedding = ops.parameter([patches, self._bank.shape[1]], np.float32, name="embedding")
+        return embedding, ops.subtract(embedding, ops.constant(self._mean[None]))
 
     def _scan_graph(self) -> ov.Model:
         """queries (K, C) -> half the squared distance to every row, less |query|^2 / 2: (M, K)."""
@@ -248,15 +257,10 @@ class _Search:
         scores = np.empty(len(embeddings), np.float32)
         maps = np.empty((len(embeddings), *self._map_size), np.float32)
         for i, embedding in enumerate(embeddings):
-            embedding = embedding - self._mean
-            query = embedding
-            if self._in_bf16:
-                half_norm = 0.5 * np.einsum("pc,pc->p", embedding, embedding)
-                query = _augment(embedding, half_norm, norm_first=False)
-            distance = self._nearest.infer([query])[0]
+            distance = self._nearest.infer([embedding])[0]
             maps[i] = distance.reshape(self._map_size)
             likely = np.argsort(distance)[-CANDIDATES:]
-            scores[i] = self._image_score(embedding[likely])
+            scores[i] = self._image_score(embedding[likely] - self._mean)
         return scores, maps
 
     def _image_score(self, queries: NDArray[np.float32]) -> float:
@@ -278,17 +282,22 @@ class _Search:
         return float(weight * distance[decides])
 
 
-def _augment(
-    rows: NDArray[np.float32], half_norm: NDArray[np.float32], *, norm_first: bool
-) -> NDArray[np.float32]:
-    """Rows (n, C) with half their squared norms and ones beside them: (n, C + 4).
+def _half_square(rows: Any, *, keep_axis: bool) -> Any:
+    """Half the squared norm of each row of a node."""
+    return ops.multiply(ops.reduce_sum(ops.multiply(rows, rows), 1, keep_axis), np.float32(0.5))
 
-    The product of a row -b, norm first, and a row e, norm last, is |b|^2 / 2 - e.b + |e|^2 / 2.
-    Each norm takes two columns, one for what bf16 rounds off: together they hold 16 bits of it.
-    """
+
+def _distance(half_squared: Any) -> Any:
+    return ops.result(ops.sqrt(ops.relu(ops.multiply(half_squared, np.float32(2)))))
+
+
+def _augmented_bits(
+    bank: NDArray[np.float32], half_norm: NDArray[np.float32]
+) -> NDArray[np.uint16]:
+    """Rows b (n, C) as [-b, norm in two columns, 1, 1] in bf16: the bits of (n, C + 4)."""
     high = (_bf16_bits(half_norm).astype(np.uint32) << 16).view(np.float32)
-    norm, ones = np.stack([high, half_norm - high], axis=1), np.ones((len(rows), 2), np.float32)
-    return np.hstack([rows, norm, ones] if norm_first else [rows, ones, norm])
+    norm, ones = np.stack([high, half_norm - high], axis=1), np.ones((len(bank), 2), np.float32)
+    return _bf16_bits(np.hstack([-bank, norm, ones]))
 
 
 def _bf16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
