@@ -505,7 +505,11 @@ def compare_memory(banks: dict[int, Path]) -> None:
     """Peak memory of each engine with a small and a large bank, in fresh processes."""
     from engines.runtimes.openvino import cpu_has_bf16
 
-    works = ["ours f32", *(["ours mixed", "ours bf16"] if cpu_has_bf16() else []), "anomalib default"]
+    works = [
+        "ours f32",
+        *(["ours mixed", "ours bf16"] if cpu_has_bf16() else []),
+        "anomalib default",
+    ]
     rows = []
     for work in works:
         with phase(f"memory: {work}, banks of {' and '.join(f'{rows:,}' for rows in banks)}"):
