@@ -40,7 +40,6 @@ class Resident:
     meta: Meta
     scale: Scale
     runtime: Runtime
-    bank_rows: int | None  # None for models without a memory bank
 
 
 @dataclass(frozen=True)
@@ -182,25 +181,21 @@ def open_model(settings: Settings) -> Resident:
     began = time.perf_counter()
     bundle = Bundle.open(settings.model_dir)
     scale = Scale.of(bundle.meta)
-    bank = bundle.memory_bank()
-    bank_rows = None if bank is None else len(bank)
-    del bank  # the runtime reads it again; two of them need not be in memory at once
     cache = usable_cache(settings.compiled_dir)
     runtime = OpenVINORuntime.open(
         bundle, precision=settings.precision, threads=settings.threads, cache_dir=cache
     )
     seal_cache(cache)
-    model = Resident(
-        settings.served_name, version_of(bundle), bundle.meta, scale, runtime, bank_rows
-    )
+    model = Resident(settings.served_name, version_of(bundle), bundle.meta, scale, runtime)
     warm_up(model)
+    rows = runtime.bank_rows
     log.info(
         "Loaded %s %s: %s, %d pixels, %s, %s %s, in %.1f s",
         model.name,
         model.version,
         bundle.meta.model,
         runtime.image_size,
-        "no memory bank" if bank_rows is None else f"memory bank of {bank_rows:,}",
+        "no memory bank" if rows is None else f"memory bank of {rows:,}",
         runtime.name,
         runtime.precision,
         time.perf_counter() - began,

@@ -65,12 +65,11 @@ class Settings(BaseSettings):
         ge=0,
         le=65_535,
     )
-    precision: Literal["auto", "f32", "mixed", "bf16"] = _setting(
+    precision: Literal["auto", "f32", "bf16"] = _setting(
         "auto",
         "",
-        "What is computed in: f32 alone, mixed (the first search in the memory bank in bf16) or"
-        " bf16 (the network too). auto takes the fastest that the CPU has and that the export"
-        " found accurate.",
+        "What is computed in: f32, or bf16 (the search in a memory bank, or the network of a model"
+        " without one). auto takes bf16 where the CPU has it and the export found it accurate.",
     )
     threads: int = _setting(
         0, "threads", "CPU threads of the inference engine; 0 for all cores.", ge=0, le=1024

@@ -507,7 +507,7 @@ def compare_memory(banks: dict[int, Path]) -> None:
 
     works = [
         "ours f32",
-        *(["ours mixed", "ours bf16"] if cpu_has_bf16() else []),
+        *(["ours bf16"] if cpu_has_bf16() else []),
         "anomalib default",
     ]
     rows = []

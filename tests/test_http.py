@@ -428,6 +428,7 @@ class FakeRuntime:
     name = "fake"
     precision = "f32"
     image_size = 64
+    bank_rows = None
 
     def __init__(self, score: float) -> None:
         self.score = score
@@ -445,7 +446,7 @@ class FakeRuntime:
 
 def fake_model(score: float) -> Resident:
     meta = Meta(model="vae", latent_dim=8, image_size=64)
-    return Resident("fake", "0", meta, Scale(1.0, 0.0, 2.0, 0.5), FakeRuntime(score), None)
+    return Resident("fake", "0", meta, Scale(1.0, 0.0, 2.0, 0.5), FakeRuntime(score))
 
 
 def test_decoding_and_inferring_have_threads_of_their_own(

@@ -20,12 +20,8 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
 from engines.runtimes import Runtime
-from engines.runtimes.openvino import (
-    TILE,
-    OpenVINORuntime,
-    choose_precision,
-    cpu_has_bf16,
-)
+from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
+from engines.runtimes.openvino_search import TILE
 
 Bank = NDArray[np.float32]
 Images = NDArray[np.uint8]
@@ -42,6 +38,7 @@ class Kind:
     open: Opener
     relative: float  # of a score
     map_error: float  # of a squared distance, as a share of the largest squared norm
+    bankless: float = 1e-3  # relative, of a graph with its score inside
     available: Callable[[], bool] = lambda: True
 
 
@@ -49,11 +46,12 @@ OPENERS = {
     "openvino-f32": Kind(
         lambda onnx, bank: OpenVINORuntime(onnx, bank, precision="f32"), 1e-3, 1e-5
     ),
-    "openvino-mixed": Kind(
-        lambda onnx, bank: OpenVINORuntime(onnx, bank, precision="mixed"), 1e-3, 1e-2, cpu_has_bf16
-    ),
     "openvino-bf16": Kind(
-        lambda onnx, bank: OpenVINORuntime(onnx, bank, precision="bf16"), 1e-2, 1e-2, cpu_has_bf16
+        lambda onnx, bank: OpenVINORuntime(onnx, bank, precision="bf16"),
+        1e-3,
+        1e-2,
+        1e-2,
+        cpu_has_bf16,
     ),
 }
 
@@ -444,8 +442,8 @@ def test_a_model_without_a_bank_gives_its_own_score_and_map(kind: Kind, tmp_path
     runtime.close()
     for image, (scores, maps) in zip(images, found, strict=True):
         assert scores.dtype == maps.dtype == np.float32
-        np.testing.assert_allclose(scores, [image.mean()], rtol=kind.relative)
-        np.testing.assert_allclose(maps[0], image.mean(axis=2), rtol=kind.relative, atol=1)
+        np.testing.assert_allclose(scores, [image.mean()], rtol=kind.bankless)
+        np.testing.assert_allclose(maps[0], image.mean(axis=2), rtol=kind.bankless, atol=1)
 
 
 def test_a_bank_for_a_model_that_takes_none_is_refused(
@@ -496,13 +494,17 @@ def test_the_cache_of_one_training_is_not_taken_for_another(
     assert second != first
 
 
-def test_each_precision_has_its_own_cache(graph: Path, images: Images, bank: Bank) -> None:
-    if not cpu_has_bf16():
-        pytest.skip("this CPU has no bf16")
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16")
+def test_bf16_in_the_search_changes_maps_a_little_and_no_score(
+    graph: Path, images: Images, bank: Bank
+) -> None:
     f32 = OpenVINORuntime(graph, bank, precision="f32")
     bf16 = OpenVINORuntime(graph, bank, precision="bf16")
     assert (f32.precision, bf16.precision) == ("f32", "bf16")
-    assert f32.infer(images[:1])[0][0] != bf16.infer(images[:1])[0][0]  # bf16 is really in use
+    for image in images:
+        (score, exact), (other, rounded) = f32.infer(image[None]), bf16.infer(image[None])
+        assert score == other
+        assert (exact != rounded).any()  # bf16 is really in use
 
 
 @pytest.mark.parametrize(
@@ -512,12 +514,9 @@ def test_bf16_is_not_taken_unless_the_export_found_it_good(report: dict[str, obj
     assert choose_precision(report) == "f32"
 
 
-@pytest.mark.parametrize(("bf16", "taken"), [(True, "bf16"), (False, "mixed")])
-def test_the_fastest_precision_is_taken_that_the_cpu_has_and_the_export_found_good(
-    bf16: bool, taken: str
-) -> None:
-    parity = {"openvino_mixed": {"ok": True}, "openvino_bf16": {"ok": bf16}}
-    assert choose_precision({"parity": parity}) == (taken if cpu_has_bf16() else "f32")
+def test_bf16_is_taken_where_the_cpu_has_it_and_the_export_found_it_good() -> None:
+    parity = {"openvino_bf16": {"ok": True}}
+    assert choose_precision({"parity": parity}) == ("bf16" if cpu_has_bf16() else "f32")
 
 
 # Memory
@@ -548,20 +547,13 @@ def peak_while_inferring(graph: Path, rows: int, precision: str) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize(("precision", "copies"), [("f32", 1.0), ("mixed", 1.5)])
-def test_memory_while_inferring_grows_with_the_bank_and_no_second_copy_of_it(
-    graph: Path, precision: str, copies: float
-) -> None:
-    """With bf16 the first search has its own rows, of half the size.
-
-    Measured with 2,000 and 22,000 rows: 1.3 times the bank in f32 (the rest is what OpenVINO keeps
-    for each tile) and 1.75 in bf16. With constants that OpenVINO copies it is 3.3 in f32, with
-    the bank on the right of the product 3.5.
-    """
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_memory_while_inferring_grows_by_no_more_than_the_bank(graph: Path, precision: str) -> None:
+    """Measured: 0.96 to 1.03 times; with the bank as a constant of a graph, 1.4 to 3.3 times."""
     if precision != "f32" and not cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
     rows = 2_000, 22_000
     small, large = (peak_while_inferring(graph, n, precision) for n in rows)
     of_bank = (rows[1] - rows[0]) * CHANNELS * 4 / 2**20
     assert large - small > 0.9 * of_bank  # or what is measured is not the bank
-    assert large - small < (copies + 0.3) * of_bank + 6
+    assert large - small < 1.1 * of_bank

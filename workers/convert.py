@@ -71,8 +71,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         progress.say(f"comparing with the torch model on {len(images)} images")
         agreement = parity(folder / ONNX, expected, images, bank, meta, half=request.fp16)
         if golden is None:
-            for faster in agreement.keys() & {"openvino_mixed", "openvino_bf16"}:
-                agreement[faster]["ok"] = False
+            agreement.get("openvino_bf16", {})["ok"] = False
         report["export"] = {
             "opset": request.opset,
             "precision": "f16" if request.fp16 else "f32",

@@ -21,7 +21,7 @@ from engines.verdict import Scale, decide
 # Largest relative difference of raw scores from the float32 torch model that is accepted.
 FLOAT32_LIMIT = 1e-3
 HALF_LIMIT = 1e-2  # of a graph or a runtime with half precision in its backbone
-# A few images do not prove a limit for all: a faster precision must keep half of it on these.
+# A few images do not prove a limit for all: bf16 must keep half of it on these.
 MARGIN = 0.5
 
 Opset = Literal[17, 18]
@@ -83,8 +83,7 @@ def parity(
 
     Returns:
         For `onnx` (the graph as TensorRT gets it), `openvino_f32` and, where the CPU has bf16,
-        `openvino_mixed` and `openvino_bf16`: max_relative, mean_relative, flips (verdicts that
-        change) and ok.
+        `openvino_bf16`: max_relative, mean_relative, flips (verdicts that change) and ok.
 
     Raises:
         BadBundle: the graph, or OpenVINO in float32, does not agree.
@@ -104,9 +103,6 @@ def parity(
                 " verdicts flip); nothing was written. Try without --fp16, or another --opset."
             )
     if cpu_has_bf16():
-        if memory_bank is not None:
-            served = _served_scores(path, images, memory_bank, "mixed")
-            report["openvino_mixed"] = _compare(expected, served, meta, MARGIN * limit)
         served = _served_scores(path, images, memory_bank, "bf16")
         report["openvino_bf16"] = _compare(expected, served, meta, MARGIN * HALF_LIMIT)
     return report

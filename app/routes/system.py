@@ -82,7 +82,7 @@ def _described(model: Resident) -> ModelBody:
         runtime=model.runtime.name,
         precision=model.runtime.precision,
         image_size=model.runtime.image_size,
-        bank_rows=model.bank_rows,
+        bank_rows=model.runtime.bank_rows,
     )
 
 

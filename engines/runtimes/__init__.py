@@ -12,11 +12,15 @@ class Runtime(Protocol):
     """One model, open and ready. `infer` is called by one thread at a time."""
 
     name: str  # "openvino"
-    precision: str  # "f32", "bf16" or "f16": what the backbone computes in
+    precision: str  # "f32", "bf16" or "f16"
 
     @property
     def image_size(self) -> int:
         """Side of the square input, pixels."""
+
+    @property
+    def bank_rows(self) -> int | None:
+        """Rows of the memory bank, None for a model without one."""
 
     def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Score images.
