@@ -25,7 +25,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " another one was written with these weights, its thresholds are taken")  # fmt: skip
     add("--memory_bank", type=Path, metavar="F", help="memory bank (patchcore; default: the one"
         " beside the weights)")  # fmt: skip
-    add("--stats", type=Path, metavar="F", help="Gaussian statistics (padim)")
+    add("--stats", type=Path, metavar="F", help="Gaussian statistics (padim; default: those beside"
+        " the weights)")  # fmt: skip
     add("--opset", type=int, choices=(17, 18), default=17, help="ONNX opset (default 17)")
     add("--fp16", action="store_true", help="backbone in half precision; distances stay in float32")
     add("--workspace", type=int, default=4096, metavar="MIB", help="memory that building a plan may"
@@ -34,14 +35,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--use_dla", action="store_true", help="build the plan for DLA (default off; Orin Nano has"
         " none)")  # fmt: skip
     parsed = parser.parse_args(arguments)
-    if parsed.stats is not None and parsed.model != "padim":
-        parser.error(f"--stats is for padim; a {parsed.model} model has none")
+    for flag, model in (("memory_bank", "patchcore"), ("stats", "padim")):
+        if getattr(parsed, flag) is not None and parsed.model != model:
+            parser.error(f"--{flag} is for {model}; a {parsed.model} model has none")
     return parsed
 
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
-    del flags["stats"]
     progress = Progress()
 
     def work() -> None:

@@ -16,28 +16,38 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="retrain.py",
         description="Learn what normal parts look like, from nothing or on top of a model that"
-        " exists. Leaves model.pth, the memory bank, meta.json and report.json in --out_dir.",
+        " exists. Leaves model.pth, the memory bank or statistics, meta.json and report.json in"
+        " --out_dir.",
     )
     add = parser.add_argument
     add("--model", required=True, choices=KINDS)
-    add("--pretrained_pth", metavar="F", help="weights: a model.pth, an anomalib checkpoint, or a"
-        " backbone's .pth or .safetensors. Without it: timm's pretrained weights, from its cache or"
-        " the hub. The word 'untrained' takes random ones")  # fmt: skip
+    add("--pretrained_pth", metavar="F", help="weights: a model.pth, an anomalib checkpoint, a"
+        " backbone's .pth or .safetensors, or an EfficientAD teacher. Without it: timm's pretrained"
+        " weights, from its cache or the hub; anomalib's teacher, from its cache; a VAE from"
+        " nothing. The word 'untrained' takes random ones")  # fmt: skip
     add("--meta_json", type=Path, required=True, metavar="F", help="what to train:"
         " hyper-parameters, image size, thresholds")  # fmt: skip
     add("--category", required=True, metavar="C", help="folder name under D/train and D/test")
     add("--data_root", type=Path, required=True, metavar="D", help="folder with train/ and test/")
-    add("--epochs", type=int, default=1, metavar="N", help="passes over the images; patchcore needs"
-        " one and makes one (default 1)")  # fmt: skip
+    add("--epochs", type=int, default=1, metavar="N", help="passes over the images; patchcore and"
+        " padim need one and make one (default 1)")  # fmt: skip
     add("--batch", type=int, default=4, metavar="N", help="images at once (default 4)")
     add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
     add("--load_bank", type=Path, metavar="F", help="memory bank to keep and add to (patchcore)."
         " Without it the bank is made anew")  # fmt: skip
+    add("--load_stats", type=Path, metavar="F", help="Gaussian statistics to keep and add to"
+        " (padim). Without it they are made anew")  # fmt: skip
+    add("--penalty_dir", type=Path, metavar="D", help="natural images, of anything but the part"
+        " (efficientad): the student learns not to follow the teacher there")  # fmt: skip
     add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
         " (default on)")  # fmt: skip
     parsed = parser.parse_args(arguments)
     if parsed.epochs < 1 or parsed.batch < 1:
         parser.error("--epochs and --batch must be at least 1")
+    for flag, model in (("load_bank", "patchcore"), ("load_stats", "padim"),
+                        ("penalty_dir", "efficientad")):  # fmt: skip
+        if getattr(parsed, flag) is not None and parsed.model != model:
+            parser.error(f"--{flag} is for {model}, not for {parsed.model}")
     return parsed
 
 

@@ -197,10 +197,12 @@ def compare_update(subject: Subject, test: _Test) -> None:
 def _learn(how: Callable[..., None], model: Any, subject: Subject, paths: list[Path]) -> None:
     """As retrain.py does it, from files to a bank."""
     from workers.dataset import Images
+    from workers.models import Training
     from workers.progress import Progress
 
     silent = Progress(quiet=True)
-    how(model, subject.meta, Images(paths, SIDE, 4, subject.meta.bit_depth, silent), silent)
+    images = Images(paths, SIDE, 4, subject.meta.bit_depth, silent)
+    how(model, subject.meta, images, Training(), silent)
 
 
 def _update(model: Any, subject: Subject, known: Any, later: list[Path]) -> None:

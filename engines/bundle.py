@@ -96,7 +96,7 @@ def read_bank(path: Path) -> NDArray[np.float32]:
     Raises:
         BadBundle: it is missing, is not such a file, or holds no finite matrix.
     """
-    bank = _array(path, "embeddings")
+    bank = read_array(path, "embeddings")
     if bank is None:
         raise BadBundle(f"{path} has no array named embeddings, so it is no memory bank.")
     if bank.ndim != 2 or 0 in bank.shape or not np.issubdtype(bank.dtype, np.floating):
@@ -116,7 +116,7 @@ def read_coverage_radius(path: Path) -> float | None:
     Raises:
         BadBundle: the file is missing or damaged.
     """
-    radius = _array(path, "coverage_radius")
+    radius = read_array(path, "coverage_radius")
     if radius is None:
         return None
     if radius.shape != () or not np.issubdtype(radius.dtype, np.floating) or not radius >= 0:
@@ -124,7 +124,7 @@ def read_coverage_radius(path: Path) -> float | None:
     return float(radius)
 
 
-def _array(path: Path, name: str) -> NDArray[Any] | None:
+def read_array(path: Path, name: str) -> NDArray[Any] | None:
     """One array of an .npz, None where it has none of that name. Never unpickles."""
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -44,6 +44,8 @@ class Meta(BaseModel):
     layers: list[str] | None = Field(None, min_length=1)
     coreset_ratio: float | None = Field(None, gt=0, le=1)
     n_features: int | None = Field(None, ge=1)
+    channel_choice: Literal["random", "steady"] | None = None  # of n_features; random if absent
+    channel_seed: int | None = Field(None, ge=0)  # of the random choice; 0 if absent
     model_size: Literal["small", "medium"] | None = None
     latent_dim: int | None = Field(None, ge=1)
     learning_rate: float | None = Field(None, gt=0)

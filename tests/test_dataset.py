@@ -15,7 +15,7 @@ from engines.errors import BadDataset
 from engines.meta import Meta
 from tests.conftest import PATCHCORE
 from workers.dataset import Category, Images, measure_bit_depth
-from workers.models import patchcore
+from workers.models import Training, patchcore
 from workers.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -165,7 +165,7 @@ def test_where_all_images_are_broken_there_is_nothing_to_learn(tmp_path: Path) -
     source = images(paths)
     meta = Meta.model_validate(PATCHCORE)
     with pytest.raises(BadDataset, match="no usable training image"):
-        patchcore.train(patchcore.build(meta, "untrained"), meta, source, QUIET)
+        patchcore.train(patchcore.build(meta, "untrained"), meta, source, Training(), QUIET)
     assert len(source.broken) == 3
 
 

@@ -25,7 +25,7 @@ from engines.image import resize
 from engines.meta import Meta
 from tests.conftest import PATCHCORE
 from workers.export import FLOAT32_LIMIT, Opset, export_onnx, parity
-from workers.models import patchcore
+from workers.models import Training, patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
 from workers.models.patchcore import Bank, PatchCore
 from workers.progress import Progress
@@ -56,7 +56,7 @@ def darker(pictures: Pictures) -> Pictures:
 def learned(pictures: Pictures, **changes: Any) -> PatchCore:
     meta = settings(**changes)
     model = patchcore.build(meta, "untrained")
-    patchcore.train(model, meta, [pictures], QUIET)
+    patchcore.train(model, meta, [pictures], Training(), QUIET)
     return model
 
 
@@ -139,7 +139,7 @@ def test_an_update_keeps_every_known_row_first_and_unchanged() -> None:
     model = learned(parts(1, 2, 3))
     before = bank_of(model)
     known = before.embeddings.clone()
-    patchcore.update(model, settings(), [darker(parts(4, 5))], QUIET)
+    patchcore.update(model, settings(), [darker(parts(4, 5))], Training(), QUIET)
     after = bank_of(model)
     assert len(after.embeddings) > len(known)
     assert torch.equal(after.embeddings[: len(known)], known)
@@ -149,7 +149,7 @@ def test_an_update_keeps_every_known_row_first_and_unchanged() -> None:
 def test_an_update_adds_only_patches_that_were_not_covered() -> None:
     model, new = learned(parts(1, 2, 3)), darker(parts(4, 5))
     before = bank_of(model)
-    patchcore.update(model, settings(), [new], QUIET)
+    patchcore.update(model, settings(), [new], Training(), QUIET)
     added = bank_of(model).embeddings[len(before.embeddings) :]
     distance = torch.cdist(added.double(), before.embeddings.double()).amin(1)
     assert float(distance.min()) > before.coverage_radius * (1 - 1e-4)
@@ -161,7 +161,7 @@ def test_an_update_with_the_same_images_adds_next_to_nothing() -> None:
     pictures = parts(1, 2, 3)
     model = learned(pictures)
     before = len(bank_of(model).embeddings)
-    patchcore.update(model, settings(), [pictures], QUIET)
+    patchcore.update(model, settings(), [pictures], Training(), QUIET)
     assert len(bank_of(model).embeddings) - before <= 1  # the farthest, by rounding
 
 
@@ -174,7 +174,7 @@ def test_a_bank_that_does_not_say_its_coverage_hardly_grows_with_images_it_knows
     np.savez(tmp_path / "memory_bank.npz", embeddings=before.embeddings.numpy())
     patchcore.load(model, tmp_path / "memory_bank.npz")
     assert bank_of(model).coverage_radius == pytest.approx(before.coverage_radius, rel=0.2)
-    patchcore.update(model, settings(), [pictures], QUIET)
+    patchcore.update(model, settings(), [pictures], Training(), QUIET)
     assert len(bank_of(model).embeddings) <= 1.2 * len(before.embeddings)
 
 
@@ -182,7 +182,7 @@ def test_new_normals_score_lower_after_an_update_and_known_ones_no_higher() -> N
     known, new = parts(1, 2, 3), darker(parts(4, 5, 6))
     model = learned(known)
     known_before, new_before = patchcore.scores(model, [known]), patchcore.scores(model, [new])
-    patchcore.update(model, settings(), [new], QUIET)
+    patchcore.update(model, settings(), [new], Training(), QUIET)
     assert (patchcore.scores(model, [new]) < 0.8 * new_before).all()
     # The distance can only fall; the weight of the neighbourhood moves by a little.
     assert (patchcore.scores(model, [known]) <= 1.1 * known_before).all()
@@ -191,7 +191,7 @@ def test_new_normals_score_lower_after_an_update_and_known_ones_no_higher() -> N
 def test_learning_from_no_image_is_refused() -> None:
     model = patchcore.build(settings(), "untrained")
     with pytest.raises(BadDataset, match="no usable training image"):
-        patchcore.train(model, settings(), [], QUIET)
+        patchcore.train(model, settings(), [], Training(), QUIET)
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_other_backbones_work_from_pictures_to_a_graph_that_agrees(
 ) -> None:
     meta = settings(backbone=backbone, layers=layers, image_size=size)
     model = patchcore.build(meta, "untrained")
-    patchcore.train(model, meta, [parts(1, 2, size=size)], QUIET)
+    patchcore.train(model, meta, [parts(1, 2, size=size)], Training(), QUIET)
     unseen = np.concatenate([parts(5, size=size), parts(6, defect="stain", size=size)])
     expected = patchcore.scores(model, [unseen])
     assert (expected > 0).all()

@@ -56,19 +56,28 @@ def _hush_libraries() -> None:
 def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
     """What was learned and measured, for a person."""
     images, seconds = report["images"], report["seconds"]
-    bank, before = report["memory_bank"], report.get("before", {}).get("memory_bank")
-    size = f"{bank['rows']:,} x {bank['channels']} ({bank['mib']} MiB)"
-    grown = f", {bank['rows'] - before['rows']:,} rows new" if before else ""
     skipped = f", {len(images['skipped'])} broken ones skipped" if images["skipped"] else ""
     return [
         "",
         f"learned      {images['learned']} images{skipped} in {seconds['learn']:.1f} s",
-        f"memory bank  {size}{grown}",
+        *_knowledge_lines(report, report.get("before", {})),
         *_calibration_lines(report["calibration"]),
         f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
         f" verify {seconds['verify']:.1f}",
         f"written to   {out_dir}",
     ]
+
+
+def _knowledge_lines(report: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What the model knows now, beside its weights."""
+    if bank := report.get("memory_bank"):
+        size = f"{bank['rows']:,} x {bank['channels']} ({bank['mib']} MiB)"
+        grown = bank["rows"] - before["memory_bank"]["rows"] if before else None
+        return [f"memory bank  {size}{f', {grown:,} rows new' if before else ''}"]
+    if stats := report.get("stats"):
+        size = f"{stats['positions']:,} positions x {stats['features']} features"
+        return [f"statistics   {size} of {stats['images']} images ({stats['mib']} MiB)"]
+    return []
 
 
 def _calibration_lines(found: dict[str, Any]) -> list[str]:

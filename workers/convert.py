@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from engines.bundle import ONNX, REPORT, read_bank, read_report, write_report
-from engines.errors import BadMeta
+from engines.errors import BadMeta, BadWeights
 from engines.files import sha256, staged
 from engines.image import resize
 from engines.meta import Meta
@@ -36,6 +36,7 @@ class Convert:
     meta_json: Path
     out_dir: Path
     memory_bank: Path | None = None
+    stats: Path | None = None
     opset: Opset = 17
     fp16: bool = False
     workspace: int = 4096  # MiB, for building a plan
@@ -56,9 +57,14 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
     meta = _meta_of_these_weights(request, progress)
     kind = models.module(meta.model)
     model = kind.build(meta, request.weights_pth)
-    bank_path = request.memory_bank or request.weights_pth.with_name(str(meta.memory_bank))
-    kind.load(model, bank_path)
-    bank = read_bank(bank_path)
+    learned = request.memory_bank or request.stats
+    if learned is None and kind.LEARNED is not None:
+        learned = request.weights_pth.with_name(getattr(meta, kind.LEARNED))
+    if learned is not None:
+        kind.load(model, learned)
+    if not kind.knows(model):
+        raise BadWeights(f"{request.weights_pth} has learned nothing yet: run retrain.py first.")
+    bank = read_bank(learned) if learned is not None and meta.memory_bank is not None else None
     golden = Golden.read(request.weights_pth.parent, meta.image_size)
     images = golden.images if golden else _sample_parts(meta.image_size)
     report = read_report(request.weights_pth.parent)
@@ -81,8 +87,10 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         report["parity"] = agreement
         report["parity_images"] = f"{len(images)} {'of its own images' if golden else NO_GOLDEN}"
         write_report(folder, report)
-        names = [ONNX, str(meta.memory_bank), REPORT]
-        shutil.copyfile(bank_path, folder / names[1])
+        names = [ONNX, REPORT]
+        if bank is not None and learned is not None and meta.memory_bank is not None:
+            shutil.copyfile(learned, folder / meta.memory_bank)
+            names.append(meta.memory_bank)
         if golden is not None:
             names.append(golden.write(folder))
         hashes = {name: sha256(folder / name) for name in names}

@@ -36,8 +36,10 @@ class Retrain:
     meta_json: Path
     pretrained_pth: str | None = None
     load_bank: Path | None = None
+    load_stats: Path | None = None
     epochs: int = 1
     batch: int = 4
+    penalty_dir: Path | None = None
 
 
 def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
@@ -50,15 +52,22 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         KensaError: the flags, the files or the images do not allow it. `out_dir` is as it was.
     """
     started = time.perf_counter()
-    meta = _read_meta(request)
+    meta = Meta.read(request.meta_json)
+    if meta.model != request.model:
+        raise BadMeta(
+            f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
+        )
     kind = models.module(meta.model)
+    learned_before = request.load_bank or request.load_stats
+    if learned_before is not None:
+        _check_origin(learned_before, meta, kind, request.meta_json)
     category = Category.find(request.data_root, request.category)
     if meta.bit_depth is None:
         meta = meta.with_(bit_depth=measure_bit_depth(category.train))
     model = kind.build(meta, request.pretrained_pth)
-    if request.load_bank is not None:
-        kind.load(model, request.load_bank)
-    known = kind.summary(model) if request.load_bank is not None else None
+    if learned_before is not None:
+        kind.load(model, learned_before)
+    known = kind.summary(model) if kind.knows(model) else None
     loaded = time.perf_counter()
     learned = _learn(request, meta, kind, model, category, progress)
     meta = learned.calibration.write_to(meta).with_(score_kind=kind.SCORE_KIND)
@@ -95,6 +104,7 @@ def _learn(
     """Train or update, and calibrate on images that the model has not learned at that time."""
     seconds = 0.0
     read: list[Images] = []
+    training = models.Training(request.epochs, request.batch, request.penalty_dir)
 
     def images(paths: list[Path], phase: str) -> Images:
         found = Images(paths, meta.image_size, request.batch, meta.bit_depth, progress)
@@ -102,11 +112,14 @@ def _learn(
         read.append(found)
         return found
 
+    learned_images: set[Path] = set()
+
     def learn(how: Any, paths: list[Path]) -> None:
         nonlocal seconds
         began = time.perf_counter()
-        how(model, meta, images(paths, "images"), progress)
+        how(model, meta, images(paths, "images"), training, progress)
         seconds += time.perf_counter() - began
+        learned_images.update(read[-1].used)
 
     def verify(paths: list[Path]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         pictures = _stack(images(paths, "verify"), meta.image_size)
@@ -114,17 +127,17 @@ def _learn(
 
     held = [] if len(category.test_normal) >= 2 else _held_out(category.train)
     first = [path for path in category.train if path not in held]
-    learn(kind.train if request.load_bank is None else kind.update, first)
+    learn(kind.update if kind.knows(model) else kind.train, first)
     normal, normal_scores = verify([*category.test_normal, *held])
     defective, defective_scores = verify(category.test_anomaly)
     calibration = calibrate(normal_scores, defective_scores)
     golden = Golden.choose(normal, normal_scores, defective, defective_scores)
-    if held:
+    if held and kind.INCREMENTAL:
         learn(kind.update, held)
     return _Learned(
         calibration,
         golden,
-        sorted({path for source in read for path in source.used} & set(category.train)),
+        sorted(learned_images),
         {str(path): why for source in read for path, why in source.broken.items()},
         seconds,
     )
@@ -141,17 +154,15 @@ def _stack(images: Images, size: int) -> NDArray[np.uint8]:
     return np.concatenate(batches) if batches else np.empty((0, size, size, 3), np.uint8)
 
 
-def _read_meta(request: Retrain) -> Meta:
-    meta = Meta.read(request.meta_json)
-    if meta.model != request.model:
-        raise BadMeta(
-            f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
-        )
-    if request.load_bank is not None and meta.files and meta.memory_bank in meta.files:
-        beside = request.meta_json.parent / meta.memory_bank
-        if request.load_bank.resolve() == beside.resolve():
-            check_hash(beside, meta.files[meta.memory_bank])
-    return meta
+def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None:
+    """Raise unless a bank or statistics beside meta.json are those that it was written with."""
+    name = getattr(meta, kind.LEARNED or "", None)
+    if name is None:
+        raise BadMeta(f"{learned} cannot be loaded: a {meta.model} model keeps all in its weights.")
+    if meta.files and name in meta.files:
+        beside = meta_json.parent / name
+        if learned.resolve() == beside.resolve():
+            check_hash(beside, meta.files[name])
 
 
 def _write(

@@ -1,19 +1,33 @@
-"""One file per model kind, each reading straight down. All have the same function names:
+"""One file per model kind, each reading straight down. All have the same names:
 
 - `build(meta, weights)`: the torch model.
-- `load(model, path)`: give it what an earlier training learned.
-- `train(model, meta, batches, progress)` and `update(...)`: learn from nothing, or on top.
+- `knows(model)`: whether it has learned anything that an update would go on from.
+- `train(model, meta, batches, how, progress)` and `update(...)`: learn from nothing, or on top.
 - `scores(model, batches)`: raw scores.
 - `summary(model)`, `save(model, meta, folder)`: for report.json, and the files to retrain from.
-- `graph(model)`: the module and the inputs that are exported; `SCORE_KIND`: what a score means.
+- `graph(model, half)`: the module and the inputs that are exported.
+- `SCORE_KIND`: what a score means. `LEARNED`: the key of meta.json that names the file of what was
+  learned beside the weights, which `load(model, path)` reads; None where the weights are all.
+- `INCREMENTAL`: whether an update with a few images is quick and leaves other scores as they were.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-KINDS = ("patchcore",)
+KINDS = ("patchcore", "padim", "efficientad", "vae")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to learn. Kinds that see each image once have no use for epochs."""
+
+    epochs: int = 1
+    batch: int = 4
+    penalty_dir: Path | None = None  # natural images that an EfficientAD student must not imitate
 
 
 def module(kind: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import socket
 from pathlib import Path
@@ -16,6 +17,8 @@ from anomalib.models.components import TimmFeatureExtractor
 from torch import nn
 
 from engines.errors import BadMeta, BadWeights
+from engines.files import write_atomically
+from engines.meta import Meta
 
 HUB_TIMEOUT_S = 3.0
 UNTRAINED = "untrained"  # asked for by this name, never by accident
@@ -46,6 +49,20 @@ _LEFT_OUT = (
     "torchmetrics.",
     "torchvision.",
 )
+
+
+class Normalise(nn.Module):
+    """Images (N, S, S, 3) uint8 RGB -> (N, 3, S, S) float32 as ImageNet backbones expect them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD)[:, None, None])
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
 
 def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> TimmFeatureExtractor:
@@ -160,6 +177,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise BadWeights(f"{path} holds no weights.")
     return tensors
+
+
+def write_weights(path: Path, meta: Meta, state: dict[str, torch.Tensor]) -> None:
+    """Write a model.pth that `read_weights` reads, with what it belongs to."""
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk into a RuntimeError
+    about = meta.model_dump(include={"model", "backbone", "layers"}, exclude_none=True)
+    torch.save({**about, "state_dict": state}, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def _load(path: Path) -> Any:

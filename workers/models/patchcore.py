@@ -5,7 +5,6 @@ anomalib makes the embeddings. The coreset and the search in the bank are ours.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,17 @@ from torch import nn
 
 from engines.bundle import read_bank, read_coverage_radius, write_bank
 from engines.errors import BadBundle, BadDataset, BadMeta
-from engines.files import write_atomically
 from engines.meta import Meta
 from workers.coreset import k_centre_greedy
-from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
+from workers.models import Training
+from workers.models.backbone import Normalise, extractor, write_weights
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]
 
 SCORE_KIND = "patchcore/weighted-distance"  # anomalib's PatchcoreModel with num_neighbors=9
+LEARNED = "memory_bank"
+INCREMENTAL = True
 NEIGHBOURS = 9
 CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
 
@@ -58,10 +59,7 @@ class PatchCore(nn.Module):
         self.image_size = meta.image_size
         self.half_backbone = False
         self.bank: Bank | None = None
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN)[:, None, None])
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD)[:, None, None])
+        self.normalise = Normalise()
 
     def forward(
         self, image: torch.Tensor, memory_bank: torch.Tensor
@@ -99,7 +97,7 @@ class PatchCore(nn.Module):
 
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w)."""
-        x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        x = self.normalise(image)
         features = self.features(x.half() if self.half_backbone else x)
         pooled = {layer: self.pool(feature) for layer, feature in features.items()}
         embedding = PatchcoreModel.generate_embedding(self, pooled).float()  # (N, C, h, w)
@@ -149,7 +147,14 @@ def load(model: PatchCore, path: Path) -> None:
     model.bank = Bank(embeddings, _spacing(embeddings) if radius is None else radius)
 
 
-def train(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) -> None:
+def knows(model: PatchCore) -> bool:
+    """Whether it has a bank."""
+    return model.bank is not None
+
+
+def train(
+    model: PatchCore, meta: Meta, batches: Batches, how: Training, progress: Progress
+) -> None:
     """Learn a bank from nothing: all patches of all images, thinned to `coreset_ratio`.
 
     Args:
@@ -164,7 +169,9 @@ def train(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) ->
     model.bank = Bank(patches[chosen], radius)
 
 
-def update(model: PatchCore, meta: Meta, batches: Batches, progress: Progress) -> None:
+def update(
+    model: PatchCore, meta: Meta, batches: Batches, how: Training, progress: Progress
+) -> None:
     """Keep what the bank knows and add the patches of new images that it does not cover yet.
 
     A patch is covered when it lies no farther from the bank than the farthest patch of the first
@@ -217,15 +224,8 @@ def save(model: PatchCore, meta: Meta, folder: Path) -> list[str]:
     """Write the files to retrain from into a folder, and return their names."""
     assert model.bank is not None, "load a bank, or train one, first"
     assert meta.memory_bank is not None, "Meta requires it of a patchcore model"
-    content = {
-        "model": meta.model,
-        "backbone": meta.backbone,
-        "layers": meta.layers,
-        "state_dict": model.features.feature_extractor.state_dict(),
-    }
-    buffer = io.BytesIO()  # torch's own file writer turns a full disk into a RuntimeError
-    torch.save(content, buffer)
-    write_atomically(folder / meta.weights_pth, buffer.getvalue())
+    state = model.features.feature_extractor.state_dict()
+    write_weights(folder / meta.weights_pth, meta, state)
     bank = model.bank.embeddings.numpy()
     write_bank(folder / meta.memory_bank, bank, model.bank.coverage_radius)
     return [meta.weights_pth, meta.memory_bank]

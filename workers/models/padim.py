@@ -1,0 +1,437 @@
+"""PaDiM (arXiv:2011.08785): one Gaussian per position; what lies far from it, in it, is strange.
+
+anomalib makes the embeddings and smooths the map. The statistics are ours: they can be added to
+exactly, and stand in the graph as a factor that keeps its accuracy in half precision.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from engines.bundle import read_array
+from engines.errors import BadBundle, BadDataset, BadMeta
+from engines.files import write_atomically
+from engines.meta import Meta
+from workers.models import Training
+from workers.models.backbone import Normalise, extractor, write_weights
+from workers.progress import Progress
+
+Batches = Iterable[NDArray[np.uint8]]
+
+SCORE_KIND = "padim/mahalanobis"  # anomalib's PadimModel: largest smoothed Mahalanobis distance
+LEARNED = "stats"
+INCREMENTAL = True
+
+RIDGE = 0.01 + 1e-5  # anomalib adds both to the diagonal of every covariance
+DEAD = 1e-9  # variance of a channel that is the same everywhere, and so says nothing
+BLOCK = 32  # images whose embeddings are held before they are merged into the statistics
+CHUNK = 256  # positions factorised at once
+LARGEST_MIB = 1024  # statistics of more than this fit neither a Jetson nor an ONNX file
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Mean and covariance of the embeddings at each of P positions, and of how many images."""
+
+    count: int  # 0 where an older tool did not say
+    mean: torch.Tensor  # (P, n) float32
+    covariance: torch.Tensor  # (P, n, n) float32
+
+    @classmethod
+    def of(cls, embeddings: torch.Tensor) -> Stats:
+        """Of embeddings (images, P, n)."""
+        mean = embeddings.mean(dim=0)
+        centred = (embeddings - mean).permute(1, 2, 0)  # (P, n, images)
+        scatter = centred @ centred.transpose(1, 2)
+        return cls(len(embeddings), mean, scatter.div_(max(1, len(embeddings) - 1)))
+
+    def merged(self, other: Stats) -> Stats:
+        """As if both had been learned from at once (Chan, Golub and LeVeque 1979, eq. 2.1)."""
+        count = self.count + other.count
+        between = other.mean - self.mean
+        covariance = self.covariance * ((self.count - 1) / (count - 1))
+        covariance.add_(other.covariance, alpha=(other.count - 1) / (count - 1))
+        weight = self.count * other.count / count / (count - 1)
+        covariance.baddbmm_(between[:, :, None], between[:, None], alpha=weight)
+        return Stats(count, self.mean + between * (other.count / count), covariance)
+
+    def whitening(self) -> torch.Tensor:
+        """W (P, n, n), lower triangular: |W (x - mean)| is the Mahalanobis distance of x.
+
+        W = L^-1 with L L^T = covariance + RIDGE.
+        """
+        whitening = torch.empty_like(self.covariance)
+        identity = torch.eye(self.covariance.shape[1])
+        for start in range(0, len(whitening), CHUNK):
+            positions = slice(start, start + CHUNK)
+            factor = torch.linalg.cholesky(self.covariance[positions] + RIDGE * identity)
+            whitening[positions] = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return whitening
+
+
+class PaDiM(nn.Module):
+    """The whole model: images -> raw scores and raw anomaly maps, the statistics inside."""
+
+    def __init__(self, meta: Meta, weights: str | Path | None) -> None:
+        super().__init__()
+        if meta.model != "padim" or meta.backbone is None or meta.layers is None:
+            raise BadMeta(f"meta.json describes a {meta.model} model, not a padim model.")
+        self.features = extractor(meta.backbone, meta.layers, weights)
+        self.normalise = Normalise()
+        self.layers = meta.layers
+        self.image_size = meta.image_size
+        self.half_precision = False
+        self.index: torch.Tensor
+        self.positions = 0  # h * w
+        self.stats: Stats | None = None
+        self.mean = self.whitening = torch.empty(0)
+
+    def choose(self, index: torch.Tensor) -> None:
+        """Set the channels (n,) that are used, of all layers one after the other; ascending."""
+        self.index = index
+        per_layer = torch.split(torch.arange(sum(self.features.out_dims)), self.features.out_dims)
+        self.chosen = [index[torch.isin(index, own)] - own[0] for own in per_layer]
+
+    def learn(self, stats: Stats) -> None:
+        """Set the statistics, and what of them stands in the graph."""
+        self.stats, self.mean, self.whitening = stats, stats.mean, stats.whitening()
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score images.
+
+        Args:
+            image: (N, S, S, 3) uint8 RGB.
+
+        Returns:
+            Raw scores (N,) and raw maps (N, h, w), float32. A score is the largest value of the
+            smoothed map at the size of the image, as anomalib's; the map here is that one averaged
+            to the size of the first layer.
+        """
+        embedding, (height, width) = self.embed(image)
+        difference = (embedding - self.mean).permute(1, 2, 0)  # (P, n, N)
+        if self.half_precision:  # numbers of moderate size; the sum of their squares is not
+            whitened = (self.whitening @ difference.half()).float()
+        else:
+            whitened = self.whitening @ difference
+        distance = whitened.square().sum(dim=1).sqrt()  # (P, N)
+        distances = distance.permute(1, 0).reshape(-1, height, width)
+        rows, columns = (smoothing(side, self.image_size) for side in (height, width))
+        score = (rows @ distances @ columns.T).amax(dim=(1, 2))
+        return score, _average(rows, height) @ distances @ _average(columns, width).T
+
+    def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Images (N, S, S, 3) uint8 -> the chosen channels (N, h*w, n) float32, and (h, w).
+
+        Deeper layers are stretched to the size of the first one, as in anomalib's PadimModel.
+        """
+        x = self.normalise(image)
+        features = self.features(x.half() if self.half_precision else x)
+        height, width = (int(side) for side in features[self.layers[0]].shape[2:])
+        parts = [
+            functional.interpolate(features[layer][:, chosen].float(), size=(height, width))
+            for layer, chosen in zip(self.layers, self.chosen, strict=True)
+            if len(chosen)
+        ]
+        return torch.cat(parts, dim=1).flatten(2).permute(0, 2, 1), (height, width)
+
+
+def smoothing(side: int, image_size: int) -> torch.Tensor:
+    """anomalib's enlarging and smoothing of maps, along one side, as a matrix (S, side).
+
+    Both are linear and the same in each direction, so smoothed = A map A^T. It is measured from
+    anomalib's own functions, with a picture that changes along one side only.
+    """
+    generator = AnomalyMapGenerator()
+    steps = torch.eye(side)[:, None, :, None].expand(-1, 1, -1, side)
+    enlarged = generator.up_sample(steps, (image_size, image_size))
+    smooth: torch.Tensor = generator.smooth_anomaly_map(enlarged)  # (side, 1, S, S)
+    return smooth[:, 0, :, image_size // 2].T.contiguous()
+
+
+def _average(matrix: torch.Tensor, side: int) -> torch.Tensor:
+    """(S, n) -> (side, n): the mean of neighbouring rows."""
+    return functional.adaptive_avg_pool1d(matrix.T[None], side)[0].T
+
+
+def build(meta: Meta, weights: str | Path | None) -> PaDiM:
+    """The model with its backbone and its choice of channels, and no statistics yet.
+
+    Raises:
+        BadMeta: the backbone or its layers are unknown or cannot take images of that size, there
+            are fewer channels than n_features, or the statistics would be too large.
+        BadWeights: the weights are not to be had or do not fit.
+    """
+    model = PaDiM(meta, weights)
+    available, wanted = sum(model.features.out_dims), _n_features(meta)
+    if wanted > available:
+        raise BadMeta(
+            f"n_features is {wanted}, but {meta.backbone} has {available} channels in"
+            f" {', '.join(model.layers)}: choose fewer, or more layers."
+        )
+    model.choose(random_channels(available, wanted, meta.channel_seed or 0))
+    size = meta.image_size
+    try:
+        with torch.inference_mode():
+            embedding, _ = model.embed(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise BadMeta(f"{meta.backbone} cannot take images of {size} x {size}: {error}.") from error
+    model.positions = embedding.shape[1]
+    _check_size(model.positions, wanted, meta)
+    return model
+
+
+def random_channels(available: int, wanted: int, seed: int) -> torch.Tensor:
+    """Channels (n,) at random, as the paper does, but the same for the same seed; ascending."""
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return order[:wanted].sort().values
+
+
+@torch.inference_mode()
+def steady_channels(model: PaDiM, batches: Batches, wanted: int) -> torch.Tensor:
+    """The channels (n,) that differ least from part to part at one position, ascending.
+
+    Each by its variance over the images at a position, as a share of its variance over images and
+    positions: what belongs to the place on the part, and not to the single part.
+    """
+    model.choose(torch.arange(sum(model.features.out_dims)))
+    count, total, squares = 0, torch.zeros(1, dtype=torch.double), torch.zeros(1)
+    for batch in batches:
+        embedding = model.embed(torch.from_numpy(batch))[0].double()  # (N, P, D)
+        count += len(embedding)
+        total = total + embedding.sum(dim=0)
+        squares = squares + embedding.square().sum(dim=(0, 1))
+    mean = total / max(1, count)  # (P, D)
+    power = squares / max(1, count * len(mean))
+    within = power - mean.square().mean(dim=0)
+    overall = power - mean.mean(dim=0).square()
+    share = torch.where(overall > DEAD, within / overall, torch.inf)
+    return share.argsort()[:wanted].sort().values
+
+
+def _take(batches: Iterator[NDArray[np.uint8]], images: int) -> list[NDArray[np.uint8]]:
+    """The first batches, until they hold that many images."""
+    taken: list[NDArray[np.uint8]] = []
+    while sum(map(len, taken)) < images and (batch := next(batches, None)) is not None:
+        taken.append(batch)
+    return taken
+
+
+def _check_size(positions: int, wanted: int, meta: Meta) -> None:
+    mib = positions * wanted**2 * 4 / 2**20
+    if mib <= LARGEST_MIB:
+        return
+    fits = math.isqrt(LARGEST_MIB * 2**20 // (4 * positions))
+    assert meta.layers is not None, "Meta requires them of a padim model"
+    deeper = f", or leave out {meta.layers[0]}" if len(meta.layers) > 1 else ""
+    raise BadMeta(
+        f"The statistics would take {mib / 1024:.1f} GiB ({positions:,} positions, n_features"
+        f" {wanted}), and no more than {LARGEST_MIB / 1024:.0f} GiB serves: choose n_features of at"
+        f" most {fits}, a smaller image_size{deeper}."
+    )
+
+
+def load(model: PaDiM, path: Path) -> None:
+    """Give the model statistics from a file: ours, or an older one with an inverse covariance.
+
+    The older ones call it `inv_cov` or `cov_inv`, (P, n, n) with anomalib's RIDGE in it. They do
+    not say of how many images they are, so nothing can be added to them.
+
+    Raises:
+        BadBundle: the file is damaged, or was made with another backbone, layers or n_features.
+    """
+    n, positions = len(model.index), model.positions
+    mean = _array(path, "mean", (n, positions))
+    index, layers, count = (read_array(path, name) for name in ("index", "layers", "count"))
+    if layers is not None and layers.tolist() != model.layers:
+        raise BadBundle(f"{path} was made with layers {layers.tolist()}, not {model.layers}.")
+    if (packed := read_array(path, "covariance")) is not None:
+        packed = _array(path, "covariance", (positions, n * (n + 1) // 2))
+        covariance = torch.empty(positions, n, n)
+        rows, columns = torch.tril_indices(n, n)
+        covariance[:, rows, columns] = covariance[:, columns, rows] = torch.from_numpy(packed)
+    else:
+        name = "inv_cov" if read_array(path, "inv_cov") is not None else "cov_inv"
+        inverse = torch.from_numpy(_array(path, name, (positions, n, n)))
+        covariance = torch.linalg.inv(inverse) - RIDGE * torch.eye(n)
+    order = _use_channels(model, path, index)
+    mean_of_each = torch.from_numpy(mean.T.copy())[:, order]
+    stats = Stats(int(count or 0), mean_of_each, covariance[:, order][:, :, order])
+    try:
+        model.learn(stats)
+    except RuntimeError as error:  # torch.linalg.LinAlgError
+        raise BadBundle(f"{path} holds what is no covariance: {error}.") from error
+
+
+def _array(path: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A finite float array of that shape from a stats.npz."""
+    found = read_array(path, name)
+    if found is None:
+        raise BadBundle(f"{path} has no array named {name}, so it holds no PaDiM statistics.")
+    if found.shape != shape or not np.issubdtype(found.dtype, np.floating):
+        raise BadBundle(
+            f"{path} does not fit meta.json: {name} is {found.dtype} {found.shape}, and backbone,"
+            f" layers, n_features and image_size make {shape}. Pass the meta.json that was written"
+            " with it."
+        )
+    if not np.isfinite(found).all():
+        raise BadBundle(f"{path}: {name} holds values that are not finite.")
+    return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def _use_channels(model: PaDiM, path: Path, index: NDArray[Any] | None) -> torch.Tensor:
+    """Give the model the channels of the statistics; returns how to bring these in their order."""
+    n, available = len(model.index), sum(model.features.out_dims)
+    if index is None:
+        if n < available:
+            raise BadBundle(
+                f"{path} does not say which {n} of {available} channels it is of (it has no array"
+                " named index): learn anew, without --load_stats."
+            )
+        return torch.arange(n)
+    distinct = index.shape == (n,) and np.issubdtype(index.dtype, np.integer)
+    if not distinct or len(np.unique(index)) < n or index.min() < 0 or index.max() >= available:
+        raise BadBundle(f"{path}: index must hold {n} different channels below {available}.")
+    chosen, order = torch.from_numpy(index.astype(np.int64)).sort()
+    model.choose(chosen)
+    return order
+
+
+def knows(model: PaDiM) -> bool:
+    """Whether it has statistics."""
+    return model.stats is not None
+
+
+def train(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: Progress) -> None:
+    """Learn mean and covariance at each position, from nothing.
+
+    Args:
+        batches: uint8 arrays (N, S, S, 3) of normal parts.
+
+    Raises:
+        BadDataset: there were fewer than two images.
+    """
+    if meta.channel_choice == "steady":
+        batches = iter(batches)
+        first = _take(batches, BLOCK)
+        model.choose(steady_channels(model, first, _n_features(meta)))
+        batches = chain(first, batches)
+    stats = _stats_of(model, batches)
+    if stats.count < 2:
+        raise BadDataset("PaDiM needs at least 2 usable training images: it learns how they vary.")
+    progress.say("inverting the covariances")
+    model.learn(stats)
+
+
+def update(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: Progress) -> None:
+    """Add images, exactly as if they had been learned with the others.
+
+    Raises:
+        BadDataset: there was no image.
+        BadBundle: the statistics do not say of how many images they are.
+    """
+    assert model.stats is not None, "load statistics, or train, first"
+    if model.stats.count < 2:
+        raise BadBundle(
+            "These statistics do not say of how many images they are (an older tool made them), so"
+            " none can be added: learn anew, without --load_stats."
+        )
+    stats = _stats_of(model, batches)
+    progress.say("inverting the covariances")
+    model.learn(model.stats.merged(stats))
+
+
+@torch.inference_mode()
+def _stats_of(model: PaDiM, batches: Batches) -> Stats:
+    stats: Stats | None = None
+    waiting: list[torch.Tensor] = []
+
+    def merge() -> None:
+        nonlocal stats
+        found = Stats.of(torch.cat(waiting))
+        stats = found if stats is None else stats.merged(found)
+        waiting.clear()
+
+    for batch in batches:
+        waiting.append(model.embed(torch.from_numpy(batch))[0])
+        if sum(map(len, waiting)) >= BLOCK:
+            merge()
+    if waiting:
+        merge()
+    if stats is None:
+        raise BadDataset("There is no usable training image, so nothing can be learned.")
+    return stats
+
+
+def scores(model: PaDiM, batches: Batches) -> NDArray[np.float32]:
+    """Raw scores (n,) of images (N, S, S, 3) uint8 in batches."""
+    with torch.inference_mode():
+        found = [model(torch.from_numpy(batch))[0].numpy() for batch in batches if len(batch)]
+    return np.concatenate(found) if found else np.empty(0, np.float32)
+
+
+def summary(model: PaDiM) -> dict[str, Any]:
+    """What report.json says of the statistics."""
+    assert model.stats is not None, "load statistics, or train, first"
+    positions, n = model.stats.mean.shape
+    return {
+        "stats": {
+            "images": model.stats.count,
+            "positions": positions,
+            "features": n,
+            "mib": round(positions * n * n * 4 / 2**20, 1),
+        }
+    }
+
+
+def save(model: PaDiM, meta: Meta, folder: Path) -> list[str]:
+    """Write the files to retrain from into a folder, and return their names."""
+    assert model.stats is not None, "load statistics, or train, first"
+    assert meta.stats is not None, "Meta requires it of a padim model"
+    write_weights(folder / meta.weights_pth, meta, model.features.feature_extractor.state_dict())
+    rows, columns = torch.tril_indices(len(model.index), len(model.index))
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        count=np.int64(model.stats.count),
+        mean=model.stats.mean.T.numpy(),
+        covariance=model.stats.covariance[:, rows, columns].numpy(),
+        index=model.index.numpy(),
+        seed=np.int64(meta.channel_seed or 0),
+        layers=np.array(model.layers),
+    )
+    write_atomically(folder / meta.stats, buffer.getvalue())
+    return [meta.weights_pth, meta.stats]
+
+
+def graph(model: PaDiM, *, half: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """What is exported: the module, and an example of its input by name.
+
+    With `half` the backbone becomes float16 for good, and so does the whitening; the squares and
+    their sum stay in float32.
+    """
+    assert model.stats is not None, "load statistics, or train, first"
+    if half:
+        model.features.half()
+        model.whitening = model.whitening.half()
+        model.half_precision = True
+    return model, {
+        "image": torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
+    }
+
+
+def _n_features(meta: Meta) -> int:
+    assert meta.n_features is not None, "Meta requires it of a padim model"
+    return meta.n_features
