@@ -26,7 +26,10 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("command", ["retrain.py", "convtrt.py", "evaluate.py", "bin/patchcore"])
+@pytest.mark.parametrize(
+    "command",
+    ["retrain.py", "convtrt.py", "evaluate.py", "tune.py", "import_anomalib.py", "bin/patchcore"],
+)
 def test_every_flag_of_a_command_is_documented_and_every_documented_one_exists(
     command: str,
 ) -> None:

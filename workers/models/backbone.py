@@ -164,7 +164,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise BadWeights(f"{path} does not exist: --pretrained_pth takes a file of weights.")
     try:
-        content = _load(path)
+        content = load_inert(path)
     except BadWeights:
         raise
     except Exception as error:  # torch.load lets any unpickling error through
@@ -187,7 +187,8 @@ def write_weights(path: Path, meta: Meta, state: dict[str, torch.Tensor]) -> Non
     write_atomically(path, buffer.getvalue())
 
 
-def _load(path: Path) -> Any:
+def load_inert(path: Path) -> Any:
+    """What a file of weights holds; objects that are no tensors are left out, and never made."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
