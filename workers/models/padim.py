@@ -345,8 +345,8 @@ def update(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: 
     assert model.stats is not None, "load statistics, or train, first"
     if model.stats.count < 2:
         raise BadBundle(
-            "These statistics do not say of how many images they are (an older tool, or anomalib, made"
-            " them), so none can be added: learn anew, without --load_stats."
+            "These statistics do not say of how many images they are (anomalib or an older tool"
+            " made them), so none can be added: learn anew, without --load_stats."
         )
     stats = _stats_of(model, batches)
     progress.say("inverting the covariances")
