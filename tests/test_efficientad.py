@@ -146,11 +146,11 @@ def test_each_network_sees_the_picture_normalised_once(
         torch.testing.assert_close(pixels, (pixels_of(unseen[:1]) - mean) / std)
 
 
-def test_what_is_strange_scores_higher_than_what_was_learned(
-    model: EfficientAd, unseen: Pictures
-) -> None:
-    known = scored(model, parts(1, 2)).max()
-    assert (scored(model, np.stack([255 - unseen[0], unseen[0][::-1, :, ::-1]])) > known).all()
+def test_what_is_strange_scores_higher_than_what_was_learned(model: EfficientAd) -> None:
+    known = parts(1, 2)
+    coloured = known.copy()
+    coloured[:, 90:150, 90:150] = (220, 40, 40)
+    assert (scored(model, coloured) > scored(model, known)).all()
 
 
 @pytest.mark.parametrize("size", [257, 300])
@@ -206,20 +206,21 @@ def test_in_half_precision_only_the_networks_are(
 # ---- learning --------------------------------------------------------------------------------
 
 
-def test_new_normals_score_lower_after_retraining_and_known_ones_stay_normal(
+def test_retraining_lowers_the_scores_of_new_normals_and_forgets_no_known_ones(
     model: EfficientAd,
 ) -> None:
     def far_from_the_teacher(pictures: Pictures) -> float:
         with torch.inference_mode():  # without the quantiles, which new normals move too
-            return float(model.maps(pixels_of(pictures))[0].amax())
+            return float(model.maps(pixels_of(pictures))[0].mean())
 
     known, new = parts(1), darker(parts(1, 2))
-    before, distance = scored(model, new), far_from_the_teacher(new)
-    meta = settings(learning_rate=1e-3)
+    before = scored(model, new)
+    distances = [far_from_the_teacher(pictures) for pictures in (known, new)]
+    meta = settings(learning_rate=3e-4)
     efficientad.train(model, meta, [known, new], Training(epochs=3, batch=3), Said())
     assert (scored(model, new) < 0.8 * before).all()
-    assert far_from_the_teacher(new) < distance
-    assert (scored(model, known) < before.min()).all()
+    assert far_from_the_teacher(known) < distances[0]
+    assert far_from_the_teacher(new) < 0.9 * distances[1]
 
 
 def test_training_goes_on_from_what_the_model_knows(model: EfficientAd) -> None:
@@ -293,6 +294,15 @@ def test_the_losses_are_those_of_anomalib(model: EfficientAd) -> None:
         found = efficientad._losses(model, pixels, natural)
     together = (found.student + found.penalty, found.autoencoder, found.both)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_background_does_not_blow_the_maps_up() -> None:
+    """Where most of a picture is one colour, most of a map is one number: 90 % and 99.5 % alike."""
+    model = efficientad.build(settings(), "untrained")
+    efficientad._measure_teacher(model, torch.from_numpy(parts(1)))
+    efficientad._measure_quantiles(model, torch.full((1, SIZE, SIZE, 3), 90, dtype=torch.uint8))
+    quantiles = {name: value.item() for name, value in model.networks.quantiles.items()}
+    assert quantiles["qb_st"] >= 1.0999 * quantiles["qa_st"] > 0
 
 
 def test_learning_from_no_image_is_refused() -> None:
@@ -604,7 +614,7 @@ def test_a_teacher_made_here_tells_real_defects(assets: Path, tmp_path: Path) ->
     def batches(paths: list[Path]) -> Images:
         return Images(paths, SIZE, 4, None, progress)
 
-    how = Training(epochs=20, batch=2)
+    how = Training(epochs=8, batch=2)
     efficientad.train(model, meta, batches(category.train), how, progress)
     normal = efficientad.scores(model, batches(category.test_normal))
     defective = efficientad.scores(model, batches(category.test_anomaly))
