@@ -49,6 +49,7 @@ class Meta(BaseModel):
     model_size: Literal["small", "medium"] | None = None
     latent_dim: int | None = Field(None, ge=1)
     learning_rate: float | None = Field(None, gt=0)
+    decay_at: float | None = Field(None, gt=0, le=1)  # then a tenth of the rate
     image_size: int = Field(ge=32, le=4096)
     bit_depth: int | None = Field(None, ge=8, le=16)  # of 16-bit images, found in training
     weights_pth: str = "model.pth"

@@ -262,6 +262,22 @@ def test_the_first_step_is_as_long_as_the_learning_rate_says(rate: float | None)
     assert all(torch.equal(after[name], before[name]) for name in unmoved)
 
 
+@pytest.mark.parametrize(("decay_at", "rates"), [(None, [1, 1, 1, 0.1]), (0.5, [1, 1, 0.1, 0.1])])
+def test_the_schedule_comes_from_meta_json(decay_at: float | None, rates: list[float]) -> None:
+    meta = settings(decay_at=decay_at)
+    assert [efficientad.decayed(meta, done) for done in (0.0, 0.49, 0.94, 0.95)] == rates
+
+
+def test_after_the_decay_a_step_is_a_tenth_as_long() -> None:
+    start = state_of(efficientad.build(settings(), "untrained"))
+    before, after = (
+        state_of(learned(parts(1, 2), Training(epochs=2, batch=2), decay_at=at)) for at in (1, 0.5)
+    )
+    name = "student.conv4.weight"
+    first, both = (float((state[name] - start[name]).abs().max()) for state in (after, before))
+    assert first < 0.8 * both
+
+
 def test_the_same_training_gives_the_same_model_and_leaves_the_random_state_alone() -> None:
     torch.manual_seed(1)
     first = state_of(learned(parts(1)))

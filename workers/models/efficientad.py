@@ -42,6 +42,7 @@ CHANNELS = 384  # of what the teacher says of a patch
 SMALLEST_PX = 256  # the encoder halves five times, and then takes 8 x 8
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 1e-5
+DECAY_AT = 0.95  # as anomalib's schedule
 HARD = 0.999  # the quantile above which differences from the teacher count in the loss
 GREY_PENALTY = 0.3  # share of the penalty images that are made grey
 HELD_OUT = 10  # one in ten normals finds the quantiles and the best moment
@@ -317,6 +318,11 @@ class _Losses(NamedTuple):
     both: torch.Tensor  # student from autoencoder
 
 
+def decayed(meta: Meta, done: float) -> float:
+    """What the learning rate is multiplied with when that share of the training is done."""
+    return 1.0 if done < (meta.decay_at or DECAY_AT) else 0.1
+
+
 def _fit(
     model: EfficientAd,
     meta: Meta,
@@ -332,7 +338,7 @@ def _fit(
     rate = meta.learning_rate or LEARNING_RATE
     optimizer = torch.optim.Adam(trained.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
     steps = how.epochs * math.ceil(len(learned) / how.batch)
-    decay = torch.optim.lr_scheduler.StepLR(optimizer, max(1, int(0.95 * steps)), gamma=0.1)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decayed(meta, step / steps))
     check_every = math.ceil(how.epochs / MOST_CHECKS)
     say_every = math.ceil(how.epochs / MOST_LINES)
     best = _validate(model, validation) if model.learned else math.inf
