@@ -73,7 +73,7 @@ class ModelBody(Body):
     version: str
     kind: str = Field(description="patchcore, padim, efficientad or vae.")
     runtime: str = Field(description="What computes it.")
-    precision: str = Field(description="What the network computes in.")
+    precision: str = Field(description="What is computed in; see KENSA_PRECISION.")
     image_size: int = Field(
         description="Side of the square that pictures are stretched to, pixels."
     )

@@ -278,6 +278,13 @@ def damage(content: dict[str, Any], how: str) -> dict[str, Any]:
         content["mean"] = content["mean"][:, :64]
     elif how == "not finite":
         content["mean"] = content["mean"] * np.nan
+    elif how == "no inverse":
+        content["inv_cov"] = np.zeros((256, 30, 30), np.float32)
+        del content["covariance"]
+    elif how == "no number":
+        content["count"] = np.array([9, 9])
+    elif how == "less than nothing":
+        content["count"] = np.int64(-9)
     elif how == "no covariance":
         content["covariance"] = content["covariance"] * 0 - 1
     elif how == "nothing in it":
@@ -295,6 +302,9 @@ def damage(content: dict[str, Any], how: str) -> dict[str, Any]:
         ("other size", r"does not fit meta.json: mean is float32 \(30, 64\)"),
         ("not finite", "mean holds values that are not finite"),
         ("no covariance", "no covariance"),
+        ("no inverse", "inv_cov holds what is no inverse"),
+        ("no number", "count must be a number of images"),
+        ("less than nothing", "count must be a number of images"),
         ("nothing in it", "no array named mean"),
     ],
 )

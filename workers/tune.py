@@ -372,15 +372,10 @@ def _short(drawn: float, start: float) -> float:
 
 
 def _stages(backbone: str) -> list[Stage]:
-    import timm
+    from workers.models.backbone import feature_info
 
-    try:
-        probe = timm.create_model(backbone, pretrained=False, features_only=True, exportable=True)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise BadMeta(f"timm cuts no features out of {backbone}: {error}.") from error
     return [
-        Stage(info["module"], info["num_chs"], info["reduction"])
-        for info in probe.feature_info.info
+        Stage(info["module"], info["num_chs"], info["reduction"]) for info in feature_info(backbone)
     ]
 
 

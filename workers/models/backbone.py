@@ -102,12 +102,22 @@ def _check_layers(backbone: str, layers: list[str]) -> None:
         raise BadMeta(f"{backbone} has no layer {', '.join(unknown)}: it has {', '.join(known)}.")
 
 
-def _stages(backbone: str) -> list[str]:
+def feature_info(backbone: str) -> list[dict[str, Any]]:
+    """What timm says of the stages of a backbone: `module`, `num_chs`, `reduction`.
+
+    Raises:
+        BadMeta: timm cuts no features out of it.
+    """
     try:
         probe = timm.create_model(backbone, pretrained=False, features_only=True, exportable=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise BadMeta(f"timm cuts no features out of {backbone}: {error}.") from error
-    return [info["module"] for info in probe.feature_info.info]
+    found: list[dict[str, Any]] = probe.feature_info.info
+    return found
+
+
+def _stages(backbone: str) -> list[str]:
+    return [info["module"] for info in feature_info(backbone)]
 
 
 def _blocks(backbone: str) -> list[str]:

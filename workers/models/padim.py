@@ -254,7 +254,8 @@ def load(model: PaDiM, path: Path) -> None:
     """
     n, positions = len(model.index), model.positions
     mean = _array(path, "mean", (n, positions))
-    index, layers, count = (read_array(path, name) for name in ("index", "layers", "count"))
+    index, layers = read_array(path, "index"), read_array(path, "layers")
+    count = _count(path)
     if layers is not None and layers.tolist() != model.layers:
         raise BadBundle(f"{path} was made with layers {layers.tolist()}, not {model.layers}.")
     if (packed := read_array(path, "covariance")) is not None:
@@ -265,14 +266,27 @@ def load(model: PaDiM, path: Path) -> None:
     else:
         name = "inv_cov" if read_array(path, "inv_cov") is not None else "cov_inv"
         inverse = torch.from_numpy(_array(path, name, (positions, n, n)))
-        covariance = torch.linalg.inv(inverse) - RIDGE * torch.eye(n)
+        inverted, failed = torch.linalg.inv_ex(inverse)
+        if failed.any():
+            raise BadBundle(f"{path}: {name} holds what is no inverse of a covariance.")
+        covariance = inverted - RIDGE * torch.eye(n)
     order = _use_channels(model, path, index)
     mean_of_each = torch.from_numpy(mean.T.copy())[:, order]
-    stats = Stats(int(count or 0), mean_of_each, covariance[:, order][:, :, order])
+    stats = Stats(count, mean_of_each, covariance[:, order][:, :, order])
     try:
         model.learn(stats)
     except RuntimeError as error:  # torch.linalg.LinAlgError
         raise BadBundle(f"{path} holds what is no covariance: {error}.") from error
+
+
+def _count(path: Path) -> int:
+    """Of how many images statistics are; 0 where the file does not say."""
+    count = read_array(path, "count")
+    if count is None:
+        return 0
+    if count.shape != () or not np.issubdtype(count.dtype, np.integer) or count < 0:
+        raise BadBundle(f"{path}: count must be a number of images, got {count}.")
+    return int(count)
 
 
 def _array(path: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
