@@ -1,11 +1,11 @@
-"""The model held in memory, and `Inspector.inspect`: from the bytes of an image to a verdict."""
+"""`Inspector.inspect`: from the bytes of an image to a verdict."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
+import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,32 +14,14 @@ from typing import Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from app.compiled import seal_cache, usable_cache
 from app.settings import Settings
-from engines.bundle import Bundle
-from engines.errors import BadBundle, KensaError, NotReady, UnknownModel
-from engines.files import sha256
 from engines.image import ImageLimits, decode, resize
-from engines.meta import Meta
-from engines.runtimes import Runtime
-from engines.runtimes.openvino import OpenVINORuntime
-from engines.verdict import Scale, Verdict, heatmap, judge, overlay_png, png
+from engines.resident import Resident, Residents
+from engines.verdict import Verdict, heatmap, judge, overlay_png, png
 
+LINE_SHARE = 100  # the gate takes at most one part in so many of a line that has no gaps
 Drawing = Literal["heatmap", "overlay"]
 Result = TypeVar("Result")
-
-log = logging.getLogger("kensa")
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A model held in memory, open and warm."""
-
-    name: str
-    version: str  # 12 hexadecimal digits of a SHA-256 over its files
-    meta: Meta
-    scale: Scale
-    runtime: Runtime
 
 
 @dataclass(frozen=True)
@@ -72,61 +54,74 @@ class Counts:
 
 
 class Inspector:
-    """One model, a few threads that decode, and one that infers.
+    """The models in memory, a few threads that decode, and one that infers.
 
     Nothing here blocks the event loop: it only hands work to these threads and waits.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self.residents = Residents()
         self.counts = Counts()
         self.started = time.monotonic()
-        self._settings = settings
-        self._model: Resident | None = None
-        self._problem = "The model is still being loaded; try again in a few seconds."
+        self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
+        self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
+        self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
+        self._keep = settings.gate_recent
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
-
-    async def open(self) -> None:
-        """Load the model. Where that fails, the reason is logged, and `model` raises it."""
-        try:
-            self._model = (await _timed(self._engine, lambda: open_model(self._settings))).result
-        except KensaError as error:
-            self._problem = str(error)
-            log.error("Not ready: %s", error)
-        except Exception:
-            self._problem = "The model cannot be opened, for a reason that the log shows."
-            log.exception("Not ready: the model cannot be opened")
+        self._under_way = 0
+        self._patience_s = 1.0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def close(self) -> None:
         """Drop what waits, let what runs end, give the memory back."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._engine.shutdown, wait=True, cancel_futures=True)
-        if self._model is not None:
-            self._model.runtime.close()
+        for model in self.residents.all():
+            model.runtime.close()
 
-    def model(self, name: str | None = None) -> Resident:
-        """The model of that name, or the only one.
+    def recent(self, name: str) -> list[NDArray[np.uint8]]:
+        """The last parts that a model inspected, (S, S, 3) each, oldest first."""
+        return list(self._recent.get(name, ()))
 
-        Raises:
-            NotReady: none is loaded; the sentence says why.
-            UnknownModel: it has another name.
+    async def in_a_gap(self, work: Callable[[], Result]) -> Result:
+        """Do `work` in the engine's thread while no part is being inspected.
+
+        A line without gaps is not waited for longer than the work may take up of it, a hundredth.
         """
-        if self._model is None:
-            raise NotReady(self._problem)
-        if name not in (None, self._model.name):
-            raise UnknownModel(f"There is no model {name!r}; there is {self._model.name!r}.")
-        return self._model
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self._patience_s)
+        done = await _timed(self._engine, work)
+        self._patience_s = done.worked_ms / 1000 * LINE_SHARE
+        return done.result
 
     async def inspect(
-        self, data: bytes, model: Resident, drawing: Drawing | None = None
+        self, data: bytes, name: str | None = None, drawing: Drawing | None = None
     ) -> Inspection:
-        """From the bytes of an image file to a verdict: decode, run, judge, draw if asked.
+        """From the bytes of an image file to a verdict, by the version that is live now.
 
         Raises:
             BadImage: and its kinds, as `engines.image.decode`.
             RuntimeFailed: the runtime gave up.
+            NotReady, UnknownModel: as `Residents.get`.
         """
+        self._under_way += 1
+        if self._under_way == 1:
+            self._idle.clear()
+            self.on_busy(True)
+        try:
+            with self.residents.use(name) as model:
+                return await self._inspect(data, model, drawing)
+        finally:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._idle.set()
+                self.on_busy(False)
+
+    async def _inspect(self, data: bytes, model: Resident, drawing: Drawing | None) -> Inspection:
+        """Decode, run, judge, draw if asked."""
         began = time.perf_counter()
 
         def see() -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8]]:
@@ -149,14 +144,16 @@ class Inspector:
             infer_ms=ran.worked_ms,
             total_ms=(time.perf_counter() - began) * 1000,
         )
-        self._count(verdict)
+        self._note(model, verdict, pixels)
         return Inspection(model, verdict, drawn.result if drawn else None, timing)
 
-    def _count(self, verdict: Verdict) -> None:
+    def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
         if verdict.is_anomalous:
             self.counts.anomaly += 1
         else:
             self.counts.normal += 1
+        self._recent.setdefault(model.name, deque(maxlen=self._keep)).append(pixels)
+        self.on_verdict(model, verdict)
 
 
 def draw(
@@ -167,64 +164,6 @@ def draw(
     if picture is not None:
         return overlay_png(picture, heat, model.scale.threshold)
     return png((heat * 255).round().astype(np.uint8))
-
-
-def open_model(settings: Settings) -> Resident:
-    """Load the model that the settings name, and warm it up.
-
-    Raises:
-        NotReady: no model is set.
-        BadMeta, BadBundle: its files are missing, damaged or do not fit together.
-    """
-    if settings.model_dir is None:
-        raise NotReady("No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made.")
-    began = time.perf_counter()
-    bundle = Bundle.open(settings.model_dir)
-    scale = Scale.of(bundle.meta)
-    cache = usable_cache(settings.compiled_dir)
-    runtime = OpenVINORuntime.open(
-        bundle, precision=settings.precision, threads=settings.threads, cache_dir=cache
-    )
-    seal_cache(cache)
-    model = Resident(settings.served_name, version_of(bundle), bundle.meta, scale, runtime)
-    warm_up(model)
-    rows = runtime.bank_rows
-    log.info(
-        "Loaded %s %s: %s, %d pixels, %s, %s %s, in %.1f s",
-        model.name,
-        model.version,
-        bundle.meta.model,
-        runtime.image_size,
-        "no memory bank" if rows is None else f"memory bank of {rows:,}",
-        runtime.name,
-        runtime.precision,
-        time.perf_counter() - began,
-    )
-    return model
-
-
-def warm_up(model: Resident) -> None:
-    """Run twice, so that the first part on the line does not wait for buffers to be made.
-
-    Raises:
-        BadBundle: the graph and meta.json disagree on the size of images.
-    """
-    size = model.runtime.image_size
-    if size != model.meta.image_size:
-        raise BadBundle(
-            f"model.onnx takes images of {size} pixels, but meta.json says {model.meta.image_size}:"
-            " they are from different trainings. Run convtrt.py again."
-        )
-    grey = np.full((1, size, size, 3), 128, np.uint8)
-    for _ in range(2):
-        model.runtime.infer(grey)
-
-
-def version_of(bundle: Bundle) -> str:
-    """A short name for exactly these files: it changes when any byte of them does."""
-    names = ["meta.json", bundle.onnx.name, bundle.meta.memory_bank]
-    hashes = [sha256(bundle.root / name) for name in names if name is not None]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

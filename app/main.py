@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app.inspection import Inspector
-from app.routes import infer, system
+from app.jobs import Jobs
+from app.keeper import Keeper
+from app.routes import datasets, infer, models, system
+from app.routes import jobs as jobs_routes
 from app.routes.infer import request_id
 from app.settings import Settings
+from app.worker import Worker
+from engines.datasets import Datasets
 from engines.errors import BadImage, BadRequest, KensaError, RuntimeFailed
+from engines.store import Store
 
 log = logging.getLogger("kensa")
 
@@ -31,14 +38,25 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application. The model is opened when the server starts it, and closed when it ends."""
+    """The application. Models are opened when the server starts it, and closed when it ends."""
     inspector = Inspector(settings)
+    store = Store(settings.data / "models")
+    keeper = Keeper(store, inspector, settings)
+    jobs = Jobs(settings.data, store)
+    worker = Worker(settings.data, settings)
+    inspector.on_busy = worker.on_busy
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await inspector.open()
+        await asyncio.to_thread(app.state.datasets.sweep)
+        await keeper.open()
+        opening = asyncio.create_task(asyncio.to_thread(jobs.open))  # parts need no queue
+        worker.start(after=opening)
         yield
+        await worker.close()
+        await keeper.close()
         await inspector.close()
+        await asyncio.to_thread(jobs.close)
 
     app: FastAPI = FastAPIOffline(
         docs_url="/docs",
@@ -50,9 +68,14 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True},
     )
+    app.state.settings = settings
     app.state.inspector = inspector
-    app.include_router(infer.router)
-    app.include_router(system.router)
+    app.state.keeper = keeper
+    app.state.jobs = jobs
+    app.state.worker = worker
+    app.state.datasets = Datasets(settings.data / "datasets")
+    for routes in (infer, models, jobs_routes, datasets, system):
+        app.include_router(routes.router)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
     return app

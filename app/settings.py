@@ -24,9 +24,9 @@ def _setting(default: Any, unit: str, meaning: str, **rules: Any) -> Any:
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
 
 
-def _cache_home() -> Path | None:
-    """Where this user's caches are; None for a user without a home, as in some containers."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+def _home(variable: str, folder: str) -> Path | None:
+    """Where this user's caches or data are; None for a user without a home, as in containers."""
+    home = Path(os.environ.get(variable) or os.path.expanduser(folder))  # noqa: PTH111
     return home / "kensa" if home.is_absolute() else None  # Path.expanduser would raise
 
 
@@ -40,17 +40,90 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
+    data_dir: Path | None = _setting(
+        None,
+        "folder",
+        "Where models, datasets and jobs are kept. Without it, kensa in the user's data folder.",
+    )
     model_dir: Path | None = _setting(
         None,
         "folder",
-        "The model, as convtrt.py leaves it: meta.json, model.onnx and, for PatchCore,"
-        " memory_bank.npz.",
+        "A model to take in at the start, as convtrt.py leaves it. Files that were taken in before"
+        " are not taken in again, so what was learned since stays live.",
     )
     model_name: str | None = _setting(
         None,
         "name",
-        "What answers call the model. Without it, the name of the folder.",
+        "What the model in KENSA_MODEL_DIR is called. Without it, the name of the folder.",
         pattern=NAME,
+    )
+    max_upload_bytes: int = _setting(
+        2 * 1024**3,
+        "bytes",
+        "The most that one upload of training images or of a model may have, unpacked.",
+        ge=1024,
+        le=1024**4,
+    )
+    keep_versions: int = _setting(
+        5,
+        "versions",
+        "How many of the newest versions of a model are kept, besides the live one and the one"
+        " before it.",
+        ge=1,
+        le=1000,
+    )
+    gate_flips: float = _setting(
+        0.1,
+        "share",
+        "How many verdicts may change before a new version is held for a person: of the known"
+        " normals, the known defects and the last parts, each by itself.",
+        ge=0,
+        le=1,
+    )
+    gate_recent: int = _setting(
+        32,
+        "parts",
+        "How many of the last parts of each model are kept in memory, to be shown to new versions.",
+        ge=0,
+        le=1000,
+    )
+    rollback_parts: int = _setting(
+        0,
+        "parts",
+        "After so many parts a new version's reject rate is looked at; outside its band the version"
+        " before takes over. 0: never.",
+        ge=0,
+        le=1_000_000,
+    )
+    rollback_min_rejects: float = _setting(
+        0.0, "share", "The least share of these parts that must be rejected.", ge=0, le=1
+    )
+    rollback_max_rejects: float = _setting(
+        0.2, "share", "The largest share of these parts that may be rejected.", ge=0, le=1
+    )
+    model_memory_mib: int = _setting(
+        0,
+        "MiB",
+        "The most memory that the models may take together; 0 for what is free on the machine.",
+        ge=0,
+    )
+    unload_first: Literal["on", "off"] = _setting(
+        "off",
+        "",
+        "What happens when a new version does not fit into memory beside the live one: on takes the"
+        " live one away first, and requests in between get 503; off refuses the new one.",
+    )
+    worker: Literal["on", "off"] = _setting(
+        "on",
+        "",
+        "Whether this server starts a worker process for its jobs and looks after it; off where one"
+        " runs elsewhere, or nothing is to be learned here.",
+    )
+    job_pace: Literal["pause", "idle", "full"] = _setting(
+        "pause",
+        "",
+        "How jobs give way to the line: pause stops them while a part is inspected, idle lets them"
+        " have what the line leaves over, full lets both compete.",
     )
     host: str = _setting(
         "127.0.0.1",
@@ -137,7 +210,19 @@ class Settings(BaseSettings):
     @property
     def compiled_dir(self) -> Path | None:
         """Where compiled networks are kept, None where there is no place for them."""
-        return self.cache_dir or _cache_home()
+        return self.cache_dir or _home("XDG_CACHE_HOME", "~/.cache")
+
+    @property
+    def data(self) -> Path:
+        """Where models, datasets and jobs are kept.
+
+        Raises:
+            BadSettings: none is set, and this user has no home.
+        """
+        data = self.data_dir or _home("XDG_DATA_HOME", "~/.local/share")
+        if data is None:
+            raise BadSettings("This user has no home: set KENSA_DATA_DIR to a folder.")
+        return data.absolute()
 
 
 def unknown_variables() -> list[str]:

@@ -161,9 +161,9 @@ def _learned(subject: Subject) -> tuple[Any, Any]:
 
 def _export_ours(folder: Path, subject: Subject, model: Any) -> None:
     """As retrain.py and convtrt.py do, with the bank at hand instead of a coreset."""
+    from engines.golden import Golden
     from workers.calibrate import calibrate
     from workers.convert import Convert, convert
-    from workers.golden import Golden
     from workers.models import patchcore
     from workers.progress import Progress
 
@@ -335,6 +335,8 @@ def _our_server(trained: _Trained) -> contextlib.AbstractContextManager[_Server]
         "KENSA_MODEL_DIR": str(trained.bundle),
         "KENSA_PORT": str(port),
         "KENSA_CACHE_DIR": str(trained.folder / "cache"),
+        "KENSA_DATA_DIR": str(trained.folder / "kensa"),
+        "KENSA_WORKER": "off",
     }
     paths = {"raw": "/infer", "form": "/infer"}
     command = [sys.executable, "-m", "app"]

@@ -16,7 +16,15 @@ KensaError
 ├── BadDataset            422  a folder of images that cannot be learned from
 ├── BadWeights            422  weights that are missing or do not fit the backbone
 ├── UnknownModel          404  no model of that name
+├── UnknownVersion        404  the model has no such version
+├── UnknownJob            404  no job of that id
+├── UnknownDataset        404  no category or image of that name
+├── Conflict              409  what is asked for collides with what is going on
+├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
+├── NoWorker              503  nothing here can learn or convert
+├── DiskFull              507  there is no room left to write
+├── OutOfMemory           507  a model does not fit into memory
 └── RuntimeFailed         500  the inference runtime failed on a good image
 """
 
@@ -108,11 +116,67 @@ class UnknownModel(KensaError):
     code = "unknown_model"
 
 
+class UnknownVersion(KensaError):
+    """The model has no such version."""
+
+    status = 404
+    code = "unknown_version"
+
+
+class UnknownJob(KensaError):
+    """No job of that id."""
+
+    status = 404
+    code = "unknown_job"
+
+
+class UnknownDataset(KensaError):
+    """No category, or no image in it, of that name."""
+
+    status = 404
+    code = "unknown_dataset"
+
+
+class Conflict(KensaError):
+    """What is asked for collides with what is going on."""
+
+    status = 409
+    code = "conflict"
+
+
+class UploadTooLarge(KensaError):
+    """An upload of more bytes, or of more files, than the settings allow."""
+
+    status = 413
+    code = "upload_too_large"
+
+
 class NotReady(KensaError):
     """The model is not loaded, or not yet."""
 
     status = 503
     code = "not_ready"
+
+
+class NoWorker(KensaError):
+    """Nothing here can learn or convert: no worker runs, or the queue cannot be reached."""
+
+    status = 503
+    code = "no_worker"
+
+
+class DiskFull(KensaError):
+    """There is no room left to write; what was there before is unchanged."""
+
+    status = 507
+    code = "disk_full"
+
+
+class OutOfMemory(KensaError):
+    """A model does not fit into memory beside what is there."""
+
+    status = 507
+    code = "out_of_memory"
 
 
 class RuntimeFailed(KensaError):

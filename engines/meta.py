@@ -129,6 +129,14 @@ class Meta(BaseModel):
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or absurdly so
             raise BadMeta(f"{path} is not JSON: {error}.") from None
 
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Meta:
+        """The meta.json of these keys; BadMeta when they contradict themselves."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise BadMeta(f"meta.json would be wrong: {_first_problem(error)}.") from None
+
     def write(self, path: Path) -> None:
         """Write it in whole or not at all; known keys without a value are left out."""
         text = json.dumps(self._content(), indent=2, ensure_ascii=False)

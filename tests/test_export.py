@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle, read_bank
 from engines.errors import BadBundle
+from engines.golden import EACH, GOLDEN, Golden
 from engines.meta import Meta
 from engines.runtimes.openvino import choose_precision, cpu_has_bf16
 from workers.convert import Convert, convert
 from workers.export import FLOAT32_LIMIT, HALF_LIMIT, export_onnx, parity
-from workers.golden import EACH, GOLDEN, Golden
 from workers.models import patchcore
 from workers.progress import Progress
 from workers.retrain import Retrain, retrain

@@ -17,8 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +26,22 @@ import numpy as np
 import pytest
 from damage import damaged, picture, png_chunk, saved, seeds
 from PIL import Image
+from server import RAW, Server, agreed, serving
 
-from app.compiled import KEPT, seal_cache, usable_cache
-from app.inspection import Inspector, Resident
+from app.inspection import Inspector
 from app.main import create_app
 from app.routes.infer import wanted
 from app.settings import Settings
 from engines.errors import KensaError
 from engines.image import decode
 from engines.meta import Meta
+from engines.resident import Resident
+from engines.runtimes.compiled import KEPT, seal_cache, usable_cache
 from engines.verdict import Scale
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 MB = 1024 * 1024
-RAW = {"Content-Type": "application/octet-stream"}
-
-
-@dataclass
-class Server:
-    """A server process, and a client that keeps its connection."""
-
-    process: subprocess.Popen[bytes]
-    client: httpx.Client
-    url: str
-    log: Path
-
-    def infer(self, data: bytes, **headers: str) -> httpx.Response:
-        return self.client.post("/infer", content=data, headers={**RAW, **headers})
-
-    def send_form(self, data: bytes, **headers: str) -> httpx.Response:
-        return self.client.post("/infer", files={"file": ("part", data)}, headers=headers)
-
-    def memory(self, line: str) -> int:
-        """VmRSS (memory now) or VmHWM (its highest), bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(rf"{line}:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) * 1024
-
-
-@contextmanager
-def serving(folder: Path, **settings: str) -> Iterator[Server]:
-    """A server at a free port, with its log in `folder`; stopped in the end."""
-    log = folder / "server.log"
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("KENSA_")}
-    variables = {"KENSA_PORT": "0", "KENSA_CACHE_DIR": str(folder / "cache"), **settings}
-    with log.open("wb") as lines:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app"], cwd=ROOT, env={**plain, **variables}, stderr=lines
-        )
-    try:
-        url = _url(process, log)
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-            client.get("/livez")  # answered once the model was tried
-            yield Server(process, client, url, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    for _ in range(600):
-        found = re.search(r"listens on (http://\S+:\d+)", log.read_text())
-        if found:
-            return found[1]
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    raise AssertionError("the server does not start")
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +53,6 @@ def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def photo() -> bytes:
     return saved(Image.fromarray(picture(1024, 768)), "JPEG")  # 1024 high
-
-
-def agreed(answer: httpx.Response) -> str:
-    """The code of an error; fails where it is not in the agreed form."""
-    assert answer.headers["content-type"] == "application/json", answer.text
-    body = answer.json()
-    assert set(body) == {"error", "code"}
-    assert re.fullmatch(r"[a-z_]+", body["code"])
-    assert body["error"].endswith(".")
-    assert "Traceback" not in body["error"]
-    assert answer.headers["x-request-id"]
-    code: str = body["code"]
-    return code
 
 
 # The answer
@@ -145,7 +78,7 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
     assert body["is_anomalous"] == (body["raw_score"] > body["raw_threshold"])
     assert body["label"] == ("Anomaly" if body["is_anomalous"] else "Normal")
     assert 0 <= body["score"] <= 1
-    assert re.fullmatch(r"[0-9a-f]{12}", body["model_version"])
+    assert re.fullmatch(r"0001-[0-9a-f]{12}", body["model_version"])
     assert body["heatmap"] is None
     timing = body["timing"]
     parts = timing["queue_ms"] + timing["decode_ms"] + timing["infer_ms"]
@@ -225,7 +158,7 @@ def test_a_strange_id_is_replaced(server: Server, photo: bytes, given: str) -> N
 
 
 def test_the_model_may_be_named(server: Server, photo: bytes) -> None:
-    name = server.client.get("/healthz").json()["model"]["name"]
+    name = server.client.get("/healthz").json()["models"][0]["name"]
     known = server.client.post("/infer", params={"model": name}, content=photo, headers=RAW)
     assert known.json()["model_name"] == name
     other = server.client.post("/infer", params={"model": "other"}, content=photo, headers=RAW)
@@ -440,6 +373,9 @@ class FakeRuntime:
             raise ZeroDivisionError("a secret")
         return np.full(len(images), self.score, np.float32), np.zeros((len(images), 8, 8), "f4")
 
+    def with_bank(self, bank: Any, precision: str) -> None:
+        return None
+
     def close(self) -> None:
         pass
 
@@ -463,8 +399,9 @@ def test_decoding_and_inferring_have_threads_of_their_own(
 
     async def inspect() -> None:
         inspector = Inspector(Settings())
+        inspector.residents.put(model)
         for _ in range(4):
-            await inspector.inspect(seeds()["png_colour"], model, "overlay")
+            await inspector.inspect(seeds()["png_colour"], "fake", "overlay")
         await inspector.close()
 
     asyncio.run(inspect())
@@ -477,14 +414,14 @@ def test_decoding_and_inferring_have_threads_of_their_own(
     ("score", "code"), [(float("nan"), "runtime_failed"), (-1, "internal_error")]
 )
 def test_a_failure_inside_is_a_500_without_its_details(
-    score: float, code: str, monkeypatch: pytest.MonkeyPatch
+    score: float, code: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("app.inspection.open_model", lambda _: fake_model(score))
-    app = create_app(Settings())
+    app = create_app(Settings(data_dir=tmp_path, worker="off"))
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with _lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://x") as c:
+            app.state.inspector.residents.put(fake_model(score))
             return await c.post("/infer", content=seeds()["png_colour"], headers=RAW)
 
     answer = asyncio.run(ask())
@@ -551,7 +488,7 @@ def test_without_a_model_it_starts_and_says_why(
         health = running.client.get("/healthz")
         assert health.status_code == 503
         assert health.json()["status"] == health.json()["code"] == "not_ready"
-        assert health.json()["model"] is None
+        assert health.json()["models"] == []
     assert "Traceback" not in running.log.read_text()
 
 
@@ -587,7 +524,7 @@ def test_the_cache_keeps_sealed_files_the_newest_few(tmp_path: Path) -> None:
     (tmp_path / "new.blob").write_bytes(b"half written")
     assert usable_cache(tmp_path) == tmp_path
     left = {file.stem for file in tmp_path.glob("*.blob")}
-    assert left == {"3", "4", "6", "7", "8", "9"}
+    assert left == {str(number) for number in range(3, KEPT + 2)} - {"5"}
     assert {file.stem for file in tmp_path.glob("*.sha256")} == left
 
 
@@ -598,8 +535,8 @@ def test_health_says_what_is_running(server: Server, kensa_model: Path, photo: b
     after = server.client.get("/healthz").json()
     meta = Meta.read(kensa_model / "meta.json")
     assert after["status"] == "ok"
-    assert after["model"]["kind"] == meta.model
-    assert after["model"]["image_size"] == meta.image_size
+    assert after["models"][0]["kind"] == meta.model
+    assert after["models"][0]["image_size"] == meta.image_size
     assert after["resident_bytes"] == pytest.approx(server.memory("VmRSS"), rel=0.1)
     assert sum(after["inspections"].values()) == sum(before["inspections"].values()) + 2
     assert after["inspections"]["refused"] == before["inspections"]["refused"] + 1

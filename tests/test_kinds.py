@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from server import serving
 
 from engines.bundle import Bundle
 from engines.image import load
 from engines.meta import Meta
-from tests.test_http import serving
 from workers import models
 from workers.sample_parts import write_dataset
 

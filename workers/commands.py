@@ -27,7 +27,7 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         0, 2 for what the user can mend (`KensaError`, a file or folder that cannot be written),
         130 after Ctrl-C. Anything else is a fault of ours and leaves with its traceback.
     """
-    _hush_libraries()
+    hush_libraries()
     try:
         work()
     except KensaError as error:
@@ -45,7 +45,7 @@ def run(work: Callable[[], None], progress: Progress) -> int:
     return 0
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """Keep a terminal for what its user can act on."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from engines.bundle import ONNX, REPORT, read_bank, read_report, write_report
 from engines.errors import BadMeta, BadWeights
 from engines.files import sha256, staged
+from engines.golden import Golden
 from engines.image import resize
 from engines.meta import Meta
 from workers import models
 from workers.export import Opset, export_onnx, parity
-from workers.golden import Golden
 from workers.progress import Progress
 from workers.sample_parts import draw_part
 
@@ -88,9 +88,11 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         report["parity_images"] = f"{len(images)} {'of its own images' if golden else NO_GOLDEN}"
         write_report(folder, report)
         names = [ONNX, REPORT]
-        if bank is not None and learned is not None and meta.memory_bank is not None:
-            shutil.copyfile(learned, folder / meta.memory_bank)
-            names.append(meta.memory_bank)
+        for source, name in ((learned, meta.memory_bank or meta.stats),
+                             (request.weights_pth, meta.weights_pth)):  # fmt: skip
+            if source is not None and name is not None:  # with them it can be retrained
+                shutil.copyfile(source, folder / name)
+                names.append(name)
         if golden is not None:
             names.append(golden.write(folder))
         hashes = {name: sha256(folder / name) for name in names}

@@ -118,7 +118,11 @@ class _Server:
     """`kensa` in a process of its own, ready when the block is entered and gone after it."""
 
     def __init__(self, engine: Path, port: int) -> None:
-        environment = {"KENSA_MODEL_DIR": str(engine), "KENSA_PORT": str(port)}
+        environment = {
+            "KENSA_MODEL_DIR": str(engine),
+            "KENSA_DATA_DIR": str(engine.parents[1] / "kensa"),
+            "KENSA_PORT": str(port),
+        }
         self.url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "app"],

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from engines.bundle import REPORT, write_report
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
+from engines.golden import GOLDEN, Golden
 from engines.image import files_in
 from engines.meta import Kind, Meta
 from workers import models
 from workers.calibrate import calibrate
 from workers.dataset import Images, measure_bit_depth
 from workers.export import FLOAT32_LIMIT
-from workers.golden import GOLDEN, Golden
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, load_inert
 from workers.models.patchcore import NEIGHBOURS
 from workers.progress import Progress

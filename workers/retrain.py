@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from engines.bundle import REPORT, check_hash, write_report
 from engines.errors import BadMeta
 from engines.files import sha256, staged
+from engines.golden import Golden
 from engines.meta import Meta
 from workers import models
 from workers.calibrate import Calibration, calibrate
 from workers.dataset import Category, Images, measure_bit_depth
-from workers.golden import Golden
 from workers.progress import Progress
 
 HELD_OUT = 0.2  # share of the training images that find the threshold where there are no others

@@ -134,14 +134,14 @@ async def infer(
     for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
     """
     inspector: Inspector = request.app.state.inspector
-    resident = inspector.model(model or None)
+    inspector.residents.get(model or None)  # before the image is read
     data = await read_image(request, inspector.limits.max_bytes)
     answer = wanted(request.headers.get("accept", ""))
     if answer == "image/png":
-        inspection = await inspector.inspect(data, resident, "overlay")
+        inspection = await inspector.inspect(data, model or None, "overlay")
     else:
         in_json = heatmap and answer == "application/json"
-        inspection = await inspector.inspect(data, resident, "heatmap" if in_json else None)
+        inspection = await inspector.inspect(data, model or None, "heatmap" if in_json else None)
     return _answer(inspection, answer, request_id(request))
 
 

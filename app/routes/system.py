@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
-from app.inspection import Inspector, Resident
+from app.inspection import Inspector
 from app.schemas import HealthBody, InspectionsBody, ModelBody, StatusBody, error_response
 from engines.errors import NotReady
+from engines.resident import NO_MODEL, Resident
 
 router = APIRouter(tags=["system"])
 
-NO_MODEL = "No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made."
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     503: error_response("No model is loaded; the sentence says why.", not_ready=NO_MODEL)
 }
@@ -34,9 +34,15 @@ async def livez() -> StatusBody:
 
 @router.get("/readyz", summary="Can it inspect?", responses=_RESPONSES)
 async def readyz(request: Request) -> StatusBody:
-    """200 when a model is loaded and warm; 503 with the reason when none is."""
-    inspector: Inspector = request.app.state.inspector
-    inspector.model()
+    """200 when every live model is loaded and warm; 503 names what is missing.
+
+    The others inspect all the same.
+    """
+    residents = _inspector(request).residents
+    if residents.problems:
+        raise NotReady(" ".join(residents.problems.values()))
+    if not residents.names():
+        raise NotReady(NO_MODEL)
     return StatusBody(status="ready")
 
 
@@ -48,30 +54,35 @@ async def readyz(request: Request) -> StatusBody:
 )
 async def healthz(request: Request) -> Response:
     """Versions, the model in memory, memory in use, and images inspected since the start."""
-    inspector: Inspector = request.app.state.inspector
-    problem = None
-    model = None
-    try:
-        model = inspector.model()
-    except NotReady as error:
-        problem = error
-    counts = inspector.counts
+    inspector, state = _inspector(request), request.app.state
+    residents, counts = inspector.residents, inspector.counts
+    sentence = " ".join(residents.problems.values())
+    if not sentence and not residents.names():
+        sentence = NO_MODEL
     body = HealthBody(
-        status="ok" if problem is None else problem.code,
-        error=None if problem is None else str(problem),
-        code=None if problem is None else problem.code,
+        status=NotReady.code if sentence else "ok",
+        error=sentence or None,
+        code=NotReady.code if sentence else None,
         version=request.app.version,
         uptime_s=round(time.monotonic() - inspector.started, 1),
-        model=None if model is None else _described(model),
+        models=[_described(model) for model in residents.all()],
+        problems=residents.problems,
+        worker=state.worker.state,
+        queue=state.jobs.problem or "ok",
         resident_bytes=resident_bytes(),
         inspections=InspectionsBody(
             normal=counts.normal, anomaly=counts.anomaly, refused=counts.refused
         ),
     )
-    left_out = {"error", "code"} if problem is None else set()
+    left_out = set() if sentence else {"error", "code"}
     return JSONResponse(
-        body.model_dump(exclude=left_out), status_code=200 if problem is None else problem.status
+        body.model_dump(exclude=left_out), status_code=NotReady.status if sentence else 200
     )
+
+
+def _inspector(request: Request) -> Inspector:
+    inspector: Inspector = request.app.state.inspector
+    return inspector
 
 
 def _described(model: Resident) -> ModelBody:

@@ -35,5 +35,12 @@ class Runtime(Protocol):
             RuntimeFailed: the device or the runtime gave up.
         """
 
+    def with_bank(self, bank: NDArray[np.float32], precision: str) -> Runtime | None:
+        """The same engine with another memory bank (M, C).
+
+        None where that cannot be: another number of channels, or another precision. Closing one of
+        the two leaves the other as it is.
+        """
+
     def close(self) -> None:
         """Give the memory back; `infer` must not be called any more."""

@@ -6,6 +6,7 @@ the search in the memory bank, is `engines.runtimes.openvino_search`.
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class OpenVINORuntime:
             BadBundle: the graph cannot be read, or does not fit the bank.
         """
         self.precision: str = precision
-        core = ov.Core()
+        core = self._core = ov.Core()
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32" if memory_bank is not None else precision,
             "PERFORMANCE_HINT": "LATENCY",
@@ -60,11 +61,13 @@ class OpenVINORuntime:
         }
         model = _read(core, onnx)
         self._image_size, self._map_size = _sizes(model, onnx)
+        _check_finite(model, onnx)
+        self._config = dict(config)
         self._search: Search | None = None
         if memory_bank is not None:
             model = _cut_at_embedding(model, onnx, memory_bank)
-            patches, in_bf16 = math.prod(self._map_size), precision == "bf16"
-            self._search = Search(core, memory_bank, patches, config, in_bf16=in_bf16)
+            self._channels = memory_bank.shape[1]
+            self._search = self._new_search(memory_bank)
         elif len(model.inputs) != 1:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
         # One image at a time: a fixed shape is 2 ms faster, and a CPU gains nothing from batches.
@@ -72,9 +75,14 @@ class OpenVINORuntime:
         if cache_dir is not None:
             config["CACHE_DIR"] = str(cache_dir)
         try:
-            self._request = core.compile_model(model, "CPU", config).create_infer_request()
+            self._compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise BadBundle(f"OpenVINO cannot compile {onnx}: {error}.") from error
+        self._request = self._compiled.create_infer_request()
+
+    def _new_search(self, bank: NDArray[np.float32]) -> Search:
+        patches, in_bf16 = math.prod(self._map_size), self.precision == "bf16"
+        return Search(self._core, bank, patches, self._config, in_bf16=in_bf16)
 
     @classmethod
     def open(
@@ -119,8 +127,16 @@ class OpenVINORuntime:
         score, distances = self._search.score(outputs["embedding"][0])
         return score, distances.reshape(self._map_size)
 
+    def with_bank(self, bank: NDArray[np.float32], precision: str) -> OpenVINORuntime | None:
+        if self._search is None or precision != self.precision or bank.shape[1] != self._channels:
+            return None
+        other = copy.copy(self)  # the compiled backbone is the same object, and kept by both
+        other._request = self._compiled.create_infer_request()
+        other._search = self._new_search(bank)
+        return other
+
     def close(self) -> None:
-        del self._request, self._search
+        del self._request, self._search, self._compiled
 
 
 def cpu_has_bf16() -> bool:
@@ -139,6 +155,14 @@ def _read(core: ov.Core, onnx: Path) -> ov.Model:
         return core.read_model(onnx)
     except RuntimeError as error:
         raise BadBundle(f"{onnx} is not an ONNX model that OpenVINO can read: {error}.") from error
+
+
+def _check_finite(model: ov.Model, onnx: Path) -> None:
+    """Raise BadBundle for weights that are no numbers: a damaged training, or a bit that fell."""
+    for node in model.get_ordered_ops():
+        is_weight = node.get_type_name() == "Constant" and node.get_element_type().is_real()
+        if is_weight and not np.isfinite(node.data).all():
+            raise BadBundle(f"{onnx} holds weights that are not finite: train it again.")
 
 
 def _sizes(model: ov.Model, onnx: Path) -> tuple[int, tuple[int, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engines.files import sha256, write_atomically
 
-KEPT = 8  # networks; a resnet18 takes about 10 MB
+KEPT = 16  # networks; a resnet18 takes about 10 MB
 
 log = logging.getLogger("kensa")
 

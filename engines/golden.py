@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,10 @@ EACH = 8  # normals, and defects where there are any
 
 @dataclass(frozen=True)
 class Golden:
-    """Images as the model sees them: (n, S, S, 3) uint8 RGB."""
+    """Images as the model sees them."""
 
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8]  # (n, S, S, 3) RGB
+    defective: NDArray[np.bool_] | None = None  # (n,); None in files of older tools
 
     @classmethod
     def choose(
@@ -37,12 +39,16 @@ class Golden:
             else group
             for group, scores in ((normal, normal_scores), (defective, defective_scores))
         ]
-        return cls(np.concatenate(chosen))
+        defective_ones = np.repeat([False, True], [len(group) for group in chosen])
+        return cls(np.concatenate(chosen), defective_ones)
 
     def write(self, folder: Path) -> str:
         """Write golden.npz into a folder, and return its name."""
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, images=self.images)
+        arrays: dict[str, Any] = {"images": self.images}
+        if self.defective is not None:
+            arrays["defective"] = self.defective
+        np.savez_compressed(buffer, **arrays)
         write_atomically(folder / GOLDEN, buffer.getvalue())
         return GOLDEN
 
@@ -58,9 +64,11 @@ class Golden:
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
-                images = file["images"]
+                images, defective = file["images"], file.get("defective")
         except Exception as error:  # zip and npy readers raise what they like
             raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from error
         if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
             raise BadBundle(f"{path} holds {images.dtype} {images.shape}, not {size} x {size} RGB.")
-        return cls(images)
+        if defective is not None and (defective.dtype, defective.shape) != (bool, images.shape[:1]):
+            raise BadBundle(f"{path} does not say of each image whether it is defective.")
+        return cls(images, defective)

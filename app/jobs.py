@@ -1,0 +1,337 @@
+"""`Jobs`: the queue as the server sees it. What is done stands in `workers`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
+from engines.jobs import (
+    ACTIVE,
+    APPLICATION,
+    DATABASE,
+    JobFolder,
+    JobKind,
+    JobRequest,
+    JsonSerializer,
+    Schedules,
+    database_url,
+    enqueue_options,
+    last_due,
+    scheduled_id,
+)
+from engines.store import NAME, Store
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
+Outcome = Literal["live", "held", "refused", "published", "replaced"]
+
+KEPT = 500  # ended jobs
+LOOK_EVERY_S = 1.0  # whether a locked database can be opened
+ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled", "interrupted")
+
+_STATES: dict[str, State] = {
+    "ENQUEUED": "queued",
+    "DELAYED": "queued",
+    "PENDING": "running",
+    "CANCELLED": "cancelled",
+    "ERROR": "failed",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "interrupted",
+}
+
+# Five fields, without what croniter draws by lot (R, H).
+_CRON = re.compile(r"\s*((?:[\d*/,#L-]|[A-Z]{3})+(\s+|$)){5}", re.IGNORECASE)
+
+log = logging.getLogger("kensa")
+
+
+class Jobs:
+    """Jobs of one data folder. Its methods block: call them in a thread."""
+
+    def __init__(self, data: Path, store: Store) -> None:
+        self._data = data
+        self._store = store
+        self._client: Any = None
+        self._opening = threading.Lock()
+        self._closing = threading.Event()
+        self._schedules = Schedules(data)
+        self.problem: str | None = None
+
+    def open(self) -> None:
+        """Make the queue where there is none; a damaged one is put aside, a locked one waited for.
+
+        `problem` says why there is none afterwards, and `submit` raises it.
+        """
+        with self._opening:
+            while self._client is None:
+                self._try_to_open()
+                locked = "database is locked" in (self.problem or "")
+                if not locked or self._closing.wait(LOOK_EVERY_S):
+                    return
+
+    def _try_to_open(self) -> None:
+        try:
+            self._data.mkdir(parents=True, exist_ok=True)
+            self._put_aside_if_damaged()
+            self._client = self._connect()
+            self.problem = None
+        except Exception as error:  # DBOS and SQLAlchemy raise what they like
+            log.exception("The queue cannot be opened")
+            self.problem = f"The queue in {self._data / DATABASE} cannot be opened: {error}."
+
+    def _connect(self) -> Any:
+        from dbos import DBOS, DBOSClient
+
+        logging.getLogger("dbos").setLevel(logging.WARNING)
+        url = database_url(self._data)
+        DBOS.migrate(url)
+        with closing(sqlite3.connect(self._data / DATABASE, timeout=30)) as database:
+            database.execute("PRAGMA journal_mode=WAL")  # who reads waits for nobody
+        return DBOSClient(
+            system_database_url=url, serializer=JsonSerializer(), application_name=APPLICATION
+        )
+
+    def _put_aside_if_damaged(self) -> None:
+        """Without the queue that it had the server still serves.
+
+        A database that is locked, or cannot be read at the moment, is not a damaged one.
+        """
+        path = self._data / DATABASE
+        if not path.exists():
+            return
+        try:
+            with closing(sqlite3.connect(path, timeout=30)) as database:
+                found = database.execute("PRAGMA quick_check").fetchone()[0]
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            aside = path.with_name(f"{DATABASE}.damaged-{secrets.token_hex(3)}")
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.rename(aside.with_name(aside.name + suffix))
+            log.error("The queue was damaged (%s): it is now %s, and a new one is begun",
+                      found, aside.name)  # fmt: skip
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._client is not None:
+            self._client.destroy()
+
+    # ---- asking for work ----------------------------------------------------------------------
+
+    def submit(self, kind: JobKind, request: JobRequest) -> dict[str, Any]:
+        """Queue a job, and describe it.
+
+        Raises:
+            Conflict: the model has a job already; the sentence names it.
+            NoWorker: the queue cannot be reached.
+        """
+        from dbos._error import DBOSQueueDeduplicatedError
+
+        client = self._reached()
+        content = request.model_dump(exclude_none=True)
+        if not request.queue:
+            self._refuse_a_second(request.model)
+        job_id = f"{kind}-{secrets.token_hex(6)}"
+        once = None if request.queue else request.model
+        active = client.list_workflows(status=ACTIVE, load_input=False, load_output=False)
+        try:
+            client.enqueue(enqueue_options(job_id, once, active), kind, content)
+        except DBOSQueueDeduplicatedError:  # it came between the look above and now
+            self._refuse_a_second(request.model)
+            raise Conflict(f"{request.model} has a job already.") from None
+        return self.get(job_id)
+
+    def _refuse_a_second(self, model: str) -> None:
+        for job in self.active():
+            if job["model"] == model:
+                raise Conflict(
+                    f"{model} has a job already, {job['id']} ({job['state']}): wait for it, cancel"
+                    ' it, or send "queue": true to wait behind it.'
+                )
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Stop a job; one that has ended stays as it is.
+
+        Raises:
+            UnknownJob: there is no such job.
+            Conflict: it has ended, or what it made is published.
+        """
+        job = self.get(job_id)
+        if job["state"] in ENDED:
+            raise Conflict(f"Job {job_id} has ended ({job['state']}).")
+        self._reached().cancel_workflow(job_id)
+        job = self.get(job_id)
+        if job["state"] != "cancelled":
+            raise Conflict(f"Job {job_id} is past being cancelled ({job['state']}).")
+        return job
+
+    # ---- looking at it ------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> dict[str, Any]:
+        """One job. Raises UnknownJob where there is none of that id."""
+        found = self._reached().list_workflows(workflow_ids=[job_id])
+        if not found:
+            raise UnknownJob(f"There is no job {job_id[:100]!r}.")
+        return self._described(found[0])
+
+    def newest(self, limit: int = 50) -> list[dict[str, Any]]:
+        """The newest jobs, newest first."""
+        found = self._reached().list_workflows(limit=limit, sort_desc=True)
+        return [self._described(one) for one in found]
+
+    def active(self) -> list[dict[str, Any]]:
+        """Those that have not ended."""
+        found = self._reached().list_workflows(status=ACTIVE)
+        return [self._described(one) for one in found]
+
+    def lines(self, job_id: str, after: int = 0) -> tuple[list[str], int]:
+        """What a job said, from a byte of its log on."""
+        return JobFolder(self._data, job_id).lines(after)
+
+    def _described(self, status: Any) -> dict[str, Any]:
+        folder = JobFolder(self._data, status.workflow_id)
+        kind, request = status.input["args"][:2] if status.input else ("retrain", {})
+        ended = status.output if isinstance(status.output, dict) else {}
+        job: dict[str, Any] = {
+            "id": status.workflow_id,
+            "kind": kind,
+            "model": request.get("model", ""),
+            "state": _STATES.get(status.status) or ended.get("state", "failed"),
+            "created": _time(status.created_at),
+            "ended": _time(status.completed_at),
+            "attempts": folder.attempts(),
+            "request": request,
+            "progress": None,
+            "version": ended.get("version"),
+            "outcome": None,
+            "error": ended.get("error"),
+            "code": ended.get("code"),
+        }
+        if status.status == "ERROR":
+            job["error"], job["code"] = f"The queue failed: {status.error}.", "internal_error"
+        if job["state"] in ("running", "failed", "succeeded"):
+            progress = folder.progress()
+            progress.pop("pid", None)
+            job["progress"] = progress or None
+        if job["version"] is not None:
+            self._add_outcome(job, ended["version"])
+        return job
+
+    def _add_outcome(self, job: dict[str, Any], version: str) -> None:
+        """What became of the version that a job published. Until the gate has seen it, it runs."""
+        name, store = job["model"], self._store
+        pointer, found = store.pointer(name), store.gate(name, version)
+        refused = store.refused(name)
+        if pointer is not None and pointer.live == version:
+            job["outcome"] = "live"
+        elif version in refused:
+            job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
+        elif found is not None and found.get("ok") is False:
+            job.update(outcome="held", error=" ".join(found["reasons"]))
+        elif found is not None:
+            job["outcome"] = "replaced"
+        elif self._goes_live(name, version):
+            job["state"] = "running"
+            job["progress"] = {**(job["progress"] or {}), "phase": "gate"}
+        else:
+            job["outcome"] = "published"
+
+    def _goes_live(self, name: str, version: str) -> bool:
+        try:
+            return self._store.manifest(name, version).origin.get("activate") is True
+        except KensaError:
+            return False
+
+    # ---- again and again ----------------------------------------------------------------------
+
+    def schedule(self, name: str, wanted: Any) -> dict[str, Any]:
+        """Retrain by a cron expression; one of the same name is replaced.
+
+        Raises:
+            BadRequest: the name, the expression or the time zone is wrong.
+        """
+        if not re.match(NAME, name):
+            raise BadRequest(
+                f"A schedule's name has up to 64 letters, digits, - and _, not {name!r}."
+            )
+        try:
+            ZoneInfo(wanted.timezone)
+        except (ValueError, OSError, ZoneInfoNotFoundError):
+            raise BadRequest(f"There is no time zone {wanted.timezone!r}.") from None
+        try:
+            if not _CRON.fullmatch(wanted.cron):
+                raise ValueError
+            last_due(wanted.cron, wanted.timezone, time.time())
+        except (ValueError, KeyError):
+            raise BadRequest(
+                f"{wanted.cron!r} is no cron expression: it takes minute, hour, day, month and"
+                " weekday, such as 0 2 * * * for every night at two."
+            ) from None
+        content = {
+            "cron": wanted.cron,
+            "timezone": wanted.timezone,
+            "retrain": wanted.retrain.model_dump(exclude_none=True),
+        }
+        try:
+            self._schedules.write(name, content)
+        except OSError as error:
+            raise DiskFull(f"The schedule cannot be written: {error.strerror}.") from None
+        return next(one for one in self.schedules() if one["name"] == name)
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """All of them, and when each last began a job."""
+        return [
+            {"name": name, **content, "last": self._last_begun(name)}
+            for name, content in self._schedules.all().items()
+        ]
+
+    def _last_begun(self, name: str) -> str | None:
+        found = self._reached().list_workflows(
+            workflow_id_prefix=scheduled_id(name), sort_desc=True, load_input=False,
+            load_output=False,
+        )  # fmt: skip
+        pattern = re.compile(re.escape(scheduled_id(name)) + r"\d{8}T\d{4}")
+        return next((_time(one.created_at) for one in found if pattern.fullmatch(one.workflow_id)),
+                    None)  # fmt: skip
+
+    def unschedule(self, name: str) -> None:
+        """End a schedule. Raises UnknownJob where there is none of that name."""
+        if name not in self._schedules.all():
+            raise UnknownJob(f"There is no schedule {name[:100]!r}.")
+        self._schedules.remove(name)
+
+    # ---- keeping it small ---------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Forget the oldest ended jobs beyond `KEPT`."""
+        client = self._reached()
+        ended = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+        old = client.list_workflows(status=ended, sort_desc=True, offset=KEPT, load_output=False)
+        for one in old:
+            # In this order, so that the next call ends what a kill in between leaves.
+            shutil.rmtree(JobFolder(self._data, one.workflow_id).root, ignore_errors=True)
+            client.delete_workflow(one.workflow_id)
+
+    def _reached(self) -> Any:
+        if self._client is None:
+            raise NoWorker(self.problem or "The queue is being opened; try again in a few seconds.")
+        return self._client
+
+
+def _time(epoch_ms: int | None) -> str | None:
+    if epoch_ms is None:
+        return None
+    return datetime.fromtimestamp(epoch_ms / 1000, timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,437 @@
+"""`Keeper`: which version of each model is in memory, and how a new one gets there.
+
+The worker only publishes versions. The keeper sees them in the store, shows them to the gate and
+lets them go live, or holds them for a person. So it does not matter which process or machine made
+a version, nor which of them was killed in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+
+from app.inspection import Inspector
+from app.settings import Settings
+from engines import gate
+from engines.bundle import ONNX, read_report
+from engines.errors import BadBundle, BadMeta, DiskFull, KensaError, OutOfMemory
+from engines.gate import Replay, Replayed
+from engines.golden import Golden
+from engines.memory import bytes_needed, free_bytes
+from engines.resident import MIB, Opening, Resident, describe, open_model
+from engines.runtimes.compiled import usable_cache
+from engines.store import Manifest, Store
+from engines.verdict import Verdict, judge
+
+LOOK_EVERY_S = 0.5  # for versions that somebody published
+RETRY_AFTER_S = 60.0  # what failed for a reason that may pass, such as a full disk
+
+log = logging.getLogger("kensa")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Trial:
+    """The first parts of a version that went live by itself."""
+
+    version: str
+    parts: int = 0
+    rejects: int = 0
+
+
+class Keeper:
+    """Loads, gates, swaps and rolls back. Its methods belong to the event loop's thread."""
+
+    def __init__(self, store: Store, inspector: Inspector, settings: Settings) -> None:
+        self.store = store
+        self._inspector = inspector
+        self._residents = inspector.residents
+        self._settings = settings
+        self._opening = Opening(settings.precision, settings.threads)
+        self._loader = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
+        self._changing: dict[str, asyncio.Lock] = {}
+        self._trials: dict[str, Trial] = {}
+        self._settled: set[tuple[str, str]] = set()  # published, but not to go live
+        self._failed: dict[tuple[str, str], float] = {}  # when, on the monotonic clock
+        self._tasks: set[asyncio.Task[None]] = set()
+        inspector.on_verdict = self._on_verdict
+
+    # ---- starting and stopping ----------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Take in KENSA_MODEL_DIR, load what is live, and look out for new versions."""
+        cache = await self._load(lambda: usable_cache(self._settings.compiled_dir))
+        self._opening = Opening(self._settings.precision, self._settings.threads, cache)
+        if self._settings.model_dir is not None:
+            await self._take_in_model_dir()
+        for name in await self._load(self.store.names):
+            async with self._change(name):
+                await self._load_live(name)
+        self._begin(self._look_out())
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._loader.shutdown, wait=True, cancel_futures=True)
+
+    async def _take_in_model_dir(self) -> None:
+        """Publish the folder, and make it live unless these very files were there before."""
+        name, source = self._settings.served_name, self._settings.model_dir
+        assert source is not None
+
+        def take_in() -> None:
+            known = self.store.versions(name)
+            if not (source / ONNX).is_file() and (source / "meta.json").is_file():
+                raise BadBundle(f"{source / ONNX} does not exist: make it with convtrt.py.")
+            version = self.store.take_in(name, source, {"folder": str(source)})
+            if version not in known:
+                self.store.activate(name, version)
+
+        try:
+            await self._load(take_in)
+        except KensaError as error:
+            self._residents.problems[name] = str(error)
+            log.error("%s is not taken in: %s", source, error)
+        except OSError as error:
+            self._residents.problems[name] = f"{source} cannot be taken in: {error.strerror}."
+            log.error("%s is not taken in: %s", source, error)
+
+    async def _load_live(self, name: str) -> None:
+        """Bring the live version into memory; the one before where it cannot be used."""
+        pointer = await self._load(lambda: self.store.pointer(name))
+        problem = self._residents.problems.get(name)
+        for version in await self._load(lambda: self.store.candidates(name)):
+            try:
+                model = await self._open(name, version, None)
+            except (KensaError, OSError) as error:
+                problem = f"{name} {version} cannot be used: {error}"
+                continue
+            if pointer is None or version != pointer.live:
+                await self._load(partial(self.store.activate, name, version))
+                log.warning("%s is served from %s", name, version)
+            self._residents.put(model)
+            return
+        if problem is None and pointer is not None:
+            problem = f"{name} has no version {pointer.live}, and none before it."
+        if problem is not None:
+            self._residents.take(name, problem)
+            log.error("Not ready: %s", problem)
+
+    # ---- new versions -------------------------------------------------------------------------
+
+    async def _look_out(self) -> None:
+        """For ever: show the gate what was published to go live."""
+        while True:
+            try:
+                for name, manifest in await self._load(self._waiting):
+                    await self._consider(name, manifest)
+            except Exception:  # whatever it is, the next versions must be looked at
+                log.exception("New versions could not be looked at")
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _waiting(self) -> list[tuple[str, Manifest]]:
+        """Published to go live, and not seen by the gate; oldest first."""
+        found = []
+        for name in self.store.names():
+            pointer = self.store.pointer(name)
+            for version in self.store.versions(name):
+                key = (name, version)
+                if key in self._settled or (pointer and version == pointer.live):
+                    continue
+                if time.monotonic() - self._failed.get(key, -RETRY_AFTER_S) < RETRY_AFTER_S:
+                    continue
+                if self.store.gate(name, version) is not None:
+                    continue
+                try:
+                    manifest = self.store.manifest(name, version)
+                except BadBundle as error:
+                    self.store.refuse(name, version, str(error))
+                    continue
+                if manifest.origin.get("activate") is True:
+                    found.append((name, manifest))
+                else:
+                    self._settled.add(key)
+        return found
+
+    async def _consider(self, name: str, manifest: Manifest) -> None:
+        """Show a version to the gate; what passes goes live."""
+        version = manifest.version
+        async with self._change(name):
+            try:
+                model, found = await self._through_the_gate(name, manifest)
+                if found["ok"]:
+                    await self._go_live(model, found)
+                    if self._settings.rollback_parts:
+                        self._trials[name] = Trial(version)
+                    return
+                await self._load(lambda: self.store.record_gate(name, version, found))
+                log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
+                await self._close(model)
+                if name not in self._residents.names():  # it was unloaded
+                    await self._load_live(name)
+            except (BadBundle, BadMeta) as error:
+                log.error("%s %s is refused: %s", name, version, error)
+            except (KensaError, OSError) as error:
+                self._failed[name, version] = time.monotonic()
+                log.error("%s %s does not go live: %s", name, version, error)
+
+    async def _through_the_gate(
+        self, name: str, manifest: Manifest
+    ) -> tuple[Resident, dict[str, Any]]:
+        began = time.perf_counter()
+        version = manifest.version
+        limit = float(manifest.origin.get("max_flips") or self._settings.gate_flips)
+        if name not in self._residents.names():
+            model = await self._open(name, version, None)
+            report = await self._load(lambda: read_report(self.store.folder(name, version)))
+            return model, _stamped(gate.weigh([], report, None, limit), began)
+        with self._residents.use(name) as old:
+            images, report = await self._load(lambda: self._replays(old, version))
+            fits = await self._fits(name, version)
+            if fits:
+                model = await self._open(name, version, old)
+                replayed = [await self._replay(one, old, model) for one in images]
+        if not fits:
+            model, replayed = await self._unload_first(name, version, images)
+        found = gate.weigh(replayed, report, old.version, limit)
+        flips = gate.flipped(replayed)
+        await self._load(lambda: self._keep_pictures(name, version, flips))
+        return model, _stamped(found, began)
+
+    def _replays(self, old: Resident, version: str) -> tuple[list[Replay], dict[str, Any]]:
+        name, size = old.name, old.runtime.image_size
+        folders = [self.store.folder(name, one) for one in (old.version, version)]
+        goldens = [_golden(folder, size) for folder in folders]
+        images = gate.replays(goldens, self._inspector.recent(name), size)
+        return list(images), read_report(folders[1])
+
+    async def _replay(self, one: Replay, old: Resident, new: Resident) -> Replayed:
+        return Replayed(one, await self._ask(old, one), await self._ask(new, one))
+
+    async def _ask(self, model: Resident, one: Replay) -> Verdict:
+        pixels = one.image[None]
+        scores, _ = await self._inspector.in_a_gap(lambda: model.runtime.infer(pixels))
+        return judge(float(scores[0]), model.scale)
+
+    def _keep_pictures(self, name: str, version: str, flips: list[Replayed]) -> None:
+        """What the parts look like whose verdict changes, for the person who decides."""
+        folder = self.store.gate_folder(name, version)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, one in enumerate(flips):
+            _, data = cv2.imencode(".jpg", one.replay.image[..., ::-1])
+            (folder / f"{number}.jpg").write_bytes(data.tobytes())
+
+    # ---- one in another's place ---------------------------------------------------------------
+
+    async def activate(self, name: str, version: str) -> Resident:
+        """Make a version live because a person says so, whatever the gate found.
+
+        Raises:
+            UnknownModel, UnknownVersion, BadBundle, BadMeta, OutOfMemory, DiskFull.
+        """
+        async with self._change(name):
+            await self._load(lambda: self.store.folder(name, version))
+            resident = self._residents
+            old = resident.get(name) if name in resident.names() else None
+            if old is not None and old.version == version:
+                return old
+            self._trials.pop(name, None)
+            if old is None or await self._fits(name, version):
+                model = await self._open(name, version, old)
+            else:
+                model, _ = await self._unload_first(name, version, [])
+            found = await self._load(lambda: self.store.gate(name, version))
+            await self._go_live(model, {**(found or {"ok": True, "reasons": []}), "by_hand": True})
+            return model
+
+    async def roll_back(self, name: str, reason: str | None = None) -> Resident:
+        """Let the version before the live one take over, at once.
+
+        Raises:
+            UnknownModel, Conflict (there is none before), BadBundle, BadMeta, OutOfMemory.
+        """
+        async with self._change(name):
+            self._trials.pop(name, None)
+            back = await self._load(lambda: self.store.pointer_back(name))
+            old = self._residents.get(name) if name in self._residents.names() else None
+            if old is None or await self._fits(name, back.live):
+                model = await self._open(name, back.live, old)
+            else:
+                model, _ = await self._unload_first(name, back.live, [])
+            await self._write(lambda: self.store.roll_back(name))
+            if reason is not None:
+                found = await self._load(lambda: self.store.gate(name, back.previous)) or {}
+                found = {**found, "ok": False, "reasons": [reason]}
+                await self._write(lambda: self.store.record_gate(name, back.previous, found))
+            self._put(model)
+            log.warning("%s is rolled back to %s%s", name, model.version, _because(reason))
+            return model
+
+    async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
+        """On the disk first: after a power cut the version that was named last comes back."""
+        name, version = model.name, model.version
+
+        def write() -> None:
+            self.store.record_gate(name, version, found)
+            self.store.activate(name, version)
+
+        try:
+            await self._write(write)
+        except BaseException:
+            await self._close(model)
+            raise
+        self._put(model)
+        log.info("Live: %s", describe(model))
+        await self._load(lambda: self.store.prune(name, self._settings.keep_versions))
+
+    def _put(self, model: Resident) -> None:
+        before = self._residents.put(model)
+        if before is not None and before is not model:
+            self._begin(self._let_go(before))
+
+    async def _let_go(self, model: Resident) -> None:
+        await self._residents.until_unused(model)
+        await self._close(model)
+
+    async def _open(self, name: str, version: str, beside: Resident | None) -> Resident:
+        """Check and open a version; one that cannot be used is put aside."""
+        opening = self._opening
+
+        def work() -> Resident:
+            try:
+                folder = self.store.check(name, version)
+                return open_model(folder, name, version, opening, beside)
+            except (BadBundle, BadMeta) as error:
+                self.store.refuse(name, version, str(error))
+                raise
+
+        began = time.perf_counter()
+        model = await self._load(work)
+        log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
+        return model
+
+    async def _close(self, model: Resident) -> None:
+        await self._load(model.runtime.close)
+
+    # ---- memory -------------------------------------------------------------------------------
+
+    async def _fits(self, name: str, version: str) -> bool:
+        """Whether a version fits beside what is in memory.
+
+        Raises:
+            OutOfMemory: it does not, and unloading first is not allowed.
+        """
+        folder = await self._load(lambda: self.store.folder(name, version))
+        needed = await self._load(lambda: bytes_needed(folder))
+        free = free_bytes()
+        if self._settings.model_memory_mib:
+            held = [self.store.folder(one.name, one.version) for one in self._residents.all()]
+            taken = await self._load(lambda: sum(map(bytes_needed, held)))
+            free = min(free, self._settings.model_memory_mib * MIB - taken)
+        if needed <= free:
+            return True
+        if self._settings.unload_first == "off":
+            raise OutOfMemory(
+                f"{name} {version} needs about {needed // MIB} MiB beside the live version, and"
+                f" {max(0, free) // MIB} MiB are free: set KENSA_UNLOAD_FIRST=on to let the live"
+                " one go before."
+            )
+        return False
+
+    async def _unload_first(
+        self, name: str, version: str, images: list[Replay]
+    ) -> tuple[Resident, list[Replayed]]:
+        """Ask the live version, let it go, load the new one, and ask that.
+
+        The live one comes back where the new one cannot be loaded.
+        """
+        with self._residents.use(name) as old:
+            before = [await self._ask(old, one) for one in images]
+        log.warning("%s is unloaded, because %s does not fit beside it", name, version)
+        self._residents.take(name, f"{name} is being exchanged; try again in a few seconds.")
+        await self._let_go(old)
+        try:
+            model = await self._open(name, version, None)
+            after = [await self._ask(model, one) for one in images]
+        except BaseException:
+            await self._load_live(name)
+            raise
+        return model, [Replayed(*three) for three in zip(images, before, after, strict=True)]
+
+    # ---- the first parts of a new version -----------------------------------------------------
+
+    def _on_verdict(self, model: Resident, verdict: Verdict) -> None:
+        trial = self._trials.get(model.name)
+        if trial is None or trial.version != model.version:
+            return
+        trial.parts += 1
+        trial.rejects += verdict.is_anomalous
+        if trial.parts >= self._settings.rollback_parts:
+            del self._trials[model.name]
+            low, high = self._settings.rollback_min_rejects, self._settings.rollback_max_rejects
+            rate = trial.rejects / trial.parts
+            if not low <= rate <= high:
+                reason = (
+                    f"Of its first {trial.parts} parts {rate:.1%} were rejected;"
+                    f" allowed are {low:.1%} to {high:.1%}."
+                )
+                self._begin(self._roll_back_by_itself(model.name, reason))
+
+    async def _roll_back_by_itself(self, name: str, reason: str) -> None:
+        try:
+            await self.roll_back(name, reason)
+        except (KensaError, OSError) as error:
+            log.error("%s should be rolled back (%s), but cannot be: %s", name, reason, error)
+
+    # ---- how work is done ---------------------------------------------------------------------
+
+    def _change(self, name: str) -> asyncio.Lock:
+        """One change of a model at a time."""
+        return self._changing.setdefault(name, asyncio.Lock())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, work: Callable[[], Result]) -> Result:
+        """Do work in the loader's thread, which gives way to the line."""
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+    async def _write(self, work: Callable[[], Result]) -> Result:
+        """The same for writing to the store, where a full disk gets its name."""
+        try:
+            return await self._load(work)
+        except OSError as error:
+            raise DiskFull(f"Nothing was changed: {error.strerror}. Free some space.") from error
+
+
+def _behind_the_line() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _golden(folder: Path, size: int) -> Golden | None:
+    try:
+        return Golden.read(folder, size)
+    except BadBundle:  # of another size: the version before was trained otherwise
+        return None
+
+
+def _stamped(found: dict[str, Any], began: float) -> dict[str, Any]:
+    return {**found, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def _because(reason: str | None) -> str:
+    return f": {reason}" if reason else ""

@@ -1,0 +1,568 @@
+"""Training images over HTTP: send them, look at them, delete them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app.schemas import (
+    CategoryBody,
+    DatasetsBody,
+    ImageFileBody,
+    ImagesBody,
+    RefusedBody,
+    SkippedBody,
+    UploadBody,
+    error_response,
+)
+from app.settings import Settings
+from engines.datasets import (
+    CATEGORY,
+    MAX_FILES,
+    Datasets,
+    Split,
+    checked_name,
+    is_zip,
+    read_file,
+    readable,
+    room,
+    unzip,
+)
+from engines.errors import BadRequest, Conflict, KensaError, UnsupportedBody, UploadTooLarge
+from engines.image import ImageLimits
+
+router = APIRouter(tags=["datasets"])
+
+BLOCK = 1024 * 1024  # bytes of an upload that are written at once
+MANY = 1000  # images on one page of a list
+NAMED = 10  # names of files that were passed over, for each reason
+
+Category = Annotated[str, InPath(pattern=CATEGORY, description="What the images show.")]
+Which = Annotated[
+    Split,
+    InPath(description="`train`: to learn from. `normal` and `anomaly`: to test with."),
+]
+Name = Annotated[str, InPath(description="The name of an image, with its ending.")]
+
+_ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
+_MEDIA_TYPES = {
+    ".bmp": "image/bmp",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".tif": "image/tiff",
+    ".tiff": "image/tiff",
+}
+_BINARY = {"type": "string", "format": "binary"}
+_FORM = {
+    "schema": {
+        "type": "object",
+        "properties": {
+            "file": {
+                "type": "array",
+                "items": _BINARY,
+                "description": "JPEG, PNG, BMP or TIFF images, or zips of them. The parts may have"
+                " any name; each needs a file name.",
+            }
+        },
+    }
+}
+_REQUEST_BODY = {
+    "required": True,
+    "description": "A form with images or zips; or one image or zip as the body itself.",
+    "content": {
+        "multipart/form-data": _FORM,
+        **{media_type: {"schema": _BINARY} for media_type in (*_IMAGE_TYPES, "application/zip")},
+    },
+}
+_UNKNOWN = error_response(
+    "No such category or image.",
+    unknown_dataset="There is no category bolt; there is: bracket.",
+)
+_MALFORMED = error_response(
+    "The request is malformed.",
+    bad_request="The path parameter split is wrong: Input should be 'train', 'normal' or"
+    " 'anomaly'.",
+)
+_DAMAGED = error_response(
+    "The image is damaged.", bad_image="The PNG image is damaged: a checksum does not match."
+)
+_TOO_LARGE = error_response(
+    "The image has too many bytes or pixels.",
+    image_too_large="The image is 30000 x 30000 pixels; allowed are 16,000,000 in all and 65,535 a"
+    " side.",
+)
+_UNSUPPORTED = error_response(
+    "Not an image that Kensa reads.",
+    unsupported_image="This is not a JPEG, PNG, BMP or TIFF image; send one of these.",
+)
+_UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
+    201: {"description": "At least one image was stored, or was there already."},
+    400: error_response("The image is damaged.", bad_image="01.png: The PNG image is cut short."),
+    404: error_response(
+        "The folder on the server is a link to somewhere else.",
+        unknown_dataset="bracket/train is a link that leads out of the data folder.",
+    ),
+    409: error_response(
+        "Another image has this name.",
+        conflict="01.png: bracket/train has another image of the name 01.png: send this one under a"
+        " new name, or with ?replace=true.",
+    ),
+    413: error_response(
+        "The upload, or the image, is too large.",
+        upload_too_large="The upload has more than the 2,147,483,648 bytes allowed: send it in"
+        " parts, or raise KENSA_MAX_UPLOAD_BYTES.",
+        image_too_large="01.png: The image is 30000 x 30000 pixels; allowed are 16,000,000 in all"
+        " and 65,535 a side.",
+    ),
+    415: error_response(
+        "Not an image that Kensa reads.",
+        unsupported_image="01.jpg: This is not a JPEG, PNG, BMP or TIFF image; send one of these.",
+        unsupported_body="Kensa does not read a body of type text/html: send ...",
+    ),
+    422: error_response(
+        "The request, the name of an image or a zip is malformed.",
+        bad_request="There is no image in the upload.",
+    ),
+    507: error_response(
+        "There is no room on the disk.",
+        disk_full="The disk of the data folder is full: delete images or models that are not"
+        " needed.",
+    ),
+}
+
+
+@router.get("/datasets", summary="Which categories are there?")
+async def categories(request: Request) -> DatasetsBody:
+    """Every category, with the number of images in each of its splits."""
+    counts = await run_in_threadpool(_datasets(request).categories)
+    return DatasetsBody(
+        datasets=[
+            CategoryBody(
+                category=name,
+                train=images["train"],
+                normal=images["normal"],
+                anomaly=images["anomaly"],
+            )
+            for name, images in counts.items()
+        ]
+    )
+
+
+@router.post(
+    "/datasets/{category}/{split}",
+    summary="Send training images",
+    status_code=201,
+    responses=_UPLOAD_RESPONSES,
+    openapi_extra={"requestBody": _REQUEST_BODY},
+)
+async def upload(
+    request: Request,
+    category: Category,
+    split: Which,
+    name: Annotated[str, Query(description="What an image that is the body is called.")] = "",
+    replace: Annotated[
+        bool, Query(description="Replace other images that have the same names.")
+    ] = False,
+) -> UploadBody:
+    """Send images as a form, as a zip, or one image as the body with its `name` in the query.
+
+    Every image is decoded before it is stored; one that is damaged is refused by name, and does not
+    stop the others. Nothing is stored before the whole request has arrived. The category is made
+    where there is none.
+    """
+    settings: Settings = request.app.state.settings
+    datasets = _datasets(request)
+    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    intake = Intake(datasets, category, split, limits, settings.max_upload_bytes, replace)
+    async with _upload_folder(datasets) as folder:
+        for part in await receive(request, folder, name, settings.max_upload_bytes):
+            # One image at a time goes to a thread, so that a stop waits for no more than one.
+            async for _ in iterate_in_threadpool(intake.take(part)):
+                pass
+    return await run_in_threadpool(intake.answer)
+
+
+@router.get(
+    "/datasets/{category}/{split}",
+    summary="Which images are there?",
+    responses={404: _UNKNOWN, 422: _MALFORMED},
+)
+async def images(
+    request: Request,
+    category: Category,
+    split: Which,
+    offset: Annotated[int, Query(ge=0, description="Images to pass over.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=MANY, description="The most images to name.")] = 100,
+) -> ImagesBody:
+    """The images of a split, sorted by name."""
+    page = await run_in_threadpool(_datasets(request).images, category, split, offset, limit)
+    return ImagesBody(
+        category=category,
+        split=split,
+        total=page.total,
+        offset=offset,
+        images=[ImageFileBody(name=image.name, bytes=image.bytes) for image in page.images],
+    )
+
+
+@router.get(
+    "/datasets/{category}/{split}/{name}",
+    summary="An image as it was sent",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The file.",
+            "content": {kind: {"schema": _BINARY} for kind in _IMAGE_TYPES[:4]},
+        },
+        404: _UNKNOWN,
+        413: _TOO_LARGE,
+        422: _MALFORMED,
+    },
+)
+async def image(request: Request, category: Category, split: Which, name: Name) -> Response:
+    """The very bytes that were sent."""
+    datasets, limits = _datasets(request), _limits(request)
+    data = await run_in_threadpool(datasets.read, category, split, name, limits)
+    return Response(data, media_type=_MEDIA_TYPES[Path(name).suffix.lower()])
+
+
+@router.get(
+    "/datasets/{category}/{split}/{name}/thumbnail",
+    summary="An image, small",
+    response_class=Response,
+    responses={
+        200: {"description": "A JPEG.", "content": {"image/jpeg": {"schema": _BINARY}}},
+        400: _DAMAGED,
+        404: _UNKNOWN,
+        413: _TOO_LARGE,
+        415: _UNSUPPORTED,
+        422: _MALFORMED,
+    },
+)
+async def thumbnail(request: Request, category: Category, split: Which, name: Name) -> Response:
+    """A JPEG, upright, its longer side at most 256 pixels."""
+    datasets, limits = _datasets(request), _limits(request)
+    data = await run_in_threadpool(datasets.thumbnail, category, split, name, limits)
+    return Response(data, media_type="image/jpeg")
+
+
+@router.delete(
+    "/datasets/{category}/{split}/{name}",
+    summary="Delete an image",
+    status_code=204,
+    response_class=Response,
+    responses={404: _UNKNOWN, 422: _MALFORMED},
+)
+async def delete_image(request: Request, category: Category, split: Which, name: Name) -> None:
+    """Delete one image. What models have learned from it stays learned."""
+    await run_in_threadpool(_datasets(request).delete_image, category, split, name)
+
+
+@router.delete(
+    "/datasets/{category}/{split}",
+    summary="Delete the images of a split",
+    status_code=204,
+    response_class=Response,
+    responses={404: _UNKNOWN, 422: _MALFORMED},
+)
+async def delete_split(request: Request, category: Category, split: Which) -> None:
+    """Delete all images of a split."""
+    await run_in_threadpool(_datasets(request).delete_split, category, split)
+
+
+@router.delete(
+    "/datasets/{category}",
+    summary="Delete a category",
+    status_code=204,
+    response_class=Response,
+    responses={404: _UNKNOWN, 422: _MALFORMED},
+)
+async def delete(request: Request, category: Category) -> None:
+    """Delete a category with all its images."""
+    await run_in_threadpool(_datasets(request).delete, category)
+
+
+def _datasets(request: Request) -> Datasets:
+    datasets: Datasets = request.app.state.datasets
+    return datasets
+
+
+def _limits(request: Request) -> ImageLimits:
+    settings: Settings = request.app.state.settings
+    return ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+
+
+# Receiving
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of an upload: what it is called, and where its bytes wait."""
+
+    name: str
+    path: Path
+
+
+@contextlib.asynccontextmanager
+async def _upload_folder(datasets: Datasets) -> AsyncGenerator[Path, None]:
+    """`Datasets.upload`, entered and left in a thread: there may be much to delete."""
+    stack = contextlib.ExitStack()
+    try:
+        with room():
+            yield await run_in_threadpool(stack.enter_context, datasets.upload())
+    finally:
+        await run_in_threadpool(stack.close)
+
+
+async def receive(request: Request, folder: Path, name: str, most: int) -> list[Part]:
+    """Write the files of a request into `folder`; `name` is for a body that is a file itself.
+
+    Raises:
+        UnsupportedBody: the content type is no form, image or zip.
+        BadRequest: the form is malformed.
+        UploadTooLarge: more than `most` bytes, or too many parts; what comes after is not read.
+        OSError: the disk is full, see `room`.
+    """
+    content_type = request.headers.get("content-type", "application/octet-stream")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        spool: _Form | _Body = _Form(folder, content_type)
+    elif media_type.startswith("image/") or media_type in (*_IMAGE_TYPES, *_ZIP_TYPES):
+        spool = await run_in_threadpool(_Body, folder, name)
+    else:
+        raise UnsupportedBody(
+            f"Kensa does not read a body of type {media_type[:100]}: send the image with"
+            " Content-Type image/jpeg (or png, bmp, tiff), a zip with application/zip, or a"
+            " multipart/form-data form."
+        )
+    async with contextlib.aclosing(_blocks(request, most)) as blocks:
+        with contextlib.closing(spool):
+            async for block in blocks:
+                await run_in_threadpool(spool.write, block)
+            return spool.parts()
+
+
+async def _blocks(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+    """The body in blocks of about 1 MiB, up to `most` bytes, whether or not it says its length."""
+    too_large = UploadTooLarge(
+        f"The upload has more than the {most:,} bytes allowed: send it in parts, or raise"
+        " KENSA_MAX_UPLOAD_BYTES."
+    )
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
+    block = bytearray()
+    async for chunk in request.stream():
+        block += chunk
+        most -= len(chunk)
+        if most < 0:
+            raise too_large
+        if len(block) >= BLOCK:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block)
+
+
+class _Body:
+    """A body that is one file."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._part = Part(name, folder / "0")
+        self._file = self._part.path.open("wb")
+
+    def write(self, block: bytes) -> None:
+        self._file.write(block)
+        self._file.flush()
+
+    def parts(self) -> list[Part]:
+        return [self._part]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Form:
+    """A form that is taken apart while it arrives: a file on the disk for each file part.
+
+    Not Starlette's parser: it holds a descriptor or 1 MB of memory for each part until the end.
+    """
+
+    def __init__(self, folder: Path, content_type: str) -> None:
+        self._folder = folder
+        self._parts: list[Part] = []
+        self._seen = 0  # parts of any kind
+        self._file: BinaryIO | None = None  # of the part that is arriving
+        self._header, self._value, self._disposition = b"", b"", b""
+        self._ended = False
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+        if not 0 < len(boundary) <= 70:
+            raise BadRequest("The form cannot be read: its boundary is missing or too long.")
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._add_to_header,
+                "on_header_value": self._add_to_value,
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._open,
+                "on_part_data": self._add_data,
+                "on_part_end": self.close,
+                "on_end": self._end,
+            },
+        )
+
+    def write(self, block: bytes) -> None:
+        try:
+            self._parser.write(block)
+        except FormParserError as error:
+            raise BadRequest(f"The form cannot be read: {error}.") from None
+        if self._file is not None:
+            self._file.flush()
+
+    def parts(self) -> list[Part]:
+        if not self._ended:
+            raise BadRequest("The form cannot be read: it is cut short.")
+        return self._parts
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        self._disposition = b""
+        self._seen += 1
+        if self._seen > MAX_FILES:
+            raise UploadTooLarge(f"The form has more parts than the {MAX_FILES:,} allowed.")
+
+    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header, self._value = b"", b""
+
+    def _open(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"filename" in options:  # other fields are read over
+            part = Part(readable(options[b"filename"]), self._folder / str(self._seen))
+            self._parts.append(part)
+            self._file = part.path.open("wb")
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        if self._file is not None:
+            self._file.write(memoryview(data)[start:end])
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+# Storing
+
+
+@dataclass
+class Intake:
+    """What becomes of the files of one upload."""
+
+    datasets: Datasets
+    category: str
+    split: Split
+    limits: ImageLimits
+    left: int  # bytes that zips may still unpack
+    replace: bool
+    added: list[str] = field(default_factory=list)
+    already_there: list[str] = field(default_factory=list)
+    refused: list[tuple[str, KensaError]] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
+    names: set[str] = field(default_factory=set)  # that this upload has used
+
+    def take(self, part: Part) -> Iterator[None]:
+        """Store the images of a part, one with each step. Errors are kept, not raised."""
+        try:
+            if is_zip(part.path) or part.name.lower().endswith(".zip"):
+                yield from self._take_zip(part.path)
+            else:
+                self._store(part.name, read_file(part.path, self.limits))
+                yield
+        except KensaError as error:
+            self.refused.append((part.name, error))
+        part.path.unlink()  # so that the disk need not hold everything twice
+
+    def answer(self) -> UploadBody:
+        """What to tell the client.
+
+        Raises:
+            KensaError: no image was stored or there already; the first that was refused, and why.
+        """
+        if not self.added and not self.already_there:
+            raise self._first_refusal()
+        return UploadBody(
+            category=self.category,
+            split=self.split,
+            added=self.added,
+            already_there=self.already_there,
+            refused=[
+                RefusedBody(name=name, error=str(error), code=error.code)
+                for name, error in self.refused
+            ],
+            skipped=[
+                SkippedBody(reason=reason, count=len(names), names=names[:NAMED])
+                for reason, names in self.skipped.items()
+            ],
+            images=self.datasets.count(self.category, self.split),
+        )
+
+    def _take_zip(self, path: Path) -> Iterator[None]:
+        for name, found in unzip(path, self.limits, self.left):
+            if isinstance(found, bytes):
+                self.left -= len(found)
+                try:
+                    self._store(name, found)
+                except KensaError as error:
+                    self.refused.append((name, error))
+            elif isinstance(found, KensaError):
+                self.refused.append((name, found))
+            else:
+                self.skipped.setdefault(found, []).append(name)
+            yield
+
+    def _store(self, name: str, data: bytes) -> None:
+        name = checked_name(name)
+        first = name not in self.names
+        place = (self.category, self.split, name)
+        try:
+            stored = self.datasets.add(
+                *place, data, limits=self.limits, replace=self.replace and first
+            )
+        except Conflict:
+            if first:
+                raise
+            raise Conflict(f"Two different images of this upload are called {name}.") from None
+        self.names.add(name)
+        (self.already_there if stored.already_there else self.added).append(name)
+
+    def _first_refusal(self) -> KensaError:
+        if self.refused:
+            name, error = self.refused[0]
+            return type(error)(f"{name[:200]}: {error}" if name else str(error))
+        what = "; ".join(f"{reason}: {len(names)}" for reason, names in self.skipped.items())
+        return BadRequest(
+            f"There is no image in the upload ({what})."
+            if what
+            else "There is no image in the upload: send file parts of a form, a zip, or an image as"
+            " the body."
+        )

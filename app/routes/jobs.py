@@ -1,0 +1,244 @@
+"""Retrain and convert while parts keep coming: ask for it, watch it, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from app.jobs import ENDED, Jobs
+from app.keeper import Keeper
+from app.schemas import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
+from app.schemas import error_response as problem
+from engines.datasets import Datasets
+from engines.errors import BadDataset, BadMeta, NoWorker
+from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.meta import Meta
+
+router = APIRouter(tags=["jobs"])
+Result = TypeVar("Result")
+
+REPLY_WITHIN_S = 10.0  # of the queue; a locked database is waited for that long
+LOOK_EVERY_S = 0.5  # of a stream of events
+ALIVE_EVERY_S = 15.0  # a comment that keeps proxies from closing a stream
+
+_NO_WORKER = problem(
+    "No worker, or no queue.",
+    no_worker="Nothing can be learned here: ... pip install 'kensa[train]'",
+)
+_UNKNOWN = problem("No such job.", unknown_job="There is no job 'retrain-0123456789ab'.")
+_ASKED: dict[int | str, dict[str, Any]] = {
+    202: {"headers": {"Location": {"schema": {"type": "string"}, "description": "The job."}}},
+    404: problem(
+        "No such model, version or category.",
+        unknown_model="There is no model 'bolt'; there is 'bracket'.",
+        unknown_version="bracket has no version '0009-...'.",
+        unknown_dataset="There is no category 'bolt'.",
+    ),
+    409: problem(
+        "The model has a job already.",
+        conflict="bracket has a job already, retrain-5d3c... (running): wait for it, cancel it, or"
+        ' send "queue": true to wait behind it.',
+    ),
+    422: problem(
+        "What is asked for does not fit.",
+        bad_request="The body parameter epochs is wrong: Input should be at least 1.",
+        bad_meta="bolt was never trained: say its kind and, in meta, its hyper-parameters ...",
+        bad_dataset="The category bolt has no training images: POST some to /datasets/bolt/train.",
+        bad_weights="bracket 0001-... has no model.pth, so nothing can be learned on top of it ...",
+        bad_bundle="...manifest.json is damaged ...",
+    ),
+    503: _NO_WORKER,
+}
+
+
+@router.post(
+    "/retrain", status_code=202, summary="Learn from the images of a category", responses=_ASKED
+)
+async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
+    """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
+    await asyncio.to_thread(_check_retrain, request, body)
+    return await _submit(request, response, "retrain", body)
+
+
+@router.post("/convert", status_code=202, summary="Make an engine of a version", responses=_ASKED)
+async def convert(request: Request, response: Response, body: ConvertRequest) -> JobBody:
+    """As convtrt.py does: export, compare with the trained model, publish."""
+    await asyncio.to_thread(_check_version, request, body)
+    return await _submit(request, response, "convert", body)
+
+
+@router.get("/jobs", summary="Which jobs are there?", responses={503: _NO_WORKER})
+async def jobs(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=500, description="The newest so many.")] = 50,
+) -> JobsBody:
+    """Newest first."""
+    found = await _ask(lambda: _jobs(request).newest(limit))
+    return JobsBody(jobs=[_body(request, one) for one in found])
+
+
+@router.get(
+    "/jobs/{job_id}", summary="How is this job?", responses={404: _UNKNOWN, 503: _NO_WORKER}
+)
+async def job(request: Request, job_id: str) -> JobBody:
+    """Its state, its progress and, in the end, the version it made and what became of it."""
+    return _body(request, await _ask(lambda: _jobs(request).get(job_id)))
+
+
+@router.get(
+    "/jobs/{job_id}/log",
+    summary="What did it say?",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, 404: _UNKNOWN, 503: _NO_WORKER},
+)
+async def log(request: Request, job_id: str) -> Response:
+    """All lines, as text."""
+    await _ask(lambda: _jobs(request).get(job_id))
+    lines, _ = await _ask(lambda: _jobs(request).lines(job_id))
+    return Response("".join(f"{line}\n" for line in lines), media_type="text/plain")
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    summary="Watch a job",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}}, 404: _UNKNOWN, 503: _NO_WORKER},
+)
+async def events(request: Request, job_id: str) -> StreamingResponse:
+    """Server-sent events until it ends: `log` with a line, `job` with all of GET /jobs/{id}."""
+    found = _jobs(request)
+    await _ask(lambda: found.get(job_id))
+    return StreamingResponse(_follow(found, job_id), media_type="text/event-stream",
+                             headers={"Cache-Control": "no-store"})  # fmt: skip
+
+
+async def _follow(found: Jobs, job_id: str) -> AsyncIterator[str]:
+    after, before, silent = 0, None, 0.0
+    while True:
+        now = await _ask(lambda: found.get(job_id))
+        lines, after = await _ask(partial(found.lines, job_id, after))
+        for line in lines:
+            yield f"event: log\ndata: {json.dumps(line)}\n\n"
+        if now != before:
+            yield f"event: job\ndata: {JobBody(**now).model_dump_json()}\n\n"
+        if now["state"] in ENDED:
+            return
+        silent = 0.0 if lines or now != before else silent + LOOK_EVERY_S
+        if silent >= ALIVE_EVERY_S:
+            yield ": still running\n\n"
+            silent = 0.0
+        before = now
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+@router.post(
+    "/jobs/{job_id}/cancel",
+    summary="Stop a job",
+    responses={
+        404: _UNKNOWN,
+        409: problem("It has ended.", conflict="Job retrain-5d3c... has ended (succeeded)."),
+        503: _NO_WORKER,
+    },
+)
+async def cancel(request: Request, job_id: str) -> JobBody:
+    """Its process is killed, and what it made until then is removed."""
+    return JobBody(**await _ask(lambda: _jobs(request).cancel(job_id)))
+
+
+@router.get("/schedules", summary="What is learned when?", responses={503: _NO_WORKER})
+async def schedules(request: Request) -> SchedulesBody:
+    """All schedules."""
+    found = await _ask(_jobs(request).schedules)
+    return SchedulesBody(schedules=[ScheduleBody(**one) for one in found])
+
+
+@router.put(
+    "/schedules/{name}",
+    summary="Retrain regularly",
+    responses={
+        404: _ASKED[404],
+        422: problem("No such time.", bad_request="'25 * * *' is no cron expression ..."),
+        503: _NO_WORKER,
+    },
+)
+async def schedule(request: Request, name: str, body: ScheduleRequest) -> ScheduleBody:
+    """Such as every night at two: `{"cron": "0 2 * * *", "retrain": {"model": ..., ...}}`."""
+    await asyncio.to_thread(_check_retrain, request, body.retrain)
+    return ScheduleBody(**await _ask(lambda: _jobs(request).schedule(name, body)))
+
+
+@router.delete(
+    "/schedules/{name}",
+    status_code=204,
+    summary="End a schedule",
+    responses={
+        404: problem("No such schedule.", unknown_job="There is no schedule 'nightly'."),
+        503: _NO_WORKER,
+    },
+)
+async def unschedule(request: Request, name: str) -> Response:
+    """Jobs that it has begun go on."""
+    await _ask(lambda: _jobs(request).unschedule(name))
+    return Response(status_code=204)
+
+
+async def _submit(request: Request, response: Response, kind: JobKind, body: JobRequest) -> JobBody:
+    found = await _ask(lambda: _jobs(request).submit(kind, body))
+    response.headers["Location"] = f"/jobs/{found['id']}"
+    return JobBody(**found)
+
+
+def _check_retrain(request: Request, body: RetrainRequest) -> None:
+    """Say at once what a job would only find out later."""
+    datasets: Datasets = request.app.state.datasets
+    if not datasets.count(body.category, "train"):
+        raise BadDataset(
+            f"The category {body.category} has no training images:"
+            f" POST some to /datasets/{body.category}/train."
+        )
+    store = request.app.state.keeper.store
+    if body.model not in store.names() or not store.versions(body.model):
+        if body.kind is None:
+            raise BadMeta(
+                f"{body.model} was never trained: say its kind and, in meta, its hyper-parameters,"
+                ' such as {"backbone": "resnet18", "layers": ["layer2", "layer3"],'
+                ' "coreset_ratio": 0.1, "image_size": 256}.'
+            )
+        Meta.parse({"model": body.kind, **body.meta})
+    _check_version(request, body)
+
+
+def _check_version(request: Request, body: JobRequest) -> None:
+    keeper: Keeper = request.app.state.keeper
+    if isinstance(body, ConvertRequest):
+        keeper.store.must_know(body.model)
+    if body.version is not None:
+        keeper.store.folder(body.model, body.version)
+
+
+async def _ask(work: Callable[[], Result]) -> Result:
+    """Ask the queue in a thread; a database that somebody locks must not hold up the answer."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(work), REPLY_WITHIN_S)
+    except asyncio.TimeoutError:
+        raise NoWorker(
+            f"The queue did not answer within {REPLY_WITHIN_S:.0f} s: something locks its database."
+        ) from None
+
+
+def _body(request: Request, found: dict[str, Any]) -> JobBody:
+    body = JobBody(**found)
+    if body.state == "running" and body.progress is not None:
+        body.progress.held_back = round(request.app.state.worker.held_back, 2)
+    return body
+
+
+def _jobs(request: Request) -> Jobs:
+    found: Jobs = request.app.state.jobs
+    return found

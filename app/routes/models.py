@@ -1,0 +1,242 @@
+"""The models and their versions: look, take in, make live, go back."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+
+from app.archive import unpack_model
+from app.inspection import Inspector
+from app.keeper import Keeper
+from app.routes.datasets import _upload_folder as upload_folder
+from app.routes.datasets import receive
+from app.schemas import (
+    GateBody,
+    ModelsBody,
+    StoredModelBody,
+    TakenInBody,
+    VersionBody,
+    error_response,
+)
+from app.settings import Settings
+from engines.bundle import ONNX
+from engines.datasets import Datasets, room
+from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
+from engines.meta import Meta
+from engines.store import META, Store
+
+router = APIRouter(tags=["models"])
+
+_UNKNOWN = error_response(
+    "No such model or version.",
+    unknown_model="There is no model 'bolt'; there is 'bracket'.",
+    unknown_version="bracket has no version '0009-aaaaaaaaaaaa'; there is '0001-3f9a0c41d2e8'.",
+)
+_UNUSABLE = error_response(
+    "The version's files are damaged, or do not fit together. It is put aside.",
+    bad_bundle="model.onnx is not the file that was written with the meta.json beside it ...",
+    bad_meta="meta.json has no image_threshold_auto ...",
+)
+_FULL = error_response(
+    "There is no room, on the disk or in memory; nothing was changed.",
+    disk_full="Nothing was changed: No space left on device. Free some space.",
+    out_of_memory="bracket 0002-... needs about 410 MiB beside the live version, and 200 are free.",
+)
+_CHANGE: dict[int | str, dict[str, Any]] = {404: _UNKNOWN, 422: _UNUSABLE, 507: _FULL}
+
+
+@router.get("/models", summary="Which models are there?")
+async def models(request: Request) -> ModelsBody:
+    """Every model of this server, its live version and whether it is in memory."""
+    keeper = _keeper(request)
+    names = await asyncio.to_thread(keeper.store.names)
+    return ModelsBody(models=[await _described(request, name) for name in names])
+
+
+@router.post(
+    "/models",
+    status_code=201,
+    summary="Take in a model",
+    responses={
+        413: error_response("Too large.", upload_too_large="The upload has more than ... bytes."),
+        415: error_response("No zip.", unsupported_body="Send the zip as the body, or in a form."),
+        422: error_response(
+            "The zip holds no model, or a damaged one.",
+            bad_bundle="The zip has no meta.json.",
+            bad_request="The zip cannot be read: ...",
+        ),
+        507: _FULL,
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "description": "A zip of the folder that convtrt.py or retrain.py left.",
+            "content": {
+                "application/zip": {"schema": {"type": "string", "format": "binary"}},
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {"file": {"type": "string", "format": "binary"}},
+                    }
+                },
+            },
+        }
+    },
+)
+async def take_in(
+    request: Request,
+    response: Response,
+    name: Annotated[str, Query(description="What to call it.", pattern=r"^[A-Za-z0-9_-]{1,64}$")],
+    activate: Annotated[
+        bool, Query(description="Let it go live when it passes the gate; else it is only kept.")
+    ] = True,
+) -> TakenInBody:
+    """Send a zip with meta.json, model.onnx, the memory bank or statistics, and the weights.
+
+    A plan is not taken: it holds machine code. It is made on the device that runs it.
+    """
+    store, settings = _keeper(request).store, _settings(request)
+
+    def publish(zipped: Path) -> str:
+        with store.staging() as folder:
+            unpack_model(zipped, folder, settings.max_upload_bytes)
+            live = activate and (folder / ONNX).is_file()
+            return store.take_in(name, folder, {"upload": True, "activate": live})
+
+    datasets: Datasets = request.app.state.datasets
+    async with upload_folder(datasets) as folder:
+        with room():
+            parts = await receive(request, folder, "model.zip", settings.max_upload_bytes)
+            if len(parts) != 1:
+                raise BadRequest(f"The form has {len(parts)} files; send one zip.")
+            version = await asyncio.to_thread(publish, parts[0].path)
+    response.headers["Location"] = f"/models/{name}/versions/{version}"
+    has_engine = (store.folder(name, version) / ONNX).is_file()
+    return TakenInBody(name=name, version=version, needs_conversion=not has_engine)
+
+
+@router.get("/models/{name}", summary="What is this model?", responses={404: _UNKNOWN})
+async def model(request: Request, name: str) -> StoredModelBody:
+    """Its versions, newest first, and which one judges."""
+    await asyncio.to_thread(_keeper(request).store.must_know, name)
+    return await _described(request, name)
+
+
+@router.get(
+    "/models/{name}/versions/{version}", summary="What is this version?", responses={404: _UNKNOWN}
+)
+async def version(request: Request, name: str, version: str) -> VersionBody:
+    """Where it came from, its meta.json, its report, and what the gate found."""
+    keeper = _keeper(request)
+    return await asyncio.to_thread(_version, keeper.store, name, version)
+
+
+@router.get(
+    "/models/{name}/versions/{version}/flips/{number}",
+    summary="See a part whose verdict changes",
+    response_class=FileResponse,
+    responses={200: {"content": {"image/jpeg": {}}}, 404: _UNKNOWN},
+)
+async def flip(request: Request, name: str, version: str, number: int) -> FileResponse:
+    """The picture of a part that the new version judges otherwise, as the model sees it."""
+    store = _keeper(request).store
+    await asyncio.to_thread(store.folder, name, version)
+    path = store.gate_folder(name, version) / f"{number}.jpg"
+    if not path.is_file():
+        raise UnknownVersion(f"The gate found no flip {number} of {name} {version}.")
+    return FileResponse(path, media_type="image/jpeg")
+
+
+@router.post(
+    "/models/{name}/versions/{version}/activate",
+    summary="Make a version live",
+    responses=_CHANGE,
+)
+async def activate(request: Request, name: str, version: str) -> StoredModelBody:
+    """Whatever the gate said of it. Parts keep coming; no request is lost."""
+    await _keeper(request).activate(name, version)
+    return await _described(request, name)
+
+
+@router.post(
+    "/models/{name}/rollback",
+    summary="Go back to the version before",
+    responses={
+        **_CHANGE,
+        409: error_response(
+            "There is none before it.",
+            conflict="bracket has no version before the live one to go back to.",
+        ),
+    },
+)
+async def rollback(request: Request, name: str) -> StoredModelBody:
+    """At once. A second call goes forward again."""
+    await _keeper(request).roll_back(name)
+    return await _described(request, name)
+
+
+async def _described(request: Request, name: str) -> StoredModelBody:
+    keeper: Keeper = request.app.state.keeper
+    inspector: Inspector = request.app.state.inspector
+    resident = name in inspector.residents.names()
+    live = inspector.residents.get(name).version if resident else None
+
+    def look() -> StoredModelBody:
+        store = keeper.store
+        pointer = store.pointer(name)
+        return StoredModelBody(
+            name=name,
+            live=live,
+            previous=pointer.previous if pointer else None,
+            problem=inspector.residents.problems.get(name),
+            versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
+            refused=store.refused(name),
+        )
+
+    return await asyncio.to_thread(look)
+
+
+def _version(store: Store, name: str, version: str, live: str | None = None) -> VersionBody:
+    folder = store.folder(name, version)
+    pointer, found = store.pointer(name), store.gate(name, version)
+    live = live or (pointer.live if pointer else None)
+    problem = None
+    try:
+        manifest = store.manifest(name, version)
+        meta = Meta.read(folder / META)
+    except (BadBundle, BadMeta) as error:
+        return VersionBody(version=version, state="damaged", problem=str(error))
+    waits = manifest.origin.get("activate") is True and found is None
+    states = {
+        "live": version == live,
+        "held": found is not None and found.get("ok") is False and not found.get("by_hand"),
+        "previous": pointer is not None and version == pointer.previous,
+        "at the gate": waits,
+        "kept": True,
+    }
+    return VersionBody(
+        version=version,
+        state=next(state for state, is_so in states.items() if is_so),
+        created=manifest.created,
+        kind=meta.model,
+        origin=manifest.origin,
+        files=manifest.files,
+        threshold=meta.image_threshold,
+        raw_threshold=meta.image_threshold_auto,
+        gate=None if found is None else GateBody(**found),
+        problem=problem,
+    )
+
+
+def _keeper(request: Request) -> Keeper:
+    keeper: Keeper = request.app.state.keeper
+    return keeper
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings

@@ -1,0 +1,569 @@
+"""Training images on disk, in the layout that `retrain.py --data_root` reads.
+
+    train/<category>/*              the split `train`: normal images, to learn from
+    test/<category>/normal/*        the split `normal`
+    test/<category>/anomaly/*       the split `anomaly`
+    uploads/                        what is arriving just now
+
+An image is decoded before it is stored, and moved in whole, so whoever reads a folder finds good
+images only. Links inside the root are not followed out of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import os
+import re
+import shutil
+import stat
+import struct
+import tempfile
+import threading
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import cv2
+import simplejpeg
+
+from engines.errors import (
+    BadImage,
+    BadRequest,
+    Conflict,
+    DiskFull,
+    ImageTooLarge,
+    KensaError,
+    UnknownDataset,
+    UploadTooLarge,
+)
+from engines.files import sync_folder, write_atomically
+from engines.image import DEFAULT_LIMITS, SUFFIXES, ImageLimits, decode, measured_bit_depth
+
+Split = Literal["train", "normal", "anomaly"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+CATEGORY = r"^[A-Za-z0-9_-]{1,64}$"
+MAX_FILES = 10_000  # in one upload
+THUMBNAIL = 256  # longer side, pixels
+
+_PLACES: dict[Split, str] = {
+    "train": "train/{}",
+    "normal": "test/{}/normal",
+    "anomaly": "test/{}/anomaly",
+}
+_MAX_NAME = 128  # characters
+_MAX_NAME_BYTES = 240  # a file system takes 255, and write_atomically adds to them
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, invisible or half characters, line ends
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what write_atomically writes to
+
+_DECODERS = 2  # pictures decoded at once; each takes 3 bytes of memory for a pixel
+_PIECE = 1024 * 1024  # bytes
+_MAX_DIRECTORY = 4 * 1024 * 1024  # bytes of a zip's list of files; 10,000 need about 2 million
+_ZIP_STARTS = (b"PK\3\4", b"PK\5\6")
+# What zipfile raises at damaged bytes: documented, or seen when fuzzing.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
+
+
+class ImageFile(NamedTuple):
+    """An image of a split."""
+
+    name: str
+    bytes: int
+
+
+class Page(NamedTuple):
+    """Some images of a split, and how many it has in all."""
+
+    images: list[ImageFile]
+    total: int
+
+
+class Stored(NamedTuple):
+    """What became of an image: its name, and whether it was there before with the same bytes."""
+
+    name: str
+    already_there: bool
+
+
+class Entry(NamedTuple):
+    """A file in a zip: its bytes, or the error that refuses it, or the reason to pass it over."""
+
+    name: str
+    found: bytes | KensaError | str
+
+
+class Datasets:
+    """The training images of all categories below one folder. Safe to use from many threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._changing = threading.Lock()
+        self._decoding = threading.Semaphore(_DECODERS)
+
+    def categories(self) -> dict[str, dict[Split, int]]:
+        """How many images each split of each category has, by name."""
+        return {
+            category: {split: len(self._names(self._place(category, split))) for split in SPLITS}
+            for category in self._categories()
+        }
+
+    def count(self, category: str, split: Split) -> int:
+        """How many images a split has; 0 where there is none."""
+        return len(self._names(self._folder(category, split)))
+
+    def images(
+        self, category: str, split: Split, offset: int = 0, limit: int | None = None
+    ) -> Page:
+        """The images of a split sorted by name, `limit` of them from `offset` on.
+
+        Raises:
+            UnknownDataset: no such category.
+        """
+        folder = self._folder(category, split)
+        self._must_know(category)
+        names = self._names(folder)
+        page = []
+        for name in names[offset : None if limit is None else offset + limit]:
+            with suppress(FileNotFoundError):  # deleted in the meantime
+                page.append(ImageFile(_shown(name), (folder / name).stat().st_size))
+        return Page(page, len(names))
+
+    def add(
+        self,
+        category: str,
+        split: Split,
+        name: str,
+        data: bytes,
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        replace: bool = False,
+    ) -> Stored:
+        """Store an image that decodes; the category is made where there is none.
+
+        Raises:
+            BadRequest: the name of the image or of the category is not allowed.
+            BadImage: and its kinds, as `engines.image.decode`.
+            Conflict: another image has the name, and `replace` is not set.
+            DiskFull: there is no room left.
+            UnknownDataset: the folder is a link that leads out of the root.
+        """
+        name = checked_name(name)
+        folder = self._folder(category, split)
+        with self._decoding:
+            decode(data, limits)
+        with room(), self._at_work(), self._changing:
+            self._make(folder)
+            path = folder / name
+            if self._is_file(path) and _has(path, data):
+                return Stored(name, already_there=True)
+            if path.exists() and not (replace and self._is_file(path)):
+                raise Conflict(
+                    f"{category}/{split} has another image of the name {name}: send this one under"
+                    " a new name, or with ?replace=true."
+                )
+            write_atomically(path, data)
+        return Stored(name, already_there=False)
+
+    def read(
+        self, category: str, split: Split, name: str, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            UnknownDataset: no such category or image.
+            ImageTooLarge: somebody copied a file there that is larger than the limit.
+        """
+        path = self._find(category, split, name)
+        try:
+            return read_file(path, limits)
+        except FileNotFoundError:
+            raise _unknown(category, split, name) from None
+
+    def thumbnail(
+        self, category: str, split: Split, name: str, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> bytes:
+        """A JPEG of an image, its longer side at most 256 pixels.
+
+        Raises what `read` raises, and BadImage where somebody copied a damaged file there.
+        """
+        with self._decoding:
+            data = self.read(category, split, name, limits)
+            picture = decode(data, limits)  # (H, W, 3)
+            if picture.max() < 128:  # black to the eye: 12 of 16 bits, for example
+                picture = decode(data, limits, measured_bit_depth(data, limits))
+        height, width = picture.shape[:2]
+        scale = min(1, THUMBNAIL / max(height, width))
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+        jpeg: bytes = simplejpeg.encode_jpeg(small, quality=85)
+        return jpeg
+
+    def delete_image(self, category: str, split: Split, name: str) -> None:
+        """Delete one image.
+
+        Raises:
+            UnknownDataset: no such category or image.
+        """
+        with self._changing:
+            path = self._find(category, split, name)
+            path.unlink()
+            sync_folder(path.parent)
+
+    def delete_split(self, category: str, split: Split) -> None:
+        """Delete all images of a split, and its folder.
+
+        Raises:
+            UnknownDataset: no such category, or it has no such split.
+        """
+        with self._changing:
+            folder = self._folder(category, split)
+            self._must_know(category)
+            if not folder.is_dir():
+                raise UnknownDataset(f"The category {category} has no {split} images.")
+            _remove(folder)
+            if split != "train":
+                with suppress(OSError):  # the other split is in it
+                    folder.parent.rmdir()
+
+    def delete(self, category: str) -> None:
+        """Delete a category with all its images.
+
+        Raises:
+            UnknownDataset: no such category.
+        """
+        with self._changing:
+            self._must_know(category)
+            for folder in self._folders(category):
+                _remove(folder)
+
+    @contextmanager
+    def upload(self) -> Iterator[Path]:
+        """A new folder for what arrives, on the disk where the images will be; gone in the end."""
+        with self._at_work():
+            uploads = self.root / "uploads"
+            uploads.mkdir(exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=uploads))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written, unless another one is at work here."""
+        with suppress(OSError):  # it only takes room; a server must start all the same
+            descriptor = os.open(self.root, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(self.root / "uploads", ignore_errors=True)
+                for path in [*self.root.glob("train/*/.*"), *self.root.glob("test/*/*/.*")]:
+                    if _TEMPORARY.fullmatch(path.name) and self._is_file(path):
+                        path.unlink()
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """While it lasts, no process sweeps this root."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # given back however this process ends
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _folder(self, category: str, split: Split) -> Path:
+        """Where a split is or would be, once that is known to be in the root."""
+        folder = self._place(category, split)
+        if not self._holds(folder):
+            raise UnknownDataset(f"{category}/{split} is a link that leads out of the data folder.")
+        return folder
+
+    def _place(self, category: str, split: Split) -> Path:
+        if not re.fullmatch(CATEGORY, category):
+            raise BadRequest(
+                f"The category {category[:100]!r} is no name: it takes 1 to 64 letters, digits,"
+                " - and _."
+            )
+        return self.root / _PLACES[split].format(category)
+
+    def _categories(self) -> list[str]:
+        folders = {path.name for path in [*self.root.glob("train/*"), *self.root.glob("test/*")]}
+        return sorted(
+            name for name in folders if re.fullmatch(CATEGORY, name) and self._folders(name)
+        )
+
+    def _folders(self, category: str) -> list[Path]:
+        """The folders in which a category lies: none, one or two."""
+        folders = [self._place(category, "train"), self._place(category, "normal").parent]
+        return [folder for folder in folders if folder.is_dir() and self._holds(folder)]
+
+    def _must_know(self, category: str) -> None:
+        if not self._folders(category):
+            there = self._categories()
+            names = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
+            raise UnknownDataset(f"There is no category {category}; there is: {names or 'none'}.")
+
+    def _find(self, category: str, split: Split, name: str) -> Path:
+        """An image by its name, spelt in whichever Unicode form it has on the disk."""
+        folder = self._folder(category, split)
+        self._must_know(category)
+        for spelling in (unicodedata.normalize("NFC", name), name):
+            plain = not set(spelling) & set("/\0") and len(os.fsencode(spelling)) < 256
+            if plain and _is_image(spelling) and self._is_file(folder / spelling):
+                return folder / spelling
+        raise _unknown(category, split, name)
+
+    def _names(self, folder: Path) -> list[str]:
+        """The images of a folder, sorted; none where it is missing or leads out of the root."""
+        if not self._holds(folder):
+            return []
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if _is_image(entry.name)
+                    and (self._is_file(Path(entry)) if entry.is_symlink() else entry.is_file())
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _is_file(self, path: Path) -> bool:
+        return path.is_file() and self._holds(path)
+
+    def _holds(self, path: Path) -> bool:
+        """Whether a path is inside the root, all links followed."""
+        # Path.resolve would raise for links that lead in a circle.
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder that survives a power cut."""
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            for parent in folder.parents:
+                sync_folder(parent)
+                if parent == self.root:
+                    return
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """Turns the error of a full disk into a sentence.
+
+    Raises:
+        DiskFull: no room, or the quota is used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            "The disk of the data folder is full: delete images or models that are not needed."
+        ) from error
+
+
+def checked_name(name: str) -> str:
+    """The name under which an image is stored: as it was sent, in Unicode's composed form (NFC).
+
+    Raises:
+        BadRequest: it is no plain file name, or does not end as an image's does.
+    """
+    name = unicodedata.normalize("NFC", name)
+    wrong = _wrong_with(name)
+    if wrong:
+        raise BadRequest(f"The image's name {name[:200]!r} {wrong}.")
+    return name
+
+
+def _wrong_with(name: str) -> str | None:
+    if not name:
+        return "is empty: say what the image is called"
+    if set(name) & set("/\\") or ".." in name:
+        return "is not a plain file name: it may not hold / or \\ or two dots in a row"
+    if name.startswith("."):
+        return "begins with a dot"
+    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
+        return "holds characters that cannot be seen"
+    if len(name) > _MAX_NAME or len(name.encode()) > _MAX_NAME_BYTES:
+        return f"is longer than {_MAX_NAME} characters, or than {_MAX_NAME_BYTES} bytes in UTF-8"
+    if not _is_image(name):
+        return f"does not end in one of {', '.join(sorted(SUFFIXES))}"
+    return None
+
+
+def _is_image(name: str) -> bool:
+    """By its name, as `engines.image.files_in` decides it."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
+def _shown(name: str) -> str:
+    """A name from the disk as JSON can hold it: it need not be UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _unknown(category: str, split: Split, name: str) -> UnknownDataset:
+    return UnknownDataset(f"There is no image {_shown(name)[:200]!r} in {category}/{split}.")
+
+
+def _has(path: Path, data: bytes) -> bool:
+    return path.stat().st_size == len(data) and path.read_bytes() == data
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+    sync_folder(folder.parent)
+
+
+def read_file(path: Path, limits: ImageLimits) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageTooLarge: before it is read.
+    """
+    size = path.stat().st_size
+    if size > limits.max_bytes:
+        raise ImageTooLarge(
+            f"The image file has {size:,} bytes, more than the {limits.max_bytes:,} allowed."
+        )
+    return path.read_bytes()
+
+
+# Zips
+
+
+def is_zip(path: Path) -> bool:
+    """By its first bytes, which no image begins with."""
+    with path.open("rb") as file:
+        return file.read(4) in _ZIP_STARTS
+
+
+def unzip(path: Path, limits: ImageLimits, most: int) -> Iterator[Entry]:
+    """The files of a zip, each under its base name, unpacked in memory one after the other.
+
+    What a zip says of its sizes only serves to refuse it sooner: bytes are counted as they come.
+
+    Raises:
+        BadRequest: it is no zip, or damaged, or encrypted.
+        UploadTooLarge: it has too many files, or more than `most` bytes, unpacked.
+    """
+    with _opened(path) as archive:
+        entries = archive.infolist()
+        _check(entries, most)
+        for entry in entries:
+            name = _name_of(entry)
+            found = _judged(name, entry) or _unpacked(archive, entry, limits)
+            if isinstance(found, bytes):
+                most -= len(found)
+                if most < 0:
+                    raise UploadTooLarge("The zip holds more bytes than it says.")
+                name = name.rpartition("/")[2]
+            yield Entry(name, found)
+
+
+class _Careful(io.FileIO):
+    """A file that is read in small pieces: zipfile reads a zip's list of files in one."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile("a piece of it is too large")
+        return super().read(size) or b""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _Careful(path) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except _ZIP_ERRORS as error:
+            raise BadRequest(
+                "The zip cannot be read: it is damaged or cut short, or lists too many files."
+            ) from error
+        with archive:
+            yield archive
+
+
+def _check(entries: list[zipfile.ZipInfo], most: int) -> None:
+    if len(entries) > MAX_FILES:
+        raise UploadTooLarge(f"The zip holds {len(entries):,} files; allowed are {MAX_FILES:,}.")
+    if any(entry.flag_bits & 1 for entry in entries):
+        raise BadRequest("The zip is encrypted: make one without a password.")
+    unpacked = sum(entry.file_size for entry in entries if not _judged(_name_of(entry), entry))
+    if unpacked > most:
+        raise UploadTooLarge(
+            f"The zip holds {unpacked:,} bytes of images, unpacked; {most:,} are still allowed in"
+            " this upload: send it in parts, or raise KENSA_MAX_UPLOAD_BYTES."
+        )
+
+
+def _judged(name: str, entry: zipfile.ZipInfo) -> KensaError | str | None:
+    """Why a file in a zip is refused or passed over, by what is known without unpacking it."""
+    folders = name.split("/")
+    if name.startswith("/") or ".." in folders or "\\" in name or "\0" in name:
+        return BadRequest(f"{name[:200]!r} leads out of the zip, or could: it is not unpacked.")
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return BadRequest(f"{name[:200]!r} is a link or a device, not a file.")
+    if name.endswith("/"):
+        return "a folder"
+    if "__MACOSX" in folders:
+        return "macOS's own"
+    if any(folder.startswith(".") and folder != "." for folder in folders):
+        return "hidden"
+    if not _is_image(folders[-1]):
+        return "not an image, by its name"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # zipfile unpacks a piece of the other kinds whole, however large it becomes.
+        return BadRequest(f"{name[:200]!r} is compressed in an unusual way: use Deflate.")
+    return None
+
+
+def _unpacked(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limits: ImageLimits
+) -> bytes | KensaError:
+    data = bytearray()
+    try:
+        with archive.open(entry) as file:
+            while piece := file.read(_PIECE):
+                data += piece
+                if len(data) > limits.max_bytes:
+                    return ImageTooLarge(
+                        f"The image has more than the {limits.max_bytes:,} bytes allowed."
+                    )
+    except _ZIP_ERRORS:
+        return BadImage("The image is damaged inside the zip.")
+    return bytes(data)
+
+
+def _name_of(entry: zipfile.ZipInfo) -> str:
+    """The path of an entry. zipfile takes names that are not marked as UTF-8 for CP437."""
+    name = entry.orig_filename
+    marked = entry.flag_bits & 0x800
+    return name if marked or name.isascii() else readable(name.encode("cp437"))
+
+
+def readable(name: bytes) -> str:
+    """A name whose encoding nobody tells: UTF-8, what Japanese Windows writes, or CP437."""
+    for encoding in ("utf-8", "cp932"):
+        with suppress(UnicodeDecodeError):
+            return name.decode(encoding)
+    return name.decode("cp437")

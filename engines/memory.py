@@ -1,0 +1,62 @@
+"""How much memory there is, and how much a model needs of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engines.bundle import ONNX
+from engines.meta import Meta
+
+MIB = 1024 * 1024
+CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container, its own
+
+# Measured on resnet18 to wide_resnet50_2 with OpenVINO: weights are read, repacked and, on the
+# first start, written to the cache. See docs/benchmarks.md.
+GRAPH_FACTOR = 2.5
+BANK_FACTOR = 1.2
+FIXED = 48 * MIB  # buffers of the network at 256 pixels
+
+
+def bytes_needed(folder: Path) -> int:
+    """About how many bytes a version takes once it is open."""
+    meta = Meta.read(folder / "meta.json")
+    graph = _size(folder / ONNX) * GRAPH_FACTOR
+    bank = _size(folder / meta.memory_bank) * BANK_FACTOR if meta.memory_bank else 0
+    return int(graph + bank + FIXED * (meta.image_size / 256) ** 2)
+
+
+def free_bytes() -> int:
+    """Memory that could be taken without swapping: of the machine, and of the container."""
+    free = _of_the_machine()
+    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        free = min(free, limit - used + _given_back())
+    return max(0, free)
+
+
+def _given_back() -> int:
+    """Copies of files that count as used, and go when somebody needs the memory."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def _of_the_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 1 << 62  # nobody knows
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

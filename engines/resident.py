@@ -1,0 +1,189 @@
+"""The models held in memory: open one, warm it up, put it in another's place, let it go.
+
+Engine, bank, thresholds and meta.json of a version are one object, `Resident`, and a request keeps
+the one it began with. So a verdict always belongs to the version that it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.errors import BadBundle, NotReady, UnknownModel
+from engines.files import sha256
+from engines.meta import Meta
+from engines.runtimes import Runtime
+from engines.runtimes.compiled import seal_cache
+from engines.runtimes.openvino import OpenVINORuntime, choose_precision
+from engines.verdict import Scale
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A version of a model held in memory, open and warm."""
+
+    name: str
+    version: str
+    meta: Meta
+    scale: Scale
+    runtime: Runtime
+    graph: str = ""  # SHA-256 of model.onnx: versions with the same one differ in the bank alone
+    bank_alone: bool = False  # was loaded; the engine is that of the version before
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened on this machine."""
+
+    precision: Literal["auto", "f32", "bf16"] = "auto"
+    threads: int = 0  # 0 for all cores
+    cache_dir: Path | None = None
+
+
+def open_model(
+    folder: Path, name: str, version: str, how: Opening, beside: Resident | None = None
+) -> Resident:
+    """Open a version and warm it up.
+
+    Args:
+        beside: a resident version. Where the new one has the same graph, its engine is used, and
+            only the memory bank is loaded.
+
+    Raises:
+        BadMeta, BadBundle: its files are missing, damaged or do not fit together.
+    """
+    bundle = Bundle.open(folder)
+    scale = Scale.of(bundle.meta)
+    graph = sha256(bundle.onnx)
+    precision = how.precision
+    if precision == "auto":
+        precision = choose_precision(bundle.report())
+    bank = bundle.memory_bank()
+    shared: Runtime | None = None
+    if beside is not None and beside.graph == graph and bank is not None:
+        shared = beside.runtime.with_bank(bank, precision)
+    runtime = shared or OpenVINORuntime(
+        bundle.onnx, bank, precision=precision, threads=how.threads, cache_dir=how.cache_dir
+    )
+    seal_cache(how.cache_dir)
+    model = Resident(name, version, bundle.meta, scale, runtime, graph, shared is not None)
+    warm_up(model)
+    return model
+
+
+def warm_up(model: Resident) -> None:
+    """Run twice, so that the first part on the line does not wait for buffers to be made.
+
+    Raises:
+        BadBundle: the graph and meta.json disagree on the size of images, or scores are no numbers.
+    """
+    size = model.runtime.image_size
+    if size != model.meta.image_size:
+        raise BadBundle(
+            f"model.onnx takes images of {size} pixels, but meta.json says {model.meta.image_size}:"
+            " they are from different trainings. Run convtrt.py again."
+        )
+    grey = np.full((1, size, size, 3), 128, np.uint8)
+    for _ in range(2):
+        scores, maps = model.runtime.infer(grey)
+        if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+            raise BadBundle("The model gives scores that are no numbers: train it again.")
+
+
+def describe(model: Resident) -> str:
+    """A model in one line, for the log."""
+    rows = model.runtime.bank_rows
+    bank = "no memory bank" if rows is None else f"memory bank of {rows:,}"
+    return (
+        f"{model.name} {model.version}: {model.meta.model}, {model.runtime.image_size} pixels,"
+        f" {bank}, {model.runtime.name} {model.runtime.precision}"
+        f"{', the bank alone' if model.bank_alone else ''}"
+    )
+
+
+class Residents:
+    """Which version answers for a name. Only the event loop's thread calls this."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Resident] = {}
+        self._users: dict[Resident, int] = {}
+        self._unused: dict[Resident, asyncio.Event] = {}  # of those somebody waits for
+        self.problems: dict[str, str] = {}  # name -> why it has no resident version
+
+    def names(self) -> list[str]:
+        return sorted(self._models)
+
+    def get(self, name: str | None = None) -> Resident:
+        """The resident version of a model; without a name, of the only one.
+
+        Raises:
+            NotReady: it is not in memory; the sentence says why.
+            UnknownModel: there is no such model, or several and no name.
+        """
+        if name is None:
+            return self._only()
+        if name in self._models:
+            return self._models[name]
+        if name in self.problems:
+            raise NotReady(self.problems[name])
+        raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
+
+    def _only(self) -> Resident:
+        if len(self._models) == 1:
+            return next(iter(self._models.values()))
+        if self._models:
+            raise UnknownModel(f"Say which model, as ?model=NAME{self._there_is()}.")
+        raise NotReady(" ".join(self.problems.values()) or NO_MODEL)
+
+    def _there_is(self) -> str:
+        names = ", ".join(repr(name) for name in self.names())
+        return f"; there is {names}" if names else "; there is none"
+
+    @contextmanager
+    def use(self, name: str | None = None) -> Iterator[Resident]:
+        """The resident version, which is not closed before this block ends."""
+        model = self.get(name)
+        self._users[model] = self._users.get(model, 0) + 1
+        try:
+            yield model
+        finally:
+            self._users[model] -= 1
+            if self._users[model] == 0:
+                del self._users[model]
+                if model in self._unused:
+                    self._unused.pop(model).set()
+
+    def put(self, model: Resident) -> Resident | None:
+        """Let this version answer from now on; returns the one that did before."""
+        self.problems.pop(model.name, None)
+        before = self._models.get(model.name)
+        self._models[model.name] = model
+        return before
+
+    def take(self, name: str, reason: str) -> Resident | None:
+        """Let nothing answer for a name, and say why; returns the version that did."""
+        self.problems[name] = reason
+        return self._models.pop(name, None)
+
+    async def until_unused(self, model: Resident) -> None:
+        """Wait for the last request that a replaced version has to answer."""
+        if model in self._users:
+            await self._unused.setdefault(model, asyncio.Event()).wait()
+
+    def all(self) -> list[Resident]:
+        return [self._models[name] for name in self.names()]
+
+
+NO_MODEL = (
+    "There is no model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that convtrt.py"
+    " made."
+)

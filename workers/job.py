@@ -1,0 +1,259 @@
+"""One job in a process of its own: learn, convert, publish. Started by `workers.jobs`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from engines.bundle import ONNX
+from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, UnknownVersion
+from engines.jobs import PACE, RUNNING, ConvertRequest, JobFolder, RetrainRequest
+from engines.meta import Meta
+from engines.store import META, Store
+from workers.commands import hush_libraries
+from workers.jobs import DISK_FULL, FULL, die_with_parent
+from workers.progress import Progress, Tick
+
+WRITE_EVERY_S = 0.25
+# What share of a job its phases are: where each begins and ends.
+SPANS = {
+    "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6), "verify": (0.6, 0.7),
+    "convert": (0.7, 0.95), "publish": (0.95, 1.0),
+}  # fmt: skip
+
+
+def main(data: Path, job_id: str, kind: str) -> int:
+    """Do the job on stdin, and leave result.json."""
+    die_with_parent()
+    give_way()
+    hush_libraries()
+    logging.basicConfig(level="WARNING", stream=sys.stderr)
+    folder = JobFolder(data, job_id)
+    (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
+    request = json.loads(sys.stdin.read())
+    progress = JobProgress(folder)
+    try:
+        ended = do(data, job_id, kind, request, progress)
+    except OSError as error:
+        ended = _failed_on_disk(folder, error)
+    except KensaError as error:
+        ended = {"state": "failed", "code": error.code, "error": " ".join(str(error).split())}
+    except MemoryError:
+        ended = {"state": "failed", "code": "out_of_memory", "error": "Memory was short."}
+    except Exception:  # noqa: BLE001 (whatever it was, the job must end and say so)
+        progress.say(traceback.format_exc())
+        sentence = "The job failed in a way nobody foresaw; its log says how."
+        ended = {"state": "failed", "code": "internal_error", "error": sentence}
+    folder.clean()
+    try:
+        progress.end(ended)
+        folder.write_result(ended)
+    except OSError as error:
+        return DISK_FULL if error.errno == errno.ENOSPC else 1
+    return 0
+
+
+def do(
+    data: Path, job_id: str, kind: str, request: dict[str, Any], progress: JobProgress
+) -> dict[str, Any]:
+    """Retrain or convert, and publish. A job that was killed after publishing does not do it twice.
+
+    Raises:
+        KensaError: what the request names is not there or does not fit.
+    """
+    store = Store(data / "models")
+    for version in store.versions(str(request["model"])):
+        if store.manifest(request["model"], version).origin.get("job") == job_id:
+            return {"state": "succeeded", "version": version}
+    folder = JobFolder(data, job_id)
+    folder.work.mkdir(parents=True, exist_ok=True)
+    if kind == "retrain":
+        made = _retrain(store, data, RetrainRequest(**request), folder.work, progress)
+    else:
+        made = _convert(store, ConvertRequest(**request), folder.work, progress)
+    progress.phase("publish")
+    origin = {
+        "job": job_id,
+        "kind": kind,
+        "activate": bool(request.get("activate", True)) and (made / ONNX).is_file(),
+        "max_flips": request.get("max_flips"),
+        "category": request.get("category"),
+        "parent": request.get("version") or _start(store, request["model"], None),
+    }
+    version = store.publish(request["model"], made, origin)
+    progress.say(f"published as {version}")
+    return {"state": "succeeded", "version": version}
+
+
+def _retrain(
+    store: Store, data: Path, request: RetrainRequest, work: Path, progress: JobProgress
+) -> Path:
+    from workers.commands import summarise_training
+    from workers.retrain import Retrain, retrain
+
+    parent = _start(store, request.model, request.version)
+    meta_json, learned = work / META, None
+    weights: str | Path | None = _weights(data, request)
+    if parent is None:
+        if request.kind is None:
+            raise BadMeta(
+                f"{request.model} was never trained: say its kind and, in meta, its"
+                " hyper-parameters, such as backbone, layers and image_size."
+            )
+        meta = Meta.parse({"model": request.kind, **request.meta})
+    else:
+        source = store.check(request.model, parent)
+        meta = Meta.read(source / META).with_(**request.meta)
+        weights = weights or source / meta.weights_pth
+        if weights != "untrained" and not Path(weights).is_file():
+            raise BadWeights(
+                f"{request.model} {parent} has no {meta.weights_pth}, so nothing can be learned on"
+                " top of it: take it in with its weights, or say which with pretrained."
+            )
+        known = meta.memory_bank or meta.stats
+        if request.update and known is not None and (source / known).is_file():
+            learned = source / known
+    meta.with_(files=None).write(meta_json)
+    report = retrain(
+        Retrain(
+            meta.model,
+            request.category,
+            data / "datasets",
+            work / "trained",
+            meta_json,
+            None if weights is None else str(weights),
+            load_bank=learned if meta.memory_bank else None,
+            load_stats=learned if meta.stats else None,
+            epochs=request.epochs,
+            batch=request.batch,
+        ),
+        progress,
+    )
+    for line in summarise_training(report, work / "trained")[1:-1]:
+        progress.say(line)
+    if not request.convert:
+        return work / "trained"
+    return _engine(meta.model, work / "trained", work / "engine", progress)
+
+
+def _convert(store: Store, request: ConvertRequest, work: Path, progress: JobProgress) -> Path:
+    version = _start(store, request.model, request.version)
+    if version is None:
+        raise UnknownVersion(f"{request.model} has no version to convert.")
+    source = store.check(request.model, version)
+    meta = Meta.read(source / META)
+    if not (source / meta.weights_pth).is_file():
+        raise BadBundle(f"{request.model} {version} has no {meta.weights_pth} to convert.")
+    return _engine(
+        meta.model, source, work / "engine", progress,
+        opset=request.opset, fp16=request.fp16, workspace=request.workspace,
+        use_dla=request.use_dla,
+    )  # fmt: skip
+
+
+def _engine(kind: str, source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+    from workers.commands import summarise_conversion
+    from workers.convert import Convert, convert
+
+    progress.phase("convert")
+    meta = Meta.read(source / META)
+    request = Convert(kind, source / meta.weights_pth, source / META, target, **how)
+    for line in summarise_conversion(convert(request, progress), target)[1:-1]:
+        progress.say(line)
+    return target
+
+
+def _start(store: Store, name: str, version: str | None) -> str | None:
+    """The version to start from: the one that is named, else the live one, else the newest."""
+    if version is not None:
+        store.folder(name, version)  # raises where it is not there
+        return version
+    known, pointer = store.versions(name), store.pointer(name)
+    if pointer is not None and pointer.live in known:
+        return pointer.live
+    return known[-1] if known else None
+
+
+def _weights(data: Path, request: RetrainRequest) -> str | None:
+    if request.pretrained in (None, "untrained"):
+        return request.pretrained
+    path = data / "weights" / str(request.pretrained)
+    if not path.is_file():
+        raise BadWeights(f"{path} does not exist: put the weights there, or leave pretrained out.")
+    return str(path)
+
+
+def _failed_on_disk(folder: JobFolder, error: OSError) -> dict[str, Any]:
+    folder.clean()  # which makes room to write down why
+    if error.errno == errno.ENOSPC:
+        return {"state": "failed", "code": "disk_full", "error": FULL}
+    where = f": {error.filename}" if error.filename else ""
+    return {"state": "failed", "code": "os_error", "error": f"{error.strerror or error}{where}."}
+
+
+class JobProgress(Progress):
+    """Progress that the server reads: one fraction for the whole job, and a log."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        super().__init__(folder.log, quiet=True)
+        self._folder = folder
+        self._began = time.monotonic()
+        self._fraction = 0.0
+        self._written = -WRITE_EVERY_S
+        folder.root.mkdir(parents=True, exist_ok=True)
+
+    def phase(self, name: str) -> Tick:
+        ticked = super().phase(name)
+        begin, end = SPANS.get(name, (self._fraction, self._fraction))
+        self._write(name, begin, 0, 0, at_once=True)
+
+        def tick(done: int, total: int) -> None:
+            ticked(done, total)
+            fraction = begin + (end - begin) * done / max(total, 1)
+            self._write(name, fraction, done, total, at_once=done >= total)
+
+        return tick
+
+    def end(self, ended: dict[str, Any]) -> None:
+        if ended.get("error"):
+            self.say(f"error: {ended['error']}")
+        fraction = 1.0 if ended["state"] == "succeeded" else self._fraction
+        self._write(ended["state"], fraction, 0, 0, at_once=True)
+
+    def _write(self, phase: str, fraction: float, done: int, total: int, *, at_once: bool) -> None:
+        now = time.monotonic()
+        self._fraction = max(self._fraction, fraction)
+        if not at_once and now - self._written < WRITE_EVERY_S:
+            return
+        self._written = now
+        left = None
+        if self._fraction > 0.05:
+            left = round((now - self._began) * (1 - self._fraction) / self._fraction, 1)
+        self._folder.write_progress(
+            {
+                "phase": phase,
+                "done": done,
+                "total": total,
+                "fraction": round(self._fraction, 4),
+                "seconds_left": left,
+                "pid": os.getpid(),
+            }
+        )
+
+
+def give_way() -> None:
+    """Run when nothing else wants to: the line comes first."""
+    if os.environ.get(PACE) != "full":
+        os.nice(19)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
