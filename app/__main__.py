@@ -25,6 +25,7 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         settings = Settings.read()
+        settings.data  # noqa: B018 (raises where there is no place for it)
         _log_lines(settings.log_level)
         listener = listen(settings.host, settings.port)
     except KensaError as error:

@@ -52,7 +52,7 @@ def unpack_model(zipped: Path, folder: Path, most: int) -> None:
         OSError: the disk is full.
     """
     with _opened(zipped) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
         if len(entries) > MAX_ENTRIES:
             raise BadRequest(f"The zip has {len(entries):,} files; a model has about ten.")
         places = [one for one in entries if PurePosixPath(one.filename).name == META]

@@ -137,8 +137,10 @@ class Jobs:
         Raises:
             Conflict: the model has a job already; the sentence names it.
             NoWorker: the queue cannot be reached.
+            DiskFull: it cannot be written.
         """
-        from dbos._error import DBOSQueueDeduplicatedError
+        from dbos import error as dbos_error
+        from sqlalchemy.exc import OperationalError
 
         client = self._reached()
         content = request.model_dump(exclude_none=True)
@@ -149,9 +151,13 @@ class Jobs:
         active = client.list_workflows(status=ACTIVE, load_input=False, load_output=False)
         try:
             client.enqueue(enqueue_options(job_id, once, active), kind, content)
-        except DBOSQueueDeduplicatedError:  # it came between the look above and now
+        except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
             self._refuse_a_second(request.model)
             raise Conflict(f"{request.model} has a job already.") from None
+        except OperationalError as error:
+            if "disk is full" in str(error):
+                raise DiskFull("Nothing was queued: the disk is full. Free some space.") from error
+            raise
         return self.get(job_id)
 
     def _refuse_a_second(self, model: str) -> None:

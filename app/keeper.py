@@ -28,7 +28,7 @@ from engines.bundle import ONNX, read_report
 from engines.errors import BadBundle, BadMeta, DiskFull, KensaError, OutOfMemory
 from engines.gate import Replay, Replayed
 from engines.golden import Golden
-from engines.memory import bytes_needed, free_bytes
+from engines.memory import bytes_needed, free_bytes, give_back
 from engines.resident import MIB, Opening, Resident, describe, open_model
 from engines.runtimes.compiled import usable_cache
 from engines.store import Manifest, Store
@@ -134,12 +134,14 @@ class Keeper:
     async def _look_out(self) -> None:
         """For ever: show the gate what was published to go live."""
         while True:
+            pause = LOOK_EVERY_S
             try:
                 for name, manifest in await self._load(self._waiting):
                     await self._consider(name, manifest)
             except Exception:  # whatever it is, the next versions must be looked at
                 log.exception("New versions could not be looked at")
-            await asyncio.sleep(LOOK_EVERY_S)
+                pause = RETRY_AFTER_S
+            await asyncio.sleep(pause)
 
     def _waiting(self) -> list[tuple[str, Manifest]]:
         """Published to go live, and not seen by the gate; oldest first."""
@@ -323,7 +325,11 @@ class Keeper:
         return model
 
     async def _close(self, model: Resident) -> None:
-        await self._load(model.runtime.close)
+        def close() -> None:
+            model.runtime.close()
+            give_back()
+
+        await self._load(close)
 
     # ---- memory -------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from app.routes.infer import request_id
 from app.settings import Settings
 from app.worker import Worker
 from engines.datasets import Datasets
-from engines.errors import BadImage, BadRequest, KensaError, RuntimeFailed
+from engines.errors import BadRequest, KensaError, RuntimeFailed
 from engines.store import Store
 
 log = logging.getLogger("kensa")
@@ -33,6 +33,8 @@ DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a ve
 
 Every answer that is not a success has the form `{"error": "one sentence", "code": "snake_case"}`.
 """
+RETRY_AFTER_S = "2"
+_UNAVAILABLE = 503
 _CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -97,8 +99,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
         log.error("Request %s failed in a way nobody foresaw", headers["X-Request-ID"])
         sentence = f"Kensa failed; its log says why, at request {headers['X-Request-ID']}."
         return _form(500, sentence, KensaError.code, headers)
-    if isinstance(error, BadImage):
-        request.app.state.inspector.counts.refused += 1
+    if error.status == _UNAVAILABLE:
+        headers["Retry-After"] = RETRY_AFTER_S
     if isinstance(error, RuntimeFailed):
         log.error("Request %s: %s", headers["X-Request-ID"], error)
     return _form(error.status, str(error), error.code, headers)

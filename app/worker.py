@@ -87,7 +87,6 @@ class Worker:
             log.error("The worker ended with %d; it is started again in %d s", code, pause)
             await asyncio.sleep(pause)
 
-
     # ---- the line comes first -----------------------------------------------------------------
 
     def on_busy(self, busy: bool) -> None:

@@ -3,12 +3,12 @@
 The queue (DBOS, in a database) holds which jobs there are and who has them. What changes many times
 a second stands in files beside it, which cost no flash memory its life:
 
-    jobs/<id>/progress.json   how far it is
-    jobs/<id>/log.txt         what it said
-    jobs/<id>/result.json     how it ended
-    jobs/<id>/work/           what it makes; gone when it ends
+    jobs/ID/progress.json   how far it is
+    jobs/ID/log.txt         what it said
+    jobs/ID/result.json     how it ended
+    jobs/ID/work/           what it makes; gone when it ends
 
-What is learned again and again stands in schedules/<name>.json, and so outlives a damaged queue.
+What is learned again and again stands in schedules/NAME.json, and so outlives a damaged queue.
 """
 
 from __future__ import annotations

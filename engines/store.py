@@ -338,13 +338,14 @@ class Store:
             BadMeta, BadBundle: the folder holds no model, or a damaged one.
         """
         meta = Meta.read(source / META)
-        for file, expected in (meta.files or {}).items():
+        hashes = meta.files or {}
+        for file, expected in hashes.items():
             check_hash(source / file, expected)
-        learned = {meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {})}
-        wanted = {META, REPORT, GOLDEN, ONNX, *learned} - {PLAN, MANIFEST}
+        named = (meta.weights_pth, meta.memory_bank, meta.stats, *hashes)
+        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, MANIFEST}
         with self.staging() as folder:
             for file in wanted:
-                if file is not None and (source / file).is_file():
+                if (source / file).is_file():
                     shutil.copyfile(source / file, folder / file)
             return self.publish(name, folder, origin)
 

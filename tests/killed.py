@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,14 @@ def in_store(what: str, store: Store, kills: int) -> None:
     name = copy_of_seed(store, 0)
     change = CHANGES[what]
 
-    def change_for_ever() -> None:
+    def once() -> None:
+        change(store, name)
+
+    def for_ever() -> None:
         while True:
             change(store, name)
 
-    killing = (
-        at_random(change_for_ever, kills) if kills else at_each_step(lambda: change(store, name))
-    )
+    killing = at_random(for_ever, kills) if kills else at_each_step(once)
     for number, _ in enumerate(killing, 1):
         show(stored(store, name))
         publish(store, name)
@@ -267,7 +269,9 @@ def together(store: Store, kills: int) -> None:
             workers[number] = started(work[number])
     finally:
         for worker in workers:
-            end(worker)
+            with suppress(ProcessLookupError):  # of one that ended by itself
+                os.kill(worker, signal.SIGKILL)
+    assert {os.waitpid(worker, 0)[1] for worker in workers} == {signal.SIGKILL}
     publish(store, SEED)
     serials = [line.split("-")[0] for line in log.read_text().split()]
     show({**stored(store, SEED), "published": len(serials), "numbers": len(set(serials))})

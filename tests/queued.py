@@ -134,7 +134,7 @@ def submit(data: Path, who: str, count: int) -> int:
     for number in range(done, count):
         # The second of a killed pair is a model of its own: the first one's job may be there.
         name = f"{who}-{number}-{os.getpid()}"
-        job = jobs.submit("retrain", asked(name, seconds=random.uniform(0.05, 0.6)))
+        job = jobs.submit("retrain", asked(name, seconds=random.uniform(0.05, 0.4)))
         note(data / ACCEPTED, who, job["id"])
     jobs.close()
     return 0

@@ -29,7 +29,8 @@ import numpy as np
 import pytest
 from damage import damaged, picture, png, saved, seeds
 from PIL import Image
-from test_http import FORM, MB, PART, RAW, Server, _connected, _received, agreed, serving
+from server import RAW, Server, agreed, serving
+from test_http import FORM, MB, PART, _connected, _received
 
 from engines.datasets import MAX_FILES, Datasets, checked_name, unzip
 from engines.errors import BadRequest, Conflict, KensaError, UnknownDataset, UploadTooLarge

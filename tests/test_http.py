@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -590,18 +591,44 @@ def test_the_page_names_every_route(server: Server) -> None:
 def test_the_page_names_every_code_of_an_error(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     codes = set(re.findall(r"^\| \d+ \| `(\w+)` \|", DOCS, re.MULTILINE))
-    for response in document["paths"]["/infer"]["post"]["responses"].values():
-        for example in response["content"]["application/json"].get("examples", {}):
-            assert example in codes
+    found = set()
+    for path in document["paths"].values():
+        for operation in path.values():
+            for response in operation["responses"].values():
+                body = response.get("content", {}).get("application/json", {})
+                found |= set(body.get("examples", {}))
+    assert len(found) > 10
+    assert found <= codes
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_curl_lines_of_the_page_work(server: Server, photo: bytes, tmp_path: Path) -> None:
-    lines = re.findall(r"^curl .+$", DOCS, re.MULTILINE)
-    assert len(lines) >= 6
+def test_the_curl_lines_of_the_page_work(kensa_model: Path, photo: bytes, tmp_path: Path) -> None:
+    """All but those of "Learn on the line", which tests/test_jobs.py goes through."""
+    before, _, rest = DOCS.partition("## Learn on the line")
+    blocks = re.findall(r"```sh\n(.*?)```", before + rest.partition("\n## ")[2], re.DOTALL)
+    lines = [line for line in "".join(blocks).splitlines() if line.startswith("curl")]
+    assert len(lines) >= 25
     (tmp_path / "part.jpg").write_bytes(photo)
-    for line in lines:
-        words = shlex.split(line.replace("http://localhost:8000", server.url))
-        asked = [*words, "--silent", "--write-out", "\n%{http_code}", "--noproxy", "*"]
-        run = subprocess.run(asked, cwd=tmp_path, capture_output=True, check=True, text=True)
-        assert run.stdout.splitlines()[-1] == "200", line
+    _zip(tmp_path / "photos.zip", {f"{n}.png": seeds()["png_colour"] for n in range(3)})
+    _zip(tmp_path / "model.zip", {path.name: path.read_bytes() for path in kensa_model.iterdir()})
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "sample_bracket"}
+    with serving(tmp_path, KENSA_WORKER="on", **settings) as running:
+        version = running.infer(photo).json()["model_version"]
+        while running.client.get("/jobs").status_code != 200:
+            time.sleep(0.1)
+        job = ""
+        for line in lines:
+            line = line.replace("http://localhost:8000", running.url)
+            line = re.sub(r"\d{4}-[0-9a-f]{12}", version, line)
+            words = shlex.split(re.sub(r"retrain-[0-9a-f]{12}", job, line))
+            asked = [*words, "--silent", "--write-out", "\n%{http_code}", "--noproxy", "*"]
+            run = subprocess.run(asked, cwd=tmp_path, capture_output=True, check=True, text=True)
+            assert re.fullmatch("20[0124]", run.stdout.splitlines()[-1]), f"{line}\n{run.stdout}"
+            if found := re.search(r'"id":"(retrain-[0-9a-f]{12})"', run.stdout):
+                job = found[1]
+
+
+def _zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)

@@ -122,14 +122,12 @@ def own(taught: Path, tmp_path: Path) -> Path:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_curl_lines_of_the_page_learn_on_the_line(tmp_path: Path) -> None:
     part = DOCS.split("## Learn on the line")[1].split("\n## ")[0]
-    lines = [
-        line for block in re.findall(r"```sh\n(.*?)```", part, re.S) for line in block.split("\n")
-    ]
+    lines = "".join(re.findall(r"```sh\n(.*?)```", part, re.DOTALL)).splitlines()
     assert sum("/retrain -H" in line for line in lines) == 2
     with serving(tmp_path, KENSA_WORKER="on") as server:
         until(lambda: server.client.get("/jobs").status_code == 200, server)
         job = ""
-        for line in filter(None, lines):
+        for line in lines:
             # Without weights: there may be no internet here, and none in the cache.
             line = line.replace(
                 '"kind": "patchcore",', '"kind": "patchcore", "pretrained": "untrained",'

@@ -142,3 +142,8 @@ def test_an_address_of_another_machine_ends_the_process_with_one_sentence() -> N
 
 def test_flags_are_refused_rather_than_ignored() -> None:
     assert "unrecognized arguments: --port 9000" in refused(["--port", "9000"])
+
+
+def test_a_user_without_a_home_is_told_to_name_a_data_folder() -> None:
+    says = refused(HOME="", XDG_DATA_HOME="nowhere")
+    assert says == "kensa: This user has no home: set KENSA_DATA_DIR to a folder.\n"

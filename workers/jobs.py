@@ -94,6 +94,7 @@ def work(data: Path) -> None:
         "max_executor_threads": 8,
     }
     DBOS(config=config)
+    logging.getLogger("dbos").addFilter(_is_news)
     register(data)
     DBOS.launch()
     sweep(data)
@@ -306,6 +307,12 @@ def die_with_parent() -> None:
     libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:
         os._exit(EXIT_CODE)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """All but the traceback that DBOS logs for every job that somebody cancels."""
+    raised = record.exc_info[1] if record.exc_info else None
+    return not isinstance(raised, error.DBOSAwaitedWorkflowCancelledError)
 
 
 def _locked(file: IO[str]) -> bool:

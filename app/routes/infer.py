@@ -13,9 +13,9 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.inspection import Inspection, Inspector
+from app.inspection import Drawing, Inspection, Inspector
 from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
-from engines.errors import BadRequest, ImageTooLarge, UnsupportedBody
+from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
 router = APIRouter(tags=["inspection"])
 
@@ -135,13 +135,16 @@ async def infer(
     """
     inspector: Inspector = request.app.state.inspector
     inspector.residents.get(model or None)  # before the image is read
-    data = await read_image(request, inspector.limits.max_bytes)
     answer = wanted(request.headers.get("accept", ""))
-    if answer == "image/png":
-        inspection = await inspector.inspect(data, model or None, "overlay")
-    else:
-        in_json = heatmap and answer == "application/json"
-        inspection = await inspector.inspect(data, model or None, "heatmap" if in_json else None)
+    drawing: Drawing | None = "overlay" if answer == "image/png" else None
+    if heatmap and answer == "application/json":
+        drawing = "heatmap"
+    try:
+        data = await read_image(request, inspector.limits.max_bytes)
+        inspection = await inspector.inspect(data, model or None, drawing)
+    except BadImage:
+        inspector.counts.refused += 1
+        raise
     return _answer(inspection, answer, request_id(request))
 
 

@@ -16,7 +16,7 @@ from app.keeper import Keeper
 from app.schemas import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
 from app.schemas import error_response as problem
 from engines.datasets import Datasets
-from engines.errors import BadDataset, BadMeta, NoWorker
+from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.meta import Meta
 
@@ -121,7 +121,11 @@ async def events(request: Request, job_id: str) -> StreamingResponse:
 async def _follow(found: Jobs, job_id: str) -> AsyncIterator[str]:
     after, before, silent = 0, None, 0.0
     while True:
-        now = await _ask(lambda: found.get(job_id))
+        try:
+            now = await _ask(lambda: found.get(job_id))
+        except KensaError as error:  # it was forgotten, or the queue does not answer any more
+            yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
+            return
         lines, after = await _ask(partial(found.lines, job_id, after))
         for line in lines:
             yield f"event: log\ndata: {json.dumps(line)}\n\n"

@@ -12,8 +12,6 @@ from fastapi.responses import FileResponse
 from app.archive import unpack_model
 from app.inspection import Inspector
 from app.keeper import Keeper
-from app.routes.datasets import _upload_folder as upload_folder
-from app.routes.datasets import receive
 from app.schemas import (
     GateBody,
     ModelsBody,
@@ -23,6 +21,7 @@ from app.schemas import (
     error_response,
 )
 from app.settings import Settings
+from app.uploads import receive, upload_folder
 from engines.bundle import ONNX
 from engines.datasets import Datasets, room
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
