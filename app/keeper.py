@@ -12,8 +12,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,10 @@ from engines.errors import BadBundle, BadMeta, DiskFull, KensaError, OutOfMemory
 from engines.gate import Replay, Replayed
 from engines.golden import Golden
 from engines.memory import bytes_needed, free_bytes, give_back
+from engines.meta import Meta
 from engines.resident import MIB, Opening, Resident, describe, open_model
 from engines.runtimes.compiled import usable_cache
-from engines.store import Manifest, Store
+from engines.store import META, Manifest, Store
 from engines.verdict import Verdict, judge
 
 LOOK_EVERY_S = 0.5  # for versions that somebody published
@@ -61,6 +63,7 @@ class Keeper:
         self._opening = Opening(settings.precision, settings.threads)
         self._loader = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
         self._changing: dict[str, asyncio.Lock] = {}
+        self._unloaded: set[str] = set()  # models whose live version had to go first
         self._trials: dict[str, Trial] = {}
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
         self._failed: dict[tuple[str, str], float] = {}  # when, on the monotonic clock
@@ -93,20 +96,22 @@ class Keeper:
 
         def take_in() -> None:
             known = self.store.versions(name)
-            if not (source / ONNX).is_file() and (source / "meta.json").is_file():
+            if not (source / ONNX).is_file() and (source / META).is_file():
                 raise BadBundle(f"{source / ONNX} does not exist: make it with convtrt.py.")
             version = self.store.take_in(name, source, {"folder": str(source)})
-            if version not in known:
+            if version not in known or not self.store.candidates(name):
                 self.store.activate(name, version)
 
+        problem = None
         try:
             await self._load(take_in)
         except KensaError as error:
-            self._residents.problems[name] = str(error)
-            log.error("%s is not taken in: %s", source, error)
+            problem = str(error)
         except OSError as error:
-            self._residents.problems[name] = f"{source} cannot be taken in: {error.strerror}."
-            log.error("%s is not taken in: %s", source, error)
+            problem = f"{source} cannot be taken in: {error.strerror}."
+        if problem is not None:
+            self._residents.problems[name] = problem
+            log.error("%s is not taken in: %s", source, problem)
 
     async def _load_live(self, name: str) -> None:
         """Bring the live version into memory; the one before where it cannot be used."""
@@ -134,14 +139,15 @@ class Keeper:
     async def _look_out(self) -> None:
         """For ever: show the gate what was published to go live."""
         while True:
-            pause = LOOK_EVERY_S
             try:
-                for name, manifest in await self._load(self._waiting):
-                    await self._consider(name, manifest)
-            except Exception:  # whatever it is, the next versions must be looked at
-                log.exception("New versions could not be looked at")
-                pause = RETRY_AFTER_S
-            await asyncio.sleep(pause)
+                waiting = await self._load(self._waiting)
+            except OSError as error:
+                log.error("The models cannot be looked at: %s", error)
+                await asyncio.sleep(RETRY_AFTER_S)
+                continue
+            for name, manifest in waiting:
+                await self._consider(name, manifest)
+            await asyncio.sleep(LOOK_EVERY_S)
 
     def _waiting(self) -> list[tuple[str, Manifest]]:
         """Published to go live, and not seen by the gate; oldest first."""
@@ -150,11 +156,13 @@ class Keeper:
             pointer = self.store.pointer(name)
             for version in self.store.versions(name):
                 key = (name, version)
-                if key in self._settled or (pointer and version == pointer.live):
+                failed = self._failed.get(key, -RETRY_AFTER_S)
+                if key in self._settled or time.monotonic() - failed < RETRY_AFTER_S:
                     continue
-                if time.monotonic() - self._failed.get(key, -RETRY_AFTER_S) < RETRY_AFTER_S:
+                if pointer is not None and version == pointer.live:
                     continue
                 if self.store.gate(name, version) is not None:
+                    self._settled.add(key)
                     continue
                 try:
                     manifest = self.store.manifest(name, version)
@@ -168,59 +176,59 @@ class Keeper:
         return found
 
     async def _consider(self, name: str, manifest: Manifest) -> None:
-        """Show a version to the gate; what passes goes live."""
+        """Show a version to the gate; what passes goes live. Whatever happens, others follow."""
         version = manifest.version
-        async with self._change(name):
-            try:
-                model, found = await self._through_the_gate(name, manifest)
-                if found["ok"]:
-                    await self._go_live(model, found)
-                    if self._settings.rollback_parts:
-                        self._trials[name] = Trial(version)
-                    return
-                await self._load(lambda: self.store.record_gate(name, version, found))
+        try:
+            async with self._change(name):
+                found: dict[str, Any]
+                if await self._load(lambda: self._is_late(name, version)):
+                    found = {"ok": False, "reasons": ["A newer version went live before it."]}
+                else:
+                    found = await self._through_the_gate(name, manifest)
+            if not found["ok"]:
+                await self._write(lambda: self.store.record_gate(name, version, found))
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
-                await self._close(model)
-                if name not in self._residents.names():  # it was unloaded
-                    await self._load_live(name)
-            except (BadBundle, BadMeta) as error:
-                log.error("%s %s is refused: %s", name, version, error)
-            except (KensaError, OSError) as error:
-                self._failed[name, version] = time.monotonic()
-                log.error("%s %s does not go live: %s", name, version, error)
+        except (BadBundle, BadMeta) as error:
+            log.error("%s %s is refused: %s", name, version, error)
+        except (KensaError, OSError) as error:
+            self._failed[name, version] = time.monotonic()
+            log.error("%s %s does not go live: %s", name, version, error)
+        except Exception:
+            self._failed[name, version] = time.monotonic()
+            log.exception("%s %s does not go live", name, version)
 
-    async def _through_the_gate(
-        self, name: str, manifest: Manifest
-    ) -> tuple[Resident, dict[str, Any]]:
-        began = time.perf_counter()
-        version = manifest.version
-        limit = float(manifest.origin.get("max_flips") or self._settings.gate_flips)
-        if name not in self._residents.names():
-            model = await self._open(name, version, None)
-            report = await self._load(lambda: read_report(self.store.folder(name, version)))
-            return model, _stamped(gate.weigh([], report, None, limit), began)
-        with self._residents.use(name) as old:
-            images, report = await self._load(lambda: self._replays(old, version))
-            fits = await self._fits(name, version)
-            if fits:
-                model = await self._open(name, version, old)
-                replayed = [await self._replay(one, old, model) for one in images]
-        if not fits:
-            model, replayed = await self._unload_first(name, version, images)
-        found = gate.weigh(replayed, report, old.version, limit)
-        flips = gate.flipped(replayed)
-        await self._load(lambda: self._keep_pictures(name, version, flips))
-        return model, _stamped(found, began)
+    def _is_late(self, name: str, version: str) -> bool:
+        pointer, known = self.store.pointer(name), self.store.versions(name)
+        return pointer is not None and pointer.live in known[known.index(version) + 1 :]
 
-    def _replays(self, old: Resident, version: str) -> tuple[list[Replay], dict[str, Any]]:
-        name, size = old.name, old.runtime.image_size
-        folders = [self.store.folder(name, one) for one in (old.version, version)]
-        goldens = [_golden(folder, size) for folder in folders]
-        images = gate.replays(goldens, self._inspector.recent(name), size)
-        return list(images), read_report(folders[1])
+    async def _through_the_gate(self, name: str, manifest: Manifest) -> dict[str, Any]:
+        """Replay images through the live version and this one; make it live where it may."""
+        began, version = time.perf_counter(), manifest.version
+        limit = manifest.origin.get("max_flips")
+        limit = self._settings.gate_flips if limit is None else float(limit)
+        against = self._live(name)
+        images, report = await self._load(lambda: self._replays(name, against, version))
+        async with self._opened(name, version, images) as (model, replayed):
+            found = gate.weigh(replayed, report, against.version if against else None, limit)
+            found["seconds"] = round(time.perf_counter() - began, 2)
+            await self._write(lambda: self._keep_pictures(name, version, gate.flipped(replayed)))
+            if found["ok"]:
+                await self._go_live(model, found)
+                if self._settings.rollback_parts:
+                    self._trials[name] = Trial(version)
+        return found
 
-    async def _replay(self, one: Replay, old: Resident, new: Resident) -> Replayed:
-        return Replayed(one, await self._ask(old, one), await self._ask(new, one))
+    def _replays(
+        self, name: str, old: Resident | None, version: str
+    ) -> tuple[list[Replay], dict[str, Any]]:
+        """What to show to both, and the report of the new one."""
+        folder = self.store.folder(name, version)
+        report = read_report(folder)
+        if old is None or Meta.read(folder / META).image_size != old.runtime.image_size:
+            return [], report  # nothing to compare with, or no image that both could see
+        size = old.runtime.image_size
+        goldens = [_golden(one, size) for one in (self.store.folder(name, old.version), folder)]
+        return list(gate.replays(goldens, self._inspector.recent(name), size)), report
 
     async def _ask(self, model: Resident, one: Replay) -> Verdict:
         pixels = one.image[None]
@@ -231,13 +239,15 @@ class Keeper:
         """What the parts look like whose verdict changes, for the person who decides."""
         folder = self.store.gate_folder(name, version)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.jpg"):
+            old.unlink()
         for number, one in enumerate(flips):
             _, data = cv2.imencode(".jpg", one.replay.image[..., ::-1])
             (folder / f"{number}.jpg").write_bytes(data.tobytes())
 
     # ---- one in another's place ---------------------------------------------------------------
 
-    async def activate(self, name: str, version: str) -> Resident:
+    async def activate(self, name: str, version: str) -> None:
         """Make a version live because a person says so, whatever the gate found.
 
         Raises:
@@ -245,60 +255,98 @@ class Keeper:
         """
         async with self._change(name):
             await self._load(lambda: self.store.folder(name, version))
-            resident = self._residents
-            old = resident.get(name) if name in resident.names() else None
-            if old is not None and old.version == version:
-                return old
+            live = self._live(name)
+            if live is not None and live.version == version:
+                return
             self._trials.pop(name, None)
-            if old is None or await self._fits(name, version):
-                model = await self._open(name, version, old)
-            else:
-                model, _ = await self._unload_first(name, version, [])
-            found = await self._load(lambda: self.store.gate(name, version))
-            await self._go_live(model, {**(found or {"ok": True, "reasons": []}), "by_hand": True})
-            return model
+            async with self._opened(name, version) as (model, _):
+                found = await self._load(lambda: self.store.gate(name, version))
+                found = found or {"ok": True, "reasons": []}
+                await self._go_live(model, {**found, "by_hand": True})
 
-    async def roll_back(self, name: str, reason: str | None = None) -> Resident:
+    async def roll_back(self, name: str) -> None:
         """Let the version before the live one take over, at once.
 
         Raises:
-            UnknownModel, Conflict (there is none before), BadBundle, BadMeta, OutOfMemory.
+            UnknownModel, Conflict, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
         async with self._change(name):
-            self._trials.pop(name, None)
-            back = await self._load(lambda: self.store.pointer_back(name))
-            old = self._residents.get(name) if name in self._residents.names() else None
-            if old is None or await self._fits(name, back.live):
-                model = await self._open(name, back.live, old)
-            else:
-                model, _ = await self._unload_first(name, back.live, [])
-            await self._write(lambda: self.store.roll_back(name))
+            await self._roll_back(name, None)
+
+    async def _roll_back(self, name: str, reason: str | None) -> None:
+        self._trials.pop(name, None)
+        back = await self._load(lambda: self.store.pointer_back(name))
+
+        def write() -> None:
+            # With a record the gate does not look at it again and let it go live by itself.
+            found = self.store.gate(name, back.previous) or {"ok": True, "reasons": []}
             if reason is not None:
-                found = await self._load(lambda: self.store.gate(name, back.previous)) or {}
-                found = {**found, "ok": False, "reasons": [reason]}
-                await self._write(lambda: self.store.record_gate(name, back.previous, found))
+                found = {**found, "ok": False, "reasons": [reason], "by_hand": False}
+            self.store.record_gate(name, back.previous, found)
+            self.store.roll_back(name)
+
+        async with self._opened(name, back.live) as (model, _):
+            await self._write(write)
             self._put(model)
-            log.warning("%s is rolled back to %s%s", name, model.version, _because(reason))
-            return model
+        log.warning("%s is rolled back to %s%s", name, back.live, f": {reason}" if reason else "")
 
     async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
         """On the disk first: after a power cut the version that was named last comes back."""
         name, version = model.name, model.version
 
         def write() -> None:
-            self.store.record_gate(name, version, found)
             self.store.activate(name, version)
+            self.store.record_gate(name, version, found)
 
-        try:
-            await self._write(write)
-        except BaseException:
-            await self._close(model)
-            raise
+        await self._write(write)
         self._put(model)
         log.info("Live: %s", describe(model))
-        await self._load(lambda: self.store.prune(name, self._settings.keep_versions))
+        try:
+            await self._load(lambda: self.store.prune(name, self._settings.keep_versions))
+        except OSError as error:
+            log.warning("Old versions of %s cannot be deleted: %s", name, error)
+
+    @asynccontextmanager
+    async def _opened(
+        self, name: str, version: str, images: Sequence[Replay] = ()
+    ) -> AsyncIterator[tuple[Resident, list[Replayed]]]:
+        """A version beside the live one, and what both say of images.
+
+        Unless it has taken the live one's place when the block ends, it is closed.
+
+        Raises:
+            BadBundle, BadMeta: it cannot be used, and is put aside.
+            OutOfMemory: it does not fit, and the live one may not go first.
+        """
+        old = self._live(name)
+        before: list[Verdict] = []
+        beside = old is None or await self._fits(name, version)
+        if old is not None:
+            before = [await self._ask(old, one) for one in images]
+        if not beside:
+            await self._unload(name, version)
+        model = await self._open(name, version, old if beside else None)
+        try:
+            after = [await self._ask(model, one) for one in images] if before else []
+            three = zip(images, before, after, strict=False)
+            yield model, [Replayed(*one) for one in three]
+        finally:
+            if self._live(name) is not model:
+                await self._close(model)
+
+    async def _unload(self, name: str, version: str) -> None:
+        """Let the live version go, because another does not fit beside it."""
+        old = self._residents.get(name)
+        log.warning("%s is unloaded, because %s does not fit beside it", name, version)
+        self._unloaded.add(name)
+        self._residents.take(name, f"{name} is being exchanged; try again in a few seconds.")
+        await self._let_go(old)
+
+    def _live(self, name: str) -> Resident | None:
+        return self._residents.get(name) if name in self._residents.names() else None
 
     def _put(self, model: Resident) -> None:
+        self._unloaded.discard(model.name)
         before = self._residents.put(model)
         if before is not None and before is not model:
             self._begin(self._let_go(before))
@@ -331,50 +379,30 @@ class Keeper:
 
         await self._load(close)
 
-    # ---- memory -------------------------------------------------------------------------------
-
     async def _fits(self, name: str, version: str) -> bool:
         """Whether a version fits beside what is in memory.
 
         Raises:
             OutOfMemory: it does not, and unloading first is not allowed.
         """
-        folder = await self._load(lambda: self.store.folder(name, version))
-        needed = await self._load(lambda: bytes_needed(folder))
-        free = free_bytes()
-        if self._settings.model_memory_mib:
-            held = [self.store.folder(one.name, one.version) for one in self._residents.all()]
-            taken = await self._load(lambda: sum(map(bytes_needed, held)))
-            free = min(free, self._settings.model_memory_mib * MIB - taken)
-        if needed <= free:
-            return True
-        if self._settings.unload_first == "off":
+        held = [(one.name, one.version) for one in self._residents.all()]
+        limit = self._settings.model_memory_mib * MIB
+
+        def look() -> tuple[int, int]:
+            free = free_bytes()
+            if limit:
+                taken = sum(bytes_needed(self.store.folder(*one)) for one in held)
+                free = min(free, limit - taken)
+            return bytes_needed(self.store.folder(name, version)), free
+
+        needed, free = await self._load(look)
+        if needed > free and self._settings.unload_first == "off":
             raise OutOfMemory(
                 f"{name} {version} needs about {needed // MIB} MiB beside the live version, and"
                 f" {max(0, free) // MIB} MiB are free: set KENSA_UNLOAD_FIRST=on to let the live"
                 " one go before."
             )
-        return False
-
-    async def _unload_first(
-        self, name: str, version: str, images: list[Replay]
-    ) -> tuple[Resident, list[Replayed]]:
-        """Ask the live version, let it go, load the new one, and ask that.
-
-        The live one comes back where the new one cannot be loaded.
-        """
-        with self._residents.use(name) as old:
-            before = [await self._ask(old, one) for one in images]
-        log.warning("%s is unloaded, because %s does not fit beside it", name, version)
-        self._residents.take(name, f"{name} is being exchanged; try again in a few seconds.")
-        await self._let_go(old)
-        try:
-            model = await self._open(name, version, None)
-            after = [await self._ask(model, one) for one in images]
-        except BaseException:
-            await self._load_live(name)
-            raise
-        return model, [Replayed(*three) for three in zip(images, before, after, strict=True)]
+        return needed <= free
 
     # ---- the first parts of a new version -----------------------------------------------------
 
@@ -393,19 +421,28 @@ class Keeper:
                     f"Of its first {trial.parts} parts {rate:.1%} were rejected;"
                     f" allowed are {low:.1%} to {high:.1%}."
                 )
-                self._begin(self._roll_back_by_itself(model.name, reason))
+                self._begin(self._roll_back_by_itself(model, reason))
 
-    async def _roll_back_by_itself(self, name: str, reason: str) -> None:
+    async def _roll_back_by_itself(self, model: Resident, reason: str) -> None:
         try:
-            await self.roll_back(name, reason)
+            async with self._change(model.name):
+                if self._live(model.name) is model:  # not replaced in the meantime
+                    await self._roll_back(model.name, reason)
         except (KensaError, OSError) as error:
-            log.error("%s should be rolled back (%s), but cannot be: %s", name, reason, error)
+            log.error("%s should be rolled back (%s), but cannot be: %s", model.name, reason, error)
 
     # ---- how work is done ---------------------------------------------------------------------
 
-    def _change(self, name: str) -> asyncio.Lock:
-        """One change of a model at a time."""
-        return self._changing.setdefault(name, asyncio.Lock())
+    @asynccontextmanager
+    async def _change(self, name: str) -> AsyncIterator[None]:
+        """One change of a model at a time. One that failed after unloading is made good."""
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            try:
+                yield
+            finally:
+                if name in self._unloaded:
+                    self._unloaded.discard(name)
+                    await self._load_live(name)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -433,11 +470,3 @@ def _golden(folder: Path, size: int) -> Golden | None:
         return Golden.read(folder, size)
     except BadBundle:  # of another size: the version before was trained otherwise
         return None
-
-
-def _stamped(found: dict[str, Any], began: float) -> dict[str, Any]:
-    return {**found, "seconds": round(time.perf_counter() - began, 2)}
-
-
-def _because(reason: str | None) -> str:
-    return f": {reason}" if reason else ""

@@ -50,7 +50,8 @@ class Replayed:
 def replays(
     goldens: list[Golden | None], recent: list[NDArray[np.uint8]], size: int
 ) -> Iterator[Replay]:
-    """The images to replay, those of other sizes than `size` left out."""
+    """The images to replay, those of other sizes than `size` left out; golden ones once."""
+    seen: set[bytes] = set()  # both versions may keep the same
     for golden in goldens:
         if golden is None:
             continue
@@ -59,7 +60,8 @@ def replays(
             group: Group = "recent"
             if labels is not None:
                 group = "defect" if labels[number] else "normal"
-            if len(image) == size:
+            if len(image) == size and image.tobytes() not in seen:
+                seen.add(image.tobytes())
                 yield Replay(group, image)
     for image in recent:
         if len(image) == size:

@@ -40,6 +40,7 @@ _VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
 _POINTER = "live"
 _GATES = "gates"
 _REFUSED = "refused"
+_REFUSED_KEPT = 5
 _STAGING = ".staging"
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
@@ -357,6 +358,8 @@ class Store:
                 target.parent.mkdir(exist_ok=True)
                 (self._model(name) / version).rename(target)
                 (target / "reason.txt").write_text(reason, encoding="utf-8")
+                for old in _versions_in(target.parent)[:-_REFUSED_KEPT]:
+                    shutil.rmtree(target.parent / old, ignore_errors=True)
 
     def prune(self, name: str, keep: int) -> list[str]:
         """Delete old versions but the live one, the one before, and the `keep` newest.

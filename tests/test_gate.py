@@ -209,11 +209,18 @@ def test_what_was_found_can_be_written_down() -> None:
 
 def test_golden_images_are_replayed_by_what_they_are_and_recent_ones_after_them() -> None:
     golden = Golden(pictures(3), np.array([False, False, True]))
-    unlabelled = Golden(pictures(1))
+    unlabelled = Golden(pictures(4)[3:])
     found = list(replays([golden, None, unlabelled], [picture(value=9)], 8))
     groups: list[Group] = ["normal", "normal", "defect", "recent", "recent"]
     assert [one.group for one in found] == groups
-    assert [int(one.image[0, 0, 0]) for one in found] == [0, 1, 2, 0, 9]
+    assert [int(one.image[0, 0, 0]) for one in found] == [0, 1, 2, 3, 9]
+
+
+def test_golden_images_that_both_versions_keep_are_replayed_once() -> None:
+    golden = Golden(pictures(3), np.array([False, False, True]))
+    recent = [picture(value=9), picture(value=9)]  # a standing line is a fact about the line
+    found = list(replays([golden, golden], recent, 8))
+    assert [one.group for one in found] == ["normal", "normal", "defect", "recent", "recent"]
 
 
 def test_images_of_other_sizes_are_left_out() -> None:

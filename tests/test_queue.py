@@ -330,6 +330,19 @@ def test_a_job_that_is_killed_after_publishing_does_not_publish_again(line: Line
     assert (len(line.begun(job)), line.published(job)) == (2, 1)
 
 
+def test_a_job_that_is_killed_after_publishing_in_its_last_attempt_has_succeeded(
+    line: Line,
+) -> None:
+    job = line.submit(dies=3)
+    made = line.data / "made"
+    made.mkdir()
+    (made / "model.onnx").write_bytes(b"any")
+    version = Store(line.data / "models").publish("bracket", made, {"job": job})
+    line.start()
+    ended = line.ended(job)
+    assert (ended["state"], ended["version"], ended["attempts"]) == ("succeeded", version, 3)
+
+
 def test_a_worker_killed_between_a_jobs_end_and_its_record_does_not_run_it_again(
     line: Line,
 ) -> None:

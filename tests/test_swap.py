@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from conftest import run, write_meta
 from damage import picture, saved
 from PIL import Image
 from server import RAW, Server, agreed, serving
@@ -347,6 +348,79 @@ def test_what_cannot_be_trusted_never_judges(
         assert running.wait(version, "live", "held", "refused") == expected
         assert running.score(photos[0]) == before
         assert running.server.client.get("/readyz").status_code == 200
+
+
+def test_no_flip_at_all_may_be_asked_for(
+    kensa_model: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    meta = Meta.read(kensa_model / "meta.json")
+    assert meta.image_threshold_auto is not None
+    lenient = variant(
+        kensa_model, tmp_path / "new", image_threshold_auto=meta.image_threshold_auto * 3,
+        raw_image_max=float(meta.raw_image_max or 1) * 3,
+    )  # fmt: skip
+    with line(tmp_path, kensa_model, KENSA_GATE_FLIPS="1") as running:
+        running.score(photos[0])
+        version = running.publish(lenient, max_flips=0.0)
+        assert running.wait(version, "live", "held") == "held"
+        gate = running.model()["versions"][0]["gate"]
+        assert gate["limit"] == 0
+        assert gate["flips"]
+
+
+def test_an_older_version_does_not_take_the_place_of_a_newer_one(
+    kensa_model: Path, other: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    """Such as one that could not be loaded at its time, because the disk was full."""
+    store = Store(tmp_path / "data" / "models")
+    store.activate(NAME, store.take_in(NAME, kensa_model, {}))
+    late = store.take_in(
+        NAME, variant(kensa_model, tmp_path / "late", bank=1.01), {"activate": True}
+    )
+    newer = store.take_in(NAME, other, {})
+    store.activate(NAME, newer)
+    with line(tmp_path) as running:
+        assert running.wait(late, "live", "held") == "held"
+        assert running.score(photos[0])[0] == newer
+
+
+def test_a_version_of_another_image_size_is_not_shown_images_it_cannot_see(
+    kensa_model: Path, trained: Path, sample_data: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    meta = write_meta(tmp_path / "meta.json", image_size=128)
+    run(
+        "retrain.py",
+        "--model",
+        "patchcore",
+        "--pretrained_pth",
+        "untrained",
+        "--meta_json",
+        meta,
+        "--category",
+        "sample_bracket",
+        "--data_root",
+        sample_data,
+        "--out_dir",
+        tmp_path / "small",
+    )
+    run(
+        "convtrt.py",
+        "--model",
+        "patchcore",
+        "--weights_pth",
+        tmp_path / "small" / "model.pth",
+        "--meta_json",
+        tmp_path / "small" / "meta.json",
+        "--out_dir",
+        tmp_path / "engine",
+    )
+    with line(tmp_path, kensa_model) as running:
+        running.score(photos[0])
+        version = running.publish(tmp_path / "engine")
+        assert running.wait(version, "live", "held") == "live"
+        assert running.score(photos[0])[0] == version
+        groups = running.model()["versions"][0]["gate"]["groups"]
+        assert {group["images"] for group in groups.values()} == {0}
 
 
 # ---- going back -------------------------------------------------------------------------------

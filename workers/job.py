@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def do(
     """
     store = Store(data / "models")
     for version in store.versions(str(request["model"])):
-        if store.manifest(request["model"], version).origin.get("job") == job_id:
-            return {"state": "succeeded", "version": version}
+        with suppress(BadBundle):  # a damaged one is none of this job
+            if store.manifest(request["model"], version).origin.get("job") == job_id:
+                return {"state": "succeeded", "version": version}
     folder = JobFolder(data, job_id)
     folder.work.mkdir(parents=True, exist_ok=True)
     if kind == "retrain":

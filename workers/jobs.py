@@ -28,7 +28,7 @@ from typing import IO, Any
 from dbos import DBOS, DBOSConfig, error
 from sqlalchemy.exc import SQLAlchemyError
 
-from engines.errors import EXIT_CODE
+from engines.errors import EXIT_CODE, BadBundle
 from engines.jobs import (
     ACTIVE,
     APP_VERSION,
@@ -46,6 +46,7 @@ from engines.jobs import (
     last_due,
     scheduled_id,
 )
+from engines.store import Store
 
 CHILD = [sys.executable, "-m", "workers.job"]  # and the data folder, the job's id, its kind
 EXECUTOR = "worker"  # there is one per data folder, whatever the machine is called today
@@ -166,6 +167,8 @@ def begin_until_it_ends(
     why = "its worker or the machine stopped"
     while (ended := folder.result()) is None:
         if folder.attempts() >= ATTEMPTS:
+            if version := published(data, job_id, str(request.get("model"))):
+                return {"state": "succeeded", "version": version}
             return {
                 "state": "interrupted",
                 "code": "interrupted",
@@ -212,6 +215,16 @@ def run_child(
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # and what it may have started
         child.wait()
+
+
+def published(data: Path, job_id: str, model: str) -> str | None:
+    """The version that a job made, also where it was killed before it could say so."""
+    store = Store(data / "models")
+    for version in store.versions(model):
+        with suppress(BadBundle):  # a damaged version is not this job's affair
+            if store.manifest(model, version).origin.get("job") == job_id:
+                return version
+    return None
 
 
 def was_cancelled(job_id: str) -> bool:

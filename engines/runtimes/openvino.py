@@ -146,7 +146,9 @@ def cpu_has_bf16() -> bool:
 
 def choose_precision(report: dict[str, Any]) -> Precision:
     """bf16 where this CPU has it and the export's report.json found it good, else float32."""
-    good = report.get("parity", {}).get("openvino_bf16", {}).get("ok") is True
+    parity = report.get("parity")
+    found = parity.get("openvino_bf16") if isinstance(parity, dict) else None
+    good = isinstance(found, dict) and found.get("ok") is True
     return "bf16" if good and cpu_has_bf16() else "f32"
 
 
