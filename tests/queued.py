@@ -76,6 +76,9 @@ def work(data: Path, *settings: str) -> int:
 
     worker.CHILD[:] = [sys.executable, __file__, "child"]
     worker.POLL_S = 0.1
+    system, _, *rest = os.uname()
+    here = os.uname_result((system, f"host{os.getpid()}", *rest))
+    os.uname = lambda: here  # another name at each start, as a container has
     for setting in settings:
         name, value = setting.split("=")
         setattr(worker, name, float(value))
