@@ -77,7 +77,8 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)
+    logging.shutdown()
+    os._exit(0)  # not sys.exit, which would wait for a thread that waits for a locked queue
 
 
 def _log_lines(level: str) -> None:

@@ -158,6 +158,7 @@ class Jobs:
             if "disk is full" in str(error):
                 raise DiskFull("Nothing was queued: the disk is full. Free some space.") from error
             raise
+        self.prune()
         return self.get(job_id)
 
     def _refuse_a_second(self, model: str) -> None:
@@ -269,7 +270,7 @@ class Jobs:
         Raises:
             BadRequest: the name, the expression or the time zone is wrong.
         """
-        if not re.match(NAME, name):
+        if not re.fullmatch(NAME, name):
             raise BadRequest(
                 f"A schedule's name has up to 64 letters, digits, - and _, not {name!r}."
             )

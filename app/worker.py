@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.settings import Settings
-from engines.jobs import PACE, RUNNING
+from engines.jobs import PACE, PARENT, RUNNING
 
 LOOK_EVERY_S = 0.1  # for the job's process
 STOPPED_S = 1.0  # at most, at a stretch: then it runs for a moment, so that a busy line ...
@@ -72,7 +72,11 @@ class Worker:
             # The worker asks the system to end it with this process, and its job with itself.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "workers.jobs", "--data_dir", str(self._data),
-                env={**os.environ, PACE: self._settings.job_pace},
+                env={
+                    **os.environ,
+                    PACE: self._settings.job_pace,
+                    PARENT: str(os.getpid()),
+                },
                 cwd=Path(__file__).parents[1],
             )  # fmt: skip
             try:

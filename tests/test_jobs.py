@@ -9,12 +9,14 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +336,28 @@ def test_without_torch_a_server_inspects_and_says_that_it_cannot_learn(
         assert server.infer(photo).status_code == 200
         health = server.client.get("/healthz").json()
         assert health["worker"] == "off"
+
+
+def test_a_locked_queue_holds_up_neither_the_line_nor_the_end(
+    own: Path, sample_data: Path, photo: bytes
+) -> None:
+    with (
+        learning(own, sample_data) as line,
+        contextlib.closing(sqlite3.connect(own / "data" / "jobs.sqlite", timeout=30)) as queue,
+    ):
+        queue.execute("BEGIN EXCLUSIVE")
+        with ThreadPoolExecutor(6) as clients:
+            url = f"{line.server.url}/retrain"
+            asked = [clients.submit(httpx.post, url, json=AGAIN, timeout=60) for _ in range(6)]
+            time.sleep(1)
+            assert line.server.infer(photo).status_code == 200
+            assert line.model()["live"]
+            answers = [one.result() for one in asked]
+        for answer in answers:
+            assert (answer.status_code, agreed(answer)) == (503, "no_worker"), answer.text
+            assert int(answer.headers["retry-after"]) > 0
+        line.server.process.send_signal(signal.SIGTERM)
+        assert line.server.process.wait(timeout=8) == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")

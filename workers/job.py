@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from engines.jobs import PACE, RUNNING, ConvertRequest, JobFolder, RetrainReques
 from engines.meta import Meta
 from engines.store import META, Store
 from workers.commands import hush_libraries
-from workers.jobs import DISK_FULL, FULL, die_with_parent
+from workers.jobs import DISK_FULL, FULL, die_with_parent, published
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
@@ -37,11 +36,11 @@ def main(data: Path, job_id: str, kind: str) -> int:
     hush_libraries()
     logging.basicConfig(level="WARNING", stream=sys.stderr)
     folder = JobFolder(data, job_id)
-    (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
-    request = json.loads(sys.stdin.read())
     progress = JobProgress(folder)
     try:
-        ended = do(data, job_id, kind, request, progress)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
+        ended = do(data, job_id, kind, json.loads(sys.stdin.read()), progress)
     except OSError as error:
         ended = _failed_on_disk(folder, error)
     except KensaError as error:
@@ -70,10 +69,8 @@ def do(
         KensaError: what the request names is not there or does not fit.
     """
     store = Store(data / "models")
-    for version in store.versions(str(request["model"])):
-        with suppress(BadBundle):  # a damaged one is none of this job
-            if store.manifest(request["model"], version).origin.get("job") == job_id:
-                return {"state": "succeeded", "version": version}
+    if (version := published(data, job_id, request["model"])) is not None:
+        return {"state": "succeeded", "version": version}
     folder = JobFolder(data, job_id)
     folder.work.mkdir(parents=True, exist_ok=True)
     if kind == "retrain":
@@ -209,7 +206,6 @@ class JobProgress(Progress):
         self._began = time.monotonic()
         self._fraction = 0.0
         self._written = -WRITE_EVERY_S
-        folder.root.mkdir(parents=True, exist_ok=True)
 
     def phase(self, name: str) -> Tick:
         ticked = super().phase(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -27,6 +28,8 @@ REPLY_WITHIN_S = 10.0  # of the queue; a locked database is waited for that long
 LOOK_EVERY_S = 0.5  # of a stream of events
 ALIVE_EVERY_S = 15.0  # a comment that keeps proxies from closing a stream
 
+# Of their own: while the database is locked, nothing else must wait for a thread.
+_THREADS = ThreadPoolExecutor(4, thread_name_prefix="queue")
 _NO_WORKER = problem(
     "No worker, or no queue.",
     no_worker="Nothing can be learned here: ... pip install 'kensa[train]'",
@@ -229,10 +232,12 @@ def _check_version(request: Request, body: JobRequest) -> None:
 async def _ask(work: Callable[[], Result]) -> Result:
     """Ask the queue in a thread; a database that somebody locks must not hold up the answer."""
     try:
-        return await asyncio.wait_for(asyncio.to_thread(work), REPLY_WITHIN_S)
+        asked = asyncio.get_running_loop().run_in_executor(_THREADS, work)
+        return await asyncio.wait_for(asked, REPLY_WITHIN_S)
     except asyncio.TimeoutError:
         raise NoWorker(
             f"The queue did not answer within {REPLY_WITHIN_S:.0f} s: something locks its database."
+            " What was asked for may still be done: see GET /jobs before sending it again."
         ) from None
 
 
