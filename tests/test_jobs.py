@@ -22,9 +22,12 @@ from typing import Any
 
 import httpx
 import pytest
+from damage import picture, saved
+from PIL import Image
 from server import RAW, ROOT, Server, agreed, serving
 from test_swap import Line
 
+from engines.meta import Meta
 from engines.store import Store
 
 DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
@@ -203,6 +206,33 @@ def test_an_update_goes_live_while_parts_keep_coming(
             (line.store.folder("part", found["version"]) / "report.json").read_text()
         )
         assert report["before"]["memory_bank"]["rows"] > 0, "it did not build on what was known"
+
+
+def test_two_pictures_of_a_new_normal_are_enough_for_an_update(
+    own: Path, sample_data: Path, photo: bytes
+) -> None:
+    """Too few for a new threshold: what was found before stays, and is tried on what was kept."""
+    with learning(own, sample_data) as line:
+        before = Meta.read(line.store.folder("part", line.model()["live"]) / "meta.json")
+        new = [picture(200, 300), picture(210, 300)]
+        files = [
+            ("file", (f"{n}.png", saved(Image.fromarray(one), "PNG"))) for n, one in enumerate(new)
+        ]
+        sent = line.server.client.post("/datasets/new_normal/train", files=files)
+        assert sent.status_code == 201, sent.text
+        rejected = line.score(files[0][1][1])[1]
+        found = ended(
+            line, ask(line, {"model": "part", "category": "new_normal", "max_flips": 1.0})
+        )
+        assert found["outcome"] == "live", (found, log_of(line, found["id"]))
+        after = Meta.read(line.store.folder("part", found["version"]) / "meta.json")
+        assert after.image_threshold_auto == before.image_threshold_auto
+        assert after.calibration is not None
+        assert after.calibration["method"] == "kept"
+        assert line.score(files[0][1][1])[1] < 0.8 * rejected, "the new normal was not learned"
+        gate = line.model()["versions"][0]["gate"]
+        assert gate["groups"]["normal"]["images"] > 0
+        assert gate["groups"]["defect"]["images"] > 0
 
 
 def test_a_job_is_told_as_it_goes(own: Path, sample_data: Path) -> None:

@@ -24,7 +24,7 @@ class Calibration:
     Attributes:
         threshold: raw score; above it is an anomaly. meta.json's `image_threshold_auto`.
         raw_min, raw_max: raw score range. meta.json's `raw_image_min` and `raw_image_max`.
-        method: "best_f1" or "prediction_limit".
+        method: "best_f1", "prediction_limit", or "kept" from before an update.
         normals, defects: how many images it was found from.
         auroc, f1: of the model on these images, f1 at its best; None where there are no defects.
         false_rejects, misses: at the threshold.
@@ -40,6 +40,14 @@ class Calibration:
     f1: float | None = None
     false_rejects: int | None = None
     misses: int | None = None
+
+    @classmethod
+    def kept(cls, meta: Meta) -> Calibration | None:
+        """What meta.json says already; None where the model was never verified."""
+        auto, low, high = meta.image_threshold_auto, meta.raw_image_min, meta.raw_image_max
+        if auto is None or low is None or high is None:
+            return None
+        return cls(auto, low, high, "kept", normals=0, defects=0)
 
     def record(self) -> dict[str, Any]:
         """As meta.json and report.json carry it."""

@@ -81,6 +81,9 @@ def _knowledge_lines(report: dict[str, Any], before: dict[str, Any]) -> list[str
 
 
 def _calibration_lines(found: dict[str, Any]) -> list[str]:
+    if found["method"] == "kept":
+        kept = f"threshold    {found['threshold']:.4f} on the raw score, as before"
+        return [f"{kept} (too few images that it has not learned)"]
     if found["defects"]:
         how = f"best F1 over {found['normals']} normal and {found['defects']} defective images"
         if found["method"] != "best_f1":

@@ -126,12 +126,19 @@ def _learn(
         return pictures, kind.scores(model, [pictures])
 
     held = [] if len(category.test_normal) >= 2 else _held_out(category.train)
+    kept = None
+    if kind.INCREMENTAL and kind.knows(model) and len(category.test_normal) + len(held) < 2:
+        # A few new normals are no ground for a new threshold, and other scores stay as they were.
+        kept = Calibration.kept(meta)
+        held = [] if kept else held
     first = [path for path in category.train if path not in held]
     learn(kind.update if kind.knows(model) else kind.train, first)
     normal, normal_scores = verify([*category.test_normal, *held])
     defective, defective_scores = verify(category.test_anomaly)
-    calibration = calibrate(normal_scores, defective_scores)
+    calibration = kept or calibrate(normal_scores, defective_scores)
     golden = Golden.choose(normal, normal_scores, defective, defective_scores)
+    if kept is not None:
+        golden = _golden_before(request, meta) or golden
     if held and kind.INCREMENTAL:
         learn(kind.update, held)
     return _Learned(
@@ -141,6 +148,12 @@ def _learn(
         {str(path): why for source in read for path, why in source.broken.items()},
         seconds,
     )
+
+
+def _golden_before(request: Retrain, meta: Meta) -> Golden | None:
+    """The golden images that lie beside what is updated."""
+    learned = request.load_bank or request.load_stats
+    return None if learned is None else Golden.read(learned.parent, meta.image_size)
 
 
 def _held_out(train: list[Path]) -> list[Path]:
@@ -170,6 +183,8 @@ def _write(
 ) -> None:
     with staged(out_dir) as folder:
         write_report(folder, report)
-        names = [*kind.save(model, meta, folder), golden.write(folder), REPORT]
+        names = [*kind.save(model, meta, folder), REPORT]
+        if len(golden.images):
+            names.append(golden.write(folder))
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
