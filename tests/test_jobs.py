@@ -471,7 +471,7 @@ def kill_at_random(
 def test_kills_in_the_middle_of_a_retraining_leave_a_whole_version(
     own: Path, sample_data: Path, photo: bytes
 ) -> None:
-    kill_at_random(own, sample_data, photo, kills=3, seed=1)
+    kill_at_random(own, sample_data, photo, kills=2, seed=1)
 
 
 @pytest.mark.soak

@@ -523,9 +523,15 @@ def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [garbage, half, Path.unlink])
 @pytest.mark.parametrize(
-    "file", ["meta.json", "model.onnx", "memory_bank.npz", "manifest.json", "report.json"]
+    ("file", "damage"),
+    [
+        ("meta.json", garbage),
+        ("model.onnx", half),
+        ("memory_bank.npz", garbage),
+        ("manifest.json", Path.unlink),
+        ("report.json", half),
+    ],
 )
 def test_a_damaged_live_version_is_put_aside_and_the_one_before_judges(
     file: str, damage: Callable[[Path], Any], kensa_model: Path, other: Path,
