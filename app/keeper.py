@@ -78,7 +78,13 @@ class Keeper:
         self._opening = Opening(self._settings.precision, self._settings.threads, cache)
         if self._settings.model_dir is not None:
             await self._take_in_model_dir()
-        for name in await self._load(self.store.names):
+        try:
+            names = await self._load(self.store.names)
+        except OSError as error:
+            names = []
+            self._residents.problems["models"] = f"The models cannot be read: {error}."
+            log.error("The models cannot be read: %s", error)
+        for name in names:
             async with self._change(name):
                 await self._load_live(name)
         self._begin(self._look_out())
@@ -123,10 +129,17 @@ class Keeper:
             except (KensaError, OSError) as error:
                 problem = f"{name} {version} cannot be used: {error}"
                 continue
-            if pointer is None or version != pointer.live:
-                await self._load(partial(self.store.activate, name, version))
-                log.warning("%s is served from %s", name, version)
+            except Exception:
+                log.exception("%s %s cannot be opened", name, version)
+                problem = f"{name} {version} cannot be opened, for a reason that the log shows."
+                continue
             self._residents.put(model)
+            if pointer is None or version != pointer.live:
+                log.warning("%s is served from %s", name, version)
+                try:
+                    await self._load(partial(self.store.activate, name, version))
+                except OSError as error:
+                    log.error("That cannot be written down: %s", error.strerror)
             return
         if problem is None and pointer is not None:
             problem = f"{name} has no version {pointer.live}, and none before it."

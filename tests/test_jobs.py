@@ -252,6 +252,8 @@ def test_a_job_is_told_as_it_goes(own: Path, sample_data: Path) -> None:
         assert states.count("succeeded") == 1
         lines = [event for kind, event in events if kind == "log"]
         assert lines == log_of(line, job).splitlines()
+        log = line.server.client.get(f"/jobs/{job}/log", headers={"Accept": "application/json"})
+        assert log.json() == {"lines": lines}
         found = events[-1][1]
         assert found["outcome"] == "published"
         assert line.state(found["version"]) == "kept"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import zipfile
@@ -548,6 +551,31 @@ def test_a_damaged_live_version_is_put_aside_and_the_one_before_judges(
             assert running.score(photos[0])[0] == good
             assert set(running.model()["refused"]) == {bad}
             assert "Traceback" not in running.server.log.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_with_a_damaged_live_version_and_a_full_disk_the_one_before_judges(
+    kensa_model: Path, other: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(data)]
+    if subprocess.run(mount).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        store = Store(data / "models")
+        for bundle in (kensa_model, other):
+            store.activate(NAME, store.take_in(NAME, bundle, {}))
+        good, bad = store.versions(NAME)
+        garbage(store.folder(NAME, bad) / "model.onnx")
+        with contextlib.suppress(OSError), (data / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(4096)) == 4096:
+                pass
+        with line(tmp_path) as running:
+            assert running.score(photos[0])[0] == good
+            assert running.server.client.get("/readyz").status_code == 200
+    finally:
+        subprocess.run(["umount", "-l", str(data)], check=True)
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"0001-nonsense\n\n", b"0009-aaaaaaaaaaaa\n\n"])

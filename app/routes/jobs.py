@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.jobs import ENDED, Jobs
 from app.keeper import Keeper
@@ -98,12 +98,18 @@ async def job(request: Request, job_id: str) -> JobBody:
     "/jobs/{job_id}/log",
     summary="What did it say?",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}}, 404: _UNKNOWN, 503: _NO_WORKER},
+    responses={
+        200: {"content": {"text/plain": {}, "application/json": {"example": {"lines": ["..."]}}}},
+        404: _UNKNOWN,
+        503: _NO_WORKER,
+    },
 )
 async def log(request: Request, job_id: str) -> Response:
-    """All lines, as text."""
+    """All lines until now, as text, or as JSON where `Accept` asks for that."""
     await _ask(lambda: _jobs(request).get(job_id))
     lines, _ = await _ask(lambda: _jobs(request).lines(job_id))
+    if "application/json" in request.headers.get("accept", ""):
+        return JSONResponse({"lines": lines})
     return Response("".join(f"{line}\n" for line in lines), media_type="text/plain")
 
 
