@@ -21,6 +21,7 @@ from app.keeper import Keeper
 from app.routes import datasets, infer, models, system
 from app.routes import jobs as jobs_routes
 from app.routes.infer import request_id
+from app.schemas import error_response
 from app.settings import Settings
 from app.worker import Worker
 from engines.datasets import Datasets
@@ -35,6 +36,9 @@ Every answer that is not a success has the form `{"error": "one sentence", "code
 """
 RETRY_AFTER_S = "2"
 _UNAVAILABLE = 503
+MALFORMED = error_response(
+    "The request is malformed.", bad_request="The query parameter limit is wrong: ..."
+)
 _CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -76,8 +80,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.datasets = Datasets(settings.data / "datasets")
-    for routes in (infer, models, jobs_routes, datasets, system):
-        app.include_router(routes.router)
+    app.include_router(infer.router)
+    app.include_router(models.router, responses={422: MALFORMED})
+    app.include_router(jobs_routes.router, responses={422: MALFORMED})
+    app.include_router(datasets.router)
+    app.include_router(system.router)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
     return app

@@ -50,8 +50,7 @@ class Bundle:
                     f"{self.root / 'meta.json'} was written without {name}, so the two may be of"
                     " different trainings: run convtrt.py."
                 )
-        for name, expected in files.items():
-            check_hash(self.root / name, expected)
+        check_files(self.root, self.meta)
 
     @property
     def onnx(self) -> Path:
@@ -77,6 +76,17 @@ class Bundle:
             BadBundle: it is not JSON.
         """
         return read_report(self.root)
+
+
+def check_files(root: Path, meta: Meta) -> None:
+    """Raise BadBundle unless the files beside a meta.json are those that it was written with.
+
+    Weights and statistics may be missing: they are needed to retrain, not to serve.
+    """
+    for name, expected in (meta.files or {}).items():
+        if name in (meta.weights_pth, meta.stats) and not (root / name).exists():
+            continue
+        check_hash(root / name, expected)
 
 
 def check_hash(path: Path, expected: str) -> None:

@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import ONNX, PLAN, REPORT, check_hash
+from engines.bundle import ONNX, PLAN, REPORT, check_files, check_hash
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
 from engines.files import sha256, sync_folder, write_atomically
 from engines.golden import GOLDEN
@@ -339,10 +339,8 @@ class Store:
             BadMeta, BadBundle: the folder holds no model, or a damaged one.
         """
         meta = Meta.read(source / META)
-        hashes = meta.files or {}
-        for file, expected in hashes.items():
-            check_hash(source / file, expected)
-        named = (meta.weights_pth, meta.memory_bank, meta.stats, *hashes)
+        check_files(source, meta)
+        named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
         wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, MANIFEST}
         with self.staging() as folder:
             for file in wanted:

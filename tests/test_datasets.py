@@ -1081,7 +1081,7 @@ def test_the_server_answers_others_while_it_stores(roomy: Place) -> None:
             assert roomy.client.get("/livez").status_code == 200
             answers += 1
     assert len(sent.result().json()["added"]) == 10
-    assert answers > 50  # on the event loop, it would be one for each image
+    assert answers > 20  # on the event loop, it would be one for each of the ten images
     roomy.client.delete(roomy.url)
 
 

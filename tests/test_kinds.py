@@ -134,10 +134,17 @@ def test_retraining_goes_on_from_the_model_and_writes_all_to_retrain_from(line: 
     assert meta.image_threshold_auto != first.image_threshold_auto
 
 
-def test_the_engine_serves_by_itself_with_no_bank_and_no_statistics_beside_it(line: Line) -> None:
-    bundle = Bundle.open(line.seed / "engine")
+def test_the_engine_serves_by_itself_with_no_weights_and_no_statistics_beside_it(
+    line: Line, tmp_path: Path
+) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(line.seed / "engine", engine)
+    for name in ("model.pth", "stats.npz"):
+        (engine / name).unlink(missing_ok=True)
+    bundle = Bundle.open(engine)
     assert bundle.memory_bank() is None
-    assert not (bundle.root / "stats.npz").exists()
+    with serving(tmp_path, KENSA_MODEL_DIR=str(engine)) as server:
+        assert server.client.get("/readyz").status_code == 200
     agreement = bundle.report()["parity"]
     assert agreement["onnx"]["max_relative"] <= 1e-2  # --fp16
     assert agreement["onnx"]["flips"] == 0

@@ -829,8 +829,23 @@ def test_every_file_that_meta_json_has_a_hash_of_is_taken_in(store: Store, own_m
     Bundle.open(store.check(BOLT, store.take_in(BOLT, own_model, {})))
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.pth", "golden.npz"])
-@pytest.mark.parametrize("damage", ["gone", "a bit"])
+def test_weights_may_be_missing_because_serving_needs_none(store: Store, own_model: Path) -> None:
+    (own_model / "model.pth").unlink()
+    folder = store.check(BOLT, store.take_in(BOLT, own_model, {}))
+    assert Bundle.open(folder).memory_bank() is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.onnx", "gone"),
+        ("memory_bank.npz", "gone"),
+        ("golden.npz", "gone"),
+        ("model.onnx", "a bit"),
+        ("model.pth", "a bit"),
+        ("golden.npz", "a bit"),
+    ],
+)
 def test_a_damaged_folder_is_not_taken_in(
     store: Store, own_model: Path, name: str, damage: str
 ) -> None:
