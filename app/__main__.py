@@ -23,6 +23,9 @@ def main() -> None:
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from engines.memory import keep_together
+
+    keep_together()
     try:
         settings = Settings.read()
         settings.data  # noqa: B018 (raises where there is no place for it)

@@ -10,6 +10,7 @@ from engines.bundle import ONNX
 from engines.meta import Meta
 
 MIB = 1024 * 1024
+_M_ARENA_MAX = -8  # malloc.h
 CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container, its own
 
 # Above what the four kinds took at most while they were opened with OpenVINO at 256 pixels, MiB of
@@ -44,6 +45,16 @@ def _given_back() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def keep_together() -> None:
+    """Let all threads share two heaps of the C library; to be called before there are threads.
+
+    Each thread would get one of its own, and what one frees is of no use to the others: after 1,000
+    swaps the server had 3 % more memory than after the first 100.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def give_back() -> None:
