@@ -136,9 +136,10 @@ def _job_in(data: Path) -> int | None:
     try:
         pid = int((data / RUNNING).read_text(encoding="ascii"))
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
+        leads = os.getpgid(pid) == pid
+    except (OSError, ValueError):  # it ended, perhaps just now
         return None
-    return pid if b"workers.job" in command and os.getpgid(pid) == pid else None
+    return pid if leads and b"workers.job" in command else None
 
 
 def _can_learn() -> bool:

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def staged(target: Path) -> Iterator[Path]:
     before the last one meets a mixture that it can tell, even over old files without hashes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    sweep(target.parent.glob(f".{glob.escape(target.name)}.*/"))
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     in_use = os.open(staging, os.O_RDONLY)
     fcntl.flock(in_use, fcntl.LOCK_EX)  # the system gives it back however this process ends
@@ -62,10 +62,13 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sweep(target: Path) -> None:
-    """Remove the staging folders that killed processes left beside `target`."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*/"):
-        descriptor = os.open(folder, os.O_RDONLY)
+def sweep(folders: Iterable[Path]) -> None:
+    """Remove the staging folders of processes that are gone."""
+    for folder in folders:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except (FileNotFoundError, PermissionError):  # finished just now; of another user
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ from typing import Any
 
 from engines.bundle import ONNX, PLAN, REPORT, check_files, check_hash
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
-from engines.files import sha256, sync_folder, write_atomically
+from engines.files import sha256, sweep, sync_folder, write_atomically
 from engines.golden import GOLDEN
 from engines.meta import Meta
 
@@ -281,7 +281,7 @@ class Store:
         root = self.root / _STAGING
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / ".lock"):
-            _sweep(root)
+            sweep(root.glob("tmp*"))
             folder = Path(tempfile.mkdtemp(dir=root, prefix="tmp"))
             in_use = os.open(folder, os.O_RDONLY)
             fcntl.flock(in_use, fcntl.LOCK_EX)  # the system gives it back however this process ends
@@ -441,19 +441,3 @@ def _flush(folder: Path, files: Iterable[str]) -> None:
         with (folder / file).open("rb") as opened:
             os.fsync(opened.fileno())
     sync_folder(folder)
-
-
-def _sweep(root: Path) -> None:
-    """Remove the staging folders of processes that are gone."""
-    for folder in root.glob("tmp*"):
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except (FileNotFoundError, PermissionError):  # published just now; of another user
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # somebody is at work in it
-        finally:
-            os.close(descriptor)
