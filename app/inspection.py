@@ -21,6 +21,7 @@ from engines.verdict import Verdict, heatmap, judge, overlay_png, png
 
 LINE_SHARE = 100  # the gate takes at most one part in so many of a line that has no gaps
 Drawing = Literal["heatmap", "overlay"]
+Image = bytes | NDArray[np.uint8]
 Result = TypeVar("Result")
 
 
@@ -40,6 +41,7 @@ class Inspection:
 
     model: Resident
     verdict: Verdict
+    anomaly_map: NDArray[np.float32]  # (h, w), raw
     drawing: bytes | None  # the PNG that was asked for
     timing: Timing
 
@@ -98,9 +100,14 @@ class Inspector:
         return done.result
 
     async def inspect(
-        self, data: bytes, name: str | None = None, drawing: Drawing | None = None
+        self, image: Image, name: str | None = None, drawing: Drawing | None = None
     ) -> Inspection:
-        """From the bytes of an image file to a verdict, by the version that is live now.
+        """From an image to a verdict, by the version that is live now.
+
+        Args:
+            image: the bytes of an image file, or its pixels (H, W, 3), uint8, RGB.
+            name: of the model; None for the only one.
+            drawing: what to draw besides.
 
         Raises:
             BadImage: and its kinds, as `engines.image.decode`.
@@ -113,19 +120,21 @@ class Inspector:
             self.on_busy(True)
         try:
             with self.residents.use(name) as model:
-                return await self._inspect(data, model, drawing)
+                return await self._inspect(image, model, drawing)
         finally:
             self._under_way -= 1
             if self._under_way == 0:
                 self._idle.set()
                 self.on_busy(False)
 
-    async def _inspect(self, data: bytes, model: Resident, drawing: Drawing | None) -> Inspection:
+    async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
         """Decode, run, judge, draw if asked."""
         began = time.perf_counter()
 
         def see() -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8]]:
-            picture = decode(data, self.limits, model.meta.bit_depth)  # (H, W, 3)
+            picture = image
+            if isinstance(picture, bytes):
+                picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
             pixels = resize(picture, model.runtime.image_size)  # (S, S, 3)
             return picture if drawing == "overlay" else None, pixels
 
@@ -145,7 +154,7 @@ class Inspector:
             total_ms=(time.perf_counter() - began) * 1000,
         )
         self._note(model, verdict, pixels)
-        return Inspection(model, verdict, drawn.result if drawn else None, timing)
+        return Inspection(model, verdict, maps[0], drawn.result if drawn else None, timing)
 
     def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
         if verdict.is_anomalous:
