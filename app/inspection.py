@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.settings import Settings
+from engines.batching import Batcher, Done
+from engines.errors import Overloaded
 from engines.image import ImageLimits, decode, resize
 from engines.resident import Resident, Residents
 from engines.verdict import Verdict, heatmap, judge, overlay_png, png
 
+INBOX = 16  # bodies in memory at once, of the largest size allowed
 LINE_SHARE = 100  # the gate takes at most one part in so many of a line that has no gaps
 Drawing = Literal["heatmap", "overlay"]
 Image = bytes | NDArray[np.uint8]
@@ -56,7 +60,7 @@ class Counts:
 
 
 class Inspector:
-    """The models in memory, a few threads that decode, and one that infers.
+    """The models in memory, a few threads that decode, and the one of the engines.
 
     Nothing here blocks the event loop: it only hands work to these threads and waits.
     """
@@ -71,7 +75,9 @@ class Inspector:
         self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
         self._keep = settings.gate_recent
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.batcher = Batcher()
+        self._queue_size = settings.queue_size
+        self._inbox_bytes = 0
         self._under_way = 0
         self._patience_s = 1.0
         self._idle = asyncio.Event()
@@ -80,7 +86,7 @@ class Inspector:
     async def close(self) -> None:
         """Drop what waits, let what runs end, give the memory back."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._engine.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self.batcher.close)
         for model in self.residents.all():
             model.runtime.close()
 
@@ -95,9 +101,63 @@ class Inspector:
         """
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self._patience_s)
-        done = await _timed(self._engine, work)
+        done = await self.batcher.call(work)
         self._patience_s = done.worked_ms / 1000 * LINE_SHARE
         return done.result
+
+    # ---- what is let in -----------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> int:
+        """Requests that wait for their verdict."""
+        return self._under_way
+
+    def check_room(self) -> None:
+        """Raise Overloaded where a request would not be let in now."""
+        if self._under_way >= self._queue_size:
+            raise Overloaded(
+                f"{self._under_way} parts wait for their verdict already, as many as"
+                " KENSA_QUEUE_SIZE allows: send this one again a little later."
+            )
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A request waits for its verdict in this block. Raises Overloaded, as `check_room`."""
+        self.check_room()
+        self._under_way += 1
+        if self._under_way == 1:
+            self._idle.clear()
+            self.on_busy(True)
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._idle.set()
+                self.on_busy(False)
+
+    @contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Count the bytes of a body that is in memory for as long as this block.
+
+        What it yields is called with the size of each chunk, and raises Overloaded when all bodies
+        together are too much, such as hundreds of large ones that arrive at the same time.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if self._inbox_bytes + size > INBOX * self.limits.max_bytes:
+                raise Overloaded("Too many large images arrive at once: send them one by one.")
+            held += size
+            self._inbox_bytes += size
+
+        try:
+            yield hold
+        finally:
+            self._inbox_bytes -= held
+
+    # ---- one image ----------------------------------------------------------------------------
 
     async def inspect(
         self, image: Image, name: str | None = None, drawing: Drawing | None = None
@@ -114,18 +174,8 @@ class Inspector:
             RuntimeFailed: the runtime gave up.
             NotReady, UnknownModel: as `Residents.get`.
         """
-        self._under_way += 1
-        if self._under_way == 1:
-            self._idle.clear()
-            self.on_busy(True)
-        try:
-            with self.residents.use(name) as model:
-                return await self._inspect(image, model, drawing)
-        finally:
-            self._under_way -= 1
-            if self._under_way == 0:
-                self._idle.set()
-                self.on_busy(False)
+        with self.residents.use(name) as model:
+            return await self._inspect(image, model, drawing)
 
     async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
         """Decode, run, judge, draw if asked."""
@@ -140,13 +190,13 @@ class Inspector:
 
         seen = await _timed(self._decoders, see)
         picture, pixels = seen.result
-        ran = await _timed(self._engine, lambda: model.runtime.infer(pixels[None]))
-        scores, maps = ran.result  # (1,), (1, h, w)
-        verdict = judge(float(scores[0]), model.scale)
+        ran = await self.batcher.infer(model.runtime, pixels)
+        raw_score, anomaly_map = ran.result  # (h, w)
+        verdict = judge(raw_score, model.scale)
 
         drawn = None
         if drawing is not None:
-            drawn = await _timed(self._decoders, lambda: draw(maps[0], model, picture))
+            drawn = await _timed(self._decoders, lambda: draw(anomaly_map, model, picture))
         timing = Timing(
             queue_ms=seen.waited_ms + ran.waited_ms + (drawn.waited_ms if drawn else 0.0),
             decode_ms=seen.worked_ms,
@@ -154,7 +204,7 @@ class Inspector:
             total_ms=(time.perf_counter() - began) * 1000,
         )
         self._note(model, verdict, pixels)
-        return Inspection(model, verdict, maps[0], drawn.result if drawn else None, timing)
+        return Inspection(model, verdict, anomaly_map, drawn.result if drawn else None, timing)
 
     def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
         if verdict.is_anomalous:
@@ -175,23 +225,14 @@ def draw(
     return png((heat * 255).round().astype(np.uint8))
 
 
-@dataclass(frozen=True)
-class _Timed(Generic[Result]):
-    """What work returned, how long it waited for a thread and how long it took."""
-
-    result: Result
-    waited_ms: float
-    worked_ms: float
-
-
-async def _timed(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> _Timed[Result]:
+async def _timed(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Done[Result]:
     """Do `work` in a thread of `pool` while the event loop goes on; its errors are raised here."""
     asked = time.perf_counter()
 
-    def run() -> _Timed[Result]:
+    def run() -> Done[Result]:
         began = time.perf_counter()
         result = work()
         ended = time.perf_counter()
-        return _Timed(result, (began - asked) * 1000, (ended - began) * 1000)
+        return Done(result, (began - asked) * 1000, (ended - began) * 1000)
 
     return await asyncio.get_running_loop().run_in_executor(pool, run)

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,7 +60,9 @@ class Keeper:
         self._inspector = inspector
         self._residents = inspector.residents
         self._settings = settings
-        self._opening = Opening(settings.precision, settings.threads)
+        self._opening = Opening(
+            settings.precision, settings.threads, batching=settings.batching == "on"
+        )
         self._loader = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
         self._changing: dict[str, asyncio.Lock] = {}
         self._unloaded: set[str] = set()  # models whose live version had to go first
@@ -75,7 +77,7 @@ class Keeper:
     async def open(self) -> None:
         """Take in KENSA_MODEL_DIR, load what is live, and look out for new versions."""
         cache = await self._load(lambda: usable_cache(self._settings.compiled_dir))
-        self._opening = Opening(self._settings.precision, self._settings.threads, cache)
+        self._opening = replace(self._opening, cache_dir=cache)
         if self._settings.model_dir is not None:
             await self._take_in_model_dir()
         try:
@@ -390,6 +392,8 @@ class Keeper:
             model.runtime.close()
             give_back()
 
+        # A request that was given up counts no longer, and its image may still be in the engine.
+        await self._inspector.batcher.call(lambda: None)
         await self._load(close)
 
     async def _fits(self, name: str, version: str) -> bool:

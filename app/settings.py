@@ -147,6 +147,27 @@ class Settings(BaseSettings):
     threads: int = _setting(
         0, "threads", "CPU threads of the inference engine; 0 for all cores.", ge=0, le=1024
     )
+    batching: Literal["on", "off"] = _setting(
+        "on",
+        "",
+        "Whether parts that wait at the same time are computed together where that is faster, which"
+        " is measured when a model is opened.",
+    )
+    queue_size: int = _setting(
+        64,
+        "requests",
+        "How many requests may wait for their verdict at once; one more gets 503.",
+        ge=1,
+        le=100_000,
+    )
+    deadline_ms: int = _setting(
+        5000,
+        "milliseconds",
+        "How long a request may wait for its verdict before it gets 504; a request can ask for"
+        " less.",
+        ge=1,
+        le=3_600_000,
+    )
     decode_threads: int = _setting(
         2, "threads", "Threads that decode images and draw overlays.", ge=1, le=64
     )

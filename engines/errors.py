@@ -22,7 +22,9 @@ KensaError
 ├── Conflict              409  what is asked for collides with what is going on
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
+├── Overloaded            503  more requests than can be answered in time
 ├── NoWorker              503  nothing here can learn or convert
+├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
 └── RuntimeFailed         500  the inference runtime failed on a good image
@@ -158,11 +160,25 @@ class NotReady(KensaError):
     code = "not_ready"
 
 
+class Overloaded(KensaError):
+    """More requests than can be answered in time; nothing was computed for this one."""
+
+    status = 503
+    code = "overloaded"
+
+
 class NoWorker(KensaError):
     """Nothing here can learn or convert: no worker runs, or the queue cannot be reached."""
 
     status = 503
     code = "no_worker"
+
+
+class DeadlineExceeded(KensaError):
+    """There is no verdict within the time that was given for it."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class DiskFull(KensaError):

@@ -15,9 +15,11 @@ from typing import Literal
 
 import numpy as np
 
+from engines.batching import choose_batches
 from engines.bundle import Bundle
 from engines.errors import BadBundle, NotReady, UnknownModel
 from engines.files import sha256
+from engines.memory import bytes_needed, free_bytes
 from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.runtimes.compiled import seal_cache
@@ -47,6 +49,7 @@ class Opening:
     precision: Literal["auto", "f32", "bf16"] = "auto"
     threads: int = 0  # 0 for all cores
     cache_dir: Path | None = None
+    batching: bool = True
 
 
 def open_model(
@@ -77,7 +80,19 @@ def open_model(
     seal_cache(how.cache_dir)
     model = Resident(name, version, bundle.meta, scale, runtime, graph, shared is not None)
     warm_up(model)
+    if how.batching and shared is None:
+        if beside is not None and _alike(beside, model):
+            runtime.take_together(beside.runtime.batches)
+        elif free_bytes() > 2 * bytes_needed(folder):  # trying may take as much again
+            choose_batches(runtime)
     return model
+
+
+def _alike(one: Resident, other: Resident) -> bool:
+    """Whether what was measured of one holds for the other: a model before and after learning."""
+    return (one.meta.model, one.meta.backbone, one.runtime.image_size, one.runtime.precision) == (
+        other.meta.model, other.meta.backbone, other.runtime.image_size, other.runtime.precision
+    )  # fmt: skip
 
 
 def warm_up(model: Resident) -> None:
@@ -103,9 +118,11 @@ def describe(model: Resident) -> str:
     """A model in one line, for the log."""
     rows = model.runtime.bank_rows
     bank = "no memory bank" if rows is None else f"memory bank of {rows:,}"
+    size = model.runtime.batches.size
     return (
         f"{model.name} {model.version}: {model.meta.model}, {model.runtime.image_size} pixels,"
-        f" {bank}, {model.runtime.name} {model.runtime.precision}"
+        f" {bank}, {model.runtime.name} {model.runtime.precision},"
+        f" {f'up to {size} at once' if size > 1 else 'one at a time'}"
         f"{', the bank alone' if model.bank_alone else ''}"
     )
 

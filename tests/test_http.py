@@ -37,6 +37,7 @@ from engines.errors import KensaError
 from engines.image import decode
 from engines.meta import Meta
 from engines.resident import Resident
+from engines.runtimes import ALONE, Batches
 from engines.runtimes.compiled import KEPT, seal_cache, usable_cache
 from engines.verdict import Scale
 
@@ -363,6 +364,8 @@ class FakeRuntime:
     precision = "f32"
     image_size = 64
     bank_rows = None
+    batches = ALONE
+    batch_sizes = ()
 
     def __init__(self, score: float) -> None:
         self.score = score
@@ -373,6 +376,9 @@ class FakeRuntime:
         if self.score < 0:
             raise ZeroDivisionError("a secret")
         return np.full(len(images), self.score, np.float32), np.zeros((len(images), 8, 8), "f4")
+
+    def take_together(self, batches: Batches) -> None:
+        raise AssertionError("nobody measures it")
 
     def with_bank(self, bank: Any, precision: str) -> None:
         return None
@@ -408,7 +414,7 @@ def test_decoding_and_inferring_have_threads_of_their_own(
     asyncio.run(inspect())
     assert decoders == {"decode"}
     assert isinstance(model.runtime, FakeRuntime)
-    assert model.runtime.threads == {"engine_0"}
+    assert model.runtime.threads == {"engine"}
 
 
 @pytest.mark.parametrize(
@@ -564,7 +570,7 @@ def test_the_openapi_document_describes_what_is_sent(server: Server) -> None:
     assert document["info"]["title"] == "Kensa"
     assert "HTTPValidationError" not in document["components"]["schemas"]
     infer = document["paths"]["/infer"]["post"]
-    assert set(infer["responses"]) == {"200", "400", "404", "413", "415", "422", "503"}
+    assert set(infer["responses"]) == {"200", "400", "404", "413", "415", "422", "503", "504"}
     assert set(infer["responses"]["200"]["content"]) == {
         "application/json",
         "text/plain",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
-from engines.runtimes import Runtime
+from engines.runtimes import ALONE, Batches, Runtime
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
 from engines.runtimes.openvino_search import TILE
 
@@ -53,7 +53,14 @@ OPENERS = {
         1e-2,
         cpu_has_bf16,
     ),
+    "openvino-f32-in-batches": Kind(lambda onnx, bank: in_batches(onnx, bank), 1e-3, 1e-5),
 }
+
+
+def in_batches(onnx: Path, bank: Bank | None) -> Runtime:
+    runtime = OpenVINORuntime(onnx, bank, precision="f32")
+    runtime.take_together(Batches(3))
+    return runtime
 
 
 @pytest.fixture(scope="module", params=OPENERS)
@@ -217,6 +224,22 @@ def test_a_batch_scores_like_its_images_one_by_one(
         score, one = runtime.infer(image[None])
         assert score[0] == pytest.approx(scores[i], rel=kind.relative)
         np.testing.assert_allclose(one[0], maps[i], atol=10 * kind.relative * maps[i].max())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_batch_of_any_size_is_scored_whatever_size_the_runtime_is_ready_for(
+    runtime: Runtime, images: Images, count: int
+) -> None:
+    before, some = runtime.batches, images[np.arange(count) % len(images)]
+    runtime.take_together(ALONE)
+    alone = runtime.infer(some)
+    try:
+        for size in (2, 4):
+            runtime.take_together(Batches(size))
+            for found, expected in zip(runtime.infer(some), alone, strict=True):
+                np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    finally:
+        runtime.take_together(before)
 
 
 def test_an_image_always_scores_the_same_whatever_came_before(

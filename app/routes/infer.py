@@ -6,7 +6,7 @@ import base64
 import contextlib
 import re
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.inspection import Drawing, Inspection, Inspector
+from app.patience import while_wanted
 from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
@@ -86,8 +87,13 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         bad_request="The form has no file part named file; it has: image.",
     ),
     503: error_response(
-        "No model is loaded.",
+        "No model is loaded, or too many requests wait: see `Retry-After`.",
         not_ready="No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made.",
+        overloaded="64 parts wait for their verdict already, as many as ...",
+    ),
+    504: error_response(
+        "Not within the deadline.",
+        deadline_exceeded="There was no verdict within 300 ms, because others came first: ...",
     ),
 }
 _FORM = {
@@ -127,6 +133,10 @@ async def infer(
     heatmap: Annotated[
         bool, Query(description="Add a heat map to the JSON answer: where the part differs.")
     ] = False,
+    deadline_ms: Annotated[
+        int | None,
+        Query(ge=1, description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS."),
+    ] = None,
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
 
@@ -135,23 +145,33 @@ async def infer(
     """
     inspector: Inspector = request.app.state.inspector
     inspector.residents.get(model or None)  # before the image is read
+    inspector.check_room()
+    longest = request.app.state.settings.deadline_ms
+    within_ms = min(deadline_ms or longest, longest)
     answer = wanted(request.headers.get("accept", ""))
     drawing: Drawing | None = "overlay" if answer == "image/png" else None
     if heatmap and answer == "application/json":
         drawing = "heatmap"
     try:
-        data = await read_image(request, inspector.limits.max_bytes)
-        inspection = await inspector.inspect(data, model or None, drawing)
+        with inspector.holding() as hold:
+            data = await read_image(request, inspector.limits.max_bytes, hold)
+            with inspector.admitted():
+                inspecting = inspector.inspect(data, model or None, drawing)
+                inspection = await while_wanted(request, inspecting, within_ms)
     except BadImage:
         inspector.counts.refused += 1
         raise
     return _answer(inspection, answer, request_id(request))
 
 
-async def read_image(request: Request, max_bytes: int) -> bytes:
+async def read_image(request: Request, max_bytes: int, hold: Callable[[int], None]) -> bytes:
     """The image file in a request: the body itself, or the part `file` of a form.
 
+    Args:
+        hold: is told how many bytes have come, see `Inspector.holding`.
+
     Raises:
+        Overloaded: by `hold`.
         UnsupportedBody: the content type is neither.
         BadRequest: the form is malformed, or has no such part, or several files.
         ImageTooLarge: more than `max_bytes`; what comes after them is not read.
@@ -159,16 +179,18 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
     content_type = request.headers.get("content-type", "application/octet-stream")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
-        return await _file_of_form(request, max_bytes + FORM_OVERHEAD)
+        return await _file_of_form(request, max_bytes + FORM_OVERHEAD, hold)
     if media_type.startswith("image/") or media_type == "application/octet-stream":
-        return b"".join([chunk async for chunk in _capped(request, max_bytes)])
+        return b"".join([chunk async for chunk in _capped(request, max_bytes, hold)])
     raise UnsupportedBody(
         f"Kensa does not read a body of type {media_type[:100]}: send the image with Content-Type"
         " image/jpeg (or png, bmp, tiff), or a multipart/form-data form with a part named file."
     )
 
 
-async def _capped(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+async def _capped(
+    request: Request, most: int, hold: Callable[[int], None]
+) -> AsyncGenerator[bytes, None]:
     """The body in chunks, up to `most` bytes, whether or not it says its length beforehand."""
     too_large = ImageTooLarge(
         f"The request has more than the {most:,} bytes allowed: send a smaller image, or raise"
@@ -181,11 +203,12 @@ async def _capped(request: Request, most: int) -> AsyncGenerator[bytes, None]:
         received += len(chunk)
         if received > most:
             raise too_large
+        hold(len(chunk))
         yield chunk
 
 
-async def _file_of_form(request: Request, most: int) -> bytes:
-    async with contextlib.aclosing(_capped(request, most)) as chunks:
+async def _file_of_form(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
+    async with contextlib.aclosing(_capped(request, most, hold)) as chunks:
         parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=MAX_FIELDS)
         parser.spool_max_size = most  # in memory: a temporary file for each image wears out a disk
         try:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How many images a runtime is given at once."""
+
+    size: int = 1  # at most
+    least: int = 2  # fewer are faster one by one
+
+
+ALONE = Batches()
 
 
 class Runtime(Protocol):
@@ -13,6 +25,8 @@ class Runtime(Protocol):
 
     name: str  # "openvino"
     precision: str  # "f32", "bf16" or "f16"
+    batches: Batches  # at first ALONE
+    batch_sizes: tuple[int, ...]  # what may be tried, see `engines.batching`
 
     @property
     def image_size(self) -> int:
@@ -26,7 +40,7 @@ class Runtime(Protocol):
         """Score images.
 
         Args:
-            images: (N, S, S, 3) RGB, S = `image_size`.
+            images: (N, S, S, 3) RGB, S = `image_size`; as one batch up to `batches.size`.
 
         Returns:
             Raw scores (N,) and raw anomaly maps (N, h, w), float32, owned by the caller.
@@ -34,6 +48,9 @@ class Runtime(Protocol):
         Raises:
             RuntimeFailed: the device or the runtime gave up.
         """
+
+    def take_together(self, batches: Batches) -> None:
+        """Be ready for so many images at once, and give back what served another number."""
 
     def with_bank(self, bank: NDArray[np.float32], precision: str) -> Runtime | None:
         """The same engine with another memory bank (M, C).

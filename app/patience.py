@@ -1,0 +1,49 @@
+"""How long an answer is worked on: until its deadline, and while somebody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from engines.errors import DeadlineExceeded
+
+Result = TypeVar("Result")
+
+
+async def while_wanted(
+    request: Request, work: Coroutine[Any, Any, Result], within_ms: int
+) -> Result:
+    """The result of `work`, which is cancelled once nobody wants it any more.
+
+    The whole body of the request must have been read.
+
+    Raises:
+        DeadlineExceeded: it is not there within so many milliseconds.
+        ClientDisconnect: the client has closed the connection.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
+    try:
+        both, first = {working, leaving}, asyncio.FIRST_COMPLETED
+        await asyncio.wait(both, timeout=within_ms / 1000, return_when=first)
+        if working.done():
+            return working.result()
+        if leaving.done():
+            raise ClientDisconnect
+        raise DeadlineExceeded(
+            f"There was no verdict within {within_ms:,} ms, because others came first: send less at"
+            " once, or allow more time."
+        )
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
