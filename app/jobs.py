@@ -48,8 +48,11 @@ _STATES: dict[str, State] = {
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "interrupted",
 }
 
-# Five fields, without what croniter draws by lot (R, H).
-_CRON = re.compile(r"\s*((?:[\d*/,#L-]|[A-Z]{3})+(\s+|$)){5}", re.IGNORECASE)
+# Five fields of numbers, signs and names (MON, JAN, L for the last), without what croniter draws by
+# lot (R, H). A run of letters can be read in one way only: else 50 of them would take years.
+_CRON = re.compile(
+    r"\s*((?:[\d*/,#-]|(?<![A-Z])(?:L|[A-Z]{3})(?![A-Z]))+(\s+|$)){5}", re.IGNORECASE
+)
 
 log = logging.getLogger("kensa")
 
