@@ -250,7 +250,7 @@ class Jobs:
         elif version in refused:
             job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
         elif found is not None and found.get("ok") is False:
-            job.update(outcome="held", error=" ".join(found["reasons"]))
+            job.update(outcome="held", error=" ".join(found.get("reasons", [])))
         elif found is not None:
             job["outcome"] = "replaced"
         elif self._goes_live(name, version):

@@ -249,15 +249,15 @@ class Store:
     def gate(self, name: str, version: str) -> dict[str, Any] | None:
         """What the gate found, None where it has not looked, or its record is damaged.
 
-        It has `ok`, a bool, and `reasons`, a list of sentences, whoever wrote it.
+        Its `reasons`, where it has them, are a list of sentences, whoever wrote it.
         """
         try:
             found = json.loads(_text(self.gate_folder(name, version) / "gate.json") or "null")
-            reasons = found["reasons"]
-            whole = isinstance(found["ok"], bool) and isinstance(reasons, list)
-        except (ValueError, RecursionError, KeyError, TypeError):
+            reasons = found.get("reasons", [])
+        except (ValueError, RecursionError, AttributeError):
             return None
-        return found if whole and all(isinstance(one, str) for one in reasons) else None
+        sentences = isinstance(reasons, list) and all(isinstance(one, str) for one in reasons)
+        return found if sentences else None
 
     def passed(self, name: str, version: str) -> bool:
         gate = self.gate(name, version)
