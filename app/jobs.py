@@ -48,8 +48,11 @@ _STATES: dict[str, State] = {
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "interrupted",
 }
 
-# Five fields, without what croniter draws by lot (R, H).
-_CRON = re.compile(r"\s*((?:[\d*/,#L-]|[A-Z]{3})+(\s+|$)){5}", re.IGNORECASE)
+# Five fields of numbers, signs and names (MON, JAN, L for the last), without what croniter draws by
+# lot (R, H). A run of letters can be read in one way only: else 50 of them would take years.
+_CRON = re.compile(
+    r"\s*((?:[\d*/,#-]|(?<![A-Z])(?:L|[A-Z]{3})(?![A-Z]))+(\s+|$)){5}", re.IGNORECASE
+)
 
 log = logging.getLogger("kensa")
 
@@ -247,7 +250,7 @@ class Jobs:
         elif version in refused:
             job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
         elif found is not None and found.get("ok") is False:
-            job.update(outcome="held", error=" ".join(found["reasons"]))
+            job.update(outcome="held", error=" ".join(found.get("reasons", [])))
         elif found is not None:
             job["outcome"] = "replaced"
         elif self._goes_live(name, version):

@@ -14,18 +14,19 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from app.inspection import Inspector
 from app.jobs import Jobs
 from app.keeper import Keeper
+from app.openapi import describe, operation_id
 from app.routes import datasets, infer, models, system
 from app.routes import jobs as jobs_routes
 from app.routes.infer import request_id
-from app.schemas import error_response
 from app.settings import Settings
 from app.worker import Worker
 from engines.datasets import Datasets
-from engines.errors import BadRequest, KensaError, RuntimeFailed
+from engines.errors import BadRequest, KensaError, RuntimeFailed, UnsupportedBody
 from engines.store import Store
 
 log = logging.getLogger("kensa")
@@ -36,11 +37,10 @@ Every answer that is not a success has the form `{"error": "one sentence", "code
 """
 RETRY_AFTER_S = "2"
 _UNAVAILABLE = 503
-MALFORMED = error_response(
-    "The request is malformed.", bad_request="The query parameter limit is wrong: ..."
-)
+_UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
+_ROUTERS = (infer.router, models.router, jobs_routes.router, datasets.router, system.router)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -72,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
         swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True},
     )
     app.state.settings = settings
@@ -81,10 +82,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.worker = worker
     app.state.datasets = Datasets(settings.data / "datasets")
     app.include_router(infer.router)
-    app.include_router(models.router, responses={422: MALFORMED})
-    app.include_router(jobs_routes.router, responses={422: MALFORMED})
+    app.include_router(models.router)
+    app.include_router(jobs_routes.router)
     app.include_router(datasets.router)
     app.include_router(system.router)
+    describe(app)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
     return app
@@ -96,11 +98,16 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=_CLIENT_LEFT)
     if isinstance(error, RequestValidationError):
-        error = _malformed(error)
+        error = _malformed(request, error)
+    if isinstance(error, HTTPException) and error.status_code == _UNREADABLE:
+        error = BadRequest("The body cannot be read: send JSON in UTF-8, and not nested so deeply.")
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(request) or headers.get("Allow", "")
         code = _CODES.get(error.status_code, "http_error")
-        return _form(error.status_code, _sentence(request, error), code, headers)
+        sentence = _sentence(request, error, headers.get("Allow"))
+        return _form(error.status_code, sentence, code, headers)
     if not isinstance(error, KensaError):
         # uvicorn logs the traceback after this line.
         log.error("Request %s failed in a way nobody foresaw", headers["X-Request-ID"])
@@ -122,20 +129,44 @@ def version() -> str:
 
 
 def _form(status: int, sentence: str, code: str, headers: dict[str, str]) -> JSONResponse:
+    sentence = sentence.encode(errors="replace").decode()  # half a character would be no UTF-8
     return JSONResponse({"error": sentence, "code": code}, status_code=status, headers=headers)
 
 
-def _malformed(error: RequestValidationError) -> BadRequest:
+def _malformed(request: Request, error: RequestValidationError) -> BadRequest:
     problem = error.errors()[0]
-    place, name = problem["loc"][0], problem["loc"][-1]
-    return BadRequest(f"The {place} parameter {name} is wrong: {problem['msg']}.")
+    place, *names = problem["loc"]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "json_invalid":
+        where = f"at character {names[0]}: {problem.get('ctx', {}).get('error', 'cut short')}"
+        return BadRequest(f"The body is not JSON, {where}.")
+    if place == "body" and not names:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+        if problem["type"] != "missing" and not media_type.lower().endswith("json"):
+            return UnsupportedBody(
+                f"Kensa does not read a body of type {media_type[:100] or 'unknown'} here: send"
+                " JSON with Content-Type application/json."
+            )
+        return BadRequest(f"The body is wrong: {message}.")
+    name = ".".join(str(name) for name in names)
+    return BadRequest(f"The {place} parameter {name[:100]} is wrong: {message}.")
 
 
-def _sentence(request: Request, error: HTTPException) -> str:
+def _allowed(request: Request) -> str:
+    """The methods of all routes of a path. Starlette names those of the first one only."""
+    path = request.scope["path"]
+    allowed: set[str] = set()
+    for router in _ROUTERS:
+        for route in router.routes:
+            if isinstance(route, Route) and route.path_regex.match(path):
+                allowed |= route.methods or set()
+    return ", ".join(sorted(allowed))
+
+
+def _sentence(request: Request, error: HTTPException, allowed: str | None) -> str:
     path = request.url.path[:200]
     if error.status_code == 404:
         return f"There is no {path}; /docs shows what there is."
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return f"{request.method} does not work on {path}; use {allowed}."
-    return str(error.detail)
+        return f"{request.method} does not work on {path}; use {allowed or 'another method'}."
+    return f"{str(error.detail).rstrip('.')}."

@@ -296,9 +296,25 @@ class JobsBody(Body):
 class ScheduleRequest(Body):
     """Retrain again and again."""
 
-    cron: str = Field(description="Minute, hour, day, month, weekday: `0 2 * * *` is 2 at night.")
-    timezone: str = Field("UTC", description="Such as Asia/Tokyo.")
-    retrain: RetrainRequest
+    model_config = ConfigDict(
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "cron": "0 2 * * *",
+                    "timezone": "Asia/Tokyo",
+                    "retrain": {"model": "bracket", "category": "bracket"},
+                }
+            ]
+        },
+    )
+
+    cron: str = Field(
+        max_length=100,
+        description="Minute, hour, day, month, weekday: `0 2 * * *` is 2 at night.",
+    )
+    timezone: str = Field("UTC", max_length=100, description="Such as Asia/Tokyo.")
+    retrain: RetrainRequest = Field(description="The body of POST /retrain.")
 
 
 class ScheduleBody(ScheduleRequest):

@@ -14,6 +14,7 @@ What is learned again and again stands in schedules/NAME.json, and so outlives a
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 from dbos import EnqueueOptions, Serializer, WorkflowStatus
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.files import write_atomically
 from engines.meta import Kind
@@ -35,6 +36,7 @@ DATABASE = "jobs.sqlite"
 RUNNING = "jobs/running"  # a file: the process of the job that runs
 PACE = "KENSA_JOB_PACE"  # the server's setting, which its worker inherits
 PARENT = "KENSA_PARENT"  # the process that started this one, and whose death ends it
+META_LEVELS = 8  # of lists and objects in each other; a meta.json has two
 ATTEMPTS = 3  # the first, and twice more when its process died
 ACTIVE = ["ENQUEUED", "DELAYED", "PENDING"]  # in DBOS's words: waiting or running
 
@@ -44,7 +46,7 @@ JobKind = Literal["retrain", "convert"]
 class JobRequest(BaseModel):
     """What jobs have in common."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     model: str = Field(pattern=NAME, description="The model's name in this server.")
     version: str | None = Field(
@@ -63,6 +65,10 @@ class JobRequest(BaseModel):
 
 class RetrainRequest(JobRequest):
     """Learn from the images of a category, and put the result in the place of the live version."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "bracket", "category": "bracket"}]}
+    )
 
     category: str = Field(pattern=NAME, description="The dataset, as in /datasets.")
     kind: Kind | None = Field(None, description="Needed for the first training of a model.")
@@ -86,14 +92,26 @@ class RetrainRequest(JobRequest):
     batch: int = Field(4, ge=1, le=256, description="Images at once.")
     convert: bool = Field(True, description="Make an engine of it; without one it cannot go live.")
 
+    @field_validator("meta")
+    @classmethod
+    def _can_be_sent_back(cls, meta: dict[str, Any]) -> dict[str, Any]:
+        if not _is_plain(meta, META_LEVELS):
+            raise ValueError(
+                f"it may hold what JSON has, in UTF-8, at most {META_LEVELS} levels deep, and no"
+                " NaN or Infinity"
+            )
+        return meta
+
 
 class ConvertRequest(JobRequest):
     """Make an engine of a version that has weights, as convtrt.py does."""
 
-    opset: Literal[17, 18] = 17
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bracket"}]})
+
+    opset: Literal[17, 18] = Field(17, description="Of the ONNX graph.")
     fp16: bool = Field(False, description="The backbone in half precision.")
-    workspace: int = Field(4096, ge=1, description="MiB for building a plan.")
-    use_dla: bool = False
+    workspace: int = Field(4096, ge=1, le=1_048_576, description="MiB for building a plan.")
+    use_dla: bool = Field(False, description="Use the accelerator of a Jetson that has one.")
 
 
 class JobFolder:
@@ -158,12 +176,7 @@ class Schedules:
     def all(self) -> dict[str, dict[str, Any]]:
         """Name -> cron, timezone, retrain. A damaged one is not there."""
         found = {path.stem: _read(path) or {} for path in sorted(self._folder.glob("*.json"))}
-        kinds = {"cron": str, "timezone": str, "retrain": dict}
-        return {
-            name: one
-            for name, one in found.items()
-            if all(isinstance(one.get(key), kind) for key, kind in kinds.items())
-        }
+        return {name: one for name, one in found.items() if _is_schedule(one)}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -171,6 +184,29 @@ class Schedules:
 
     def remove(self, name: str) -> None:
         (self._folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _is_plain(value: Any, levels: int) -> bool:
+    """Whether a value that a client sent can be sent back, inside another one, as JSON in UTF-8."""
+    if isinstance(value, dict):
+        keys = all(_is_plain(key, 0) for key in value)
+        return keys and levels > 0 and all(_is_plain(one, levels - 1) for one in value.values())
+    if isinstance(value, list):
+        return levels > 0 and all(_is_plain(one, levels - 1) for one in value)
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _is_schedule(found: dict[str, Any]) -> bool:
+    """Whether a schedule's file holds what it should; somebody may have written it by hand."""
+    if not all(isinstance(found.get(key), str) for key in ("cron", "timezone")):
+        return False
+    try:
+        RetrainRequest.model_validate(found.get("retrain"))
+    except ValidationError:
+        return False
+    return True
 
 
 def last_due(cron: str, zone: str, now: float) -> datetime:
@@ -233,6 +269,6 @@ def _as_text(value: Any) -> str:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # missing, not JSON, or absurdly so
         return None
     return found if isinstance(found, dict) else None

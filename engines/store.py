@@ -112,7 +112,7 @@ class Store:
         self.must_know(name)
         versions = self.versions(name)
         if version not in versions:
-            raise UnknownVersion(f"{name} has no version {version!r}{_there_is(versions)}.")
+            raise UnknownVersion(f"{name} has no version {version[:100]!r}{_there_is(versions)}.")
         return self._model(name) / version
 
     def manifest(self, name: str, version: str) -> Manifest:
@@ -247,12 +247,17 @@ class Store:
     # ---- the gate -----------------------------------------------------------------------------
 
     def gate(self, name: str, version: str) -> dict[str, Any] | None:
-        """What the gate found, None where it has not looked, or its record is damaged."""
+        """What the gate found, None where it has not looked, or its record is damaged.
+
+        Its `reasons`, where it has them, are a list of sentences, whoever wrote it.
+        """
         try:
             found = json.loads(_text(self.gate_folder(name, version) / "gate.json") or "null")
-        except ValueError:
+            reasons = found.get("reasons", [])
+        except (ValueError, RecursionError, AttributeError):
             return None
-        return found if isinstance(found, dict) else None
+        sentences = isinstance(reasons, list) and all(isinstance(one, str) for one in reasons)
+        return found if sentences else None
 
     def passed(self, name: str, version: str) -> bool:
         gate = self.gate(name, version)

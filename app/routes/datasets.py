@@ -40,12 +40,16 @@ router = APIRouter(tags=["datasets"])
 MANY = 1000  # images on one page of a list
 NAMED = 10  # names of files that were passed over, for each reason
 
-Category = Annotated[str, InPath(pattern=CATEGORY, description="What the images show.")]
+Category = Annotated[
+    str, InPath(pattern=CATEGORY, description="What the images show.", examples=["bracket"])
+]
 Which = Annotated[
     Split,
     InPath(description="`train`: to learn from. `normal` and `anomaly`: to test with."),
 ]
-Name = Annotated[str, InPath(description="The name of an image, with its ending.")]
+Name = Annotated[
+    str, InPath(description="The name of an image, with its ending.", examples=["01.png"])
+]
 
 _ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
@@ -76,7 +80,7 @@ _REQUEST_BODY = {
     "description": "A form with images or zips; or one image or zip as the body itself.",
     "content": {
         "multipart/form-data": _FORM,
-        **{media_type: {"schema": _BINARY} for media_type in (*_IMAGE_TYPES, "application/zip")},
+        **{media_type: {"schema": _BINARY} for media_type in (*_IMAGE_TYPES, *_ZIP_TYPES)},
     },
 }
 _UNKNOWN = error_response(
@@ -164,7 +168,9 @@ async def upload(
     request: Request,
     category: Category,
     split: Which,
-    name: Annotated[str, Query(description="What an image that is the body is called.")] = "",
+    name: Annotated[
+        str, Query(description="What an image that is the body is called.", examples=["01.png"])
+    ] = "",
     replace: Annotated[
         bool, Query(description="Replace other images that have the same names.")
     ] = False,

@@ -86,6 +86,10 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "The request is malformed.",
         bad_request="The form has no file part named file; it has: image.",
     ),
+    500: error_response(
+        "The runtime failed on a good image.",
+        runtime_failed="The model gave a score that is no number: see the log.",
+    ),
     503: error_response(
         "No model is loaded, or too many requests wait: see `Retry-After`.",
         not_ready="No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made.",
@@ -115,8 +119,9 @@ _ID_PARAMETER = {
     "name": "X-Request-ID",
     "in": "header",
     "required": False,
-    "description": "Becomes the id of the inspection, and comes back. Without it, a new one.",
-    "schema": {"type": "string", "pattern": f"^{_REQUEST_ID.pattern}$"},
+    "description": "Becomes the id of the inspection, and comes back: 1 to 128 letters, digits,"
+    " `.`, `_` or `-`. Without it, or in place of any other, there is a new one.",
+    "schema": {"type": "string", "examples": ["line-3.part_17"]},
 }
 
 
@@ -129,7 +134,9 @@ _ID_PARAMETER = {
 )
 async def infer(
     request: Request,
-    model: Annotated[str, Query(description="The model's name; may be left out.")] = "",
+    model: Annotated[
+        str, Query(description="The model's name; may be left out.", examples=["bracket"])
+    ] = "",
     heatmap: Annotated[
         bool, Query(description="Add a heat map to the JSON answer: where the part differs.")
     ] = False,

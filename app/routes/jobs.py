@@ -10,6 +10,7 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.jobs import ENDED, Jobs
@@ -20,9 +21,17 @@ from engines.datasets import Datasets
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.meta import Meta
+from engines.store import NAME
 
 router = APIRouter(tags=["jobs"])
 Result = TypeVar("Result")
+
+JobId = Annotated[
+    str, InPath(description="As in the job's `id`.", examples=["retrain-5d3c0a8e91f7"])
+]
+ScheduleName = Annotated[
+    str, InPath(pattern=NAME, description="What to call it.", examples=["nightly"])
+]
 
 REPLY_WITHIN_S = 10.0  # of the queue; a locked database is waited for that long
 LOOK_EVERY_S = 0.5  # of a stream of events
@@ -89,7 +98,7 @@ async def jobs(
 @router.get(
     "/jobs/{job_id}", summary="How is this job?", responses={404: _UNKNOWN, 503: _NO_WORKER}
 )
-async def job(request: Request, job_id: str) -> JobBody:
+async def job(request: Request, job_id: JobId) -> JobBody:
     """Its state, its progress and, in the end, the version it made and what became of it."""
     return _body(request, await _ask(lambda: _jobs(request).get(job_id)))
 
@@ -104,7 +113,7 @@ async def job(request: Request, job_id: str) -> JobBody:
         503: _NO_WORKER,
     },
 )
-async def log(request: Request, job_id: str) -> Response:
+async def log(request: Request, job_id: JobId) -> Response:
     """All lines until now, as text, or as JSON where `Accept` asks for that."""
     await _ask(lambda: _jobs(request).get(job_id))
     lines, _ = await _ask(lambda: _jobs(request).lines(job_id))
@@ -119,7 +128,7 @@ async def log(request: Request, job_id: str) -> Response:
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}, 404: _UNKNOWN, 503: _NO_WORKER},
 )
-async def events(request: Request, job_id: str) -> StreamingResponse:
+async def events(request: Request, job_id: JobId) -> StreamingResponse:
     """Server-sent events until it ends: `log` with a line, `job` with all of GET /jobs/{id}."""
     found = _jobs(request)
     await _ask(lambda: found.get(job_id))
@@ -132,10 +141,10 @@ async def _follow(found: Jobs, job_id: str) -> AsyncIterator[str]:
     while True:
         try:
             now = await _ask(lambda: found.get(job_id))
+            lines, after = await _ask(partial(found.lines, job_id, after))
         except KensaError as error:  # it was forgotten, or the queue does not answer any more
             yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
             return
-        lines, after = await _ask(partial(found.lines, job_id, after))
         for line in lines:
             yield f"event: log\ndata: {json.dumps(line)}\n\n"
         if now != before:
@@ -159,7 +168,7 @@ async def _follow(found: Jobs, job_id: str) -> AsyncIterator[str]:
         503: _NO_WORKER,
     },
 )
-async def cancel(request: Request, job_id: str) -> JobBody:
+async def cancel(request: Request, job_id: JobId) -> JobBody:
     """Its process is killed, and what it made until then is removed."""
     return JobBody(**await _ask(lambda: _jobs(request).cancel(job_id)))
 
@@ -176,11 +185,16 @@ async def schedules(request: Request) -> SchedulesBody:
     summary="Retrain regularly",
     responses={
         404: _ASKED[404],
-        422: problem("No such time.", bad_request="'25 * * *' is no cron expression ..."),
+        422: problem(
+            "No such time, or what is to be learned does not fit.",
+            bad_request="'25 * * *' is no cron expression: it takes minute, hour, ...",
+            bad_meta="bolt was never trained: say its kind and, in meta, its hyper-parameters ...",
+            bad_dataset="The category bolt has no training images: POST some to ...",
+        ),
         503: _NO_WORKER,
     },
 )
-async def schedule(request: Request, name: str, body: ScheduleRequest) -> ScheduleBody:
+async def schedule(request: Request, name: ScheduleName, body: ScheduleRequest) -> ScheduleBody:
     """Such as every night at two: `{"cron": "0 2 * * *", "retrain": {"model": ..., ...}}`."""
     await asyncio.to_thread(_check_retrain, request, body.retrain)
     return ScheduleBody(**await _ask(lambda: _jobs(request).schedule(name, body)))
@@ -195,7 +209,7 @@ async def schedule(request: Request, name: str, body: ScheduleRequest) -> Schedu
         503: _NO_WORKER,
     },
 )
-async def unschedule(request: Request, name: str) -> Response:
+async def unschedule(request: Request, name: ScheduleName) -> Response:
     """Jobs that it has begun go on."""
     await _ask(lambda: _jobs(request).unschedule(name))
     return Response(status_code=204)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi import Path as InPath
+from pydantic import ValidationError
 
 from app.archive import unpack_model
 from app.inspection import Inspector
@@ -29,6 +30,14 @@ from engines.meta import Meta
 from engines.store import META, Store
 
 router = APIRouter(tags=["models"])
+
+Name = Annotated[str, InPath(description="The model's name.", examples=["bracket"])]
+Version = Annotated[
+    str, InPath(description="As in the model's `versions`.", examples=["0001-3f9a0c41d2e8"])
+]
+Number = Annotated[int, InPath(ge=0, le=999_999, description="As in `gate.flips`.", examples=[0])]
+
+_FILE = {"schema": {"type": "string", "format": "binary"}}
 
 _UNKNOWN = error_response(
     "No such model or version.",
@@ -75,7 +84,9 @@ async def models(request: Request) -> ModelsBody:
             "required": True,
             "description": "A zip of the folder that convtrt.py or retrain.py left.",
             "content": {
-                "application/zip": {"schema": {"type": "string", "format": "binary"}},
+                "application/zip": _FILE,
+                "application/x-zip-compressed": _FILE,
+                "application/octet-stream": _FILE,
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
@@ -89,7 +100,12 @@ async def models(request: Request) -> ModelsBody:
 async def take_in(
     request: Request,
     response: Response,
-    name: Annotated[str, Query(description="What to call it.", pattern=r"^[A-Za-z0-9_-]{1,64}$")],
+    name: Annotated[
+        str,
+        Query(
+            description="What to call it.", pattern=r"^[A-Za-z0-9_-]{1,64}$", examples=["bracket"]
+        ),
+    ],
     activate: Annotated[
         bool, Query(description="Let it go live when it passes the gate; else it is only kept.")
     ] = True,
@@ -119,7 +135,7 @@ async def take_in(
 
 
 @router.get("/models/{name}", summary="What is this model?", responses={404: _UNKNOWN})
-async def model(request: Request, name: str) -> StoredModelBody:
+async def model(request: Request, name: Name) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
     await asyncio.to_thread(_keeper(request).store.must_know, name)
     return await _described(request, name)
@@ -128,7 +144,7 @@ async def model(request: Request, name: str) -> StoredModelBody:
 @router.get(
     "/models/{name}/versions/{version}", summary="What is this version?", responses={404: _UNKNOWN}
 )
-async def version(request: Request, name: str, version: str) -> VersionBody:
+async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
     keeper = _keeper(request)
     return await asyncio.to_thread(_version, keeper.store, name, version)
@@ -137,17 +153,19 @@ async def version(request: Request, name: str, version: str) -> VersionBody:
 @router.get(
     "/models/{name}/versions/{version}/flips/{number}",
     summary="See a part whose verdict changes",
-    response_class=FileResponse,
-    responses={200: {"content": {"image/jpeg": {}}}, 404: _UNKNOWN},
+    response_class=Response,
+    responses={200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}}, 404: _UNKNOWN},
 )
-async def flip(request: Request, name: str, version: str, number: int) -> FileResponse:
+async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
     """The picture of a part that the new version judges otherwise, as the model sees it."""
     store = _keeper(request).store
     await asyncio.to_thread(store.folder, name, version)
     path = store.gate_folder(name, version) / f"{number}.jpg"
-    if not path.is_file():
-        raise UnknownVersion(f"The gate found no flip {number} of {name} {version}.")
-    return FileResponse(path, media_type="image/jpeg")
+    try:
+        data = await asyncio.to_thread(path.read_bytes)  # whole: no ranges, which FileResponse has
+    except FileNotFoundError:
+        raise UnknownVersion(f"The gate found no flip {number} of {name} {version}.") from None
+    return Response(data, media_type="image/jpeg")
 
 
 @router.post(
@@ -155,7 +173,7 @@ async def flip(request: Request, name: str, version: str, number: int) -> FileRe
     summary="Make a version live",
     responses=_CHANGE,
 )
-async def activate(request: Request, name: str, version: str) -> StoredModelBody:
+async def activate(request: Request, name: Name, version: Version) -> StoredModelBody:
     """Whatever the gate said of it. Parts keep coming; no request is lost."""
     await _keeper(request).activate(name, version)
     return await _described(request, name)
@@ -172,7 +190,7 @@ async def activate(request: Request, name: str, version: str) -> StoredModelBody
         ),
     },
 )
-async def rollback(request: Request, name: str) -> StoredModelBody:
+async def rollback(request: Request, name: Name) -> StoredModelBody:
     """At once. A second call goes forward again."""
     await _keeper(request).roll_back(name)
     return await _described(request, name)
@@ -203,12 +221,12 @@ def _version(store: Store, name: str, version: str, live: str | None = None) -> 
     folder = store.folder(name, version)
     pointer, found = store.pointer(name), store.gate(name, version)
     live = live or (pointer.live if pointer else None)
-    problem = None
     try:
         manifest = store.manifest(name, version)
         meta = Meta.read(folder / META)
     except (BadBundle, BadMeta) as error:
         return VersionBody(version=version, state="damaged", problem=str(error))
+    gate, problem = _gate_body(found)
     waits = manifest.origin.get("activate") is True and found is None
     states = {
         "live": version == live,
@@ -226,9 +244,21 @@ def _version(store: Store, name: str, version: str, live: str | None = None) -> 
         files=manifest.files,
         threshold=meta.image_threshold,
         raw_threshold=meta.image_threshold_auto,
-        gate=None if found is None else GateBody(**found),
+        gate=gate,
         problem=problem,
     )
+
+
+def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | None]:
+    """What the gate found, or what is wrong with its record: any file may be damaged."""
+    if found is None:
+        return None, None
+    try:
+        return GateBody(**found), None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        return None, f"What the gate found cannot be read: {where}: {problem['msg']}."
 
 
 def _keeper(request: Request) -> Keeper:
