@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from app.inspection import Inspector
 from app.jobs import Jobs
 from app.keeper import Keeper
-from app.routes import datasets, infer, models, system
+from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
 from app.routes.infer import request_id
 from app.schemas import error_response
@@ -85,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(jobs_routes.router, responses={422: MALFORMED})
     app.include_router(datasets.router)
     app.include_router(system.router)
+    app.include_router(oip.router, responses={422: MALFORMED})
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
     return app

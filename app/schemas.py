@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -100,6 +100,7 @@ class HealthBody(Body):
     uptime_s: float
     models: list[ModelBody] = Field(description="In memory.")
     problems: dict[str, str] = Field(description="Models that should be in memory, and why not.")
+    unloaded: list[str] = Field(description="Models that were unloaded by hand.")
     worker: str = Field(description="running, starting, off, or why there is none.")
     queue: str = Field(description="ok, or what is wrong with it.")
     resident_bytes: int | None = Field(description="Memory of the process; null where unknown.")
@@ -312,3 +313,164 @@ class SchedulesBody(Body):
     """All schedules."""
 
     schedules: list[ScheduleBody]
+
+
+# ---- Open Inference Protocol --------------------------------------------------------------------
+
+
+class StrictBody(Body):
+    """What a program sends: "1", 1.0 and true are no whole numbers. Unknown keys are ignored."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+class InferTensorBody(StrictBody):
+    """An input tensor."""
+
+    name: str = Field(description="`image` or `file`.")
+    datatype: str = Field(description="`UINT8` for `image`, `BYTES` for `file`.")
+    shape: list[int] = Field(
+        description="[N, height, width, 3] for `image`, [N] for `file`.",
+        max_length=8,
+        fail_fast=True,
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="`binary_data_size`, where the data follows the JSON."
+    )
+    data: list[Any] | None = Field(
+        default=None, description="Numbers 0 to 255, flat or nested; files as strings in base64."
+    )
+
+
+class InferOutputBody(StrictBody):
+    """An output tensor that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict, description="`binary_data`.")
+
+
+class InferBody(StrictBody):
+    """A request of the Open Inference Protocol."""
+
+    id: str | None = Field(default=None, description="Comes back.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="`binary_data_output`; others are ignored."
+    )
+    inputs: list[InferTensorBody] = Field(max_length=16, fail_fast=True)
+    outputs: list[InferOutputBody] = Field(
+        default_factory=list,
+        max_length=16,
+        fail_fast=True,
+        description="Without any, all but `map`.",
+    )
+
+
+class OutputTensorBody(Body):
+    """An output tensor."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] = Field(
+        default_factory=dict, description="`binary_data_size`, where the data follows the JSON."
+    )
+    data: list[float | bool | str] | None = None
+
+
+class InferredBody(Body):
+    """The verdicts, as tensors."""
+
+    model_name: str
+    model_version: str
+    id: str | None = Field(default=None, description="The request's.")
+    outputs: list[OutputTensorBody]
+
+
+class RepositoryBody(StrictBody):
+    """What a client says about the models it means."""
+
+    ready: bool = Field(default=False, description="Only models in memory.")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class RepositoryModelBody(Body):
+    """A model, and whether it is in memory."""
+
+    name: str
+    version: str = Field(description="The live one; empty where there is none.")
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str = Field(description="Why it is not in memory.")
+
+
+class ServerMetadataBody(Body):
+    """What answers here."""
+
+    name: str
+    version: str
+    extensions: list[str] = Field(description="Of Triton's extensions, those that work here.")
+
+
+class TensorBody(Body):
+    """A tensor that a model takes or gives; -1 is any number."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadataBody(Body):
+    """A model's tensors."""
+
+    name: str
+    versions: list[str] = Field(description="The live one.")
+    platform: str
+    inputs: list[TensorBody] = Field(description="One of them is sent.")
+    outputs: list[TensorBody]
+
+
+class DurationBody(Body):
+    """How often, and how long in all."""
+
+    count: int
+    ns: int = Field(description="Nanoseconds.")
+
+
+class InferenceStatisticsBody(Body):
+    """Where the time went. The parts add up to `success`."""
+
+    success: DurationBody
+    fail: DurationBody
+    queue: DurationBody = Field(description="Waiting for a thread.")
+    compute_input: DurationBody = Field(description="Decoding and resizing.")
+    compute_infer: DurationBody = Field(description="In the engine.")
+    compute_output: DurationBody = Field(description="Judging, drawing, and the rest.")
+
+
+class ModelStatisticsBody(Body):
+    """What a version did since it was loaded, over whichever route. Each image counts."""
+
+    name: str
+    version: str
+    last_inference: int = Field(description="Milliseconds since 1970; 0: none yet.")
+    inference_count: int
+    execution_count: int
+    inference_stats: InferenceStatisticsBody
+
+
+class StatisticsBody(Body):
+    """Statistics of each model that was asked for."""
+
+    model_stats: list[ModelStatisticsBody]
+
+
+class ServerLiveBody(Body):
+    live: bool
+
+
+class ServerReadyBody(Body):
+    ready: bool
+
+
+class ModelReadyBody(Body):
+    name: str
+    ready: bool
