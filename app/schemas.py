@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -329,7 +329,7 @@ class InferTensorBody(StrictBody):
 
     name: str = Field(description="`image` or `file`.")
     datatype: str = Field(description="`UINT8` for `image`, `BYTES` for `file`.")
-    shape: list[int] = Field(
+    shape: list[Annotated[int, Field(le=2**31 - 1)]] = Field(
         description="[N, height, width, 3] for `image`, [N] for `file`.",
         max_length=8,
         fail_fast=True,

@@ -159,7 +159,7 @@ class Residents:
         return None if self._models else " ".join(self.unloaded.values()) or NO_MODEL
 
     def _there_is(self) -> str:
-        names = ", ".join(repr(name) for name in self.names())
+        names = ", ".join(repr(name) for name in sorted({*self._models, *self.unloaded}))
         return f"; there is {names}" if names else "; there is none"
 
     @contextmanager
