@@ -317,11 +317,27 @@ class SchedulesBody(Body):
 
 # ---- Open Inference Protocol --------------------------------------------------------------------
 
+MAX_IMAGES = 64  # of one request
+
 
 class StrictBody(Body):
     """What a program sends: "1", 1.0 and true are no whole numbers. Unknown keys are ignored."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+# No Any: millions of lists in lists would take seconds to become objects. Keys that are not named
+# here are skipped.
+_Pixel = Annotated[int, Field(ge=0, le=255)]
+_Pixels = Annotated[list[_Pixel], Field(fail_fast=True)]
+_Files = Annotated[list[str], Field(max_length=MAX_IMAGES, fail_fast=True)]
+
+
+class InferTensorParameters(StrictBody):
+    """Where the data of an input tensor is."""
+
+    binary_data_size: int | None = Field(default=None, description="Bytes that follow the JSON.")
+    shared_memory_region: str | None = Field(default=None, description="Refused.")
 
 
 class InferTensorBody(StrictBody):
@@ -334,28 +350,40 @@ class InferTensorBody(StrictBody):
         max_length=8,
         fail_fast=True,
     )
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="`binary_data_size`, where the data follows the JSON."
+    parameters: InferTensorParameters = Field(default_factory=InferTensorParameters)
+    data: _Pixels | _Files | None = Field(
+        default=None,
+        union_mode="left_to_right",
+        description="All numbers in one list; files as strings in base64.",
     )
-    data: list[Any] | None = Field(
-        default=None, description="Numbers 0 to 255, flat or nested; files as strings in base64."
-    )
+
+
+class InferOutputParameters(StrictBody):
+    """How an output tensor is to come."""
+
+    binary_data: bool | None = Field(default=None, description="Behind the JSON.")
+    classification: int | None = Field(default=None, description="Refused.")
+    shared_memory_region: str | None = Field(default=None, description="Refused.")
 
 
 class InferOutputBody(StrictBody):
     """An output tensor that is asked for."""
 
     name: str
-    parameters: dict[str, Any] = Field(default_factory=dict, description="`binary_data`.")
+    parameters: InferOutputParameters = Field(default_factory=InferOutputParameters)
+
+
+class InferParameters(StrictBody):
+    """Of a request. `priority`, `timeout` and others are ignored."""
+
+    binary_data_output: bool = Field(default=False, description="All outputs behind the JSON.")
 
 
 class InferBody(StrictBody):
     """A request of the Open Inference Protocol."""
 
     id: str | None = Field(default=None, description="Comes back.")
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="`binary_data_output`; others are ignored."
-    )
+    parameters: InferParameters = Field(default_factory=InferParameters)
     inputs: list[InferTensorBody] = Field(max_length=16, fail_fast=True)
     outputs: list[InferOutputBody] = Field(
         default_factory=list,
@@ -390,7 +418,7 @@ class RepositoryBody(StrictBody):
     """What a client says about the models it means."""
 
     ready: bool = Field(default=False, description="Only models in memory.")
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
 class RepositoryModelBody(Body):

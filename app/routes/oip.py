@@ -18,7 +18,6 @@ from app.keeper import Keeper
 from app.oip import (
     HEADER_LENGTH,
     INPUTS,
-    MAX_IMAGES,
     OUTPUTS,
     SHARED_MEMORY,
     TensorKind,
@@ -29,6 +28,7 @@ from app.oip import (
 )
 from app.routes.infer import request_id
 from app.schemas import (
+    MAX_IMAGES,
     InferBody,
     InferenceStatisticsBody,
     InferredBody,
@@ -75,7 +75,7 @@ _OF_A_MODEL: dict[int | str, dict[str, Any]] = {
 _BODY: dict[int | str, dict[str, Any]] = {
     413: error_response(
         "The body has too many bytes, or an image too many pixels.",
-        image_too_large="The request has more than the 100,194,304 bytes allowed: send fewer ...",
+        image_too_large="The request has more than the 98,097,152 bytes allowed: send fewer ...",
     ),
     415: error_response(
         "Not an image that Kensa reads, or a body that is compressed.",
