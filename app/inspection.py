@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.settings import Settings
+from app.statistics import Statistics
 from engines.batching import Batcher, Done
 from engines.errors import Overloaded
 from engines.image import ImageLimits, decode, resize
@@ -69,6 +70,7 @@ class Inspector:
         self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         self.residents = Residents()
         self.counts = Counts()
+        self.statistics = Statistics()
         self.started = time.monotonic()
         self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
         self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
@@ -93,6 +95,10 @@ class Inspector:
     def recent(self, name: str) -> list[NDArray[np.uint8]]:
         """The last parts that a model inspected, (S, S, 3) each, oldest first."""
         return list(self._recent.get(name, ()))
+
+    def forget(self, name: str) -> None:
+        """Give back the memory of a model's last parts."""
+        self._recent.pop(name, None)
 
     async def in_a_gap(self, work: Callable[[], Result]) -> Result:
         """Do `work` in the engine's thread while no part is being inspected.
@@ -160,13 +166,13 @@ class Inspector:
     # ---- one image ----------------------------------------------------------------------------
 
     async def inspect(
-        self, image: Image, name: str | None = None, drawing: Drawing | None = None
+        self, image: Image, name: str | Resident | None = None, drawing: Drawing | None = None
     ) -> Inspection:
         """From an image to a verdict, by the version that is live now.
 
         Args:
             image: the bytes of an image file, or its pixels (H, W, 3), uint8, RGB.
-            name: of the model; None for the only one.
+            name: of the model; None for the only one; or the version itself, held by the caller.
             drawing: what to draw besides.
 
         Raises:
@@ -175,7 +181,8 @@ class Inspector:
             NotReady, UnknownModel: as `Residents.get`.
         """
         with self.residents.use(name) as model:
-            return await self._inspect(image, model, drawing)
+            inspecting = self._inspect(image, model, drawing)
+            return await self.statistics.count(model, inspecting)
 
     async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
         """Decode, run, judge, draw if asked."""

@@ -8,6 +8,7 @@ a version, nor which of them was killed in between.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -26,7 +27,15 @@ from app.inspection import Inspector
 from app.settings import Settings
 from engines import gate
 from engines.bundle import ONNX, read_report
-from engines.errors import BadBundle, BadMeta, DiskFull, KensaError, OutOfMemory
+from engines.errors import (
+    BadBundle,
+    BadMeta,
+    Conflict,
+    DiskFull,
+    KensaError,
+    NotReady,
+    OutOfMemory,
+)
 from engines.gate import Replay, Replayed
 from engines.golden import Golden
 from engines.memory import bytes_needed, free_bytes, give_back
@@ -168,6 +177,8 @@ class Keeper:
         """Published to go live, and not seen by the gate; oldest first."""
         found = []
         for name in self.store.names():
+            if name in self._residents.unloaded:  # it waits until the model is loaded again
+                continue
             pointer = self.store.pointer(name)
             for version in self.store.versions(name):
                 key = (name, version)
@@ -195,6 +206,8 @@ class Keeper:
         version = manifest.version
         try:
             async with self._change(name):
+                if name in self._residents.unloaded:  # since it was found
+                    return
                 found: dict[str, Any]
                 if await self._load(lambda: self._is_late(name, version)):
                     found = {"ok": False, "reasons": ["A newer version went live before it."]}
@@ -300,10 +313,58 @@ class Keeper:
             self.store.record_gate(name, back.previous, found)
             self.store.roll_back(name)
 
-        async with self._opened(name, back.live) as (model, _):
-            await self._write(write)
-            self._put(model)
+        if reason is not None and name in self._residents.unloaded:
+            await self._write(write)  # nobody wants it in memory
+        else:
+            async with self._opened(name, back.live) as (model, _):
+                await self._write(write)
+                self._put(model)
         log.warning("%s is rolled back to %s%s", name, back.live, f": {reason}" if reason else "")
+
+    async def load(self, name: str) -> None:
+        """Bring the live version of a model into memory, if it is not there.
+
+        Raises:
+            UnknownModel: there is no such model.
+            Conflict: none of its versions was ever live.
+            OutOfMemory: there is no room for it.
+            NotReady: no version of it that was live can be used.
+        """
+        async with self._change(name):
+            await self._load(lambda: self.store.must_know(name))
+            if self._live(name) is not None:
+                return
+            candidates = await self._load(lambda: self.store.candidates(name))
+            if not candidates:
+                raise Conflict(
+                    f"{name} has no live version: POST /models/{name}/versions/VERSION/activate"
+                    " makes one live."
+                )
+            with contextlib.suppress(BadMeta):  # it will be put aside, and the one before judges
+                await self._must_fit(name, candidates[0])
+            await self._load_live(name)
+            if self._live(name) is None:
+                raise NotReady(self._residents.problems[name])
+
+    async def unload(self, name: str) -> None:
+        """Answer no more requests for a model, and give its memory back when the last one ended.
+
+        It stays so until a person loads it, activates a version or goes back to one, or the server
+        is started again. Versions that are published wait.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        async with self._change(name):
+            await self._load(lambda: self.store.must_know(name))
+            model = self._live(name)
+            self._residents.put_away(
+                name, f"{name} is unloaded: POST /v2/repository/models/{name}/load loads it again."
+            )
+            if model is not None:
+                await asyncio.shield(self._begin(self._let_go(model)))
+                self._inspector.forget(name)
+                log.info("%s %s is unloaded, because somebody wanted it so", name, model.version)
 
     async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
         """On the disk first: after a power cut the version that was named last comes back."""
@@ -335,6 +396,8 @@ class Keeper:
         """
         old = self._live(name)
         before: list[Verdict] = []
+        if name in self._residents.unloaded:  # perhaps to make room for others
+            await self._must_fit(name, version)
         beside = old is None or await self._fits(name, version)
         if old is not None:
             before = [await self._ask(old, one) for one in images]
@@ -402,6 +465,26 @@ class Keeper:
         Raises:
             OutOfMemory: it does not, and unloading first is not allowed.
         """
+        needed, free = await self._room(name, version)
+        if needed > free and self._settings.unload_first == "off":
+            raise OutOfMemory(
+                f"{name} {version} needs about {needed // MIB} MiB beside the live version, and"
+                f" {free // MIB} MiB are free: set KENSA_UNLOAD_FIRST=on to let the live one go"
+                " before."
+            )
+        return needed <= free
+
+    async def _must_fit(self, name: str, version: str) -> None:
+        """Raise OutOfMemory where there is no room for a model that is not in memory."""
+        needed, free = await self._room(name, version)
+        if needed > free:
+            raise OutOfMemory(
+                f"{name} {version} needs about {needed // MIB} MiB, and {free // MIB} MiB are free:"
+                " unload another model."
+            )
+
+    async def _room(self, name: str, version: str) -> tuple[int, int]:
+        """Bytes that a version needs, and those that it may have."""
         held = [(one.name, one.version) for one in self._residents.all()]
         limit = self._settings.model_memory_mib * MIB
 
@@ -410,16 +493,9 @@ class Keeper:
             if limit:
                 taken = sum(bytes_needed(self.store.folder(*one)) for one in held)
                 free = min(free, limit - taken)
-            return bytes_needed(self.store.folder(name, version)), free
+            return bytes_needed(self.store.folder(name, version)), max(0, free)
 
-        needed, free = await self._load(look)
-        if needed > free and self._settings.unload_first == "off":
-            raise OutOfMemory(
-                f"{name} {version} needs about {needed // MIB} MiB beside the live version, and"
-                f" {max(0, free) // MIB} MiB are free: set KENSA_UNLOAD_FIRST=on to let the live"
-                " one go before."
-            )
-        return needed <= free
+        return await self._load(look)
 
     # ---- the first parts of a new version -----------------------------------------------------
 
@@ -443,10 +519,17 @@ class Keeper:
     async def _roll_back_by_itself(self, model: Resident, reason: str) -> None:
         try:
             async with self._change(model.name):
-                if self._live(model.name) is model:  # not replaced in the meantime
+                if await self._is_named_live(model):  # not replaced in the meantime
                     await self._roll_back(model.name, reason)
         except (KensaError, OSError) as error:
             log.error("%s should be rolled back (%s), but cannot be: %s", model.name, reason, error)
+
+    async def _is_named_live(self, model: Resident) -> bool:
+        """Whether it is the live one; perhaps it was unloaded with its last part."""
+        if model.name not in self._residents.unloaded:
+            return self._live(model.name) is model
+        pointer = await self._load(lambda: self.store.pointer(model.name))
+        return pointer is not None and pointer.live == model.version
 
     # ---- how work is done ---------------------------------------------------------------------
 
@@ -461,10 +544,11 @@ class Keeper:
                     self._unloaded.discard(name)
                     await self._load_live(name)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _load(self, work: Callable[[], Result]) -> Result:
         """Do work in the loader's thread, which gives way to the line."""

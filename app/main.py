@@ -20,7 +20,7 @@ from app.inspection import Inspector
 from app.jobs import Jobs
 from app.keeper import Keeper
 from app.openapi import describe, operation_id
-from app.routes import datasets, infer, models, system
+from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
 from app.routes.infer import request_id
 from app.settings import Settings
@@ -40,7 +40,9 @@ _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_ROUTERS = (infer.router, models.router, jobs_routes.router, datasets.router, system.router)
+_ROUTERS = (
+    infer.router, models.router, jobs_routes.router, datasets.router, system.router, oip.router
+)  # fmt: skip
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -81,11 +83,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.datasets = Datasets(settings.data / "datasets")
-    app.include_router(infer.router)
-    app.include_router(models.router)
-    app.include_router(jobs_routes.router)
-    app.include_router(datasets.router)
-    app.include_router(system.router)
+    for router in _ROUTERS:
+        app.include_router(router)
     describe(app)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)

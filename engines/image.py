@@ -175,7 +175,7 @@ def _named_errors(kind: str) -> Iterator[None]:
         raise BadImage(message) from error
 
 
-def _check_size(limits: ImageLimits, width: int, height: int) -> None:
+def check_size(limits: ImageLimits, width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise BadImage(f"The image is {width} x {height} pixels: it has none.")
     if width * height > limits.max_pixels or max(width, height) > MAX_SIDE:
@@ -187,7 +187,7 @@ def _check_size(limits: ImageLimits, width: int, height: int) -> None:
 
 def _read_jpeg(data: bytes, limits: ImageLimits) -> Pixels:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(limits, width, height)
+    check_size(limits, width, height)
     if colours not in {"YCbCr", "RGB", "Gray"}:
         raise UnsupportedImage(f"The JPEG image is {colours}; save it as RGB or grey.")
     if data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
@@ -213,7 +213,7 @@ def _read_png(data: bytes, limits: ImageLimits) -> Pixels:
         if number == 0:
             if kind != b"IHDR":
                 raise BadImage("The PNG image is damaged: it does not start with its header.")
-            _check_size(limits, *struct.unpack_from(">II", body))
+            check_size(limits, *struct.unpack_from(">II", body))
         elif kind == b"acTL":
             raise UnsupportedImage("The PNG image is animated; send one picture.")
         elif kind == b"eXIf":
@@ -243,7 +243,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _read_bmp(data: bytes, limits: ImageLimits) -> Pixels:
     with Image.open(BytesIO(data), formats=["BMP"]) as header:
-        _check_size(limits, *header.size)
+        check_size(limits, *header.size)
         if header.info.get("compression") in (1, 2):
             # Nothing in a run-length file says how many pixels it should hold.
             raise UnsupportedImage("The BMP image is run-length encoded; save it uncompressed.")
@@ -253,7 +253,7 @@ def _read_bmp(data: bytes, limits: ImageLimits) -> Pixels:
 def _read_tiff(data: bytes, limits: ImageLimits) -> Pixels:
     directory = _tiff_directory(data)
     with Image.open(BytesIO(data), formats=["TIFF"]) as image:
-        _check_size(limits, *image.size)
+        check_size(limits, *image.size)
         # Pillow skips entries that libtiff may understand: a tile of 1 GB could hide there.
         if directory & _LAYOUT != set(image.tag_v2) & _LAYOUT:
             raise BadImage("The TIFF image is damaged: its directory of tags makes no sense.")
@@ -281,7 +281,7 @@ def _check_tiff(image: Any, limits: ImageLimits) -> int:
     """Bits per channel, 8 (or less) or 16. Raises for what cannot be read, or not strictly."""
     tags = image.tag_v2
     # A tile is unpacked whole, however small the picture.
-    _check_size(limits, tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1))
+    check_size(limits, tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1))
     if image.is_animated:
         raise UnsupportedImage("The TIFF image has several pages; send one picture.")
     if image.info.get("compression") not in _TIFF_COMPRESSIONS:

@@ -135,6 +135,7 @@ class Residents:
         self._users: dict[Resident, int] = {}
         self._unused: dict[Resident, asyncio.Event] = {}  # of those somebody waits for
         self.problems: dict[str, str] = {}  # name -> why it has no resident version
+        self.unloaded: dict[str, str] = {}  # the same, because a person wanted it so
 
     def names(self) -> list[str]:
         return sorted(self._models)
@@ -150,8 +151,8 @@ class Residents:
             return self._only()
         if name in self._models:
             return self._models[name]
-        if name in self.problems:
-            raise NotReady(self.problems[name])
+        if reason := self.why_not(name):
+            raise NotReady(reason)
         raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
 
     def _only(self) -> Resident:
@@ -159,16 +160,33 @@ class Residents:
             return next(iter(self._models.values()))
         if self._models:
             raise UnknownModel(f"Say which model, as ?model=NAME{self._there_is()}.")
-        raise NotReady(" ".join(self.problems.values()) or NO_MODEL)
+        raise NotReady(self.missing() or NO_MODEL)
+
+    def why_not(self, name: str) -> str | None:
+        """Why a model is not in memory; None for one that is, and for one that nobody knows."""
+        return self.problems.get(name) or self.unloaded.get(name)
+
+    def missing(self) -> str | None:
+        """What keeps the server from being ready, None when nothing does.
+
+        A model that was unloaded is not missed, unless nothing else is left.
+        """
+        if self.problems:
+            return " ".join(self.problems.values())
+        return None if self._models else " ".join(self.unloaded.values()) or NO_MODEL
 
     def _there_is(self) -> str:
-        names = ", ".join(repr(name) for name in self.names())
+        names = ", ".join(repr(name) for name in sorted({*self._models, *self.unloaded}))
         return f"; there is {names}" if names else "; there is none"
 
     @contextmanager
-    def use(self, name: str | None = None) -> Iterator[Resident]:
-        """The resident version, which is not closed before this block ends."""
-        model = self.get(name)
+    def use(self, name: str | Resident | None = None) -> Iterator[Resident]:
+        """The resident version, which is not closed before this block ends.
+
+        Whoever holds one may use that one again, live or not: all images of a request get verdicts
+        of the same version.
+        """
+        model = name if isinstance(name, Resident) else self.get(name)
         self._users[model] = self._users.get(model, 0) + 1
         try:
             yield model
@@ -182,6 +200,7 @@ class Residents:
     def put(self, model: Resident) -> Resident | None:
         """Let this version answer from now on; returns the one that did before."""
         self.problems.pop(model.name, None)
+        self.unloaded.pop(model.name, None)
         before = self._models.get(model.name)
         self._models[model.name] = model
         return before
@@ -189,6 +208,12 @@ class Residents:
     def take(self, name: str, reason: str) -> Resident | None:
         """Let nothing answer for a name, and say why; returns the version that did."""
         self.problems[name] = reason
+        return self._models.pop(name, None)
+
+    def put_away(self, name: str, reason: str) -> Resident | None:
+        """The same, because a person wants it so: that is no problem."""
+        self.problems.pop(name, None)
+        self.unloaded[name] = reason
         return self._models.pop(name, None)
 
     async def until_unused(self, model: Resident) -> None:

@@ -209,7 +209,7 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             name=name,
             live=live,
             previous=pointer.previous if pointer else None,
-            problem=inspector.residents.problems.get(name),
+            problem=inspector.residents.why_not(name),
             versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
             refused=store.refused(name),
         )

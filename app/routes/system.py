@@ -36,13 +36,11 @@ async def livez() -> StatusBody:
 async def readyz(request: Request) -> StatusBody:
     """200 when every live model is loaded and warm; 503 names what is missing.
 
-    The others inspect all the same.
+    The others inspect all the same. A model that was unloaded by hand is only missed where no other
+    is left.
     """
-    residents = _inspector(request).residents
-    if residents.problems:
-        raise NotReady(" ".join(residents.problems.values()))
-    if not residents.names():
-        raise NotReady(NO_MODEL)
+    if missing := _inspector(request).residents.missing():
+        raise NotReady(missing)
     return StatusBody(status="ready")
 
 
@@ -56,17 +54,16 @@ async def healthz(request: Request) -> Response:
     """Versions, the model in memory, memory in use, and images inspected since the start."""
     inspector, state = _inspector(request), request.app.state
     residents, counts = inspector.residents, inspector.counts
-    sentence = " ".join(residents.problems.values())
-    if not sentence and not residents.names():
-        sentence = NO_MODEL
+    sentence = residents.missing()
     body = HealthBody(
         status=NotReady.code if sentence else "ok",
-        error=sentence or None,
+        error=sentence,
         code=NotReady.code if sentence else None,
         version=request.app.version,
         uptime_s=round(time.monotonic() - inspector.started, 1),
         models=[_described(model) for model in residents.all()],
         problems=residents.problems,
+        unloaded=sorted(residents.unloaded),
         worker=state.worker.state,
         queue=state.jobs.problem or "ok",
         resident_bytes=resident_bytes(),
