@@ -67,6 +67,8 @@ class Inspector:
         self.counts = Counts()
         self.started = time.monotonic()
         self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
+        self.on_batch: Callable[[str, int], None] = lambda *_: None  # a model, its parts at once
+        self.on_inspection: Callable[[Inspection], None] = lambda _: None
         self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
         self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
         self._keep = settings.gate_recent
@@ -76,6 +78,11 @@ class Inspector:
         self._patience_s = 1.0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def under_way(self) -> int:
+        """Parts that have arrived and wait for their verdict."""
+        return self._under_way
 
     async def close(self) -> None:
         """Drop what waits, let what runs end, give the memory back."""
@@ -142,6 +149,7 @@ class Inspector:
         picture, pixels = seen.result
         ran = await _timed(self._engine, lambda: model.runtime.infer(pixels[None]))
         scores, maps = ran.result  # (1,), (1, h, w)
+        self.on_batch(model.name, 1)
         verdict = judge(float(scores[0]), model.scale)
 
         drawn = None
@@ -154,7 +162,9 @@ class Inspector:
             total_ms=(time.perf_counter() - began) * 1000,
         )
         self._note(model, verdict, pixels)
-        return Inspection(model, verdict, maps[0], drawn.result if drawn else None, timing)
+        done = Inspection(model, verdict, maps[0], drawn.result if drawn else None, timing)
+        self.on_inspection(done)
+        return done
 
     def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
         if verdict.is_anomalous:

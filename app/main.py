@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -15,20 +14,21 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.inspection import Inspector
+from app.health import Health
+from app.inspection import Inspection, Inspector
 from app.jobs import Jobs
 from app.keeper import Keeper
+from app.metrics import Metrics
 from app.routes import datasets, infer, models, system
 from app.routes import jobs as jobs_routes
-from app.routes.infer import request_id
 from app.schemas import error_response
 from app.settings import Settings
+from app.watch import CLIENT_LEFT, Watch, request_id
 from app.worker import Worker
 from engines.datasets import Datasets
-from engines.errors import BadRequest, KensaError, RuntimeFailed
+from engines.errors import BadRequest, KensaError
+from engines.logs import note
 from engines.store import Store
-
-log = logging.getLogger("kensa")
 
 DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a verdict.
 
@@ -39,7 +39,6 @@ _UNAVAILABLE = 503
 MALFORMED = error_response(
     "The request is malformed.", bad_request="The query parameter limit is wrong: ..."
 )
-_CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -50,7 +49,17 @@ def create_app(settings: Settings) -> FastAPI:
     keeper = Keeper(store, inspector, settings)
     jobs = Jobs(settings.data, store)
     worker = Worker(settings.data, settings)
+    metrics = Metrics(version())
     inspector.on_busy = worker.on_busy
+    inspector.on_batch = metrics.batch
+    keeper.on_swap = metrics.swapped
+    metrics.queue_length = lambda: inspector.under_way
+
+    def on_inspection(done: Inspection) -> None:
+        metrics.inspected(done)
+        note(model=done.model.name, version=done.model.version, label=done.verdict.label)
+
+    inspector.on_inspection = on_inspection
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -79,6 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keeper = keeper
     app.state.jobs = jobs
     app.state.worker = worker
+    app.state.metrics = metrics
+    app.state.health = Health(inspector, store, jobs, worker, settings.data)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.include_router(infer.router)
     app.include_router(models.router, responses={422: MALFORMED})
@@ -87,14 +98,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(system.router)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
+    app.add_middleware(Watch, metrics=metrics)  # the last one is the outermost
     return app
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """Turn whatever was raised into the agreed form; what nobody foresaw keeps its details."""
-    headers = {"X-Request-ID": request_id(request)}
+    headers: dict[str, str] = {}
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=_CLIENT_LEFT)
+        return Response(status_code=CLIENT_LEFT)
     if isinstance(error, RequestValidationError):
         error = _malformed(error)
     if isinstance(error, HTTPException):
@@ -102,14 +114,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
         code = _CODES.get(error.status_code, "http_error")
         return _form(error.status_code, _sentence(request, error), code, headers)
     if not isinstance(error, KensaError):
-        # uvicorn logs the traceback after this line.
-        log.error("Request %s failed in a way nobody foresaw", headers["X-Request-ID"])
+        # Outside of all middleware; uvicorn logs the traceback.
+        headers["X-Request-ID"] = request_id(request)
         sentence = f"Kensa failed; its log says why, at request {headers['X-Request-ID']}."
         return _form(500, sentence, KensaError.code, headers)
     if error.status == _UNAVAILABLE:
         headers["Retry-After"] = RETRY_AFTER_S
-    if isinstance(error, RuntimeFailed):
-        log.error("Request %s: %s", headers["X-Request-ID"], error)
     return _form(error.status, str(error), error.code, headers)
 
 
@@ -122,6 +132,7 @@ def version() -> str:
 
 
 def _form(status: int, sentence: str, code: str, headers: dict[str, str]) -> JSONResponse:
+    note(code=code, error=sentence)
     return JSONResponse({"error": sentence, "code": code}, status_code=status, headers=headers)
 
 
