@@ -28,6 +28,7 @@ from engines.store import Store
 FRESH_S = 2.0  # the jobs are not counted more often
 WAIT_S = 0.25  # for the queue; then the last count is taken ...
 STALE_S = 5.0  # ... unless it is as old as this
+OPENING_S = 10.0  # the queue takes less when nothing is in its way
 LOW_DISK = 1024 * MIB
 LOW_MEMORY = 256 * MIB
 RECENT_S = 60.0  # a worker that ended is named for so long
@@ -130,6 +131,7 @@ class Queue:
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="count")
+        self._since = time.monotonic()
         self._asking: asyncio.Future[dict[str, int] | str | None] | None = None
         self._asked = -STALE_S
         self._counted: dict[str, int] | None = None
@@ -150,6 +152,8 @@ class Queue:
         now = time.monotonic()
         waited = 0.0 if self._asking is None else now - self._asked
         problem = self._jobs.problem or self._problem
+        if problem is None and not self._jobs.is_open and now - self._since > OPENING_S:
+            problem = "The queue is not open yet: something locks it, or its disk is slow."
         if problem is None and waited > FRESH_S:
             problem = f"The queue has not answered for {waited:.0f} s: something locks it."
         return (None if now - self._counted_at > STALE_S else self._counted), problem
