@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.inspection import Inspector
@@ -169,8 +170,8 @@ class Queue:
             return None
         try:
             return self._jobs.count()
-        except SQLAlchemyError as error:
-            return f"The queue does not answer: {error}."
+        except (SQLAlchemyError, dbos_error.DBOSException) as error:
+            return f"The queue does not answer: {' '.join(str(error).split())[:200]}."
 
 
 def _disk(folder: Path) -> tuple[int | None, int | None]:

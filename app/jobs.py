@@ -214,10 +214,11 @@ class Jobs:
 
     def count(self) -> dict[str, int]:
         """How many jobs are in each state, of those that are kept."""
-        counts = dict.fromkeys(get_args(State), 0)
+        counts: dict[str, int] = dict.fromkeys(get_args(State), 0)
         for one in self._reached().list_workflows(load_input=False):
             ended = one.output if isinstance(one.output, dict) else {}
-            counts[_STATES.get(one.status) or ended.get("state", "failed")] += 1
+            state = _STATES.get(one.status) or ended.get("state")
+            counts[state if state in counts else "failed"] += 1
         return counts
 
     def _described(self, status: Any) -> dict[str, Any]:

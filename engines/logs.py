@@ -30,7 +30,10 @@ def begin(request_id: str) -> dict[str, Any]:
 
 
 def note(**fields: Any) -> None:
-    """Something that the line of the request under way shall say; nothing outside of one."""
+    """Something that the line of the request under way shall say; nothing outside of one.
+
+    The names are those of docs/metrics.md, and none of `logging.LogRecord`'s own.
+    """
     known = _under_way.get()
     if known is not None:
         known.update(fields)

@@ -26,6 +26,7 @@ from PIL import Image
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as text_metrics
 from server import RAW, ROOT, Server, serving
+from sqlalchemy.exc import OperationalError
 from test_http import fake_model
 from test_swap import NAME, line, variant
 
@@ -342,6 +343,33 @@ def test_a_queue_that_hangs_is_asked_once_and_named(monkeypatch: pytest.MonkeyPa
         assert jobs.asked == 2
         jobs.may_answer.set()
         assert await queue.look() == ({"queued": 2}, None)
+
+    asyncio.run(go())
+
+
+def test_a_queue_that_cannot_be_read_is_named_until_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health, "FRESH_S", 0.0)
+    jobs: Any = SlowJobs()
+    jobs.may_answer.set()
+    failures: list[Exception] = [OperationalError("SELECT 1", {}, Exception("no\nroute"))]
+    count = jobs.count
+
+    def fail_once() -> dict[str, int]:
+        if failures:
+            raise failures.pop()
+        return dict(count())
+
+    jobs.count = fail_once
+
+    async def go() -> None:
+        queue = Queue(jobs)
+        known, problem = await queue.look()
+        assert known is None
+        assert problem is not None
+        assert re.fullmatch(r"The queue does not answer: .*no route.*\.", problem)
+        assert await queue.look() == ({"queued": 1}, None)
 
     asyncio.run(go())
 
