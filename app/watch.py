@@ -47,7 +47,15 @@ class Watch:
         request_id = _given_id(scope) or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         fields = begin(request_id)
-        status = 0
+        status, ended = 0, False
+
+        def end() -> None:
+            """Before the answer is whole: who has it finds it counted and logged."""
+            nonlocal ended
+            if not ended:
+                ended = True
+                took_ms = (time.perf_counter() - began) * 1000
+                self._end(scope, status or CLIENT_LEFT, fields, took_ms)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -57,6 +65,8 @@ class Watch:
                     *(pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"),
                     (b"x-request-id", request_id.encode()),
                 ]
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                end()
             await send(message)
 
         try:
@@ -65,7 +75,7 @@ class Watch:
             status = status or 500  # which Starlette answers, around this
             raise
         finally:
-            self._end(scope, status or CLIENT_LEFT, fields, (time.perf_counter() - began) * 1000)
+            end()
 
     def _end(self, scope: Scope, status: int, fields: dict[str, Any], ms: float) -> None:
         route = _route(scope)

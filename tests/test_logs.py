@@ -53,7 +53,6 @@ class Log:
         self._since = server.log.stat().st_size
 
     def text(self) -> str:
-        time.sleep(0.05)  # the line is written after the answer
         return self._server.log.read_bytes()[self._since :].decode()
 
     def lines(self) -> list[dict[str, Any]]:
@@ -68,8 +67,19 @@ def server_with(folder: Path, model: Path, **settings: str) -> Iterator[Server]:
 
 
 def boom(server: Server, headers: Any = None) -> httpx.Response:
-    """What nobody foresaw, on a connection of its own: uvicorn closes it afterwards."""
-    return httpx.get(f"{server.url}/boom", headers=headers, trust_env=False)
+    """What nobody foresaw. uvicorn closes the connection, and logs a traceback, afterwards."""
+
+    def traced() -> int:
+        lines = server.log.read_text().splitlines(keepends=True)
+        return sum("ValueError: a secret" in line and line.endswith("\n") for line in lines)
+
+    before = traced()
+    answer = httpx.get(f"{server.url}/boom", headers=headers, trust_env=False)
+    end = time.monotonic() + 10
+    while traced() == before:
+        assert time.monotonic() < end, server.log.read_text()
+        time.sleep(0.01)
+    return answer
 
 
 @pytest.fixture(scope="module")
