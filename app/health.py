@@ -93,8 +93,8 @@ class Health:
                 degraded.append(queue)
             if ended is not None and time.monotonic() - ended < RECENT_S:
                 degraded.append(
-                    f"The worker ended by itself, {restarts} times since the start; the log says"
-                    " why. It is started again."
+                    "The worker ended by itself and is started again; the log says why. That makes"
+                    f" {restarts} since the server's start."
                 )
             return State(
                 models=models,

@@ -170,6 +170,28 @@ def test_a_client_that_leaves_is_counted_and_is_no_failure(server: Server) -> No
     until(lambda: scrape(server).get("kensa_requests_total", **left) == before + 1)
 
 
+def test_an_answer_of_an_inner_middleware_is_counted_and_has_an_id() -> None:
+    metrics, sent = Metrics("0"), []
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 403, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    scope: Any = {"type": "http", "method": "POST", "path": "/infer", "headers": []}
+    asyncio.run(Watch(refuse, metrics)(scope, None, keep))  # type: ignore[arg-type]
+    assert [name for name, _ in sent[0]["headers"]] == [b"x-request-id"]
+    now = {
+        (one.name, *one.labels.values()): one.value
+        for family in metrics.registry.collect()
+        for one in family.samples
+    }
+    assert now["kensa_requests_total", "none", "POST", "403"] == 1
+    assert now["kensa_failures_total", "none", "other"] == 1
+
+
 def test_names_that_nobody_knows_make_no_series(server: Server, photo: bytes) -> None:
     def ask(n: int) -> None:
         server.client.post("/infer", params={"model": f"nope{n}"}, content=photo, headers=RAW)
@@ -199,9 +221,12 @@ def test_swaps_are_counted_by_what_became_of_the_version(
     with line(tmp_path, kensa_model, **settings) as running:
         (first,) = running.store.versions(NAME)
         held = running.publish(variant(kensa_model, tmp_path / "held", **lenient))
-        broken = running.publish(variant(kensa_model, tmp_path / "broken", finite=False))
+        damaged = variant(kensa_model, tmp_path / "damaged", bank=0.99)
+        cut = running.publish(damaged, activate=False)
+        bank = running.store.folder(NAME, cut) / "memory_bank.npz"
+        bank.write_bytes(bank.read_bytes()[:-1] + b"?")
+        assert running.activate(cut).status_code == 422
         assert running.wait(held, "live", "held") == "held"
-        assert running.wait(broken, "live", "refused") == "refused"
         bad = running.publish(variant(kensa_model, tmp_path / "bad", **strict), max_flips=1.0)
         running.wait(bad, "live")
         for _ in range(5):
@@ -248,7 +273,7 @@ def test_what_is_looked_up_is_what_the_machine_says(server: Server, tmp_path: Pa
 
 
 def test_parts_that_wait_are_seen_while_they_wait(server: Server) -> None:
-    large = saved(Image.fromarray(picture(1500, 1500)), "PNG")
+    large = saved(Image.fromarray(picture(1000, 1000)), "PNG")
     clients = [threading.Thread(target=server.infer, args=[large]) for _ in range(6)]
     for client in clients:
         client.start()
@@ -275,7 +300,8 @@ def test_a_worker_that_dies_is_named_and_counted(server: Server) -> None:
     assert body.status_code == 200
     assert body.json()["status"] == "ok"
     (sentence,) = body.json()["degraded"]
-    assert sentence.startswith("The worker ended by itself, 1 times")
+    assert sentence.startswith("The worker ended by itself and is started again")
+    assert sentence.endswith("That makes 1 since the server's start.")
 
 
 def test_a_scrape_does_not_wait_for_a_locked_queue(server: Server, tmp_path: Path) -> None:
