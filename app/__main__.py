@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from app.settings import Settings, table, unknown_variables
 from engines.errors import EXIT_CODE, BadSettings, KensaError
+from engines.logs import set_up
 
 log = logging.getLogger("kensa")
 
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         settings = Settings.read()
         settings.data  # noqa: B018 (raises where there is no place for it)
-        _log_lines(settings.log_level)
+        _log_lines(settings)
         listener = listen(settings.host, settings.port)
     except KensaError as error:
         sys.stderr.write(f"kensa: {error}\n")
@@ -84,11 +85,9 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(0)  # not sys.exit, which would wait for a thread that waits for a locked queue
 
 
-def _log_lines(level: str) -> None:
-    """Plain lines on stderr. uvicorn only speaks up when something is wrong."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+def _log_lines(settings: Settings) -> None:
+    """Lines on stderr. uvicorn only speaks up when something is wrong."""
+    set_up(settings.log_level, settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what clients do wrong
     for name in unknown_variables():

@@ -73,6 +73,7 @@ class Inspector:
         self.statistics = Statistics()
         self.started = time.monotonic()
         self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
+        self.on_inspection: Callable[[Inspection], None] = lambda _: None
         self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
         self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
         self._keep = settings.gate_recent
@@ -197,7 +198,7 @@ class Inspector:
 
         seen = await _timed(self._decoders, see)
         picture, pixels = seen.result
-        ran = await self.batcher.infer(model.runtime, pixels)
+        ran = await self.batcher.infer(model.runtime, pixels, model.name)
         raw_score, anomaly_map = ran.result  # (h, w)
         verdict = judge(raw_score, model.scale)
 
@@ -211,7 +212,9 @@ class Inspector:
             total_ms=(time.perf_counter() - began) * 1000,
         )
         self._note(model, verdict, pixels)
-        return Inspection(model, verdict, anomaly_map, drawn.result if drawn else None, timing)
+        done = Inspection(model, verdict, anomaly_map, drawn.result if drawn else None, timing)
+        self.on_inspection(done)
+        return done
 
     def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
         if verdict.is_anomalous:

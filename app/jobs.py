@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
@@ -210,6 +210,19 @@ class Jobs:
     def lines(self, job_id: str, after: int = 0) -> tuple[list[str], int]:
         """What a job said, from a byte of its log on."""
         return JobFolder(self._data, job_id).lines(after)
+
+    @property
+    def is_open(self) -> bool:
+        return self._client is not None
+
+    def count(self) -> dict[str, int]:
+        """How many jobs are in each state, of those that are kept."""
+        counts: dict[str, int] = dict.fromkeys(get_args(State), 0)
+        for one in self._reached().list_workflows(load_input=False):
+            ended = one.output if isinstance(one.output, dict) else {}
+            state = _STATES.get(one.status) or ended.get("state")
+            counts[state if state in counts else "failed"] += 1
+        return counts
 
     def _described(self, status: Any) -> dict[str, Any]:
         folder = JobFolder(self._data, status.workflow_id)

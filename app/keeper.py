@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import cv2
 
@@ -47,6 +47,9 @@ from engines.verdict import Verdict, judge
 
 LOOK_EVERY_S = 0.5  # for versions that somebody published
 RETRY_AFTER_S = 60.0  # what failed for a reason that may pass, such as a full disk
+
+# What becomes of a version: by itself, or because a person says so.
+How = Literal["live", "held", "refused", "failed", "rolled_back", "by_hand"]
 
 log = logging.getLogger("kensa")
 Result = TypeVar("Result")
@@ -80,6 +83,7 @@ class Keeper:
         self._failed: dict[tuple[str, str], float] = {}  # when, on the monotonic clock
         self._tasks: set[asyncio.Task[None]] = set()
         inspector.on_verdict = self._on_verdict
+        self.on_swap: Callable[[str, How], None] = lambda *_: None  # see docs/metrics.md
 
     # ---- starting and stopping ----------------------------------------------------------------
 
@@ -194,6 +198,7 @@ class Keeper:
                     manifest = self.store.manifest(name, version)
                 except BadBundle as error:
                     self.store.refuse(name, version, str(error))
+                    self.on_swap(name, "refused")
                     continue
                 if manifest.origin.get("activate") is True:
                     found.append((name, manifest))
@@ -215,14 +220,17 @@ class Keeper:
                     found = await self._through_the_gate(name, manifest)
             if not found["ok"]:
                 await self._write(lambda: self.store.record_gate(name, version, found))
+                self.on_swap(name, "held")
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
         except (BadBundle, BadMeta) as error:
             log.error("%s %s is refused: %s", name, version, error)
         except (KensaError, OSError) as error:
             self._failed[name, version] = time.monotonic()
+            self.on_swap(name, "failed")
             log.error("%s %s does not go live: %s", name, version, error)
         except Exception:
             self._failed[name, version] = time.monotonic()
+            self.on_swap(name, "failed")
             log.exception("%s %s does not go live", name, version)
 
     def _is_late(self, name: str, version: str) -> bool:
@@ -319,6 +327,7 @@ class Keeper:
             async with self._opened(name, back.live) as (model, _):
                 await self._write(write)
                 self._put(model)
+        self.on_swap(name, "by_hand" if reason is None else "rolled_back")
         log.warning("%s is rolled back to %s%s", name, back.live, f": {reason}" if reason else "")
 
     async def load(self, name: str) -> None:
@@ -376,6 +385,7 @@ class Keeper:
 
         await self._write(write)
         self._put(model)
+        self.on_swap(name, "by_hand" if found.get("by_hand") else "live")
         log.info("Live: %s", describe(model))
         try:
             await self._load(lambda: self.store.prune(name, self._settings.keep_versions))
@@ -443,6 +453,7 @@ class Keeper:
                 return open_model(folder, name, version, opening, beside)
             except (BadBundle, BadMeta) as error:
                 self.store.refuse(name, version, str(error))
+                self.on_swap(name, "refused")
                 raise
 
         began = time.perf_counter()

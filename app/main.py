@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -16,20 +15,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from app.inspection import Inspector
+from app.health import Health
+from app.inspection import Inspection, Inspector
 from app.jobs import Jobs
 from app.keeper import Keeper
+from app.metrics import Metrics
 from app.openapi import describe, operation_id
 from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
-from app.routes.infer import request_id
 from app.settings import Settings
+from app.watch import CLIENT_LEFT, Watch, request_id
 from app.worker import Worker
 from engines.datasets import Datasets
-from engines.errors import BadRequest, KensaError, RuntimeFailed, UnsupportedBody
+from engines.errors import BadRequest, KensaError, UnsupportedBody
+from engines.logs import note
 from engines.store import Store
-
-log = logging.getLogger("kensa")
 
 DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a verdict.
 
@@ -38,7 +38,6 @@ Every answer that is not a success has the form `{"error": "one sentence", "code
 RETRY_AFTER_S = "2"
 _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
-_CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
     infer.router, models.router, jobs_routes.router, datasets.router, system.router, oip.router
@@ -52,7 +51,17 @@ def create_app(settings: Settings) -> FastAPI:
     keeper = Keeper(store, inspector, settings)
     jobs = Jobs(settings.data, store)
     worker = Worker(settings.data, settings)
+    metrics = Metrics(version())
     inspector.on_busy = worker.on_busy
+    inspector.batcher.on_batch = metrics.batch
+    keeper.on_swap = metrics.swapped
+    metrics.queue_length = lambda: inspector.under_way
+
+    def on_inspection(done: Inspection) -> None:
+        metrics.inspected(done)
+        note(model=done.model.name, version=done.model.version, label=done.verdict.label)
+
+    inspector.on_inspection = on_inspection
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -82,20 +91,23 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keeper = keeper
     app.state.jobs = jobs
     app.state.worker = worker
+    app.state.metrics = metrics
+    app.state.health = Health(inspector, store, jobs, worker, settings.data)
     app.state.datasets = Datasets(settings.data / "datasets")
     for router in _ROUTERS:
         app.include_router(router)
     describe(app)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
+    app.add_middleware(Watch, metrics=metrics)  # the last one is the outermost
     return app
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """Turn whatever was raised into the agreed form; what nobody foresaw keeps its details."""
-    headers = {"X-Request-ID": request_id(request)}
+    headers: dict[str, str] = {}
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=_CLIENT_LEFT)
+        return Response(status_code=CLIENT_LEFT)
     if isinstance(error, RequestValidationError):
         error = _malformed(request, error)
     if isinstance(error, HTTPException) and error.status_code == _UNREADABLE:
@@ -108,14 +120,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
         sentence = _sentence(request, error, headers.get("Allow"))
         return _form(error.status_code, sentence, code, headers)
     if not isinstance(error, KensaError):
-        # uvicorn logs the traceback after this line.
-        log.error("Request %s failed in a way nobody foresaw", headers["X-Request-ID"])
+        # Outside of all middleware; uvicorn logs the traceback.
+        headers["X-Request-ID"] = request_id(request)
         sentence = f"Kensa failed; its log says why, at request {headers['X-Request-ID']}."
         return _form(500, sentence, KensaError.code, headers)
     if error.status == _UNAVAILABLE:
         headers["Retry-After"] = RETRY_AFTER_S
-    if isinstance(error, RuntimeFailed):
-        log.error("Request %s: %s", headers["X-Request-ID"], error)
     return _form(error.status, str(error), error.code, headers)
 
 
@@ -129,6 +139,7 @@ def version() -> str:
 
 def _form(status: int, sentence: str, code: str, headers: dict[str, str]) -> JSONResponse:
     sentence = sentence.encode(errors="replace").decode()  # half a character would be no UTF-8
+    note(code=code, error=sentence)
     return JSONResponse({"error": sentence, "code": code}, status_code=status, headers=headers)
 
 

@@ -90,6 +90,24 @@ class InspectionsBody(Body):
     refused: int = Field(description="Damaged, too large, or of a kind that is not read.")
 
 
+class DiskBody(Body):
+    """The disk of the data folder; null where it does not say."""
+
+    free_bytes: int | None
+    size_bytes: int | None
+
+
+class DeviceBody(Body):
+    """The machine; null where it does not say."""
+
+    memory_total: int | None = Field(description="Bytes; a Jetson's GPU has its share in them.")
+    memory_available: int | None = Field(description="Bytes that could be taken.")
+    gpu_memory: int | None = Field(description="Bytes taken for a Jetson's GPU.")
+    gpu_load: float | None = Field(description="Of a Jetson's GPU, 0 to 1.")
+    cpus: int | None
+    temperatures: dict[str, float] = Field(description="Degrees Celsius of each thermal zone.")
+
+
 class HealthBody(Body):
     """What is running, for people and dashboards."""
 
@@ -101,9 +119,15 @@ class HealthBody(Body):
     models: list[ModelBody] = Field(description="In memory.")
     problems: dict[str, str] = Field(description="Models that should be in memory, and why not.")
     unloaded: list[str] = Field(description="Models that were unloaded by hand.")
+    degraded: list[str] = Field(description="What is wrong at the moment, in sentences.")
     worker: str = Field(description="running, starting, off, or why there is none.")
     queue: str = Field(description="ok, or what is wrong with it.")
+    jobs: dict[str, int] | None = Field(
+        description="How many are in each state; null while the queue does not answer."
+    )
     resident_bytes: int | None = Field(description="Memory of the process; null where unknown.")
+    disk: DiskBody
+    device: DeviceBody
     inspections: InspectionsBody
 
 

@@ -204,6 +204,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "", "The least severe lines that are logged."
     )
+    log_format: Literal["text", "json"] = _setting(
+        "text", "", "How lines are logged: as text, or each as a JSON object for a program."
+    )
 
     @classmethod
     def read(cls) -> Settings:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from app.settings import Settings
 from engines.jobs import PACE, PARENT, RUNNING
+from engines.logs import FORMAT
 
 LOOK_EVERY_S = 0.1  # for the job's process
 STOPPED_S = 1.0  # at most, at a stretch: then it runs for a moment, so that a busy line ...
@@ -37,6 +38,8 @@ class Worker:
         self._stopped_at: float | None = None
         self._free_until = 0.0
         self._busy = False
+        self.restarts = 0  # how often it ended by itself
+        self.ended: float | None = None  # when it did last, on the monotonic clock
         self.held_back = 0.0  # share of the last seconds that the job was stopped
 
     @property
@@ -75,6 +78,7 @@ class Worker:
                 env={
                     **os.environ,
                     PACE: self._settings.job_pace,
+                    FORMAT: self._settings.log_format,
                     PARENT: str(os.getpid()),
                 },
                 cwd=Path(__file__).parents[1],
@@ -86,6 +90,7 @@ class Worker:
                     self._process.kill()
                 await self._process.wait()
                 raise
+            self.restarts, self.ended = self.restarts + 1, time.monotonic()
             failures = 0 if loop.time() - began > STEADY_S else failures + 1
             pause = RESTART_S[min(failures, len(RESTART_S)) - 1] if failures else RESTART_S[0]
             log.error("The worker ended with %d; it is started again in %d s", code, pause)

@@ -108,6 +108,7 @@ class _Waiting:
     work: Callable[[], Any] | None = None
     runtime: Runtime | None = None
     image: NDArray[np.uint8] | None = None  # (S, S, 3)
+    model: str = ""
 
     def end(self, set_it: Callable[[Any], None], outcome: Any) -> None:
         """Hand the outcome to whoever waits; nobody does once the request was given up."""
@@ -124,19 +125,26 @@ class Batcher:
     """The thread of the engines. What was cancelled while it waited is never computed."""
 
     def __init__(self) -> None:
-        self.on_batch: Callable[[Runtime, int], None] = lambda *_: None  # called in the thread
+        self.on_batch: Callable[[str, int], None] = lambda *_: (
+            None
+        )  # whose, how many; in the thread
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    async def infer(self, runtime: Runtime, image: NDArray[np.uint8]) -> Done[Scored]:
+    async def infer(
+        self, runtime: Runtime, image: NDArray[np.uint8], model: str = ""
+    ) -> Done[Scored]:
         """Raw score and raw map (h, w) of an image (S, S, 3), together with others that wait.
+
+        Args:
+            model: the name that `on_batch` is told.
 
         Raises:
             RuntimeFailed: the device or the runtime gave up.
         """
-        done: Done[Scored] = await self._wait(runtime=runtime, image=image)
+        done: Done[Scored] = await self._wait(runtime=runtime, image=image, model=model)
         return done
 
     async def call(self, work: Callable[[], Result]) -> Done[Result]:
@@ -215,5 +223,5 @@ class Batcher:
         assert first.runtime is not None
         images = np.stack([one.image for one in batch if one.image is not None])
         scores, maps = first.runtime.infer(images)
-        self.on_batch(first.runtime, len(batch))
+        self.on_batch(first.model, len(batch))
         return [(float(score), one) for score, one in zip(scores, maps, strict=True)]

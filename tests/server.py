@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, **settings: str) -> Iterator[Server]:
+def serving(
+    folder: Path, program: Sequence[str] = ("-m", "app"), **settings: str
+) -> Iterator[Server]:
     """A server at a free port, with its log in `folder`; stopped in the end."""
     log = folder / "server.log"
     plain = {name: value for name, value in os.environ.items() if not name.startswith("KENSA_")}
@@ -56,7 +58,7 @@ def serving(folder: Path, **settings: str) -> Iterator[Server]:
     with log.open("ab") as lines:
         since = lines.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "app"], cwd=ROOT, env={**plain, **variables}, stderr=lines
+            [sys.executable, *program], cwd=ROOT, env={**plain, **variables}, stderr=lines
         )
     try:
         url = _url(process, log, since)

@@ -94,7 +94,7 @@ def test_parts_that_wait_at_the_same_time_run_together(batcher: Batcher) -> None
     engine = Clock()
     engine.take_together(Batches(4))
     sizes: list[int] = []
-    batcher.on_batch = lambda _, size: sizes.append(size)
+    batcher.on_batch = lambda model, size: sizes.append(size)
     waiting = [batcher.infer(engine, part(number)) for number in range(1, 8)]
     done = asyncio.run(while_one_runs(batcher, engine, *waiting))
     assert [one.result[0] for one in done] == list(range(8))  # each has its own score ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from engines.bundle import ONNX
 from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, UnknownVersion
 from engines.jobs import PACE, RUNNING, ConvertRequest, JobFolder, RetrainRequest
+from engines.logs import FORMAT, set_up
 from engines.meta import Meta
 from engines.store import META, Store
 from workers.commands import hush_libraries
@@ -34,7 +34,7 @@ def main(data: Path, job_id: str, kind: str) -> int:
     die_with_parent()
     give_way()
     hush_libraries()
-    logging.basicConfig(level="WARNING", stream=sys.stderr)
+    set_up("warning", os.environ.get(FORMAT, "text"), "job")
     folder = JobFolder(data, job_id)
     progress = JobProgress(folder)
     try:

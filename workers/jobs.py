@@ -46,6 +46,7 @@ from engines.jobs import (
     last_due,
     scheduled_id,
 )
+from engines.logs import FORMAT, set_up
 from engines.store import Store
 
 CHILD = [sys.executable, "-m", "workers.job"]  # and the data folder, the job's id, its kind
@@ -68,9 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.jobs", description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="the server's KENSA_DATA_DIR")
     data = parser.parse_args(arguments).data_dir.absolute()
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s %(levelname)s worker: %(message)s", stream=sys.stderr
-    )
+    set_up("info", os.environ.get(FORMAT, "text"), "worker")
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

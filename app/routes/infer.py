@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
-import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from app.inspection import Drawing, Inspection, Inspector
 from app.patience import while_wanted
 from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
+from app.watch import request_id
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
 router = APIRouter(tags=["inspection"])
@@ -26,7 +26,6 @@ ANSWERS: tuple[Answer, ...] = ("application/json", "text/plain", "image/png")
 FORM_OVERHEAD = 64 * 1024  # bytes that a form may have around its file
 MAX_FIELDS = 16  # of a form, besides the file
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
 _BINARY = {"type": "string", "format": "binary"}
 _EXAMPLE = {
@@ -253,15 +252,6 @@ def _quality(answer: str, accept: str) -> float:
     return ranges.get(answer, ranges.get(group, ranges.get("*/*", 0.0)))
 
 
-def request_id(request: Request) -> str:
-    """The request's X-Request-ID where it is a sane one, else a new id; the same at each call."""
-    if not hasattr(request.state, "request_id"):
-        given = request.headers.get("x-request-id", "")
-        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    known: str = request.state.request_id
-    return known
-
-
 def _answer(inspection: Inspection, answer: Answer, request_id: str) -> Response:
     headers = _headers(inspection, request_id)
     if answer == "image/png":
@@ -277,7 +267,6 @@ def _answer(inspection: Inspection, answer: Answer, request_id: str) -> Response
 def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
     verdict = inspection.verdict
     return {
-        "X-Request-ID": request_id,
         "X-Kensa-Id": request_id,
         "X-Kensa-Model-Name": inspection.model.name,
         "X-Kensa-Model-Version": inspection.model.version,

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -252,7 +253,8 @@ def _check_version(request: Request, body: JobRequest) -> None:
 async def _ask(work: Callable[[], Result]) -> Result:
     """Ask the queue in a thread; a database that somebody locks must not hold up the answer."""
     try:
-        asked = asyncio.get_running_loop().run_in_executor(_THREADS, work)
+        run = copy_context().run  # so that what is logged carries the request's id
+        asked = asyncio.get_running_loop().run_in_executor(_THREADS, run, work)
         return await asyncio.wait_for(asked, REPLY_WITHIN_S)
     except asyncio.TimeoutError:
         raise NoWorker(

@@ -28,7 +28,6 @@ from app.oip import (
     write_answer,
 )
 from app.patience import while_wanted
-from app.routes.infer import request_id
 from app.schemas import (
     MAX_IMAGES,
     InferBody,
@@ -46,6 +45,7 @@ from app.schemas import (
     TensorBody,
     error_response,
 )
+from app.watch import request_id
 from engines.errors import (
     BadImage,
     BadRequest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,18 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
+from app.health import Health
 from app.inspection import Inspector
-from app.schemas import HealthBody, InspectionsBody, ModelBody, StatusBody, error_response
+from app.metrics import Metrics
+from app.schemas import (
+    DeviceBody,
+    DiskBody,
+    HealthBody,
+    InspectionsBody,
+    ModelBody,
+    StatusBody,
+    error_response,
+)
 from engines.errors import NotReady
 from engines.resident import NO_MODEL, Resident
 
@@ -51,22 +62,27 @@ async def readyz(request: Request) -> StatusBody:
     responses={503: {"model": HealthBody, "description": "The same, when no model is loaded."}},
 )
 async def healthz(request: Request) -> Response:
-    """Versions, the model in memory, memory in use, and images inspected since the start."""
-    inspector, state = _inspector(request), request.app.state
-    residents, counts = inspector.residents, inspector.counts
-    sentence = residents.missing()
+    """Versions, the models in memory, what is degraded, and images inspected since the start."""
+    inspector = _inspector(request)
+    health: Health = request.app.state.health
+    state, counts = await health.look(), inspector.counts
+    sentence = inspector.residents.missing()
     body = HealthBody(
         status=NotReady.code if sentence else "ok",
         error=sentence,
         code=NotReady.code if sentence else None,
         version=request.app.version,
         uptime_s=round(time.monotonic() - inspector.started, 1),
-        models=[_described(model) for model in residents.all()],
-        problems=residents.problems,
-        unloaded=sorted(residents.unloaded),
-        worker=state.worker.state,
-        queue=state.jobs.problem or "ok",
+        models=[_described(model) for model in state.models],
+        problems=state.problems,
+        unloaded=sorted(inspector.residents.unloaded),
+        degraded=state.degraded,
+        worker=state.worker,
+        queue=state.queue or "ok",
+        jobs=state.jobs,
         resident_bytes=resident_bytes(),
+        disk=DiskBody(free_bytes=state.disk_free, size_bytes=state.disk_size),
+        device=DeviceBody.model_validate(state.device, from_attributes=True),
         inspections=InspectionsBody(
             normal=counts.normal, anomaly=counts.anomaly, refused=counts.refused
         ),
@@ -75,6 +91,28 @@ async def healthz(request: Request) -> Response:
     return JSONResponse(
         body.model_dump(exclude=left_out), status_code=NotReady.status if sentence else 200
     )
+
+
+@router.get(
+    "/metrics",
+    summary="How is it going, for Prometheus?",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {
+                "text/plain": {"schema": {"type": "string"}},
+                "application/openmetrics-text": {"schema": {"type": "string"}},
+            }
+        }
+    },
+)
+async def metrics(request: Request) -> Response:
+    """What docs/metrics.md lists, in the form of Prometheus or, if `Accept` asks, OpenMetrics."""
+    health: Health = request.app.state.health
+    kept: Metrics = request.app.state.metrics
+    state, accept = await health.look(), request.headers.get("accept", "")
+    body, content_type = await asyncio.to_thread(kept.expose, state, accept)
+    return Response(body, headers={"Content-Type": content_type})
 
 
 def _inspector(request: Request) -> Inspector:
