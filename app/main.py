@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from app.inspection import Inspector
@@ -22,6 +23,7 @@ from app.routes import datasets, infer, models, system
 from app.routes import jobs as jobs_routes
 from app.routes.infer import request_id
 from app.schemas import error_response
+from app.security import MISASKED, REFUSED, Access, BodyLimit, KnownHosts, needs
 from app.settings import Settings
 from app.worker import Worker
 from engines.datasets import Datasets
@@ -35,9 +37,14 @@ DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a ve
 Every answer that is not a success has the form `{"error": "one sentence", "code": "snake_case"}`.
 """
 RETRY_AFTER_S = "2"
+_UNAUTHORIZED = 401
 _UNAVAILABLE = 503
 MALFORMED = error_response(
     "The request is malformed.", bad_request="The query parameter limit is wrong: ..."
+)
+TOO_LARGE = error_response(
+    "The body is too large.",
+    body_too_large="The body has more than the 1,048,576 bytes that are read here.",
 )
 _CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 _CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -73,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True},
+        responses=MISASKED,
     )
     app.state.settings = settings
     app.state.inspector = inspector
@@ -80,13 +88,26 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.datasets = Datasets(settings.data / "datasets")
-    app.include_router(infer.router)
-    app.include_router(models.router, responses={422: MALFORMED})
-    app.include_router(jobs_routes.router, responses={422: MALFORMED})
-    app.include_router(datasets.router)
+    app.state.access = Access(settings)
+    app.state.stopping = asyncio.Event()
+    app.include_router(infer.router, responses=REFUSED, dependencies=[needs("line")])
+    app.include_router(models.router, responses={**REFUSED, 422: MALFORMED})
+    app.include_router(jobs_routes.router, responses={**REFUSED, 413: TOO_LARGE, 422: MALFORMED})
+    app.include_router(datasets.router, responses=REFUSED)
     app.include_router(system.router)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
+    app.add_middleware(BodyLimit, answer=answer_error)
+    if origins := settings.origin_names:
+        everything = ["*"]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=everything,
+            allow_headers=everything,
+            expose_headers=everything,
+        )
+    app.add_middleware(KnownHosts, settings=settings, answer=answer_error)
     return app
 
 
@@ -108,6 +129,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return _form(500, sentence, KensaError.code, headers)
     if error.status == _UNAVAILABLE:
         headers["Retry-After"] = RETRY_AFTER_S
+    if error.status == _UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RuntimeFailed):
         log.error("Request %s: %s", headers["X-Request-ID"], error)
     return _form(error.status, str(error), error.code, headers)

@@ -15,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.inspection import Drawing, Inspection, Inspector
 from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
+from app.security import counts_itself
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
 router = APIRouter(tags=["inspection"])
@@ -174,6 +175,7 @@ async def _capped(request: Request, most: int) -> AsyncGenerator[bytes, None]:
         f"The request has more than the {most:,} bytes allowed: send a smaller image, or raise"
         " KENSA_MAX_IMAGE_BYTES."
     )
+    counts_itself(request)
     if int(request.headers.get("content-length", 0)) > most:
         raise too_large
     received = 0

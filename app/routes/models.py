@@ -20,6 +20,7 @@ from app.schemas import (
     VersionBody,
     error_response,
 )
+from app.security import needs
 from app.settings import Settings
 from app.uploads import receive, upload_folder
 from engines.bundle import ONNX
@@ -48,7 +49,7 @@ _FULL = error_response(
 _CHANGE: dict[int | str, dict[str, Any]] = {404: _UNKNOWN, 422: _UNUSABLE, 507: _FULL}
 
 
-@router.get("/models", summary="Which models are there?")
+@router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
 async def models(request: Request) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
     keeper = _keeper(request)
@@ -58,6 +59,7 @@ async def models(request: Request) -> ModelsBody:
 
 @router.post(
     "/models",
+    dependencies=[needs("admin")],
     status_code=201,
     summary="Take in a model",
     responses={
@@ -118,7 +120,12 @@ async def take_in(
     return TakenInBody(name=name, version=version, needs_conversion=not has_engine)
 
 
-@router.get("/models/{name}", summary="What is this model?", responses={404: _UNKNOWN})
+@router.get(
+    "/models/{name}",
+    dependencies=[needs("line")],
+    summary="What is this model?",
+    responses={404: _UNKNOWN},
+)
 async def model(request: Request, name: str) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
     await asyncio.to_thread(_keeper(request).store.must_know, name)
@@ -126,7 +133,10 @@ async def model(request: Request, name: str) -> StoredModelBody:
 
 
 @router.get(
-    "/models/{name}/versions/{version}", summary="What is this version?", responses={404: _UNKNOWN}
+    "/models/{name}/versions/{version}",
+    dependencies=[needs("line")],
+    summary="What is this version?",
+    responses={404: _UNKNOWN},
 )
 async def version(request: Request, name: str, version: str) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
@@ -136,6 +146,7 @@ async def version(request: Request, name: str, version: str) -> VersionBody:
 
 @router.get(
     "/models/{name}/versions/{version}/flips/{number}",
+    dependencies=[needs("line")],
     summary="See a part whose verdict changes",
     response_class=FileResponse,
     responses={200: {"content": {"image/jpeg": {}}}, 404: _UNKNOWN},
@@ -152,6 +163,7 @@ async def flip(request: Request, name: str, version: str, number: int) -> FileRe
 
 @router.post(
     "/models/{name}/versions/{version}/activate",
+    dependencies=[needs("operator")],
     summary="Make a version live",
     responses=_CHANGE,
 )
@@ -163,6 +175,7 @@ async def activate(request: Request, name: str, version: str) -> StoredModelBody
 
 @router.post(
     "/models/{name}/rollback",
+    dependencies=[needs("operator")],
     summary="Go back to the version before",
     responses={
         **_CHANGE,

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 
 from app.inspection import Inspector
 from app.schemas import HealthBody, InspectionsBody, ModelBody, StatusBody, error_response
+from app.security import REFUSED, needs
 from engines.errors import NotReady
 from engines.resident import NO_MODEL, Resident
 
@@ -50,7 +51,11 @@ async def readyz(request: Request) -> StatusBody:
     "/healthz",
     summary="What is running?",
     response_model=HealthBody,
-    responses={503: {"model": HealthBody, "description": "The same, when no model is loaded."}},
+    dependencies=[needs("line")],
+    responses={
+        **REFUSED,
+        503: {"model": HealthBody, "description": "The same, when no model is loaded."},
+    },
 )
 async def healthz(request: Request) -> Response:
     """Versions, the model in memory, memory in use, and images inspected since the start."""
