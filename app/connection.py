@@ -33,7 +33,7 @@ log = logging.getLogger("kensa")
 
 MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
 MAX_PIPELINED = 32  # requests of one connection that wait for the one before them
-SLOWEST = 64 * 1024  # bytes a second, of a body that takes longer than a head may
+SLOWEST = 64 * 1024  # bytes a second, of a body: each such piece makes up for a second
 LINGER_S = 1.0  # how long a client that was refused may still send, so that it reads the answer
 PROBE_S = 0.25  # between two looks at a client that has shut down its side
 SPARE = 64  # connections beyond the limit that are there at a time, to be told so
@@ -119,12 +119,12 @@ class Connection(HttpToolsProtocol):
         return True
 
     def shutdown(self) -> None:
-        """The server stops. A request that is still arriving gets all but the last second of it."""
+        """The server stops, and waits so long; a request must arrive two seconds before that."""
         super().shutdown()
         self._is_stopping = True
         if self._part == "body" and not self._ended:
             grace = self.config.timeout_graceful_shutdown or 0
-            self._expect_by(min(self._due, self.loop.time() + max(grace - 1, 0)))
+            self._expect_by(min(self._due, self.loop.time() + max(grace - 1 - LINGER_S, 0)))
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -198,7 +198,7 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
         if not self.cycle.response_complete:
-            self._due += len(body) / SLOWEST
+            self._due = min(self._due + len(body) / SLOWEST, self.loop.time() + self._receive_s)
         super().on_body(body)
 
     def on_message_complete(self) -> None:

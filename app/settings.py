@@ -180,8 +180,8 @@ class Settings(BaseSettings):
     receive_s: int = _setting(
         10,
         "seconds",
-        "How long the head of a request may take to arrive; its body may take so long, and a second"
-        " more for each 64 KiB.",
+        "How long the head of a request may take to arrive, and how long its body may stand still"
+        " or come slower than 64 KiB a second.",
         ge=1,
         le=3600,
     )
