@@ -86,6 +86,10 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Head and body of an answer are two writes. asyncio leaves Nagle's algorithm on for a socket
+        # that was made without a protocol number, and then the second waits 40 ms for the first.
+        at: socket.socket = transport.get_extra_info("socket")
+        at.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._idle_since = self.loop.time()
         self._expect_by(self._idle_since + self._receive_s)
         others = len(self.connections) - 1

@@ -30,9 +30,9 @@ Role = Literal["line", "operator", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)  # each may do what those before it may
 
 MEANINGS: dict[Role, str] = {
-    "line": "inspects, and looks at everything",
-    "operator": "and training images, retraining, which version is live",
-    "admin": "and takes models in",
+    "line": "to inspect and to look at everything",
+    "operator": "for training images, retraining and which version is live as well",
+    "admin": "to take in models as well",
 }
 
 
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kensa keys",
         description="Who may ask the server. A running server notices changes at once.",
-        epilog="Roles: " + "; ".join(f"{role} {MEANINGS[role]}" for role in ROLES) + ".",
+        epilog="Roles: " + ", ".join(f"{role} {MEANINGS[role]}" for role in ROLES) + ".",
     )
     actions = parser.add_subparsers(dest="what", required=True, metavar="add|list|remove")
     add = actions.add_parser("add", help="make a key and print it, once")

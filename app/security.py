@@ -7,11 +7,12 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import Request, Response, Security
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -171,11 +172,31 @@ def needs(role: Role) -> Any:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
         header: Annotated[str | None, Security(_HEADER)],
     ) -> None:
-        access: Access = request.app.state.access
-        key = access.check(bearer.credentials if bearer else header, role)
-        request.state.key = key.name if key else None
+        _check(request, bearer.credentials if bearer else header, role)
 
     return Security(who, scopes=[role])
+
+
+class KeyFirst(APIRoute):
+    """A route that reads its body when the key is known; FastAPI reads and parses it before."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        roles = [role for one in self.dependencies for role in getattr(one, "scopes", None) or ()]
+
+        async def handle_known(request: Request) -> Response:
+            bearer, header = await _BEARER(request), await _HEADER(request)
+            for role in roles:
+                _check(request, bearer.credentials if bearer else header, role)
+            return await handle(request)
+
+        return handle_known
+
+
+def _check(request: Request, given: str | None, role: Role) -> None:
+    access: Access = request.app.state.access
+    key = access.check(given, role)
+    request.state.key = key.name if key else None
 
 
 # Before routes

@@ -35,7 +35,8 @@ from app import connection as connections
 from app.connection import MAX_HEAD, MAX_PIPELINED, SLOWEST, Connection, room_for_connections
 from app.settings import Settings
 
-KIB, MIB = 1024, 1024 * 1024
+MIB = 1024 * 1024
+THREADS_OF_THE_QUEUE = 4
 RECEIVE_S, KEEP_ALIVE_S = 1, 2
 SETTINGS = {"KENSA_RECEIVE_S": str(RECEIVE_S), "KENSA_KEEP_ALIVE_S": str(KEEP_ALIVE_S)}
 HOST = b"Host: localhost\r\n"
@@ -186,6 +187,17 @@ def test_20_idle_and_20_trickling_connections_change_nothing(server: Server, pho
     print(f"\nms of /livez and /infer before: {before}, with 40 idle and slow clients: {during}")
     for was, now in zip(before, during, strict=True):
         assert now < 2 * was + 10
+
+
+def test_an_answer_on_a_kept_connection_is_not_held_back(server: Server) -> None:
+    """By 40 ms: Nagle's algorithm on this side, delayed acknowledgements on the other."""
+    server.client.get("/livez")
+    waits = []
+    for _ in range(25):
+        began = time.perf_counter()
+        assert server.client.get("/livez").status_code == 200
+        waits.append((time.perf_counter() - began) * 1000)
+    assert statistics.median(waits) < 30
 
 
 def test_a_slow_upload_that_moves_is_waited_for(server: Server) -> None:
@@ -765,6 +777,7 @@ class Held:
 
     threads: int
     files: Counter[str]
+    database: int  # connections to the queue, a pool of as many as there are threads for it
     temporary: int
 
     @classmethod
@@ -775,7 +788,9 @@ class Held:
             with contextlib.suppress(FileNotFoundError):
                 files[re.sub(r"\d+", "N", str(one.readlink()))] += 1
         uploads = server.log.parent / "data" / "datasets" / "uploads"
-        return cls(len(list((process / "task").iterdir())), files, len(list(uploads.iterdir())))
+        database = sum(files.pop(name) for name in [*files] if "/jobs.sqlite" in name)
+        threads = len(list((process / "task").iterdir()))
+        return cls(threads, files, database, len(list(uploads.iterdir())))
 
 
 def settled(server: Server, within_s: float) -> Held:
@@ -828,6 +843,7 @@ def mix(server: Server, photo: bytes, count: int) -> None:
           f"{server.memory('VmRSS') / MIB:.0f} MiB")  # fmt: skip
     assert (after.files, after.temporary) == (before.files, 0)
     assert after.threads <= before.threads
+    assert after.database <= 3 * THREADS_OF_THE_QUEUE
     assert set(by_kind) == {kind.__name__ for kind in mixture.kinds}
     failures = {status for _, status in mixture.counts if status >= 500}
     assert failures <= {503}

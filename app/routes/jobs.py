@@ -17,13 +17,13 @@ from app.jobs import ENDED, Jobs
 from app.keeper import Keeper
 from app.schemas import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
 from app.schemas import error_response as problem
-from app.security import needs
+from app.security import KeyFirst, needs
 from engines.datasets import Datasets
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.meta import Meta
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=KeyFirst)
 Result = TypeVar("Result")
 
 REPLY_WITHIN_S = 10.0  # of the queue; a locked database is waited for that long
