@@ -68,7 +68,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
     import uvicorn
 
-    from app.connection import Connection, room_for_connections
+    from app.connection import BACKLOG, Connection, room_for_connections
     from app.main import create_app, version
 
     class Server(uvicorn.Server):
@@ -83,6 +83,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
         http=partial(Connection, settings=settings, most=most),  # type: ignore[arg-type]
         loop="asyncio",  # not another one where that happens to be installed
         ws="none",
+        backlog=BACKLOG,
         lifespan="on",
         access_log=False,
         log_config=None,

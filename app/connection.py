@@ -37,7 +37,8 @@ SLOWEST = 64 * 1024  # bytes a second, of a body: each such piece makes up for a
 LINGER_S = 1.0  # how long a client that was refused may still send, so that it reads the answer
 PROBE_S = 0.25  # between two looks at a client that has shut down its side
 SPARE = 64  # connections beyond the limit that are there at a time, to be told so
-OTHER_FILES = 256  # descriptors that the rest of the process needs
+BACKLOG = 128  # connections that asyncio takes at a time, before any of them can be refused
+OTHER_FILES = 512  # descriptors for a few times that, and for the rest of the process
 RETRY_AFTER_S = 2
 _TCP_CLOSE = 7  # tcpi_state of a socket that was reset
 
@@ -86,8 +87,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Head and body of an answer are two writes. asyncio leaves Nagle's algorithm on for a socket
-        # that was made without a protocol number, and then the second waits 40 ms for the first.
+        # Head and body of an answer are two writes. asyncio leaves Nagle's algorithm on where a
+        # socket was made without a protocol number, and then the second waits 40 ms for the first.
         at: socket.socket = transport.get_extra_info("socket")
         at.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._idle_since = self.loop.time()

@@ -37,8 +37,8 @@ from app.settings import Settings
 
 MIB = 1024 * 1024
 THREADS_OF_THE_QUEUE = 4
-RECEIVE_S, KEEP_ALIVE_S = 1, 2
-SETTINGS = {"KENSA_RECEIVE_S": str(RECEIVE_S), "KENSA_KEEP_ALIVE_S": str(KEEP_ALIVE_S)}
+RECEIVE_S = 1
+SETTINGS = {"KENSA_RECEIVE_S": str(RECEIVE_S)}
 HOST = b"Host: localhost\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\n" + HOST + b"\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -48,7 +48,7 @@ JPEG = b"Content-Type: image/jpeg\r\n"
 @pytest.fixture(scope="module")
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "part", **SETTINGS}
-    with serving(tmp_path_factory.mktemp("server"), **settings) as running:
+    with serving(tmp_path_factory.mktemp("server"), **settings, KENSA_KEEP_ALIVE_S="2") as running:
         yield running
 
 
@@ -201,7 +201,7 @@ def test_an_answer_on_a_kept_connection_is_not_held_back(server: Server) -> None
 
 
 def test_a_slow_upload_that_moves_is_waited_for(server: Server) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     image = cv2.imencode(".bmp", noise)[1].tobytes()
     request = post("/datasets/slow/train?name=a.bmp", image, b"Content-Type: image/bmp\r\n")
     assert len(request) / (2 * SLOWEST) > 2 * RECEIVE_S
@@ -251,10 +251,8 @@ def test_what_is_left_of_a_refused_body_is_read_for_a_while_only(server: Server)
 
 def test_a_line_end_after_a_body_is_no_request(server: Server, photo: bytes) -> None:
     with connect(server) as connection:
-        for _ in range(2):
-            connection.sendall(post("/infer", photo, JPEG) + b"\r\n")
-            assert statuses(read_one(connection)) == [200]
-            time.sleep(RECEIVE_S + 0.2)
+        connection.sendall(post("/infer", photo, JPEG) + b"\r\n")
+        assert statuses(read_one(connection)) == [200]
         assert connection.recv(1) == b""  # closed as any idle one, without a 408
 
 
@@ -513,14 +511,15 @@ def test_a_flood_of_connections_does_not_use_up_the_files(small: Server) -> None
     with contextlib.ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(connect(small))
-        assert len(list(files.iterdir())) < 8 + connections.SPARE + 60
+        most = 8 + connections.SPARE + 60
+        assert eventually(lambda: len(list(files.iterdir())) < most, 5)
         answer = ask(small, LIVEZ, shut=True)
     assert statuses(answer) == [200]
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised_to", "fit"),
-    [(1024, 4096, None, 512), (256, 4096, 832, 512), (256, 600, 600, 280), (64, 100, 100, 8)],
+    [(2048, 4096, None, 512), (256, 4096, 1088, 512), (256, 600, 600, 24), (64, 100, 100, 8)],
 )
 def test_the_limit_of_open_files_is_raised_to_fit(
     soft: int, hard: int, raised_to: int | None, fit: int, monkeypatch: pytest.MonkeyPatch
@@ -624,7 +623,9 @@ class Mixture:
         seed, thread, count = part
         chance = random.Random(f"{seed}.{thread}")
         for number in range(count):
-            kind = self.kinds[number % len(self.kinds)] if seed == 0 else chance.choice(self.kinds)
+            kind = chance.choice(self.kinds)
+            if seed == 0:  # each, one after the other
+                kind = self.kinds[(number + thread * count) % len(self.kinds)]
             try:
                 answered = statuses(kind(chance))
             except (ConnectionError, http.client.HTTPException):
@@ -797,7 +798,7 @@ def settled(server: Server, within_s: float) -> Held:
     """What it holds once no connection is open but the listening one, and nothing changes."""
     last, since = Held.by(server), time.monotonic()
     end = since + within_s
-    while time.monotonic() < end and time.monotonic() - since < 1:
+    while time.monotonic() < end and time.monotonic() - since < 1.5:
         time.sleep(0.1)
         now = Held.by(server)
         if now != last or now.temporary:
@@ -820,15 +821,15 @@ def mix(server: Server, photo: bytes, count: int) -> None:
     with ThreadPoolExecutor(16) as pool:  # of threads and of database connections: to their size
         for path in (b"/jobs", b"/models", b"/datasets"):
             request = LIVEZ.replace(b"/livez", path)
-            list(pool.map(lambda data: ask(server, data, shut=True), [request] * 96))
-    mixture.run(16 * len(mixture.kinds), seed=0, threads=16)
-    before, memory = settled(server, KEEP_ALIVE_S + 10), server.memory("VmRSS")
+            list(pool.map(lambda data: ask(server, data, shut=True), [request] * 48))
+    mixture.run(8 * len(mixture.kinds), seed=0, threads=16)
+    before, memory = settled(server, 15), server.memory("VmRSS")
     mixture.counts.clear()
     seed = random.randrange(1, 10**6)
     began = time.monotonic()
     mixture.run(count, seed)
     took = time.monotonic() - began
-    after = settled(server, KEEP_ALIVE_S + 10)
+    after = settled(server, 15)
     print(
         f"\n{count} requests, seed {seed}, in {took:.1f} s: {sum(mixture.counts.values())} answers"
     )
@@ -856,7 +857,7 @@ def test_600_requests_of_every_kind_leave_nothing_behind(
     kensa_model: Path, tmp_path: Path, photo: bytes
 ) -> None:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "part", **SETTINGS}
-    with serving(tmp_path, **settings) as running:
+    with serving(tmp_path, **settings, KENSA_KEEP_ALIVE_S="1") as running:
         mix(running, photo, 600)
 
 
@@ -865,5 +866,5 @@ def test_10000_requests_of_every_kind_leave_nothing_behind(
     kensa_model: Path, tmp_path: Path, photo: bytes
 ) -> None:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "part", **SETTINGS}
-    with serving(tmp_path, **settings) as running:
+    with serving(tmp_path, **settings, KENSA_KEEP_ALIVE_S="1") as running:
         mix(running, photo, 10_000)
