@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -20,6 +21,9 @@ log = logging.getLogger("kensa")
 
 def main() -> None:
     """The command. Exits with 0 when told to stop, with 2 and one sentence at a wrong setting."""
+    if sys.argv[1:2] == ["keys"]:
+        _keys(sys.argv[2:])
+        return
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
@@ -31,6 +35,9 @@ def main() -> None:
         settings = Settings.read()
         settings.data  # noqa: B018 (raises where there is no place for it)
         _log_lines(settings)
+        from app.security import Access
+
+        Access(settings).must_be_safe()
         listener = listen(settings.host, settings.port)
     except KensaError as error:
         sys.stderr.write(f"kensa: {error}\n")
@@ -62,11 +69,22 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
     import uvicorn
 
+    from app.connection import BACKLOG, Connection, room_for_connections
     from app.main import create_app, version
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.stopping.set()  # for answers that would never end by themselves
+            await super().shutdown(sockets)
+
+    app = create_app(settings)
+    most = room_for_connections(settings.max_connections)
     config = uvicorn.Config(
-        create_app(settings),
-        http="httptools",
+        app,
+        http=partial(Connection, settings=settings, most=most),  # type: ignore[arg-type]
+        loop="asyncio",  # not another one where that happens to be installed
+        ws="none",
+        backlog=BACKLOG,
         lifespan="on",
         access_log=False,
         log_config=None,
@@ -77,7 +95,17 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     at = f"[{host}]" if ":" in host else host
     log.info("Kensa %s listens on http://%s:%d, its documentation is /docs", version(), at, port)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
+
+
+def _keys(arguments: list[str]) -> None:
+    from app.keys import command
+
+    try:
+        command(arguments)
+    except KensaError as error:
+        sys.stderr.write(f"kensa: {error}\n")
+        sys.exit(EXIT_CODE)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -103,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kensa",
         description="Serve a model over HTTP. Settings are environment variables:\n"
         + "\n".join(lines),
+        epilog="kensa keys --help says how API keys are made.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -23,6 +24,7 @@ from app.metrics import Metrics
 from app.openapi import describe, operation_id
 from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
+from app.security import Access, BodyLimit, KnownHosts
 from app.settings import Settings
 from app.watch import CLIENT_LEFT, Watch, request_id
 from app.worker import Worker
@@ -36,11 +38,13 @@ DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a ve
 Every answer that is not a success has the form `{"error": "one sentence", "code": "snake_case"}`.
 """
 RETRY_AFTER_S = "2"
+_UNAUTHORIZED = 401
 _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
-    infer.router, models.router, jobs_routes.router, datasets.router, system.router, oip.router
+    infer.router, models.router, jobs_routes.router, datasets.router, system.router, oip.router,
+    oip.health,
 )  # fmt: skip
 
 
@@ -94,11 +98,24 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = metrics
     app.state.health = Health(inspector, store, jobs, worker, settings.data)
     app.state.datasets = Datasets(settings.data / "datasets")
+    app.state.access = Access(settings)
+    app.state.stopping = asyncio.Event()
     for router in _ROUTERS:
         app.include_router(router)
     describe(app)
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
+    app.add_middleware(BodyLimit, answer=answer_error)
+    if origins := settings.origin_names:
+        everything = ["*"]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=everything,
+            allow_headers=everything,
+            expose_headers=everything,
+        )
+    app.add_middleware(KnownHosts, settings=settings, answer=answer_error)
     app.add_middleware(Watch, metrics=metrics)  # the last one is the outermost
     return app
 
@@ -126,6 +143,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return _form(500, sentence, KensaError.code, headers)
     if error.status == _UNAVAILABLE:
         headers["Retry-After"] = RETRY_AFTER_S
+    if error.status == _UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     return _form(error.status, str(error), error.code, headers)
 
 

@@ -20,6 +20,22 @@ Answers = dict[int, dict[str, Any]]
 Operation = dict[str, Any]  # of an OpenAPI document
 
 ANY: Answers = {
+    400: error_response(
+        "Asked under an unknown name, or not in HTTP/1.1.",
+        unknown_host="This server is not called 'bracket.example': ask it by its address or ...",
+        bad_http="This is not HTTP/1.1: send an ordinary request.",
+    ),
+    408: error_response(
+        "It did not arrive in time.", too_slow="The request did not arrive in time: look at ..."
+    ),
+    431: error_response(
+        "Its head is too large.",
+        head_too_large="The head of the request has more than the 65,536 bytes allowed.",
+    ),
+    503: error_response(
+        "Too many connections.",
+        too_many_connections="All 512 connections are at work: close some, or raise ...",
+    ),
     500: error_response(
         "Kensa failed; its log says why.",
         internal_error="Kensa failed; its log says why, at request 5f0c8e6c0b1d4a6f.",
@@ -31,7 +47,26 @@ WITH_INPUT: Answers = {  # a body, or parameters
         bad_request="The query parameter limit is wrong: Input should be greater than 0.",
     ),
 }
+SECURED: Answers = {  # a key is needed, where there are keys
+    401: error_response(
+        "No API key, or an unknown one.",
+        unauthorized="This server wants an API key: send it as Authorization: Bearer KEY, or ...",
+    ),
+    403: error_response(
+        "The key's role does not allow it, or the web page of another server asks.",
+        forbidden="The key line-3 has the role line; this needs a key with the role operator.",
+        foreign_origin="A web page of http://elsewhere asks for this: where that is wanted, ...",
+    ),
+    503: error_response(
+        "The file of keys cannot be read.",
+        bad_keys="The server's file of API keys cannot be read, so nobody is let in; ...",
+    ),
+}
 WITH_JSON: Answers = {  # a body in JSON
+    413: error_response(
+        "The body is too large.",
+        body_too_large="The body has more than the 1,048,576 bytes that are read here.",
+    ),
     415: error_response(
         "The body is not JSON.",
         unsupported_body="Kensa does not read a body of type text/plain here: send JSON with"
@@ -48,6 +83,7 @@ def _content(operation: Operation) -> dict[str, Any]:
 _TABLES: list[tuple[Answers, Callable[[Operation], bool]]] = [
     (ANY, lambda _: True),
     (WITH_INPUT, lambda operation: bool(operation.get("parameters") or _content(operation))),
+    (SECURED, lambda operation: "security" in operation),
     (WITH_JSON, lambda operation: "application/json" in _content(operation)),
 ]
 

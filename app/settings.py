@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,10 @@ from engines.errors import BadSettings
 
 PREFIX = "KENSA_"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
+_HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
+_HOSTS = rf"^({_HOST}( *, *{_HOST})*)?$"
+_ORIGIN = rf"https?://{_HOST}(:[0-9]{{1,5}})?"
+_ORIGINS = rf"^({_ORIGIN}( *, *{_ORIGIN})*)?$"
 
 
 def _setting(default: Any, unit: str, meaning: str, **rules: Any) -> Any:
@@ -138,6 +143,48 @@ class Settings(BaseSettings):
         ge=0,
         le=65_535,
     )
+    access: Literal["auto", "keys", "anyone"] = _setting(
+        "auto",
+        "",
+        "Who may ask. auto: who sends an API key, once there is one; until then everybody on this"
+        " machine. keys: only who sends a key. anyone: everybody who reaches the port may do"
+        " everything.",
+    )
+    keys_file: Path | None = _setting(
+        None,
+        "file",
+        "Where the API keys are kept. Without it, keys.json in the data folder.",
+    )
+    hosts: str = _setting(
+        "",
+        "names",
+        "Further names, separated by commas, under which this server is asked. It always answers"
+        " to its addresses, to localhost and to the machine's own name.",
+        pattern=_HOSTS,
+    )
+    origins: str = _setting(
+        "",
+        "origins",
+        "Web pages of other servers that may ask this one, separated by commas, such as"
+        " http://gateway:8080.",
+        pattern=_ORIGINS,
+    )
+    max_connections: int = _setting(
+        512,
+        "connections",
+        "The most connections at a time. When one more comes, the one that has been idle longest"
+        " is closed.",
+        ge=8,
+        le=100_000,
+    )
+    receive_s: int = _setting(
+        10,
+        "seconds",
+        "How long the head of a request may take to arrive, and how long its body may stand still"
+        " or come slower than 64 KiB a second.",
+        ge=1,
+        le=3600,
+    )
     precision: Literal["auto", "f32", "bf16"] = _setting(
         "auto",
         "",
@@ -232,6 +279,29 @@ class Settings(BaseSettings):
         return re.sub(r"[^A-Za-z0-9_-]+", "-", folder).strip("-")[:64] or "default"
 
     @property
+    def host_names(self) -> list[str]:
+        """The names in `hosts`."""
+        return _listed(self.hosts)
+
+    @property
+    def origin_names(self) -> list[str]:
+        """The origins in `origins`."""
+        return _listed(self.origins)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the address to listen on."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def keys_path(self) -> Path:
+        """The file of API keys. Raises BadSettings as `data`."""
+        return self.keys_file.absolute() if self.keys_file else self.data / "keys.json"
+
+    @property
     def compiled_dir(self) -> Path | None:
         """Where compiled networks are kept, None where there is no place for them."""
         return self.cache_dir or _home("XDG_CACHE_HOME", "~/.cache")
@@ -247,6 +317,10 @@ class Settings(BaseSettings):
         if data is None:
             raise BadSettings("This user has no home: set KENSA_DATA_DIR to a folder.")
         return data.absolute()
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip().lower() for name in names.split(",") if name.strip()]
 
 
 def unknown_variables() -> list[str]:

@@ -8,6 +8,14 @@ KensaError
 ├── BadImage              400  the bytes are damaged, or are not what they say they are
 │   ├── UnsupportedImage  415  a kind of image that Kensa does not read
 │   └── ImageTooLarge     413  more bytes or more pixels than allowed
+├── UnknownHost           400  asked under a name that is not this server's
+├── BadHttp               400  what came is not HTTP that Kensa reads
+├── Unauthorized          401  no API key, or one that is not known
+├── Forbidden             403  the API key's role does not allow it
+├── ForeignOrigin         403  the web page of another server asks for a change
+├── TooSlow               408  the request did not arrive in time
+├── BodyTooLarge          413  a body of more bytes than the route reads
+├── HeadTooLarge          431  a request line and headers of more bytes than are read
 ├── BadRequest            422  the request itself is malformed
 │   └── UnsupportedBody   415  a body of a content type that no route reads
 ├── BadSettings           500  a setting of the server is wrong; it does not start
@@ -23,6 +31,8 @@ KensaError
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
 ├── Overloaded            503  more requests than can be answered in time
+├── BadKeys               503  the file of API keys cannot be read; nobody is let in
+├── TooManyConnections    503  none of the connections that are open is idle
 ├── NoWorker              503  nothing here can learn or convert
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
@@ -61,6 +71,62 @@ class ImageTooLarge(BadImage):
 
     status = 413
     code = "image_too_large"
+
+
+class UnknownHost(KensaError):
+    """Asked under a name that is not this server's: perhaps by a page that rebinds its name."""
+
+    status = 400
+    code = "unknown_host"
+
+
+class BadHttp(KensaError):
+    """What came is not HTTP, or a part of HTTP that Kensa does not read."""
+
+    status = 400
+    code = "bad_http"
+
+
+class Unauthorized(KensaError):
+    """No API key came with the request, or one that is not known."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(KensaError):
+    """The API key is known, and its role does not allow what is asked for."""
+
+    status = 403
+    code = "forbidden"
+
+
+class ForeignOrigin(KensaError):
+    """The web page of another server asks for a change, in the browser of somebody."""
+
+    status = 403
+    code = "foreign_origin"
+
+
+class TooSlow(KensaError):
+    """The request did not arrive in time."""
+
+    status = 408
+    code = "too_slow"
+
+
+class BodyTooLarge(KensaError):
+    """A body of more bytes than the route reads."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class HeadTooLarge(KensaError):
+    """A request line and headers of more bytes than are read."""
+
+    status = 431
+    code = "head_too_large"
 
 
 class BadRequest(KensaError):
@@ -165,6 +231,20 @@ class Overloaded(KensaError):
 
     status = 503
     code = "overloaded"
+
+
+class BadKeys(KensaError):
+    """The file of API keys is damaged or cannot be read. Nobody is let in until it is mended."""
+
+    status = 503
+    code = "bad_keys"
+
+
+class TooManyConnections(KensaError):
+    """As many connections are open as may be, and none of them is idle."""
+
+    status = 503
+    code = "too_many_connections"
 
 
 class NoWorker(KensaError):

@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name, fsync, rename.
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write to a temporary name, fsync, rename. `mode` is less what the process's umask takes.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
+        created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(created, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

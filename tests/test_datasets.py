@@ -311,7 +311,7 @@ def test_zips_of_the_zip_command_are_read_and_encrypted_ones_refused(
 def test_nothing_is_stored_before_the_whole_request_arrived(place: Place) -> None:
     body = PART.replace(b'"a"', b'"1.png"') + image() + b"\r\n" + PART.replace(b'"a"', b'"2.png"')
     head = (
-        f"POST {place.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        f"POST {place.url} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
         "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
     )
     with _connected(place.server) as connection:
@@ -474,7 +474,7 @@ def test_no_path_leads_out_of_the_data_or_to_what_is_not_there(place: Place, pat
 def exact(server: Server, method: str, target: str) -> tuple[int, str]:
     """Status and JSON body for a request line that no client tidies up."""
     with _connected(server) as connection:
-        connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         head, _, body = _received(connection).partition("\r\n\r\n")
     return int(head.split()[1]), body
 
@@ -971,7 +971,7 @@ def test_looking_at_a_category_while_it_is_deleted_breaks_nothing(tmp_path: Path
 )
 def test_an_upload_that_says_it_is_too_large_is_refused_unread(place: Place, kind: str) -> None:
     head = (
-        f"POST {place.url}?name=a.png HTTP/1.1\r\nHost: x\r\n"
+        f"POST {place.url}?name=a.png HTTP/1.1\r\nHost: localhost\r\n"
         f"Content-Length: {UPLOAD_LIMIT + 1}\r\nContent-Type: {kind}\r\n\r\n"
     )
     with _connected(place.server) as connection:
@@ -987,7 +987,7 @@ def test_an_upload_that_says_it_is_too_large_is_refused_unread(place: Place, kin
 )
 def test_an_upload_without_a_length_is_read_up_to_the_limit(place: Place, kind: str) -> None:
     head = (
-        f"POST {place.url}?name=a.png HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        f"POST {place.url}?name=a.png HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         f"Content-Type: {kind}\r\n\r\n"
     )
     good = PART.replace(b'"a"', b'"1.png"') + image() + b"\r\n" + PART
@@ -1148,7 +1148,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
 def test_a_client_that_leaves_while_sending_leaves_no_file(place: Place, kind: str) -> None:
     before = place.server.log.read_text()
     head = (
-        f"POST {place.url}?name=a.png HTTP/1.1\r\nHost: x\r\nContent-Length: {MB}\r\n"
+        f"POST {place.url}?name=a.png HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MB}\r\n"
         f"Content-Type: {kind}\r\n\r\n"
     )
     good = PART.replace(b'"a"', b'"1.png"') + image() + b"\r\n" + PART
@@ -1165,7 +1165,7 @@ def _send_quietly(server: Server, place: Place, data: bytes) -> None:
     """Send a zip, whatever becomes of it."""
     host, port = server.url.removeprefix("http://").split(":")
     head = (
-        f"POST {place.url} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        f"POST {place.url} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
         "Content-Type: application/zip\r\n\r\n"
     )
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -1211,7 +1211,7 @@ def test_a_server_that_is_killed_while_it_receives_leaves_nothing(tmp_path: Path
     data = tmp_path / "data"
     with serving(tmp_path, KENSA_DATA_DIR=str(data)) as running:
         place = Place(running, data / "datasets")
-        head = f"POST {place.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n"
+        head = f"POST {place.url} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n"
         with _connected(running) as connection:
             connection.sendall(head.encode() + b"Content-Type: image/png\r\n\r\n" + bytes(2 * MB))
             until(lambda: any(path.stat().st_size for path in place.root.glob("uploads/*/0")))

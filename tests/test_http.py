@@ -244,7 +244,7 @@ def test_unknown_paths_and_methods_are_refused_in_the_agreed_form(server: Server
 @pytest.mark.parametrize("form", [False, True])
 def test_a_body_that_says_it_is_too_large_is_refused_unread(server: Server, form: bool) -> None:
     head = (
-        f"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: {100 * MB}\r\n"
+        f"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {100 * MB}\r\n"
         f"Content-Type: {'multipart/form-data; boundary=b' if form else 'image/jpeg'}\r\n\r\n"
     )
     with _connected(server) as connection:
@@ -257,7 +257,7 @@ def test_a_body_that_says_it_is_too_large_is_refused_unread(server: Server, form
 @pytest.mark.parametrize("form", [False, True])
 def test_a_body_without_a_length_is_read_up_to_the_limit(server: Server, form: bool) -> None:
     head = (
-        "POST /infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        "POST /infer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         f"Content-Type: {'multipart/form-data; boundary=b' if form else 'image/jpeg'}\r\n\r\n"
     )
     chunk = b"%x\r\n" % MB + b"\0" * MB + b"\r\n"
@@ -323,7 +323,7 @@ def test_a_client_that_leaves_while_sending_leaves_no_trace(server: Server, phot
     before = server.log.read_text()
     for content_type in ("image/jpeg", "multipart/form-data; boundary=b"):
         head = (
-            "POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n"
+            "POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n"
             f"Content-Type: {content_type}\r\n\r\n"
         )
         with _connected(server) as connection:
@@ -427,7 +427,10 @@ def test_a_failure_inside_is_a_500_without_its_details(
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with _lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://x") as c:
+        async with (
+            _lifespan(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as c,
+        ):
             app.state.inspector.residents.put(fake_model(score))
             return await c.post("/infer", content=seeds()["png_colour"], headers=RAW)
 
@@ -469,7 +472,7 @@ def test_sigterm_ends_it_in_order_despite_an_open_connection(
 def test_a_stuck_upload_does_not_keep_it_from_ending(kensa_model: Path, tmp_path: Path) -> None:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_SHUTDOWN_GRACE_S": "1"}
     with serving(tmp_path, **settings) as running, _connected(running) as connection:
-        connection.sendall(b"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        connection.sendall(b"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         time.sleep(0.2)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=5) == 0
@@ -572,6 +575,7 @@ def test_the_openapi_document_describes_what_is_sent(server: Server) -> None:
     infer = document["paths"]["/infer"]["post"]
     own = {"200", "400", "404", "413", "415", "422", "500", "503", "504"}
     assert own <= set(infer["responses"])
+    assert {"401", "403", "408", "431"} <= set(infer["responses"])
     assert set(infer["responses"]["200"]["content"]) == {
         "application/json",
         "text/plain",

@@ -21,6 +21,7 @@ from app.schemas import (
     UploadBody,
     error_response,
 )
+from app.security import needs
 from app.settings import Settings
 from app.uploads import Part, receive, upload_folder
 from engines.datasets import (
@@ -140,7 +141,7 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/datasets", summary="Which categories are there?")
+@router.get("/datasets", dependencies=[needs("line")], summary="Which categories are there?")
 async def categories(request: Request) -> DatasetsBody:
     """Every category, with the number of images in each of its splits."""
     counts = await run_in_threadpool(_datasets(request).categories)
@@ -159,6 +160,7 @@ async def categories(request: Request) -> DatasetsBody:
 
 @router.post(
     "/datasets/{category}/{split}",
+    dependencies=[needs("operator")],
     summary="Send training images",
     status_code=201,
     responses=_UPLOAD_RESPONSES,
@@ -195,6 +197,7 @@ async def upload(
 
 @router.get(
     "/datasets/{category}/{split}",
+    dependencies=[needs("line")],
     summary="Which images are there?",
     responses={404: _UNKNOWN, 422: _MALFORMED},
 )
@@ -218,6 +221,7 @@ async def images(
 
 @router.get(
     "/datasets/{category}/{split}/{name}",
+    dependencies=[needs("line")],
     summary="An image as it was sent",
     response_class=Response,
     responses={
@@ -239,6 +243,7 @@ async def image(request: Request, category: Category, split: Which, name: Name) 
 
 @router.get(
     "/datasets/{category}/{split}/{name}/thumbnail",
+    dependencies=[needs("line")],
     summary="An image, small",
     response_class=Response,
     responses={
@@ -259,6 +264,7 @@ async def thumbnail(request: Request, category: Category, split: Which, name: Na
 
 @router.delete(
     "/datasets/{category}/{split}/{name}",
+    dependencies=[needs("operator")],
     summary="Delete an image",
     status_code=204,
     response_class=Response,
@@ -271,6 +277,7 @@ async def delete_image(request: Request, category: Category, split: Which, name:
 
 @router.delete(
     "/datasets/{category}/{split}",
+    dependencies=[needs("operator")],
     summary="Delete the images of a split",
     status_code=204,
     response_class=Response,
@@ -283,6 +290,7 @@ async def delete_split(request: Request, category: Category, split: Which) -> No
 
 @router.delete(
     "/datasets/{category}",
+    dependencies=[needs("operator")],
     summary="Delete a category",
     status_code=204,
     response_class=Response,

@@ -15,10 +15,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from app.inspection import Drawing, Inspection, Inspector
 from app.patience import while_wanted
 from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
+from app.security import counts_itself, needs
 from app.watch import request_id
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
-router = APIRouter(tags=["inspection"])
+router = APIRouter(tags=["inspection"], dependencies=[needs("line")])
 
 Answer = Literal["application/json", "text/plain", "image/png"]
 ANSWERS: tuple[Answer, ...] = ("application/json", "text/plain", "image/png")
@@ -202,6 +203,7 @@ async def _capped(
         f"The request has more than the {most:,} bytes allowed: send a smaller image, or raise"
         " KENSA_MAX_IMAGE_BYTES."
     )
+    counts_itself(request)
     if int(request.headers.get("content-length", 0)) > most:
         raise too_large
     received = 0

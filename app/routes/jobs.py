@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,14 @@ from app.jobs import ENDED, Jobs
 from app.keeper import Keeper
 from app.schemas import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
 from app.schemas import error_response as problem
+from app.security import KeyFirst, needs
 from engines.datasets import Datasets
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.meta import Meta
 from engines.store import NAME
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=KeyFirst)
 Result = TypeVar("Result")
 
 JobId = Annotated[
@@ -71,7 +73,11 @@ _ASKED: dict[int | str, dict[str, Any]] = {
 
 
 @router.post(
-    "/retrain", status_code=202, summary="Learn from the images of a category", responses=_ASKED
+    "/retrain",
+    dependencies=[needs("operator")],
+    status_code=202,
+    summary="Learn from the images of a category",
+    responses=_ASKED,
 )
 async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
     """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
@@ -79,14 +85,25 @@ async def retrain(request: Request, response: Response, body: RetrainRequest) ->
     return await _submit(request, response, "retrain", body)
 
 
-@router.post("/convert", status_code=202, summary="Make an engine of a version", responses=_ASKED)
+@router.post(
+    "/convert",
+    dependencies=[needs("operator")],
+    status_code=202,
+    summary="Make an engine of a version",
+    responses=_ASKED,
+)
 async def convert(request: Request, response: Response, body: ConvertRequest) -> JobBody:
     """As convtrt.py does: export, compare with the trained model, publish."""
     await asyncio.to_thread(_check_version, request, body)
     return await _submit(request, response, "convert", body)
 
 
-@router.get("/jobs", summary="Which jobs are there?", responses={503: _NO_WORKER})
+@router.get(
+    "/jobs",
+    dependencies=[needs("line")],
+    summary="Which jobs are there?",
+    responses={503: _NO_WORKER},
+)
 async def jobs(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=500, description="The newest so many.")] = 50,
@@ -97,7 +114,10 @@ async def jobs(
 
 
 @router.get(
-    "/jobs/{job_id}", summary="How is this job?", responses={404: _UNKNOWN, 503: _NO_WORKER}
+    "/jobs/{job_id}",
+    dependencies=[needs("line")],
+    summary="How is this job?",
+    responses={404: _UNKNOWN, 503: _NO_WORKER},
 )
 async def job(request: Request, job_id: JobId) -> JobBody:
     """Its state, its progress and, in the end, the version it made and what became of it."""
@@ -106,6 +126,7 @@ async def job(request: Request, job_id: JobId) -> JobBody:
 
 @router.get(
     "/jobs/{job_id}/log",
+    dependencies=[needs("line")],
     summary="What did it say?",
     response_class=Response,
     responses={
@@ -125,6 +146,7 @@ async def log(request: Request, job_id: JobId) -> Response:
 
 @router.get(
     "/jobs/{job_id}/events",
+    dependencies=[needs("line")],
     summary="Watch a job",
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}, 404: _UNKNOWN, 503: _NO_WORKER},
@@ -133,13 +155,14 @@ async def events(request: Request, job_id: JobId) -> StreamingResponse:
     """Server-sent events until it ends: `log` with a line, `job` with all of GET /jobs/{id}."""
     found = _jobs(request)
     await _ask(lambda: found.get(job_id))
-    return StreamingResponse(_follow(found, job_id), media_type="text/event-stream",
+    stopping = request.app.state.stopping
+    return StreamingResponse(_follow(found, job_id, stopping), media_type="text/event-stream",
                              headers={"Cache-Control": "no-store"})  # fmt: skip
 
 
-async def _follow(found: Jobs, job_id: str) -> AsyncIterator[str]:
+async def _follow(found: Jobs, job_id: str, stopping: asyncio.Event) -> AsyncIterator[str]:
     after, before, silent = 0, None, 0.0
-    while True:
+    while not stopping.is_set():
         try:
             now = await _ask(lambda: found.get(job_id))
             lines, after = await _ask(partial(found.lines, job_id, after))
@@ -157,11 +180,13 @@ async def _follow(found: Jobs, job_id: str) -> AsyncIterator[str]:
             yield ": still running\n\n"
             silent = 0.0
         before = now
-        await asyncio.sleep(LOOK_EVERY_S)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stopping.wait(), LOOK_EVERY_S)
 
 
 @router.post(
     "/jobs/{job_id}/cancel",
+    dependencies=[needs("operator")],
     summary="Stop a job",
     responses={
         404: _UNKNOWN,
@@ -174,7 +199,12 @@ async def cancel(request: Request, job_id: JobId) -> JobBody:
     return JobBody(**await _ask(lambda: _jobs(request).cancel(job_id)))
 
 
-@router.get("/schedules", summary="What is learned when?", responses={503: _NO_WORKER})
+@router.get(
+    "/schedules",
+    dependencies=[needs("line")],
+    summary="What is learned when?",
+    responses={503: _NO_WORKER},
+)
 async def schedules(request: Request) -> SchedulesBody:
     """All schedules."""
     found = await _ask(_jobs(request).schedules)
@@ -183,6 +213,7 @@ async def schedules(request: Request) -> SchedulesBody:
 
 @router.put(
     "/schedules/{name}",
+    dependencies=[needs("operator")],
     summary="Retrain regularly",
     responses={
         404: _ASKED[404],
@@ -203,6 +234,7 @@ async def schedule(request: Request, name: ScheduleName, body: ScheduleRequest) 
 
 @router.delete(
     "/schedules/{name}",
+    dependencies=[needs("operator")],
     status_code=204,
     summary="End a schedule",
     responses={

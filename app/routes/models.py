@@ -21,6 +21,7 @@ from app.schemas import (
     VersionBody,
     error_response,
 )
+from app.security import needs
 from app.settings import Settings
 from app.uploads import receive, upload_folder
 from engines.bundle import ONNX
@@ -57,7 +58,7 @@ _FULL = error_response(
 _CHANGE: dict[int | str, dict[str, Any]] = {404: _UNKNOWN, 422: _UNUSABLE, 507: _FULL}
 
 
-@router.get("/models", summary="Which models are there?")
+@router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
 async def models(request: Request) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
     keeper = _keeper(request)
@@ -67,6 +68,7 @@ async def models(request: Request) -> ModelsBody:
 
 @router.post(
     "/models",
+    dependencies=[needs("admin")],
     status_code=201,
     summary="Take in a model",
     responses={
@@ -134,7 +136,12 @@ async def take_in(
     return TakenInBody(name=name, version=version, needs_conversion=not has_engine)
 
 
-@router.get("/models/{name}", summary="What is this model?", responses={404: _UNKNOWN})
+@router.get(
+    "/models/{name}",
+    dependencies=[needs("line")],
+    summary="What is this model?",
+    responses={404: _UNKNOWN},
+)
 async def model(request: Request, name: Name) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
     await asyncio.to_thread(_keeper(request).store.must_know, name)
@@ -142,7 +149,10 @@ async def model(request: Request, name: Name) -> StoredModelBody:
 
 
 @router.get(
-    "/models/{name}/versions/{version}", summary="What is this version?", responses={404: _UNKNOWN}
+    "/models/{name}/versions/{version}",
+    dependencies=[needs("line")],
+    summary="What is this version?",
+    responses={404: _UNKNOWN},
 )
 async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
@@ -152,6 +162,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
 
 @router.get(
     "/models/{name}/versions/{version}/flips/{number}",
+    dependencies=[needs("line")],
     summary="See a part whose verdict changes",
     response_class=Response,
     responses={200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}}, 404: _UNKNOWN},
@@ -170,6 +181,7 @@ async def flip(request: Request, name: Name, version: Version, number: Number) -
 
 @router.post(
     "/models/{name}/versions/{version}/activate",
+    dependencies=[needs("operator")],
     summary="Make a version live",
     responses=_CHANGE,
 )
@@ -181,6 +193,7 @@ async def activate(request: Request, name: Name, version: Version) -> StoredMode
 
 @router.post(
     "/models/{name}/rollback",
+    dependencies=[needs("operator")],
     summary="Go back to the version before",
     responses={
         **_CHANGE,

@@ -45,6 +45,7 @@ from app.schemas import (
     TensorBody,
     error_response,
 )
+from app.security import counts_itself, needs
 from app.watch import request_id
 from engines.errors import (
     BadImage,
@@ -56,7 +57,9 @@ from engines.errors import (
 )
 from engines.resident import Resident
 
-router = APIRouter(tags=["Open Inference Protocol"])
+_TAG = "Open Inference Protocol"
+router = APIRouter(tags=[_TAG], dependencies=[needs("line")])
+health = APIRouter(tags=[_TAG])  # as /livez and /readyz, without a key
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 MAX_REPOSITORY_BODY = 64 * 1024  # bytes
@@ -191,13 +194,13 @@ async def server(request: Request) -> ServerMetadataBody:
     return ServerMetadataBody(name="kensa", version=request.app.version, extensions=EXTENSIONS)
 
 
-@router.get("/v2/health/live", summary="Is the process alive?")
+@health.get("/v2/health/live", summary="Is the process alive?")
 async def live() -> ServerLiveBody:
     """As `GET /livez`."""
     return ServerLiveBody(live=True)
 
 
-@router.get("/v2/health/ready", summary="Can it inspect?", responses={503: _NOT_READY})
+@health.get("/v2/health/ready", summary="Can it inspect?", responses={503: _NOT_READY})
 async def ready(request: Request) -> ServerReadyBody:
     """As `GET /readyz`."""
     if missing := _inspector(request).residents.missing():
@@ -341,6 +344,7 @@ async def index(request: Request) -> list[RepositoryModelBody]:
 
 @router.post(
     "/v2/repository/models/{model}/load",
+    dependencies=[needs("operator")],
     summary="Bring a model into memory",
     responses={
         **_BODY,
@@ -368,6 +372,7 @@ async def load(request: Request, model: str) -> RepositoryModelBody:
 
 @router.post(
     "/v2/repository/models/{model}/unload",
+    dependencies=[needs("operator")],
     summary="Take a model out of memory",
     responses={**_BODY, 404: _UNKNOWN},
     openapi_extra=_REPOSITORY_BODY,
@@ -432,6 +437,7 @@ async def _body(
 
     `hold` is told how many bytes have come, see `Inspector.holding`.
     """
+    counts_itself(request)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise UnsupportedBody(

@@ -22,6 +22,7 @@ from app.schemas import (
     StatusBody,
     error_response,
 )
+from app.security import needs
 from engines.errors import NotReady
 from engines.resident import NO_MODEL, Resident
 
@@ -59,6 +60,7 @@ async def readyz(request: Request) -> StatusBody:
     "/healthz",
     summary="What is running?",
     response_model=HealthBody,
+    dependencies=[needs("line")],
     responses={503: {"model": HealthBody, "description": "The same, when no model is loaded."}},
 )
 async def healthz(request: Request) -> Response:
@@ -95,6 +97,7 @@ async def healthz(request: Request) -> Response:
 
 @router.get(
     "/metrics",
+    dependencies=[needs("line")],
     summary="How is it going, for Prometheus?",
     response_class=Response,
     responses={
