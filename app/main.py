@@ -44,7 +44,7 @@ _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have e
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
     infer.router, models.router, jobs_routes.router, datasets.router, system.router, oip.router,
-    oip.health,
+    oip.control, oip.health,
 )  # fmt: skip
 
 

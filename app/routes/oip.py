@@ -59,6 +59,7 @@ from engines.resident import Resident
 
 _TAG = "Open Inference Protocol"
 router = APIRouter(tags=[_TAG], dependencies=[needs("line")])
+control = APIRouter(tags=[_TAG], dependencies=[needs("operator")])
 health = APIRouter(tags=[_TAG])  # as /livez and /readyz, without a key
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
@@ -342,9 +343,8 @@ async def index(request: Request) -> list[RepositoryModelBody]:
     return [one for one in found if one.state == "READY" or not wanted.ready]
 
 
-@router.post(
+@control.post(
     "/v2/repository/models/{model}/load",
-    dependencies=[needs("operator")],
     summary="Bring a model into memory",
     responses={
         **_BODY,
@@ -370,9 +370,8 @@ async def load(request: Request, model: str) -> RepositoryModelBody:
     return await _entry(request, model)
 
 
-@router.post(
+@control.post(
     "/v2/repository/models/{model}/unload",
-    dependencies=[needs("operator")],
     summary="Take a model out of memory",
     responses={**_BODY, 404: _UNKNOWN},
     openapi_extra=_REPOSITORY_BODY,
