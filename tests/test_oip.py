@@ -459,7 +459,7 @@ MALFORMED: dict[str, tuple[bytes, dict[str, str]] | bytes] = {
     "empty inputs": body(),
     "inputs an object": b'{"inputs": {}}',
     "input a string": body("image"),
-    "many inputs": body(*[tensor()] * 5_000),
+    "many inputs": body(*[tensor()] * 4_000),
     "no name": body(tensor(name=None)),
     "name a number": body(tensor(name=3)),
     "no datatype": body(tensor(datatype=None)),
