@@ -25,6 +25,7 @@ from engines.image import ImageLimits, check_size
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON = 2 * 1024 * 1024  # bytes; reading them holds all other threads up
+MAX_BRACKETS = 1_000  # in JSON; a million lists take a second to become objects
 MAX_JSON_NUMBERS = 100_000  # of a map in an answer
 
 SHARED_MEMORY = "Kensa shares no memory with its clients: send tensors in the body of the request."
@@ -107,6 +108,11 @@ def read_request(body: bytearray, json_length: str | None, limits: ImageLimits) 
         raise ImageTooLarge(
             f"The JSON has {length:,} bytes, more than the {MAX_JSON:,} allowed: send the images as"
             " binary data."
+        )
+    if body.count(b"[", 0, length) + body.count(b"{", 0, length) > MAX_BRACKETS:
+        raise BadRequest(
+            f"The JSON has more than {MAX_BRACKETS:,} lists and objects: send data as one flat"
+            " list."
         )
     request = read_json(InferBody, body[:length])
     if len(request.inputs) != 1:

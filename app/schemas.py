@@ -366,8 +366,7 @@ class StrictBody(Body):
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
 
-# No Any: millions of lists in lists would take seconds to become objects. Keys that are not named
-# here are skipped.
+# Keys that are not named here are skipped, and never become objects.
 _Pixel = Annotated[int, Field(ge=0, le=255)]
 _Pixels = Annotated[list[_Pixel], Field(fail_fast=True)]
 _Files = Annotated[list[str], Field(max_length=MAX_IMAGES, fail_fast=True)]

@@ -459,7 +459,7 @@ MALFORMED: dict[str, tuple[bytes, dict[str, str]] | bytes] = {
     "empty inputs": body(),
     "inputs an object": b'{"inputs": {}}',
     "input a string": body("image"),
-    "many inputs": body(*[tensor()] * 5_000),
+    "many inputs": body(*[tensor()] * 4_000),
     "no name": body(tensor(name=None)),
     "name a number": body(tensor(name=3)),
     "no datatype": body(tensor(datatype=None)),
@@ -496,6 +496,7 @@ MALFORMED: dict[str, tuple[bytes, dict[str, str]] | bytes] = {
     "strings": body(tensor(data=["7"] * 120)),
     "nested lists": body(tensor(data=np.full((2, 4, 5, 3), 7).tolist())),
     "lists of lists": body(tensor(data=[[7]] * 120)),
+    "many lists of lists": body(tensor(data=[[7]] * 5_000)),
     "strings of pixels": body(tensor(data=["7"] * 60)),
     "base64 of pixels": body(tensor(data=[base64.b64encode(bytes(120)).decode()])),
     "parameters null": body(tensor(), parameters=None),
@@ -626,7 +627,7 @@ def test_nothing_in_json_costs_much_time(server: Server, key: str, value: str) -
     began = cpu_seconds(server)
     answer = server.client.post(f"/v2/models/{NAME}/infer", content=good.replace('"PLACE"', whole))
     assert (answer.status_code, agreed(answer)) == (422, "bad_request")
-    assert cpu_seconds(server) - began < 1
+    assert cpu_seconds(server) - began < 0.5
 
 
 def cpu_seconds(server: Server) -> float:
@@ -718,7 +719,7 @@ def mutated(chance: random.Random) -> tuple[bytes, dict[str, str]]:
 
 def test_no_mutation_of_a_body_gets_a_verdict_on_a_wrong_tensor(server: Server) -> None:
     chance, statuses = random.Random(20260), []
-    for number in range(200):
+    for number in range(150):
         content, headers = mutated(chance)
         answer = server.client.post(f"/v2/models/{NAME}/infer", content=content, headers=headers)
         statuses.append(answer.status_code)
@@ -732,7 +733,7 @@ def test_no_mutation_of_a_body_gets_a_verdict_on_a_wrong_tensor(server: Server) 
         assert found[0]["shape"] == [len(files)]
         expected = [server.infer(file).json()["raw_score"] for file in files]
         assert [one["data"] for one in found if one["name"] == "raw_score"] in ([], [expected])
-    assert 20 < statuses.count(200) < 100
+    assert 15 < statuses.count(200) < 75
 
 
 def test_of_five_thousand_mutations_two_readers_find_the_same_images_or_none() -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from server import Server, agreed, serving
+from test_http import fake_model
 from test_oip import Client, connected, files_input, photo, photo_file, pixels_input, raw_scores
 from test_swap import variant
 from tritonclient.utils import InferenceServerException
 
+from app.inspection import Inspector
 from app.main import create_app
 from app.settings import Settings
 from engines.meta import Meta
@@ -315,6 +317,23 @@ async def until(holds: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError("it does not come")
+
+
+def test_who_holds_a_version_is_judged_by_it_although_another_one_is_live() -> None:
+    old, new = fake_model(0.5), fake_model(1.5)
+
+    async def go_through() -> None:
+        inspector = Inspector(Settings())
+        inspector.residents.put(old)
+        with inspector.residents.use("fake") as held:
+            inspector.residents.put(new)
+            found = [await inspector.inspect(photo(), which) for which in (held, "fake", held)]
+        assert [one.model for one in found] == [old, new, old]
+        assert [one.verdict.label for one in found] == ["Normal", "Anomaly", "Normal"]
+        assert inspector.statistics.of(old).success.count == 2
+        await inspector.close()
+
+    asyncio.run(go_through())
 
 
 def test_a_restart_loads_what_was_unloaded(kensa_model: Path, tmp_path: Path) -> None:
