@@ -63,7 +63,7 @@ class InferRequest:
     tensor: str  # image or file
     images: Sequence[Image]
     outputs: dict[str, bool]  # name -> whether as binary data
-    timeout_us: int  # 0: none
+    timeout_us: int = 0  # 0: none
 
 
 # ---- from a body to images ----------------------------------------------------------------------

@@ -101,7 +101,7 @@ def inside(app: Any, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             app.state.inspector.residents.put(fake_model(1.5))
             return await work(client)
@@ -163,7 +163,7 @@ def test_a_client_that_leaves_is_counted_and_is_no_failure(server: Server) -> No
     host, port = server.url.removeprefix("http://").split(":")
     left = {"route": "/infer", "method": "POST", "status": "499"}
     before = scrape(server).get("kensa_requests_total", **left)
-    head = b"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    head = b"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
     with closing(socket.create_connection((host, int(port)))) as connection:
         connection.sendall(head)
         time.sleep(0.2)
@@ -202,6 +202,7 @@ def test_names_that_nobody_knows_make_no_series(server: Server, photo: bytes) ->
         server.infer(photo, **{"X-Request-ID": f"nope{n}", "User-Agent": f"nope{n}"})
 
     ask(0)
+    scrape(server)  # which is counted, too
     before = scrape(server)
     for n in range(1, 20):
         ask(n)

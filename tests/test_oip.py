@@ -215,7 +215,7 @@ def test_binary_and_json_outputs_may_be_mixed(client: Client) -> None:
 def test_the_id_comes_back_and_unknown_parameters_do_no_harm(client: Client) -> None:
     tensor = files_input([photo_file()])
     answer = client.infer(
-        NAME, [tensor], request_id="検査 7", parameters={"line": 3}, priority=1, timeout=5
+        NAME, [tensor], request_id="検査 7", parameters={"line": 3}, priority=1, timeout=60_000_000
     )
     assert answer.get_response()["id"] == "検査 7"
     assert "id" not in client.infer(NAME, [tensor]).get_response()
@@ -402,6 +402,11 @@ def test_what_cannot_be_done_is_refused_with_our_sentence(client: Client, name: 
     assert refused.value.status() == str(status)
     assert refused.value.message().startswith(sentence)
     assert refused.value.message().endswith(".")
+
+
+def test_a_timeout_is_a_deadline(client: Client) -> None:
+    with pytest.raises(triton.InferenceServerException, match=r"\[504\] .* within 1 ms"):
+        client.infer(NAME, [files_input([photo_file()])], timeout=1000)
 
 
 def test_a_map_too_large_for_json_or_not_of_numbers_is_refused() -> None:

@@ -68,7 +68,7 @@ def tight(
     kensa_model: Path, other: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server that may load one model only; both are there, because nobody asks at the start."""
-    settings = {"KENSA_MODEL_MEMORY_MIB": "100"}
+    settings = {"KENSA_MODEL_MEMORY_MIB": "200"}
     with two_models(tmp_path_factory.mktemp("tight"), other, kensa_model, **settings) as running:
         yield running
 

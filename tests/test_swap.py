@@ -484,7 +484,7 @@ def test_a_version_that_rejects_too_much_is_taken_back_by_itself(
 def test_where_two_do_not_fit_it_says_so_or_lets_the_old_one_go_first(
     unload_first: str, kensa_model: Path, other: Path, photos: list[bytes], tmp_path: Path
 ) -> None:
-    settings = {"KENSA_MODEL_MEMORY_MIB": "100", "KENSA_UNLOAD_FIRST": unload_first}
+    settings = {"KENSA_MODEL_MEMORY_MIB": "200", "KENSA_UNLOAD_FIRST": unload_first}
     with line(tmp_path, other, kensa_model, **settings) as running:
         new, old = running.store.versions(NAME)
         assert running.score(photos[0])[0] == old
@@ -503,7 +503,7 @@ def test_unloaded_first_the_old_one_comes_back_where_the_new_one_cannot_be_used(
     kensa_model: Path, photos: list[bytes], tmp_path: Path
 ) -> None:
     broken = variant(kensa_model, tmp_path / "broken", bank=0.99, finite=False)
-    settings = {"KENSA_MODEL_MEMORY_MIB": "100", "KENSA_UNLOAD_FIRST": "on"}
+    settings = {"KENSA_MODEL_MEMORY_MIB": "200", "KENSA_UNLOAD_FIRST": "on"}
     with line(tmp_path, kensa_model, **settings) as running:
         before = running.score(photos[0])
         version = running.publish(broken)

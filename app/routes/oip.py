@@ -63,6 +63,7 @@ control = APIRouter(tags=[_TAG], dependencies=[needs("operator")])
 health = APIRouter(tags=[_TAG])  # as /livez and /readyz, without a key
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+AT_ONCE = 8  # images of a request that are decoded or wait for the engine
 MAX_REPOSITORY_BODY = 64 * 1024  # bytes
 
 _LATE = error_response(
@@ -311,9 +312,17 @@ async def infer(request: Request, model: Live) -> Response:
 async def _inspect_all(
     inspector: Inspector, model: Resident, images: Sequence[Image], tensor: str
 ) -> list[Inspection]:
-    """Inspect images side by side. Raises what is wrong with the first bad one, and names it."""
-    inspecting = (inspector.inspect(image, model) for image in images)
-    found = await asyncio.gather(*inspecting, return_exceptions=True)
+    """Inspect images side by side. Raises what is wrong with the first bad one, and names it.
+
+    Only a few at a time, so that a part that comes meanwhile does not wait for all of them.
+    """
+    few = asyncio.Semaphore(AT_ONCE)
+
+    async def inspect(image: Image) -> Inspection:
+        async with few:
+            return await inspector.inspect(image, model)
+
+    found = await asyncio.gather(*map(inspect, images), return_exceptions=True)
     inspector.counts.refused += sum(isinstance(one, BadImage) for one in found)
     inspections = []
     for number, one in enumerate(found):
