@@ -80,7 +80,6 @@ class Connection(HttpToolsProtocol):
         self._is_stopping = False
         self._receiving: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
-        self._unsent = 0  # bytes, when they were last looked at
         self._probing: asyncio.TimerHandle | None = None
 
     # A connection begins and ends
@@ -288,15 +287,21 @@ class Connection(HttpToolsProtocol):
         super().pause_writing()
         self._watch_writing()
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:  # most was taken
+            self._writing.cancel()
+            self._writing = None
+
     def _watch_writing(self) -> None:
         """End a connection whose client takes nothing of what is written to it."""
-        self._unsent = self.transport.get_write_buffer_size()
-        if self._unsent and self._writing is None:
-            self._writing = self.loop.call_later(self._receive_s, self._look_at_writing)
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and self._writing is None:
+            self._writing = self.loop.call_later(self._receive_s, self._look_at_writing, unsent)
 
-    def _look_at_writing(self) -> None:
+    def _look_at_writing(self, unsent_before: int) -> None:
         self._writing = None
-        if 0 < self._unsent <= self.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size() >= unsent_before:
             self.transport.abort()
         else:
             self._watch_writing()

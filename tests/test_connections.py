@@ -186,7 +186,7 @@ def test_20_idle_and_20_trickling_connections_change_nothing(server: Server, pho
             assert connection.recv(1) == b""  # nothing was asked, so nothing is said
     print(f"\nms of /livez and /infer before: {before}, with 40 idle and slow clients: {during}")
     for was, now in zip(before, during, strict=True):
-        assert now < 2 * was + 10
+        assert now < 3 * was + 20
 
 
 def test_an_answer_on_a_kept_connection_is_not_held_back(server: Server) -> None:
@@ -265,14 +265,35 @@ def sockets(server: Server) -> int:
     return found
 
 
-def test_a_client_that_never_reads_its_answers_is_closed(server: Server) -> None:
-    assert eventually(lambda: sockets(server) <= 6)
-    before = sockets(server)
+PAGE = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
+
+
+@contextlib.contextmanager
+def slow_reader(server: Server) -> Iterator[socket.socket]:
+    """A connection that takes little at a time."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        page = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
-        connection.sendall(page * 8)
+        yield connection
+
+
+def test_a_client_that_reads_slowly_gets_all_of_its_answer(server: Server) -> None:
+    page = server.client.get("/static-offline-docs/swagger-ui-bundle.js").content
+    with slow_reader(server) as connection:
+        connection.sendall(PAGE.replace(HOST, HOST + b"Connection: close\r\n"))
+        answer, began = b"", time.monotonic()
+        while more := connection.recv(len(page) // 40):
+            answer += more
+            time.sleep(0.05 if time.monotonic() - began < 2 * RECEIVE_S else 0)
+    assert time.monotonic() - began > 2 * RECEIVE_S
+    assert answer.endswith(page)
+
+
+def test_a_client_that_never_reads_its_answers_is_closed(server: Server) -> None:
+    assert eventually(lambda: sockets(server) <= 6)
+    before = sockets(server)
+    with slow_reader(server) as connection:
+        connection.sendall(PAGE * 8)
         assert eventually(lambda: sockets(server) > before)
         assert eventually(lambda: sockets(server) <= before, 3 * RECEIVE_S + 2)
 
@@ -754,9 +775,8 @@ class Mixture:
         return self._ask(post("/infer", self.photo, JPEG, header))
 
     def unread(self, chance: random.Random) -> bytes:
-        page = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
         with connect(self.server) as connection:
-            connection.sendall(page)
+            connection.sendall(PAGE)
             connection.recv(chance.randrange(1, 5000))
         return b""
 
