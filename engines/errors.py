@@ -15,6 +15,7 @@ KensaError
 ├── BadBundle             422  the files of a model are missing, damaged or do not fit together
 ├── BadDataset            422  a folder of images that cannot be learned from
 ├── BadWeights            422  weights that are missing or do not fit the backbone
+├── BadShared             422  what lies in the shared store is missing or damaged
 ├── UnknownModel          404  no model of that name
 ├── UnknownVersion        404  the model has no such version
 ├── UnknownJob            404  no job of that id
@@ -23,6 +24,7 @@ KensaError
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
 ├── NoWorker              503  nothing here can learn or convert
+├── NoShared              503  the shared store does not answer, or is full
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
 └── RuntimeFailed         500  the inference runtime failed on a good image
@@ -109,6 +111,13 @@ class BadWeights(KensaError):
     code = "bad_weights"
 
 
+class BadShared(KensaError):
+    """What another machine left in the shared store is missing or damaged."""
+
+    status = 422
+    code = "bad_shared"
+
+
 class UnknownModel(KensaError):
     """No model of that name."""
 
@@ -163,6 +172,13 @@ class NoWorker(KensaError):
 
     status = 503
     code = "no_worker"
+
+
+class NoShared(KensaError):
+    """The shared store does not answer, or is full. What is done with it is tried again."""
+
+    status = 503
+    code = "no_shared"
 
 
 class DiskFull(KensaError):
