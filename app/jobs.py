@@ -202,6 +202,10 @@ class Jobs:
         )
         try:
             client.enqueue(enqueue_options(job_id, once, active, self._fleet), kind, content)
+        except NoWorker as error:
+            raise NoWorker(
+                f"{error} The job may be queued all the same: see GET /jobs before sending it again."
+            ) from error
         except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
             self._refuse_a_second(request.model)
             raise Conflict(f"{request.model} has a job already.") from None
@@ -443,7 +447,7 @@ class _Reaching:
 def _reach(fleet: Fleet) -> _Reaching:
     from dbos import DBOS, DBOSClient
 
-    logging.getLogger("dbos").setLevel(logging.ERROR)
+    logging.getLogger("dbos").setLevel(logging.CRITICAL)  # `problem` says it, once
     with psycopg.connect(fleet.database_url):
         pass  # which says best what is wrong
     DBOS.migrate(fleet.database_url)

@@ -106,7 +106,7 @@ class Fleet:
     def shown(self, error: BaseException) -> str:
         """What an error says, in one line and without the password."""
         text = str(getattr(error, "orig", None) or error).strip()
-        text = " ".join(text.split("(Background on this error")[0].split())
+        text = " ".join(text.split("\n\t")[0].split("(Background on this error")[0].split())
         secrets = {_parsed(self.queue_url).password, os.environ.get("PGPASSWORD")}
         for secret in secrets - {None, ""}:
             text = text.replace(str(secret), "***")

@@ -272,7 +272,9 @@ def _reached(local: bool = False) -> Iterator[None]:
             raise NoShared("The shared store is full: free some space there.") from error
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         why = " ".join(str(why).split())[:300].rstrip(".")
-        raise NoShared(f"The shared store does not answer: {why}.") from error
+        where = getattr(error, "filename", None)
+        where = f" ({where})" if where else ""
+        raise NoShared(f"The shared store cannot be used now: {why}{where}.") from error
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 As a script:
 
     fleet.py worker DATA [MODULE.SETTING=VALUE ...]   workers.jobs, with constants set otherwise
-    fleet.py child DATA JOB KIND                      what it starts instead of workers.job
+    fleet.py cheap DATA [MODULE.SETTING=VALUE ...]    the same, with children that only pretend
+    fleet.py child DATA JOB KIND                      such a child
 
 What a cheap job does stands in its `meta`: seconds (that learning takes), finishing (seconds that
 converting takes), dies (by SIGKILL, so often). What children did stands in $LEDGER, in lines.
@@ -185,10 +186,11 @@ class Machine:
                 env={**plain, **self.variables, **variables},
             )  # fmt: skip
 
-    def start_cheap(self, ledger: Path, **variables: str) -> None:
-        """The same worker, quick, with children that only pretend."""
-        self.start(ROOT / "tests" / "fleet.py", "worker", self.data, *QUICK,
-                   LEDGER=str(ledger), **variables)  # fmt: skip
+    def start_quick(self, ledger: Path | None = None, **variables: str) -> None:
+        """The same worker, in a hurry; with a ledger, its jobs only pretend."""
+        what = "worker" if ledger is None else "cheap"
+        variables |= {} if ledger is None else {"LEDGER": str(ledger)}
+        self.start(ROOT / "tests" / "fleet.py", what, self.data, *QUICK, **variables)
 
     def kill(self) -> None:
         if self.worker is not None:
@@ -210,10 +212,11 @@ def noted(ledger: Path) -> list[list[str]]:
     return [line.split() for line in ledger.read_text().splitlines()] if ledger.exists() else []
 
 
-def work(data: Path, *settings: str) -> int:
+def work(is_cheap: bool, data: Path, *settings: str) -> int:
     from workers import jobs as worker
 
-    worker.CHILD[:] = [sys.executable, __file__, "child"]
+    if is_cheap:
+        worker.CHILD[:] = [sys.executable, __file__, "child"]
     for setting in settings:
         name, value = setting.split("=")
         module, constant = name.split(".")
@@ -255,6 +258,6 @@ def child(data: Path, job_id: str, kind: str) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "worker":
-        sys.exit(work(Path(sys.argv[2]), *sys.argv[3:]))
+    if sys.argv[1] != "child":
+        sys.exit(work(sys.argv[1] == "cheap", Path(sys.argv[2]), *sys.argv[3:]))
     sys.exit(child(Path(sys.argv[2]), sys.argv[3], sys.argv[4]))

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ import psycopg
 from dbos import DBOS
 from sqlalchemy.exc import SQLAlchemyError
 
-from engines.errors import EXIT_CODE, BadBundle, KensaError, NoShared
+from engines.errors import EXIT_CODE, BadBundle, BadSettings, KensaError, NoShared
 from engines.files import write_atomically
 from engines.fleet import Fleet
 from engines.jobs import (
@@ -57,13 +58,15 @@ Ended = dict[str, Any]
 
 def work_with_others(data: Path, fleet: Fleet) -> None:
     """Take jobs until told to stop, or until the queue's database is lost for too long."""
+    if find_spec("torch") is None or find_spec("anomalib") is None:
+        raise BadSettings("Nothing can be learned or converted here: pip install 'kensa[train]'.")
     shared, lease = Shared.open(fleet.shared_url), Lease(fleet)
     if not lease.take(worker.stopping):
         return
     lease.keep(end_at_once)
     dbos = worker.configured(data, fleet)
     register(data, fleet, shared)
-    learns = fleet.worker == "on"
+    learns = fleet.worker != "convert"
     DBOS.listen_queues([fleet.own_queue, *([QUEUE] if learns else [])])
     try:
         DBOS.launch()  # which takes back what this machine had before
@@ -120,8 +123,10 @@ def register(data: Path, fleet: Fleet, shared: Shared) -> None:
         attended.add(job_id)
         try:
             ready = prepare_step(job_id, kind, request)
-            if "state" in ready or kind != "retrain":
-                return ready if "state" in ready else attend_step(job_id, kind, request)
+            if "state" in ready:
+                return ready
+            if kind != "retrain":
+                return {**attend_step(job_id, kind, request), "machine": fleet.device}
             options = enqueue_options(training_of(job_id), None, [])
             options["workflow_name"], options["priority"] = TRAINING, ready["place"]
             DBOS.enqueue_workflow_with_options(options, ready)  # once, however often it is asked
@@ -144,8 +149,10 @@ def register(data: Path, fleet: Fleet, shared: Shared) -> None:
 
 
 def _own_id() -> str:
-    own = DBOS.workflow_id
-    assert own is not None
+    """The id of the workflow that runs, which is a folder's name as well."""
+    own = DBOS.workflow_id or ""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", own):
+        raise ValueError(f"{own[:100]!r} is no job's id")
     return own
 
 

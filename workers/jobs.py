@@ -106,9 +106,10 @@ def configured(data: Path, fleet: Fleet | None = None) -> DBOS:
         "executor_id": fleet.device if fleet else EXECUTOR,
         "serializer": JsonSerializer(),
         "log_level": "WARNING",  # each start would be ten lines, one of them an advertisement
-        "max_executor_threads": 64 if fleet else 8,  # most only wait for another machine
-        "sys_db_pool_size": 8,
+        "max_executor_threads": 8,
     }
+    if fleet is not None:  # many jobs of this machine only wait for another one
+        config.update(max_executor_threads=64, sys_db_pool_size=8)
     dbos = DBOS(config=config)
     logging.getLogger("dbos").addFilter(_is_news)
     return dbos
