@@ -204,7 +204,8 @@ class Jobs:
             client.enqueue(enqueue_options(job_id, once, active, self._fleet), kind, content)
         except NoWorker as error:
             raise NoWorker(
-                f"{error} The job may be queued all the same: see GET /jobs before sending it again."
+                f"{error} The job may be queued all the same: see GET /jobs before sending it"
+                " again."
             ) from error
         except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
             self._refuse_a_second(request.model)

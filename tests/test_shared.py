@@ -217,6 +217,7 @@ def s3() -> Iterator[str]:
          "time.sleep(3600)"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert server.stdout is not None
+    server.stdout.readline()  # it greets
     url = f"http://127.0.0.1:{int(server.stdout.readline())}"
     names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": url,
              "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip

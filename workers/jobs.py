@@ -109,7 +109,7 @@ def configured(data: Path, fleet: Fleet | None = None) -> DBOS:
         "max_executor_threads": 8,
     }
     if fleet is not None:  # many jobs of this machine only wait for another one
-        config.update(max_executor_threads=64, sys_db_pool_size=8)
+        config["max_executor_threads"], config["sys_db_pool_size"] = 64, 8
     dbos = DBOS(config=config)
     logging.getLogger("dbos").addFilter(_is_news)
     return dbos
