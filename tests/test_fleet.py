@@ -244,6 +244,7 @@ def test_a_server_without_its_queue_inspects_all_the_same_and_finds_it_later(
 # A machine dies, or is cut off
 
 
+@pytest.mark.soak
 def test_what_a_dead_machine_learned_for_another_is_learned_by_a_third(fleet: Fleets) -> None:
     line, one = fleet.line(), fleet.learner("one")
     job = line.submit(seconds=2)
@@ -259,6 +260,7 @@ def test_what_a_dead_machine_learned_for_another_is_learned_by_a_third(fleet: Fl
     assert line.jobs.lines(job)[0] == ["attempt 1", "attempt 2"]
 
 
+@pytest.mark.soak
 def test_a_machine_that_is_cut_off_stops_before_another_takes_over(fleet: Fleets) -> None:
     """Nobody tells it: no connection is closed, nothing arrives any more."""
     network = Network(fleet.postgres.port)
@@ -280,6 +282,7 @@ def test_a_machine_that_is_cut_off_stops_before_another_takes_over(fleet: Fleets
     network.close()
 
 
+@pytest.mark.soak
 def test_a_worker_that_was_frozen_cannot_end_what_another_took_over(fleet: Fleets) -> None:
     """Its job goes on meanwhile: what it learned counts for nothing."""
     line, one = fleet.line(), fleet.learner("one")
@@ -295,6 +298,7 @@ def test_a_worker_that_was_frozen_cannot_end_what_another_took_over(fleet: Fleet
     assert (ended["state"], ended["machine"], fleet.published(job)) == ("succeeded", "two", 1)
 
 
+@pytest.mark.soak
 def test_a_restart_of_the_database_costs_a_job_nothing(fleet: Fleets) -> None:
     line, _ = fleet.line(), fleet.learner("one")
     job = line.submit(seconds=4)
@@ -309,6 +313,7 @@ def test_a_restart_of_the_database_costs_a_job_nothing(fleet: Fleets) -> None:
     assert (fleet.begun(job), fleet.published(job)) == (["one"], 1)
 
 
+@pytest.mark.soak
 def test_a_machine_finds_its_jobs_again_when_it_comes_back(fleet: Fleets) -> None:
     line, _ = fleet.line(), fleet.learner("one")
     job = line.submit(finishing=2)
@@ -324,6 +329,7 @@ def test_a_machine_finds_its_jobs_again_when_it_comes_back(fleet: Fleets) -> Non
     assert fleet.published(job) == 1
 
 
+@pytest.mark.soak
 def test_a_job_whose_process_dies_three_times_on_whatever_machine_is_interrupted(
     fleet: Fleets,
 ) -> None:
@@ -343,6 +349,7 @@ def test_a_job_whose_process_dies_three_times_on_whatever_machine_is_interrupted
 # Cancelling, and what belongs to whom
 
 
+@pytest.mark.soak
 def test_a_cancel_kills_the_job_on_another_machine(fleet: Fleets) -> None:
     line, _ = fleet.line(), fleet.learner("one")
     job = line.submit(seconds=60)
@@ -354,6 +361,7 @@ def test_a_cancel_kills_the_job_on_another_machine(fleet: Fleets) -> None:
     assert (after["state"], line.state(job), fleet.published(job)) == ("succeeded", "cancelled", 0)
 
 
+@pytest.mark.soak
 def test_machines_neither_see_nor_stop_each_others_jobs(fleet: Fleets) -> None:
     one, other = fleet.line("one"), fleet.line("other")
     job = one.submit("bracket")
@@ -370,6 +378,7 @@ def test_machines_neither_see_nor_stop_each_others_jobs(fleet: Fleets) -> None:
         assert fleet.begun(its, "finish") == [line.name]
 
 
+@pytest.mark.soak
 def test_jobs_of_a_model_begin_one_after_the_other_and_those_of_two_models_at_once(
     fleet: Fleets,
 ) -> None:
@@ -387,6 +396,7 @@ def test_jobs_of_a_model_begin_one_after_the_other_and_those_of_two_models_at_on
     assert {*fleet.begun(first), *fleet.begun(third)} == {"one", "two"}
 
 
+@pytest.mark.soak
 def test_only_one_worker_has_a_name(fleet: Fleets) -> None:
     fleet.learner("one")
     until(lambda: "Waiting for jobs, as one" in fleet.machines["one"].says(), "it does not start")
@@ -398,6 +408,7 @@ def test_only_one_worker_has_a_name(fleet: Fleets) -> None:
     double.kill()
 
 
+@pytest.mark.soak
 def test_what_is_sent_once_is_not_sent_again_and_what_ended_jobs_left_is_removed(
     fleet: Fleets,
 ) -> None:
