@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from engines.errors import BadSettings
-from engines.shared import Shared
+from engines.shared import check_url
 
 DEVICE = r"^[A-Za-z0-9_-]{1,64}$"
 # Of every connection to the queue: none hangs for long on a network that is gone.
@@ -58,7 +58,7 @@ class Fleet:
                 "KENSA_QUEUE_URL is set without KENSA_SHARED_URL: name the folder, or the fsspec"
                 " URL, through which the machines of this queue exchange images and models."
             )
-        Shared.open(shared_url)
+        check_url(shared_url)
         device = device or this_machine()
         if not re.fullmatch(DEVICE, device):
             raise BadSettings(

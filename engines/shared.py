@@ -19,12 +19,14 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
 
 from engines.errors import BadSettings, BadShared, KensaError, NoShared
 from engines.files import sha256, sync_folder
@@ -53,16 +55,8 @@ class Shared:
         Raises:
             BadSettings: nothing here reads such a URL.
         """
-        scheme = urlsplit(url).scheme
-        try:
-            fs, root = url_to_fs(url)
-        except ImportError as error:
-            raise BadSettings(f"KENSA_SHARED_URL begins with {scheme}: {error}.") from None
-        except Exception as error:  # each file system refuses what it likes
-            raise BadSettings(
-                f"KENSA_SHARED_URL, which begins with {scheme or '/'}, is neither a folder nor a"
-                " URL that fsspec knows, such as s3://bucket/kensa."
-            ) from error
+        check_url(url)
+        fs, root = url_to_fs(url)
         return cls(fs, root)
 
     # ---- folders ------------------------------------------------------------------------------
@@ -252,6 +246,29 @@ class Shared:
         raise BadShared(
             f"{name} ({_base(path)[:12]}...) is missing in the shared store. Send the job again."
         )
+
+
+def check_url(url: str) -> None:
+    """Whether something here reads such a URL; it is not loaded, as a server never needs it.
+
+    Raises:
+        BadSettings: nothing does.
+    """
+    scheme = urlsplit(url).scheme
+    if not scheme and not Path(url).is_absolute():
+        raise BadSettings(
+            f"KENSA_SHARED_URL is {url!r}: it takes the whole path of a folder, or a URL that"
+            " fsspec reads, such as s3://bucket/kensa."
+        )
+    found = known_implementations.get(scheme or "file")
+    if found is None:
+        raise BadSettings(
+            f"KENSA_SHARED_URL begins with {scheme}, which fsspec does not know: it takes a folder,"
+            " or a URL such as s3://bucket/kensa."
+        )
+    if find_spec(found["class"].partition(".")[0]) is None:
+        hint = found.get("err", "something is not installed").rstrip(".")
+        raise BadSettings(f"KENSA_SHARED_URL begins with {scheme}: {hint}.")
 
 
 @contextmanager

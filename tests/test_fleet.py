@@ -396,6 +396,15 @@ def test_jobs_of_a_model_begin_one_after_the_other_and_those_of_two_models_at_on
     assert {*fleet.begun(first), *fleet.begun(third)} == {"one", "two"}
 
 
+def test_a_worker_that_waits_for_its_database_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "line", "postgresql://kensa@127.0.0.1:9/kensa", tmp_path)
+    machine.start()
+    until(lambda: "cannot be reached: connection" in machine.says(), machine.says)
+    assert machine.worker is not None
+    machine.worker.terminate()
+    assert machine.worker.wait(5) == 0
+
+
 @pytest.mark.soak
 def test_only_one_worker_has_a_name(fleet: Fleets) -> None:
     fleet.learner("one")

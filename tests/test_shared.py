@@ -271,7 +271,9 @@ def test_another_file_system_than_a_folder_does_as_well(
     ("variables", "says"),
     [
         ({"KENSA_SHARED_URL": ""}, "KENSA_QUEUE_URL is set without KENSA_SHARED_URL"),
-        ({"KENSA_SHARED_URL": "nope://secret@x"}, "neither a folder nor a URL that fsspec knows"),
+        ({"KENSA_SHARED_URL": "nope://secret@x"}, "begins with nope, which fsspec does not know"),
+        ({"KENSA_SHARED_URL": "shared"}, "it takes the whole path of a folder"),
+        ({"KENSA_SHARED_URL": "gdrive://x"}, "KENSA_SHARED_URL begins with gdrive: "),
         ({"KENSA_QUEUE_URL": "mysql://kensa:secret@host/kensa"}, "is no PostgreSQL URL"),
         ({"KENSA_QUEUE_URL": "postgresql://kensa:secret@host"}, "is no PostgreSQL URL"),
         ({"KENSA_QUEUE_URL": "secret"}, "is no PostgreSQL URL"),

@@ -389,4 +389,6 @@ def _named(code: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from workers import jobs  # this very file, by the name by which workers.fleet knows it
+
+    sys.exit(jobs.main())
