@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import psycopg
+
 from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
+from engines.fleet import Fleet
 from engines.jobs import (
     ACTIVE,
     APPLICATION,
@@ -29,6 +32,7 @@ from engines.jobs import (
     enqueue_options,
     last_due,
     scheduled_id,
+    training_of,
 )
 from engines.store import NAME, Store
 
@@ -36,7 +40,8 @@ State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interr
 Outcome = Literal["live", "held", "refused", "published", "replaced"]
 
 KEPT = 500  # ended jobs
-LOOK_EVERY_S = 1.0  # whether a locked database can be opened
+LOOK_EVERY_S = 1.0  # whether a locked database can be opened, or one far away still answers
+SILENT_S = 15.0  # a database far away that did not answer for so long is gone
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled", "interrupted")
 
 _STATES: dict[str, State] = {
@@ -60,36 +65,51 @@ log = logging.getLogger("kensa")
 class Jobs:
     """Jobs of one data folder. Its methods block: call them in a thread."""
 
-    def __init__(self, data: Path, store: Store) -> None:
+    def __init__(self, data: Path, store: Store, fleet: Fleet | None = None) -> None:
         self._data = data
         self._store = store
+        self._fleet = fleet
+        self._mine: dict[str, Any] = {"attributes": fleet.mark} if fleet else {}  # of all rows
         self._client: Any = None
+        self._answered = 0.0  # on the monotonic clock
         self._opening = threading.Lock()
         self._closing = threading.Event()
         self._schedules = Schedules(data)
-        self.problem: str | None = None
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the queue cannot be used at the moment; None when it can."""
+        silent = time.monotonic() - self._answered
+        if self._fleet and self._client and not self._problem and silent > SILENT_S:
+            return f"The queue's database did not answer for {silent:.0f} s."
+        return self._problem
 
     def open(self) -> None:
         """Make the queue where there is none; a damaged one is put aside, a locked one waited for.
 
-        `problem` says why there is none afterwards, and `submit` raises it.
+        One on another machine is waited for as well, and looked after from then on. `problem` says
+        why there is none afterwards, and `submit` raises it.
         """
         with self._opening:
             while self._client is None:
                 self._try_to_open()
-                locked = "database is locked" in (self.problem or "")
-                if not locked or self._closing.wait(LOOK_EVERY_S):
+                may_pass = self._fleet or "database is locked" in (self.problem or "")
+                if not may_pass or self._closing.wait(LOOK_EVERY_S):
                     return
 
     def _try_to_open(self) -> None:
+        if self._fleet is not None:
+            self._try_to_reach(self._fleet)
+            return
         try:
             self._data.mkdir(parents=True, exist_ok=True)
             self._put_aside_if_damaged()
             self._client = self._connect()
-            self.problem = None
+            self._problem = None
         except Exception as error:  # DBOS and SQLAlchemy raise what they like
             log.exception("The queue cannot be opened")
-            self.problem = f"The queue in {self._data / DATABASE} cannot be opened: {error}."
+            self._problem = f"The queue in {self._data / DATABASE} cannot be opened: {error}."
 
     def _connect(self) -> Any:
         from dbos import DBOS, DBOSClient
@@ -102,6 +122,35 @@ class Jobs:
         return DBOSClient(
             system_database_url=url, serializer=JsonSerializer(), application_name=APPLICATION
         )
+
+    def _try_to_reach(self, fleet: Fleet) -> None:
+        """Connect to the database that several machines share, and look after the connection."""
+        try:
+            self._client = _reach(fleet)
+            self._answered = time.monotonic()
+            self._problem = None
+        except Exception as error:  # noqa: BLE001 (DBOS and SQLAlchemy raise what they like)
+            self._say(f"The queue's database cannot be reached: {fleet.shown(error)}.")
+            return
+        log.info("The queue is reached; this machine is %s in it", fleet.device)
+        threading.Thread(target=self._look_after, daemon=True).start()
+
+    def _look_after(self) -> None:
+        """Know within a moment whether the database is there."""
+        while not self._closing.wait(LOOK_EVERY_S):
+            try:
+                self._client.check_connection()
+                self._answered = time.monotonic()
+                if self._problem is not None:
+                    log.info("The queue is reached again")
+                self._problem = None
+            except NoWorker as error:  # noqa: PERF203
+                self._say(str(error))
+
+    def _say(self, problem: str) -> None:
+        if problem != self._problem:
+            log.error("%s", problem)
+        self._problem = problem
 
     def _put_aside_if_damaged(self) -> None:
         """Without the queue that it had the server still serves.
@@ -151,9 +200,16 @@ class Jobs:
             self._refuse_a_second(request.model)
         job_id = f"{kind}-{secrets.token_hex(6)}"
         once = None if request.queue else request.model
-        active = client.list_workflows(status=ACTIVE, load_input=False, load_output=False)
+        active = client.list_workflows(
+            status=ACTIVE, load_input=False, load_output=False, **self._mine
+        )
         try:
-            client.enqueue(enqueue_options(job_id, once, active), kind, content)
+            client.enqueue(enqueue_options(job_id, once, active, self._fleet), kind, content)
+        except NoWorker as error:
+            raise NoWorker(
+                f"{error} The job may be queued all the same: see GET /jobs before sending it"
+                " again."
+            ) from error
         except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
             self._refuse_a_second(request.model)
             raise Conflict(f"{request.model} has a job already.") from None
@@ -183,6 +239,8 @@ class Jobs:
         if job["state"] in ENDED:
             raise Conflict(f"Job {job_id} has ended ({job['state']}).")
         self._reached().cancel_workflow(job_id)
+        if self._fleet is not None:  # after the job itself, which begins no training from then on
+            self._reached().cancel_workflow(training_of(job_id))
         job = self.get(job_id)
         if job["state"] != "cancelled":
             raise Conflict(f"Job {job_id} is past being cancelled ({job['state']}).")
@@ -192,20 +250,20 @@ class Jobs:
 
     def get(self, job_id: str) -> dict[str, Any]:
         """One job. Raises UnknownJob where there is none of that id."""
-        found = self._reached().list_workflows(workflow_ids=[job_id])
+        found = self._reached().list_workflows(workflow_ids=[job_id], **self._mine)
         if not found:
             raise UnknownJob(f"There is no job {job_id[:100]!r}.")
-        return self._described(found[0])
+        return self._all_described(found)[0]
 
     def newest(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest jobs, newest first."""
-        found = self._reached().list_workflows(limit=limit, sort_desc=True)
-        return [self._described(one) for one in found]
+        found = self._reached().list_workflows(limit=limit, sort_desc=True, **self._mine)
+        return self._all_described(found)
 
     def active(self) -> list[dict[str, Any]]:
         """Those that have not ended."""
-        found = self._reached().list_workflows(status=ACTIVE)
-        return [self._described(one) for one in found]
+        found = self._reached().list_workflows(status=ACTIVE, **self._mine)
+        return self._all_described(found)
 
     def lines(self, job_id: str, after: int = 0) -> tuple[list[str], int]:
         """What a job said, from a byte of its log on."""
@@ -218,13 +276,22 @@ class Jobs:
     def count(self) -> dict[str, int]:
         """How many jobs are in each state, of those that are kept."""
         counts: dict[str, int] = dict.fromkeys(get_args(State), 0)
-        for one in self._reached().list_workflows(load_input=False):
+        for one in self._reached().list_workflows(load_input=False, **self._mine):
             ended = one.output if isinstance(one.output, dict) else {}
             state = _STATES.get(one.status) or ended.get("state")
             counts[state if state in counts else "failed"] += 1
         return counts
 
-    def _described(self, status: Any) -> dict[str, Any]:
+    def _all_described(self, found: list[Any]) -> list[dict[str, Any]]:
+        """The jobs, and what the machines say that learn for them."""
+        trainings = {}
+        if self._fleet is not None:
+            ids = [training_of(one.workflow_id) for one in found if one.status == "PENDING"]
+            rows = self._reached().list_workflows(workflow_ids=ids, load_input=False) if ids else []
+            trainings = {row.workflow_id: row for row in rows}
+        return [self._described(one, trainings.get(training_of(one.workflow_id))) for one in found]
+
+    def _described(self, status: Any, training: Any) -> dict[str, Any]:
         folder = JobFolder(self._data, status.workflow_id)
         kind, request = status.input["args"][:2] if status.input else ("retrain", {})
         ended = status.output if isinstance(status.output, dict) else {}
@@ -235,14 +302,17 @@ class Jobs:
             "state": _STATES.get(status.status) or ended.get("state", "failed"),
             "created": _time(status.created_at),
             "ended": _time(status.completed_at),
-            "attempts": folder.attempts(),
+            "attempts": max(folder.attempts(), ended.get("attempts", 0)),
             "request": request,
             "progress": None,
             "version": ended.get("version"),
             "outcome": None,
             "error": ended.get("error"),
             "code": ended.get("code"),
+            "machine": ended.get("machine"),
         }
+        if self._fleet is not None and kind == "retrain" and status.status == "PENDING":
+            self._add_training(job, training)
         if status.status == "ERROR":
             job["error"], job["code"] = f"The queue failed: {status.error}.", "internal_error"
         if job["state"] in ("running", "failed", "succeeded"):
@@ -252,6 +322,16 @@ class Jobs:
         if job["version"] is not None:
             self._add_outcome(job, ended["version"])
         return job
+
+    def _add_training(self, job: dict[str, Any], training: Any) -> None:
+        """Where a job learns, or that it still waits for a machine."""
+        if training is None or training.status in ("ENQUEUED", "DELAYED"):
+            job["state"] = "queued"
+        else:
+            job["machine"] = training.executor_id
+        if training is not None:
+            begun = int((training.attributes or {}).get("attempts", 0))
+            job["attempts"] = max(job["attempts"], begun)
 
     def _add_outcome(self, job: dict[str, Any], version: str) -> None:
         """What became of the version that a job published. Until the gate has seen it, it runs."""
@@ -322,11 +402,12 @@ class Jobs:
         ]
 
     def _last_begun(self, name: str) -> str | None:
+        prefix = scheduled_id(name, fleet=self._fleet)
         found = self._reached().list_workflows(
-            workflow_id_prefix=scheduled_id(name), sort_desc=True, load_input=False,
-            load_output=False,
+            workflow_id_prefix=prefix, sort_desc=True, load_input=False, load_output=False,
+            **self._mine,
         )  # fmt: skip
-        pattern = re.compile(re.escape(scheduled_id(name)) + r"\d{8}T\d{4}")
+        pattern = re.compile(re.escape(prefix) + r"\d{8}T\d{4}")
         return next((_time(one.created_at) for one in found if pattern.fullmatch(one.workflow_id)),
                     None)  # fmt: skip
 
@@ -342,16 +423,56 @@ class Jobs:
         """Forget the oldest ended jobs beyond `KEPT`."""
         client = self._reached()
         ended = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
-        old = client.list_workflows(status=ended, sort_desc=True, offset=KEPT, load_output=False)
+        old = client.list_workflows(
+            status=ended, sort_desc=True, offset=KEPT, load_output=False, **self._mine
+        )
         for one in old:
             # In this order, so that the next call ends what a kill in between leaves.
             shutil.rmtree(JobFolder(self._data, one.workflow_id).root, ignore_errors=True)
+            if self._fleet is not None:
+                client.delete_workflow(training_of(one.workflow_id))
             client.delete_workflow(one.workflow_id)
 
     def _reached(self) -> Any:
-        if self._client is None:
+        if self._client is None or (self._fleet and self.problem):
             raise NoWorker(self.problem or "The queue is being opened; try again in a few seconds.")
         return self._client
+
+
+class _Reaching:
+    """A DBOSClient far away: where its database does not answer, every method raises NoWorker."""
+
+    def __init__(self, client: Any, fleet: Fleet) -> None:
+        self._client = client
+        self._fleet = fleet
+
+    def __getattr__(self, name: str) -> Any:
+        from sqlalchemy import exc
+
+        method = getattr(self._client, name)
+
+        def ask(*arguments: Any, **options: Any) -> Any:
+            try:
+                return method(*arguments, **options)
+            except (exc.DBAPIError, exc.TimeoutError) as error:
+                why = self._fleet.shown(error)
+                raise NoWorker(f"The queue's database does not answer: {why}.") from error
+
+        return ask
+
+
+def _reach(fleet: Fleet) -> _Reaching:
+    from dbos import DBOS, DBOSClient
+
+    logging.getLogger("dbos").setLevel(logging.CRITICAL)  # `problem` says it, once
+    with psycopg.connect(fleet.database_url):
+        pass  # which says best what is wrong
+    DBOS.migrate(fleet.database_url)
+    client = DBOSClient(
+        system_database_url=fleet.database_url, serializer=JsonSerializer(),
+        application_name=APPLICATION, retry_connection_errors=False,
+    )  # fmt: skip
+    return _Reaching(client, fleet)
 
 
 def _time(epoch_ms: int | None) -> str | None:

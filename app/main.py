@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     inspector = Inspector(settings)
     store = Store(settings.data / "models")
     keeper = Keeper(store, inspector, settings)
-    jobs = Jobs(settings.data, store)
+    jobs = Jobs(settings.data, store, settings.fleet)
     worker = Worker(settings.data, settings)
     metrics = Metrics(version())
     inspector.on_busy = worker.on_busy

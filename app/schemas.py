@@ -310,6 +310,9 @@ class JobBody(Body):
     )
     error: str | None
     code: str | None
+    machine: str | None = Field(
+        None, description="Which machine learns or learned, where several share a queue."
+    )
 
 
 class JobsBody(Body):

@@ -12,10 +12,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.errors import BadSettings
+from engines.fleet import Fleet
 
 PREFIX = "KENSA_"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
@@ -118,11 +119,30 @@ class Settings(BaseSettings):
         "What happens when a new version does not fit into memory beside the live one: on takes the"
         " live one away first, and requests in between get 503; off refuses the new one.",
     )
-    worker: Literal["on", "off"] = _setting(
+    worker: Literal["on", "convert", "off"] = _setting(
         "on",
         "",
         "Whether this server starts a worker process for its jobs and looks after it; off where one"
-        " runs elsewhere, or nothing is to be learned here.",
+        " runs elsewhere, or nothing is to be learned here. convert, where several machines share a"
+        " queue: it leaves learning to the others.",
+    )
+    queue_url: SecretStr | None = _setting(
+        None,
+        "URL",
+        "The PostgreSQL database that holds the queue of several machines, such as"
+        " postgresql://user:password@host/kensa. Without it, a file in the data folder.",
+    )
+    shared_url: SecretStr | None = _setting(
+        None,
+        "folder or URL",
+        "Through what machines with the same KENSA_QUEUE_URL exchange images and models: a folder"
+        " that all of them see, or a URL that fsspec reads, such as s3://bucket/kensa.",
+    )
+    device: str | None = _setting(
+        None,
+        "name",
+        "What this machine is called in the queue; no two have the same name. Without it, the name"
+        " of the host.",
     )
     job_pace: Literal["pause", "idle", "full"] = _setting(
         "pause",
@@ -263,12 +283,14 @@ class Settings(BaseSettings):
             BadSettings: a value is wrong; the sentence names the variable.
         """
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
             problem = error.errors()[0]
             name = f"{PREFIX}{problem['loc'][0]}".upper()
             message = f"{name} is {problem['input']!r}, which is wrong: {problem['msg']}."
             raise BadSettings(message) from None
+        settings.fleet  # noqa: B018 (raises what is wrong with it)
+        return settings
 
     @property
     def served_name(self) -> str:
@@ -300,6 +322,18 @@ class Settings(BaseSettings):
     def keys_path(self) -> Path:
         """The file of API keys. Raises BadSettings as `data`."""
         return self.keys_file.absolute() if self.keys_file else self.data / "keys.json"
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The machines that share this one's queue, and how; None where it has one of its own.
+
+        Raises:
+            BadSettings: one of the four variables is wrong, or missing beside the others.
+        """
+        queue_url, shared_url = (
+            one.get_secret_value() if one else None for one in (self.queue_url, self.shared_url)
+        )
+        return Fleet.of(queue_url, shared_url, self.device, self.worker)
 
     @property
     def compiled_dir(self) -> Path | None:

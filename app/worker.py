@@ -55,7 +55,7 @@ class Worker:
         """Start it once the queue is there, unless a setting forbids it or it cannot learn."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._look_after(after))]
-        if self._settings.job_pace == "pause" and self._settings.worker == "on":
+        if self._settings.job_pace == "pause" and self._settings.worker != "off":
             self._tasks.append(loop.create_task(self._hold_back()))
 
     async def close(self) -> None:
@@ -69,6 +69,7 @@ class Worker:
         if self._settings.worker == "off" or not _can_learn():
             return
         failures = 0
+        fleet = self._settings.fleet
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
@@ -80,6 +81,7 @@ class Worker:
                     PACE: self._settings.job_pace,
                     FORMAT: self._settings.log_format,
                     PARENT: str(os.getpid()),
+                    **(fleet.environment() if fleet else {}),
                 },
                 cwd=Path(__file__).parents[1],
             )  # fmt: skip

@@ -23,6 +23,7 @@ KensaError
 ├── BadBundle             422  the files of a model are missing, damaged or do not fit together
 ├── BadDataset            422  a folder of images that cannot be learned from
 ├── BadWeights            422  weights that are missing or do not fit the backbone
+├── BadShared             422  what lies in the shared store is missing or damaged
 ├── UnknownModel          404  no model of that name
 ├── UnknownVersion        404  the model has no such version
 ├── UnknownJob            404  no job of that id
@@ -34,6 +35,7 @@ KensaError
 ├── BadKeys               503  the file of API keys cannot be read; nobody is let in
 ├── TooManyConnections    503  none of the connections that are open is idle
 ├── NoWorker              503  nothing here can learn or convert
+├── NoShared              503  the shared store does not answer, or is full
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
@@ -177,6 +179,13 @@ class BadWeights(KensaError):
     code = "bad_weights"
 
 
+class BadShared(KensaError):
+    """What another machine left in the shared store is missing or damaged."""
+
+    status = 422
+    code = "bad_shared"
+
+
 class UnknownModel(KensaError):
     """No model of that name."""
 
@@ -259,6 +268,13 @@ class DeadlineExceeded(KensaError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+class NoShared(KensaError):
+    """The shared store does not answer, or is full. What is done with it is tried again."""
+
+    status = 503
+    code = "no_shared"
 
 
 class DiskFull(KensaError):

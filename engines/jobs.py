@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +26,14 @@ from dbos import EnqueueOptions, Serializer, WorkflowStatus
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.files import write_atomically
+from engines.fleet import Fleet
 from engines.meta import Kind
 from engines.store import NAME
 
 APPLICATION = "kensa"
 QUEUE = "jobs"
 WORKFLOW = "job"
+TRAINING = "train"  # the part of a retraining that any machine of a fleet may do, in QUEUE
 APP_VERSION = "1"  # of what a job's rows mean; another one leaves old jobs alone
 DATABASE = "jobs.sqlite"
 RUNNING = "jobs/running"  # a file: the process of the job that runs
@@ -151,6 +154,21 @@ class JobFolder:
         write_atomically(self.root / "attempts.json", json.dumps({"attempts": attempts}).encode())
         return attempts
 
+    def say(self, line: str) -> None:
+        """Add a line to the log."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def go_on_with(self, text: str) -> None:
+        """Let the log be what it was at the first call, and then what another machine says."""
+        before = self.root / "before.txt"
+        if not before.exists():
+            write_atomically(before, self.log.read_bytes() if self.log.exists() else b"")
+        temporary = self.root / ".log"
+        temporary.write_bytes(before.read_bytes() + text.encode())
+        temporary.replace(self.log)
+
     def lines(self, after: int = 0) -> tuple[list[str], int]:
         """Whole lines of the log from a byte on, and the byte after the last of them."""
         try:
@@ -222,19 +240,33 @@ def last_due(cron: str, zone: str, now: float) -> datetime:
     return due.astimezone(timezone.utc)
 
 
-def scheduled_id(name: str, due: datetime | None = None) -> str:
+def scheduled_id(name: str, due: datetime | None = None, fleet: Fleet | None = None) -> str:
     """The id of the job that a schedule begins at a moment, or what all of its ids begin with."""
-    return f"scheduled-{name}-{due:%Y%m%dT%H%M}" if due else f"scheduled-{name}-"
+    whole = f"{fleet.device}.{name}" if fleet else name  # no name of either kind has a dot
+    return f"scheduled-{whole}-{due:%Y%m%dT%H%M}" if due else f"scheduled-{whole}-"
 
 
-def enqueue_options(job_id: str, once: str | None, active: list[WorkflowStatus]) -> EnqueueOptions:
+def training_of(job_id: str) -> str:
+    """The id of that part of a retraining that any machine of a fleet may do."""
+    return f"{job_id}.train"
+
+
+def job_of(training_id: str) -> str:
+    """The job of a training; a job itself is its own."""
+    return training_id.removesuffix(".train")
+
+
+def enqueue_options(
+    job_id: str, once: str | None, active: list[WorkflowStatus], fleet: Fleet | None = None
+) -> EnqueueOptions:
     """What the queue is told of a job. While a job of the same `once` waits or runs, it refuses.
 
-    The place in the line is counted: DBOS goes by the clock, which may be set back in between.
+    The place in the line is counted: DBOS goes by the clock, which may be set back in between. In a
+    fleet a job waits in the line of the machine that it belongs to.
     """
     options: EnqueueOptions = {
         "workflow_name": WORKFLOW,
-        "queue_name": QUEUE,
+        "queue_name": fleet.own_queue if fleet else QUEUE,
         "workflow_id": job_id,
         "app_version": APP_VERSION,
         "application_name": APPLICATION,
@@ -242,6 +274,8 @@ def enqueue_options(job_id: str, once: str | None, active: list[WorkflowStatus])
     }
     if once is not None:
         options["deduplication_id"] = once
+    if fleet is not None:
+        options["attributes"] = dict(fleet.mark)
     return options
 
 
@@ -258,8 +292,8 @@ class JsonSerializer(Serializer):
         return "kensa_json"
 
 
-def database_url(data: Path) -> str:
-    return f"sqlite:///{data / DATABASE}"
+def database_url(data: Path, fleet: Fleet | None = None) -> str:
+    return fleet.database_url if fleet else f"sqlite:///{data / DATABASE}"
 
 
 def _as_text(value: Any) -> str:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, run
 
+from app.settings import table
 from engines.meta import Meta
 
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
@@ -76,3 +78,44 @@ def test_the_readmes_name_the_same_pages() -> None:
 def test_the_licence_is_apache_2_and_pyproject_says_so() -> None:
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_variable_for_several_machines_is_a_setting() -> None:
+    settings = {name for name, *_ in table()}
+    for page in ("operations.md", "compose.yaml"):
+        named = set(re.findall(r"KENSA_[A-Z_]+", (ROOT / "docs" / page).read_text()))
+        assert len(named) > 3
+        assert named <= settings
+
+
+def test_the_compose_file_names_only_what_there_is() -> None:
+    text = (ROOT / "docs" / "compose.yaml").read_text()
+    head, compose = text.split("\n\n")[0], yaml.safe_load(text)
+    scripts = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1]
+    assert set(re.findall(r"--profile (\w+)", head)) == set(compose["services"])
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(re.findall(r"#   ([A-Z_]+)=", head))
+    for name, service in compose["services"].items():
+        assert service["profiles"] == [name]
+        places = dict(one.split(":") for one in service["volumes"])
+        assert places.keys() <= compose["volumes"].keys()
+        if name == "queue":
+            continue
+        command = service["command"].split()
+        if command[0] == "python":
+            options = run(sys.executable, *command[1:3], "--help").stdout
+            assert set(re.findall(r"--\w+", " ".join(command[3:]))) <= {
+                *re.findall(r"--\w+", options)
+            }
+        else:
+            assert f"{command[0]} = " in scripts
+        assert service["environment"]["KENSA_DATA_DIR"] in places.values()
+        assert service["environment"]["KENSA_SHARED_URL"] in places.values()
+        made = service["build"]["dockerfile_inline"]
+        assert all(place in made for place in places.values())
+        assert "[train]" in made
+
+
+def test_the_unit_starts_a_command_that_there_is() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (started,) = re.findall(r"^ExecStart=/opt/kensa/bin/(\S+)$", page, re.M)
+    assert f"{started} = " in (ROOT / "pyproject.toml").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -13,9 +14,19 @@ from typing import Any
 
 from engines.bundle import ONNX
 from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, UnknownVersion
-from engines.jobs import PACE, RUNNING, ConvertRequest, JobFolder, RetrainRequest
+from engines.fleet import Fleet
+from engines.jobs import (
+    PACE,
+    RUNNING,
+    ConvertRequest,
+    JobFolder,
+    RetrainRequest,
+    job_of,
+    training_of,
+)
 from engines.logs import FORMAT, set_up
 from engines.meta import Meta
+from engines.shared import Shared
 from engines.store import META, Store
 from workers.commands import hush_libraries
 from workers.jobs import DISK_FULL, FULL, die_with_parent, published
@@ -24,8 +35,8 @@ from workers.progress import Progress, Tick
 WRITE_EVERY_S = 0.25
 # What share of a job its phases are: where each begins and ends.
 SPANS = {
-    "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6), "verify": (0.6, 0.7),
-    "convert": (0.7, 0.95), "publish": (0.95, 1.0),
+    "fetch": (0.0, 0.02), "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6),
+    "verify": (0.6, 0.7), "convert": (0.7, 0.95), "publish": (0.95, 1.0),
 }  # fmt: skip
 
 
@@ -69,18 +80,23 @@ def do(
         KensaError: what the request names is not there or does not fit.
     """
     store = Store(data / "models")
-    if (version := published(data, job_id, request["model"])) is not None:
-        return {"state": "succeeded", "version": version}
     folder = JobFolder(data, job_id)
     folder.work.mkdir(parents=True, exist_ok=True)
-    if kind == "retrain":
+    if kind == "train":
+        return _train_for_another(data, job_id, request, progress)
+    if (version := published(data, job_id, request["model"])) is not None:
+        return {"state": "succeeded", "version": version}
+    if kind == "finish":
+        made = _finish(data, job_id, request, progress)
+        request = {**request["retrain"], "version": request["parent"]}
+    elif kind == "retrain":
         made = _retrain(store, data, RetrainRequest(**request), folder.work, progress)
     else:
         made = _convert(store, ConvertRequest(**request), folder.work, progress)
     progress.phase("publish")
     origin = {
         "job": job_id,
-        "kind": kind,
+        "kind": "convert" if kind == "convert" else "retrain",
         "activate": bool(request.get("activate", True)) and (made / ONNX).is_file(),
         "max_flips": request.get("max_flips"),
         "category": request.get("category"),
@@ -94,21 +110,32 @@ def do(
 def _retrain(
     store: Store, data: Path, request: RetrainRequest, work: Path, progress: JobProgress
 ) -> Path:
+    parent = start_version(data, request)
+    source = None if parent is None else store.check(request.model, parent)
+    weights = named_weights(data, request)
+    trained = _learn(request, parent, source, data / "datasets", weights, work, progress)
+    if not request.convert:
+        return trained
+    return _engine(trained, work / "engine", progress)
+
+
+def _learn(
+    request: RetrainRequest,
+    parent: str | None,
+    source: Path | None,
+    datasets: Path,
+    weights: str | Path | None,
+    work: Path,
+    progress: JobProgress,
+) -> Path:
+    """Learn on top of the version in `source`, or from nothing; the folder of what was made."""
     from workers.commands import summarise_training
     from workers.retrain import Retrain, retrain
 
-    parent = _start(store, request.model, request.version)
     meta_json, learned = work / META, None
-    weights: str | Path | None = _weights(data, request)
-    if parent is None:
-        if request.kind is None:
-            raise BadMeta(
-                f"{request.model} was never trained: say its kind and, in meta, its"
-                " hyper-parameters, such as backbone, layers and image_size."
-            )
+    if source is None:
         meta = Meta.parse({"model": request.kind, **request.meta})
     else:
-        source = store.check(request.model, parent)
         meta = Meta.read(source / META).with_(**request.meta)
         weights = weights or source / meta.weights_pth
         if weights != "untrained" and not Path(weights).is_file():
@@ -124,7 +151,7 @@ def _retrain(
         Retrain(
             meta.model,
             request.category,
-            data / "datasets",
+            datasets,
             work / "trained",
             meta_json,
             None if weights is None else str(weights),
@@ -137,9 +164,66 @@ def _retrain(
     )
     for line in summarise_training(report, work / "trained")[1:-1]:
         progress.say(line)
-    if not request.convert:
-        return work / "trained"
-    return _engine(meta.model, work / "trained", work / "engine", progress)
+    return work / "trained"
+
+
+def _train_for_another(
+    data: Path, training_id: str, wanted: dict[str, Any], progress: JobProgress
+) -> dict[str, Any]:
+    """Learn what the queue of several machines asks for, and leave it for the one that asked."""
+    from workers.fleet import checked, patiently
+
+    fleet = Fleet.read(os.environ)
+    assert fleet is not None
+    shared = Shared.open(fleet.shared_url)
+    folder, (device, model) = JobFolder(data, training_id), checked(wanted)
+    request = RetrainRequest(**wanted["retrain"])
+    ticked = progress.phase("fetch")
+    source: Path | None
+    if device == fleet.device:  # everything is here
+        source = data
+        start = None
+        if wanted["parent"] is not None:
+            start = Store(data / "models").check(model, wanted["parent"])
+    else:
+        source = data / "inputs" / device / model
+        source.parent.mkdir(parents=True, exist_ok=True)
+        patiently(lambda: shared.pull(f"{device}/inputs", wanted["inputs"], source, ticked), folder)
+        start = None if wanted["parent"] is None else source / "start"
+    weights = named_weights(source, request)
+    trained = _learn(
+        request, wanted["parent"], start, source / "datasets", weights, folder.work, progress
+    )
+    if device == fleet.device:
+        shutil.rmtree(folder.root / "trained", ignore_errors=True)
+        trained.rename(folder.root / "trained")
+        return {"state": "succeeded", "trained": None}
+    files = {path.name: path for path in trained.iterdir()}
+    place = f"{device}/results/{job_of(training_id)}"
+    return {"state": "succeeded", "trained": patiently(lambda: shared.push(place, files), folder)}
+
+
+def _finish(data: Path, job_id: str, learned: dict[str, Any], progress: JobProgress) -> Path:
+    """What another machine learned, or a training of this one, made ready to be published."""
+    from workers.fleet import patiently
+
+    fleet = Fleet.read(os.environ)
+    assert fleet is not None
+    folder = JobFolder(data, job_id)
+    if learned["trained"] is None:
+        trained = JobFolder(data, training_of(job_id)).root / "trained"
+        if not trained.is_dir():
+            raise BadBundle(f"{trained} is gone, so what was learned is lost. Send the job again.")
+    else:
+        trained = folder.work / "trained"
+        place = f"{fleet.device}/results/{job_id}"
+        shared = Shared.open(fleet.shared_url)
+        patiently(lambda: shared.pull(place, learned["trained"], trained), folder)
+    if learned["retrain"].get("convert", True):
+        return _engine(trained, folder.work / "engine", progress)
+    made = folder.work / "made"
+    shutil.copytree(trained, made)
+    return made
 
 
 def _convert(store: Store, request: ConvertRequest, work: Path, progress: JobProgress) -> Path:
@@ -151,22 +235,38 @@ def _convert(store: Store, request: ConvertRequest, work: Path, progress: JobPro
     if not (source / meta.weights_pth).is_file():
         raise BadBundle(f"{request.model} {version} has no {meta.weights_pth} to convert.")
     return _engine(
-        meta.model, source, work / "engine", progress,
+        source, work / "engine", progress,
         opset=request.opset, fp16=request.fp16, workspace=request.workspace,
         use_dla=request.use_dla,
     )  # fmt: skip
 
 
-def _engine(kind: str, source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
     from workers.commands import summarise_conversion
     from workers.convert import Convert, convert
 
     progress.phase("convert")
     meta = Meta.read(source / META)
-    request = Convert(kind, source / meta.weights_pth, source / META, target, **how)
+    request = Convert(meta.model, source / meta.weights_pth, source / META, target, **how)
     for line in summarise_conversion(convert(request, progress), target)[1:-1]:
         progress.say(line)
     return target
+
+
+def start_version(data: Path, request: RetrainRequest) -> str | None:
+    """The version to start from; None for a first training.
+
+    Raises:
+        UnknownModel, UnknownVersion: there is no such version.
+        BadMeta: there is none, and the request does not say what to make.
+    """
+    parent = _start(Store(data / "models"), request.model, request.version)
+    if parent is None and request.kind is None:
+        raise BadMeta(
+            f"{request.model} was never trained: say its kind and, in meta, its"
+            " hyper-parameters, such as backbone, layers and image_size."
+        )
+    return parent
 
 
 def _start(store: Store, name: str, version: str | None) -> str | None:
@@ -180,7 +280,8 @@ def _start(store: Store, name: str, version: str | None) -> str | None:
     return known[-1] if known else None
 
 
-def _weights(data: Path, request: RetrainRequest) -> str | None:
+def named_weights(data: Path, request: RetrainRequest) -> str | None:
+    """The weights that a request names, in a data folder. Raises BadWeights where they are not."""
     if request.pretrained in (None, "untrained"):
         return request.pretrained
     path = data / "weights" / str(request.pretrained)
@@ -222,8 +323,9 @@ class JobProgress(Progress):
     def end(self, ended: dict[str, Any]) -> None:
         if ended.get("error"):
             self.say(f"error: {ended['error']}")
-        fraction = 1.0 if ended["state"] == "succeeded" else self._fraction
-        self._write(ended["state"], fraction, 0, 0, at_once=True)
+        fraction = 1.0 if "version" in ended else self._fraction  # a training is only a part
+        phase = ended["state"] if "trained" not in ended else "trained"
+        self._write(phase, fraction, 0, 0, at_once=True)
 
     def _write(self, phase: str, fraction: float, done: int, total: int, *, at_once: bool) -> None:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
     python -m workers.jobs --data_dir D
 
+Where KENSA_QUEUE_URL is set, as for the server, it takes jobs from the queue of several machines.
 It never loads torch itself, so it is small, and a child that dies takes nothing with it. A job
 whose child or worker died is begun again, at most twice.
 """
@@ -28,7 +29,8 @@ from typing import IO, Any
 from dbos import DBOS, DBOSConfig, error
 from sqlalchemy.exc import SQLAlchemyError
 
-from engines.errors import EXIT_CODE, BadBundle
+from engines.errors import EXIT_CODE, BadBundle, BadSettings
+from engines.fleet import Fleet
 from engines.jobs import (
     ACTIVE,
     APP_VERSION,
@@ -43,6 +45,7 @@ from engines.jobs import (
     Schedules,
     database_url,
     enqueue_options,
+    job_of,
     last_due,
     scheduled_id,
 )
@@ -63,6 +66,7 @@ PR_SET_PDEATHSIG = 1
 log = logging.getLogger("kensa.worker")
 stopping = threading.Event()
 attended: set[str] = set()  # the jobs that this process has in hand
+children: set[int] = set()  # the processes of jobs, which lead process groups
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,23 +82,41 @@ def main(arguments: list[str] | None = None) -> int:
         if not _locked(lock):
             log.error("Another worker has %s", data)
             return EXIT_CODE
-        work(data)
+        try:
+            fleet = Fleet.read(os.environ)
+            if fleet is None:
+                work(data)
+            else:
+                from workers.fleet import work_with_others  # which imports this module
+
+                work_with_others(data, fleet)
+        except BadSettings as error:
+            log.error("%s", error)
+            return EXIT_CODE
     return 0
 
 
-def work(data: Path) -> None:
-    """Take jobs until told to stop."""
+def configured(data: Path, fleet: Fleet | None = None) -> DBOS:
+    """DBOS, not launched yet."""
     config: DBOSConfig = {
         "name": APPLICATION,
-        "system_database_url": database_url(data),
+        "system_database_url": database_url(data, fleet),
         "application_version": APP_VERSION,
-        "executor_id": EXECUTOR,
+        "executor_id": fleet.device if fleet else EXECUTOR,
         "serializer": JsonSerializer(),
         "log_level": "WARNING",  # each start would be ten lines, one of them an advertisement
         "max_executor_threads": 8,
     }
-    DBOS(config=config)
+    if fleet is not None:  # many jobs of this machine only wait for another one
+        config["max_executor_threads"], config["sys_db_pool_size"] = 64, 8
+    dbos = DBOS(config=config)
     logging.getLogger("dbos").addFilter(_is_news)
+    return dbos
+
+
+def work(data: Path) -> None:
+    """Take jobs until told to stop."""
+    configured(data)
     register(data)
     DBOS.launch()
     sweep(data)
@@ -130,14 +152,20 @@ def register(data: Path) -> None:
 # ---- one job ----------------------------------------------------------------------------------
 
 
-def attend(data: Path, job_id: str, kind: str, request: dict[str, Any]) -> dict[str, Any]:
+def attend(
+    data: Path,
+    job_id: str,
+    kind: str,
+    request: dict[str, Any],
+    folder: JobFolder | None = None,
+) -> dict[str, Any]:
     """Let a child do the job; begin again where it dies. Returns how the job ended."""
-    folder = JobFolder(data, job_id)
+    folder = folder or JobFolder(data, job_id)
     try:
         with (data / "job.lock").open("w") as lock:
             if not wait_for_the_last(lock, job_id):
                 return {"state": "cancelled"}
-            return begin_until_it_ends(data, job_id, kind, request, lock)
+            return begin_until_it_ends(data, job_id, kind, request, lock, folder)
     except OSError as why:
         if why.errno == errno.ENOSPC:
             return {"state": "failed", "code": "disk_full", "error": FULL}
@@ -159,10 +187,14 @@ def wait_for_the_last(lock: IO[str], job_id: str) -> bool:
 
 
 def begin_until_it_ends(
-    data: Path, job_id: str, kind: str, request: dict[str, Any], lock: IO[str]
+    data: Path,
+    job_id: str,
+    kind: str,
+    request: dict[str, Any],
+    lock: IO[str],
+    folder: JobFolder,
 ) -> dict[str, Any]:
     """At most `ATTEMPTS` times, over all workers."""
-    folder = JobFolder(data, job_id)
     why = "its worker or the machine stopped"
     while (ended := folder.result()) is None:
         if folder.attempts() >= ATTEMPTS:
@@ -198,6 +230,7 @@ def run_child(
         env={**os.environ, PARENT: str(os.getpid())},
         pass_fds=[lock.fileno()],
     )
+    children.add(child.pid)
     try:
         assert child.stdin is not None
         with suppress(BrokenPipeError):  # it died already
@@ -214,6 +247,7 @@ def run_child(
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # and what it may have started
         child.wait()
+        children.discard(child.pid)
 
 
 def published(data: Path, job_id: str, model: str) -> str | None:
@@ -227,13 +261,13 @@ def published(data: Path, job_id: str, model: str) -> str | None:
 
 
 def was_cancelled(job_id: str) -> bool:
-    """Whether it was; a queue that does not answer now is asked again soon."""
+    """Whether it was, or what it is a part of; a queue that does not answer is asked again soon."""
     try:
-        status = DBOS.get_workflow_status(job_id)
+        found = [DBOS.get_workflow_status(one) for one in {job_id, job_of(job_id)}]
     except SQLAlchemyError as why:
         log.warning("The queue does not answer: %s", why)
         return False
-    return status is not None and status.status == "CANCELLED"
+    return any(status is not None and status.status == "CANCELLED" for status in found)
 
 
 # ---- what DBOS does not look after ------------------------------------------------------------
@@ -256,7 +290,7 @@ def watch(data: Path) -> None:
             log.warning("The queue does not answer: %s", why)
 
 
-def begin_scheduled(data: Path, now: float) -> None:
+def begin_scheduled(data: Path, now: float, fleet: Fleet | None = None) -> None:
     """Queue what is due at `now`, once, and not while the schedule's last job waits or runs.
 
     DBOS's own scheduler reckons from one moment to the next. After a clock that was years behind is
@@ -268,11 +302,14 @@ def begin_scheduled(data: Path, now: float) -> None:
         except (ValueError, KeyError, OSError) as why:
             log.warning("The schedule %s names no time: %s", name, why)
             continue
-        job_id = scheduled_id(name, due)
+        job_id = scheduled_id(name, due, fleet)
         if now - due.timestamp() > LATE_S or DBOS.get_workflow_status(job_id) is not None:
             continue
-        active = DBOS.list_workflows(status=ACTIVE, load_input=False, load_output=False)
-        options = enqueue_options(job_id, f"schedule {name}", active)
+        active = DBOS.list_workflows(
+            status=ACTIVE, load_input=False, load_output=False,
+            attributes=fleet.mark if fleet else None,
+        )  # fmt: skip
+        options = enqueue_options(job_id, f"schedule {name}", active, fleet)
         try:
             DBOS.enqueue_workflow_with_options(options, "retrain", schedule["retrain"])
         except error.DBOSQueueDeduplicatedError:
@@ -351,4 +388,6 @@ def _named(code: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from workers import jobs  # this very file, by the name by which workers.fleet knows it
+
+    sys.exit(jobs.main())

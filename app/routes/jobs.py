@@ -69,6 +69,7 @@ _ASKED: dict[int | str, dict[str, Any]] = {
         bad_bundle="...manifest.json is damaged ...",
     ),
     503: _NO_WORKER,
+    507: problem("No room.", disk_full="Nothing was queued: the disk is full. Free some space."),
 }
 
 
@@ -224,6 +225,7 @@ async def schedules(request: Request) -> SchedulesBody:
             bad_dataset="The category bolt has no training images: POST some to ...",
         ),
         503: _NO_WORKER,
+        507: problem("No room.", disk_full="The schedule cannot be written: ..."),
     },
 )
 async def schedule(request: Request, name: ScheduleName, body: ScheduleRequest) -> ScheduleBody:
@@ -290,7 +292,8 @@ async def _ask(work: Callable[[], Result]) -> Result:
         return await asyncio.wait_for(asked, REPLY_WITHIN_S)
     except asyncio.TimeoutError:
         raise NoWorker(
-            f"The queue did not answer within {REPLY_WITHIN_S:.0f} s: something locks its database."
+            f"The queue did not answer within {REPLY_WITHIN_S:.0f} s: something locks its database,"
+            " or its network is slow."
             " What was asked for may still be done: see GET /jobs before sending it again."
         ) from None
 
