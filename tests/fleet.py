@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import importlib
 import json
 import os
@@ -49,11 +48,11 @@ class Postgres:
 
     def __init__(self, folder: Path, bin_folder: Path) -> None:
         self.folder, self._bin = folder, bin_folder
-        # It refuses to run as root.
-        self.user = "nobody" if os.geteuid() == 0 else getpass.getuser()
-        if os.geteuid() == 0:
-            account = pwd.getpwnam(self.user)
-            os.chown(folder, account.pw_uid, account.pw_gid)
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:  # as which it refuses to run
+            nobody = pwd.getpwnam("nobody")
+            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+            self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         words = folder / "password"
@@ -86,7 +85,7 @@ class Postgres:
 
     def _run(self, command: str, *words: str | Path) -> None:
         done = subprocess.run(
-            [self._bin / command, *words], user=self.user, group=-1 if os.geteuid() else "nogroup",
+            [self._bin / command, *words], **self._as,
             cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             timeout=60,
         )  # fmt: skip

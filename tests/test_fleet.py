@@ -23,6 +23,7 @@ from test_jobs import AGAIN, CATEGORY, ENDED, FIRST
 
 from app.jobs import Jobs
 from engines.errors import Conflict, NoWorker, UnknownJob
+from engines.files import sha256
 from engines.fleet import Fleet
 from engines.jobs import RetrainRequest
 from engines.store import Store
@@ -436,6 +437,30 @@ def test_what_is_sent_once_is_not_sent_again_and_what_ended_jobs_left_is_removed
     assert line.ended(line.submit())["state"] == "succeeded"
     assert len(list((fleet.shared / "line" / "progress").iterdir())) <= 1
     assert len(list((line.data / "jobs").glob("*.train"))) == 0
+
+
+@pytest.mark.soak
+def test_a_damaged_image_fails_the_job_by_its_name_and_the_next_job_sends_it_again(
+    fleet: Fleets,
+) -> None:
+    line = fleet.line()
+    job = line.submit()
+    sent = fleet.shared / "line" / "inputs"
+    until(lambda: sent.is_dir() and len(list(sent.glob("[0-9a-f]*"))) == 4, "nothing was sent")
+    image = line.data / "datasets" / "train" / "any" / "1.png"
+    damaged = sent / sha256(image)
+    damaged.write_bytes(bytes(1000))
+    real = Machine(fleet.folder / "real", "real", fleet.postgres.url(), fleet.shared)
+    fleet.machines["real"] = real
+    real.start_quick()
+    ended = line.ended(job)
+    assert (ended["state"], ended["code"]) == ("failed", "bad_shared"), ended
+    assert ended["error"].startswith("datasets/train/any/1.png in the shared store is damaged")
+    assert ended["error"] in "".join(line.jobs.lines(job)[0])
+    assert not damaged.exists()
+    again = line.ended(line.submit())
+    assert again["code"] != "bad_shared", again
+    assert damaged.read_bytes() == image.read_bytes()
 
 
 # The torture

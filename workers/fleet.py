@@ -51,6 +51,13 @@ RELAY_EVERY_S = 1.0  # progress and log, through the shared store
 LOST_LOOKS = 30  # so often a job must be seen that runs, says the queue, and nobody attends
 INTERNAL_QUEUE = "_dbos_internal_queue"  # DBOS's, for rows that have lost the name of theirs
 
+# What DBOS logs several times a second while the database is away, and `Lease` says once; and that
+# a job was cancelled.
+_TOLD = re.compile(
+    r"\(psycopg\.OperationalError\)|AdminShutdown|CannotConnectNow|Notification listener error"
+    r"|no longer owned by this execution"
+)
+
 log = logging.getLogger("kensa.worker")
 Result = TypeVar("Result")
 Ended = dict[str, Any]
@@ -65,6 +72,7 @@ def work_with_others(data: Path, fleet: Fleet) -> None:
         return
     lease.keep(end_at_once)
     dbos = worker.configured(data, fleet)
+    logging.getLogger("dbos").addFilter(lambda record: not _TOLD.search(record.getMessage()))
     register(data, fleet, shared)
     learns = fleet.worker != "convert"
     DBOS.listen_queues([fleet.own_queue, *([QUEUE] if learns else [])])
