@@ -156,7 +156,9 @@ class Residents:
         raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
 
     def _only(self) -> Resident:
-        if len(self._models) == 1:
+        # Not the one that is left when another is away: that one may be meant.
+        known = {*self._models, *self.unloaded, *self.problems}
+        if len(known) == 1 and self._models:
             return next(iter(self._models.values()))
         if self._models:
             raise UnknownModel(f"Say which model, as ?model=NAME{self._there_is()}.")

@@ -114,6 +114,15 @@ def test_an_unloaded_model_answers_no_more_until_it_is_loaded_again(
     assert client.get_inference_statistics("bolt")["model_stats"][0]["inference_count"] == 1
 
 
+def test_a_request_without_a_name_is_not_answered_by_the_model_that_is_left(
+    client: Client, server: Server
+) -> None:
+    client.unload_model("bolt")
+    answer = server.infer(photo_file())
+    assert (answer.status_code, agreed(answer)) == (404, "unknown_model")
+    assert "Say which model" in answer.json()["error"]
+
+
 def test_what_was_put_away_is_no_problem_unless_nothing_is_left(
     client: Client, server: Server
 ) -> None:
