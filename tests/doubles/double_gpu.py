@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -333,13 +333,16 @@ class GPU:
         counts.update(self.objects)
         return {kind: count for kind, count in counts.items() if count}
 
-    def crash(self, message: str) -> Any:
+    def crash(self, message: str) -> NoReturn:
         """Note it, say it, and raise it or end the process."""
+        self.note_crash(message)
+        raise Crash(message)
+
+    def note_crash(self, message: str) -> None:
         self.crashes.append(message)
         print(f"CRASH in the double of the GPU: {message}", file=sys.stderr, flush=True)
         if os.environ.get("KENSA_DOUBLE_CRASH") == "abort":
             os.abort()
-        raise Crash(message)
 
 
 class _Stack:
@@ -350,7 +353,7 @@ class _Stack:
 
     def __del__(self) -> None:
         if self.contexts:
-            gpu.crash(
+            gpu.note_crash(
                 "PyCUDA ERROR: The context stack was not empty upon module cleanup."
                 " Use Context.pop() to avoid this problem."
             )

@@ -47,7 +47,7 @@ class Dims(Bound):
     MAX_DIMS = 8
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, shape: Any = ()) -> None:
+    def __init__(self, shape: list = ()) -> None:  # type: ignore[assignment, type-arg]
         if not all(size_or_int(side) for side in shape):
             raise TypeError("__init__(): incompatible constructor arguments.")
         self._sides = tuple(int(side) for side in shape)
@@ -180,6 +180,9 @@ class IHostMemory(bytes):
     """Bytes that TensorRT holds: a buffer (`bytes(it)`, `file.write(it)`) and nothing else."""
 
     __len__ = __getitem__ = __iter__ = __contains__ = __add__ = _no_sequence
+
+    def __bool__(self) -> Any:
+        return True
 
     def __getattribute__(self, name: str) -> Any:
         if name[0] != "_" and name not in API["IHostMemory"]:

@@ -156,6 +156,7 @@ def accepts(value: Any, kind: Any) -> bool:
         float: lambda value: isinstance(value, float) or size_or_int(value),
         str: lambda value: isinstance(value, str | bytes),  # no Path
         bool: lambda value: isinstance(value, bool) or type(value).__name__ == "bool_",
+        list: lambda value: hasattr(value, "__len__") and not isinstance(value, str | bytes),
         Buffer: _is_buffer,
         None: lambda value: value is None,
     }

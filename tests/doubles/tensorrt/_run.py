@@ -490,10 +490,10 @@ class IExecutionContext(Bound):
 
         NvInferRuntime.h: at least 256-byte alignment.
         """
-        if address % 256:
-            gpu.crash(f"the address of {tensor.name}, {address:#x}, is not aligned to 256 bytes")
         nbytes = volume(shape) * self._itemsize(tensor)
         data = gpu.at(address, nbytes, f"tensor {tensor.name} {list(shape)}")
+        if address % 256:
+            gpu.crash(f"the address of {tensor.name}, {address:#x}, is not aligned to 256 bytes")
         return data.view(NUMPY[getattr(DataType, tensor.dtype)]).reshape(shape)
 
     def _run(self, onnx: bytes, buffers: list[tuple[Tensor, Shape, int]]) -> None:
