@@ -54,7 +54,8 @@ RECEIVERS = {
 
 def users() -> list[Path]:
     """Our files that import TensorRT or pycuda."""
-    files = [*ROOT.glob("*.py"), *(p for d in ("app", "engines", "workers") for p in (ROOT / d).rglob("*.py"))]  # fmt: skip
+    folders = [ROOT / name for name in ("app", "engines", "workers")]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     pattern = re.compile(r"^\s*(import|from) (tensorrt|pycuda)\b", re.MULTILINE)
     return sorted(path for path in files if pattern.search(path.read_text(encoding="utf-8")))
 
@@ -209,11 +210,12 @@ def test_the_double_has_no_name_that_pycuda_lacks() -> None:
 # The real bindings
 
 BINDINGS = {"10.3.0": "tensorrt-cu12-bindings", "11.4.0.106": "tensorrt-cu13-bindings"}
-EXPORTS = (
-    "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL"
-    " createNvOnnxParserRefitter_INTERNAL createNvOnnxParser_INTERNAL getBuilderPluginRegistry"
-    " getNvOnnxParserVersion getPluginRegistry initLibNvInferPlugins"
-).split()
+EXPORTS = [
+    *(f"create{name}_INTERNAL" for name in ("InferBuilder", "InferRefitter", "InferRuntime")),
+    *(f"create{name}_INTERNAL" for name in ("NvOnnxParserRefitter", "NvOnnxParser")),
+    *("getBuilderPluginRegistry", "getPluginRegistry", "initLibNvInferPlugins"),
+    "getNvOnnxParserVersion",
+]
 ASK = """
 import json, tensorrt_bindings as trt
 def ask(thing):
@@ -241,7 +243,8 @@ def real(version: str) -> dict[str, dict[str, str | None]]:
             target = Path(folder, f"{library}.so.{version.split('.')[0]}")
             subprocess.run([compiler, "-shared", "-fPIC", "-o", target, source], check=True)
         where = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": folder}
-        asked = subprocess.run([sys.executable, "-c", ASK], env=where, capture_output=True, text=True)
+        ask = [sys.executable, "-c", ASK]
+        asked = subprocess.run(ask, env=where, capture_output=True, text=True)
         if "ImportError" in asked.stderr:
             pytest.skip(f"{package} {version} cannot be imported: {asked.stderr[-200:]}")
         assert asked.returncode == 0, asked.stderr

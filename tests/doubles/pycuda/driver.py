@@ -84,7 +84,7 @@ def _calls(routine: str) -> Callable[[Function], Function]:
             except Fault as fault:
                 raise _error(routine, fault.code) from None
 
-        return wrapped  # type: ignore[return-value]
+        return wrapped
 
     return decorate
 
@@ -223,9 +223,7 @@ class Context:
     def detach(self) -> None:
         """Release it. In a thread other than its own pycuda does nothing, and so leaks it."""
         if not self._valid:
-            raise _error(
-                "context::detach", INVALID_CONTEXT, "cannot detach from invalid context"
-            )
+            raise _error("context::detach", INVALID_CONTEXT, "cannot detach from invalid context")
         self._valid = False
         stack = gpu.stack()
         stack[:] = [context for context in stack if context is not self]

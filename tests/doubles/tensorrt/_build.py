@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from double_gpu import MIB, Fault, gpu
 
-from ._core import DataType, Dims, ILogger, host_memory, register, say, volume, write
 from ._core import ONNX_TYPES as TYPES
+from ._core import DataType, Dims, ILogger, host_memory, register, say, write
 from ._names import (
     DATA,
     ENUMS,
@@ -27,10 +26,9 @@ from ._names import (
     Size,
     bound,
     call_back,
-    enum,
     pure,
 )
-from ._plan import Plan, Shapes, Tensor, network, weights_of
+from ._plan import Plan, Tensor, network, weights_of
 
 BuilderFlag, DeviceType = ENUMS["BuilderFlag"], ENUMS["DeviceType"]
 MemoryPoolType, ErrorCode = ENUMS["MemoryPoolType"], ENUMS["ErrorCode"]
@@ -89,7 +87,9 @@ class INetworkDefinition(Bound):
 
     @property
     def _strongly_typed(self) -> bool:
-        return MAJOR >= 11 or bool(self._flags >> int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1)
+        return MAJOR >= 11 or bool(
+            self._flags >> int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1
+        )
 
     @property
     def name(self) -> str:
@@ -219,9 +219,7 @@ def _check_nodes(model: Any) -> None:
         raise _Refused("UNSUPPORTED_GRAPH", f"Opset {opset} is not one of {OPSETS}.")
     uint8 = {one.name for one in model.graph.input if one.type.tensor_type.elem_type == 2}
     outputs = {one.name for one in model.graph.output}
-    constants = {
-        node.output[0]: node for node in model.graph.node if node.op_type == "Constant"
-    }
+    constants = {node.output[0]: node for node in model.graph.node if node.op_type == "Constant"}
     for index, node in enumerate(model.graph.node):
         if node.domain or node.op_type in OPERATORS["unsupported"]:
             desc = "Plugin not found, are the plugin name, version, and namespace correct?"
@@ -264,7 +262,7 @@ class OnnxParser(Bound):
 
     def parse(self, model: Buffer, path: str | None = None) -> bool:
         """A path only finds weights that are kept in files beside the model."""
-        return self._parse(bytes(model), path)  # type: ignore[call-overload]
+        return self._parse(bytes(model), path)
 
     def parse_from_file(self, model: str) -> bool:
         try:
@@ -485,14 +483,14 @@ class IBuilderConfig(Bound):
         return bool(self._bits >> int(flag) & 1)
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: Size) -> None:
-        if int(pool_size) > gpu.total:  # type: ignore[call-overload]
+        if int(pool_size) > gpu.total:
             message = (
                 "IBuilderConfig::setMemoryPoolLimit: Error Code 4: API Usage Error (the size of"
                 f" {pool.name} is larger than the {gpu.total} bytes of the device)"
             )
             say(self._builder, Severity.ERROR, message)
             return
-        self._pools[int(pool)] = int(pool_size)  # type: ignore[call-overload]
+        self._pools[int(pool)] = int(pool_size)
 
     def get_memory_pool_limit(self, pool: MemoryPoolType) -> int:
         """The default of the workspace is all of the device; of TACTIC_DRAM 75 % on Jetson."""
@@ -519,11 +517,11 @@ class IBuilderConfig(Bound):
 
     @progress_monitor.setter
     def progress_monitor(self, value: IProgressMonitor | None) -> None:
-        self._monitor = value  # type: ignore[assignment]
+        self._monitor = value
 
     def create_timing_cache(self, serialized_timing_cache: Buffer) -> ITimingCache | None:
         """A new one of b""; None of bytes that another version wrote, or that are damaged."""
-        data = bytes(serialized_timing_cache)  # type: ignore[call-overload]
+        data = bytes(serialized_timing_cache)
         if not data:
             return ITimingCache._new({}, LIBRARY, gpu.model.key)
         try:
@@ -683,9 +681,7 @@ class Builder(Bound):
             return False
         return True
 
-    def build_serialized_network(
-        self, network: INetworkDefinition, config: IBuilderConfig
-    ) -> Any:
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> Any:
         """A plan as IHostMemory, or None."""
         progress = None
         try:
@@ -849,5 +845,3 @@ def _check_devices(net: Any, config: Any, dynamic: bool) -> None:
             "Error Code 9: API Usage Error (Hardware compatibility is not supported on this"
             " platform.)"
         )
-
-

@@ -45,9 +45,9 @@ class Dims(Bound):
     """Like a tuple, but unhashable, and two of them cannot be compared: that is a TypeError."""
 
     MAX_DIMS = 8
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
-    def __init__(self, shape: list = ()) -> None:  # type: ignore[assignment, type-arg]
+    def __init__(self, shape: list = ()) -> None:
         if not all(size_or_int(side) for side in shape):
             raise TypeError("__init__(): incompatible constructor arguments.")
         self._sides = tuple(int(side) for side in shape)

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 VERSIONS = {  # as `__version__` says it -> the library's own version
     "10.3.0": "10.3.0.30",
@@ -37,7 +37,7 @@ Type = TypeVar("Type", bound=type)
 class Enum:
     """A pybind11 enum: no int, though `int()` takes it, and unequal to every int."""
 
-    __members__: dict[str, Enum] = {}
+    __members__: ClassVar[dict[str, Enum]] = {}
 
     def __init__(self, value: int) -> None:
         object.__setattr__(self, "value", int(value))
@@ -47,12 +47,12 @@ class Enum:
         return next((name for name, one in self.__members__.items() if one == self), "???")
 
     def __int__(self) -> int:
-        return self.value  # type: ignore[attr-defined, no-any-return]
+        return self.value
 
     __index__ = __hash__ = __int__
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and int(other) == int(self)  # type: ignore[call-overload, no-any-return]
+        return type(other) is type(self) and int(other) == int(self)
 
     def __le__(self, other: Enum) -> bool:
         return int(self) <= int(other)
@@ -81,7 +81,8 @@ def enum(name: str, values: dict[str, int]) -> Any:
 ENUMS: dict[str, Any] = {
     name: enum(name, values) for name, values in API.items() if isinstance(values, dict)
 }
-Severity = enum("Severity", dict(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4))
+_LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+Severity = enum("Severity", {name: level for level, name in enumerate(_LEVELS)})
 
 
 # Classes
@@ -117,9 +118,9 @@ class Bound(metaclass=_Metaclass):
         return made
 
     def __setattr__(self, name: str, value: object) -> None:
-        if type(self).__module__.startswith("tensorrt") and name[0] != "_":
-            if not hasattr(type(self), name):
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        ours = type(self).__module__.startswith("tensorrt") and name[0] != "_"
+        if ours and not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         object.__setattr__(self, name, value)
 
 
@@ -258,5 +259,3 @@ def call_back(what: str, function: Callable[..., Any], *args: Any) -> Any:
 
 def pure(what: str) -> None:
     raise RuntimeError(f'Tried to call pure virtual function "{what}"')
-
-

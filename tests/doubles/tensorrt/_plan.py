@@ -130,8 +130,7 @@ class Network:
             self._request = compiled.create_infer_request()
         results = self._request.infer(inputs)
         return {
-            output.any_name: np.array(results[output])
-            for output in self._request.model_outputs
+            output.any_name: np.array(results[output]) for output in self._request.model_outputs
         }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from double_gpu import ALIGNMENT, Fault, Memory, Work, gpu
+from double_gpu import Fault, Memory, Work, gpu
 from numpy.typing import NDArray
 
 from ._build import ParserError, _Refused, plain, read_onnx
@@ -87,7 +87,7 @@ class Runtime(Bound):
         """None for bytes that are no plan of this version for this device."""
         try:
             gpu.check()
-            plan = self._read(bytes(serialized_engine))  # type: ignore[call-overload]
+            plan = self._read(bytes(serialized_engine))
             memory = _take(plan.weights, "weights")
         except (_Refusal, Fault) as refusal:
             say(self, Severity.ERROR, f"IRuntime::deserializeCudaEngine: {refusal}")
@@ -105,9 +105,7 @@ class Runtime(Bound):
         usage = "Error Code 6: API Usage Error"
         portable = plan.version_compatible and plan.version.split(".")[0] == str(MAJOR)
         if portable and not self.engine_host_code_allowed:
-            raise _Refusal(
-                f"{usage} (the plan has host code, and engine_host_code_allowed is off)"
-            )
+            raise _Refusal(f"{usage} (the plan has host code, and engine_host_code_allowed is off)")
         if plan.version != LIBRARY and not portable:
             raise _Refusal(
                 f"{usage} (The engine plan file is not compatible with this version of TensorRT,"
@@ -388,9 +386,7 @@ class IExecutionContext(Bound):
         if tensor is None or tensor.is_input:
             return -1
         largest = {
-            one.name: tuple(
-                self._engine.get_tensor_profile_shape(one.name, self._profile_index)[2]
-            )
+            one.name: tuple(self._engine.get_tensor_profile_shape(one.name, self._profile_index)[2])
             for one in self._inputs
         }
         shape = network(self._engine._onnx).shapes(largest)[name]
@@ -406,14 +402,14 @@ class IExecutionContext(Bound):
         self._enter()
         if self._engine._tensor(name) is None:
             return False
-        self._addresses[name] = int(memory)  # type: ignore[call-overload]
+        self._addresses[name] = int(memory)
         return True
 
     def get_tensor_address(self, name: str) -> int:
         return self._addresses.get(name, 0)
 
     def set_device_memory(self, memory: Size, size: Size) -> None:
-        self._memory = (int(memory), int(size))  # type: ignore[call-overload]
+        self._memory = (int(memory), int(size))
 
     # Execution
 
@@ -422,7 +418,7 @@ class IExecutionContext(Bound):
 
         What each tensor's shape and address are now holds for it, whatever is set later.
         """
-        handle = int(stream_handle)  # type: ignore[call-overload]
+        handle = int(stream_handle)
         self._enter()
         with self._lock:
             try:
@@ -448,7 +444,7 @@ class IExecutionContext(Bound):
             self._engine._pending = [*pending, work]
         return True
 
-    def execute_v2(self, bindings: list) -> bool:  # type: ignore[type-arg]
+    def execute_v2(self, bindings: list) -> bool:
         """Addresses by number; returns when it is done."""
         for tensor, address in zip(self._engine._plan.tensors, bindings, strict=True):
             self._addresses[tensor.name] = int(address)
@@ -466,11 +462,12 @@ class IExecutionContext(Bound):
             )
         for tensor in self._engine._plan.tensors:
             if not self._addresses.get(tensor.name):
-                kind, either = ("input", "Address is not set") if tensor.is_input else (
-                    "output", "Neither address or allocator is set")  # fmt: skip
+                kind, missing_one = "output", "Neither address or allocator is set"
+                if tensor.is_input:
+                    kind, missing_one = "input", "Address is not set"
                 return (
-                    f"Parameter check failed, condition: mContext.profileObliviousBindings. {either}"
-                    f" for {kind} tensor {tensor.name}. Call setTensorAddress before"
+                    "Parameter check failed, condition: mContext.profileObliviousBindings."
+                    f" {missing_one} for {kind} tensor {tensor.name}. Call setTensorAddress before"
                     " enqueue/execute."
                 )
         address, size = self._memory
@@ -497,7 +494,7 @@ class IExecutionContext(Bound):
         return data.view(NUMPY[getattr(DataType, tensor.dtype)]).reshape(shape)
 
     def _run(self, onnx: bytes, buffers: list[tuple[Tensor, Shape, int]]) -> None:
-        arrays = {tensor.name: self._bytes(*buffer) for buffer in buffers for tensor in buffer[:1]}
+        arrays = {buffer[0].name: self._bytes(*buffer) for buffer in buffers}
         inputs = {t.name: arrays[t.name].copy() for t, _, _ in buffers if t.is_input}
         results = network(onnx).run(inputs)
         for tensor, _, _ in buffers:
@@ -591,7 +588,7 @@ class OnnxParserRefitter(Bound):
         self._errors: list[ParserError] = []
 
     def refit_from_bytes(self, model: Buffer, path: str | None = None) -> bool:
-        return self._refit(bytes(model), path)  # type: ignore[call-overload]
+        return self._refit(bytes(model), path)
 
     def refit_from_file(self, model: str) -> bool:
         try:
@@ -628,5 +625,3 @@ class OnnxParserRefitter(Bound):
 
     def clear_errors(self) -> None:
         self._errors.clear()
-
-
