@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -16,13 +17,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from double import DOUBLES, VERSIONS, Double, doubled, environment
+from double import VERSIONS, Double, doubled, environment
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 SIDE, COLOURS = 4, 3
 WEIGHTS = np.array([[0.5, -1.0], [2.0, 0.25], [-0.75, 1.5]], np.float32)
 MIB = 1024 * 1024
+
+
+def python(program: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that finds the doubles."""
+    variables = {**os.environ, **environment(**more)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
 # What is built: image uint8 (n, 4, 4, 3) -> score (n,), map (n, 4, 4)
@@ -388,9 +396,7 @@ def test_a_context_left_on_the_stack_of_a_thread_is_a_crash(double: Double) -> N
 
 def test_in_a_process_of_its_own_a_crash_ends_it() -> None:
     program = "import pycuda.driver as cuda; cuda.gpu.crash('as asked')"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
-    )
+    done = python(program)
     assert done.returncode < 0
     assert "as asked" in done.stderr
 
@@ -501,6 +507,57 @@ def test_the_environment_can_ask_for_the_sticky_error() -> None:
         session = Session(double, plan_of(double))
         with pytest.raises(double.cuda.LogicError, match="cuStreamSynchronize failed: an illegal"):
             session.maps(some_images(1))
+
+
+@pytest.mark.parametrize(
+    ("what", "module", "words"),
+    [
+        ("bindings", "tensorrt", "No module named 'tensorrt'"),
+        ("libnvinfer", "tensorrt", "libnvinfer.so.10: cannot open shared object file"),
+        ("libcuda", "pycuda.driver", "libcuda.so.1: cannot open shared object file"),
+    ],
+)
+def test_a_machine_may_lack_what_it_needs(what: str, module: str, words: str) -> None:
+    done = python(f"import {module}", KENSA_DOUBLE_MISSING=what)
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+def test_without_a_device_nothing_can_be_made() -> None:
+    with doubled(KENSA_DOUBLE_MISSING="device") as double:
+        with pytest.raises(double.cuda.RuntimeError, match="cuInit failed: no CUDA-capable device"):
+            double.cuda.init()
+        logger, lines = log_of(double)
+        with pytest.raises(TypeError, match="factory function returned nullptr"):
+            double.trt.Runtime(logger)
+        assert "CUDA initialization failure with error: 100" in lines[0]
+
+
+def test_the_end_of_python_with_a_context_on_the_stack_is_a_crash() -> None:
+    program = "import pycuda.driver as c; c.init(); c.Device(0).retain_primary_context().push()"
+    done = python(program)
+    assert done.returncode < 0
+    assert "The context stack was not empty" in done.stderr
+
+
+def test_a_stream_of_another_context_is_refused(double: Double) -> None:
+    """The trap of pycuda.autoinit: TensorRT's own context is the primary one."""
+    logger, lines = log_of(double)
+    session = Session(double, plan_of(double, logger=logger), logger)
+    made = double.cuda.Device(0).make_context()
+    stream = double.cuda.Stream()
+    made.pop()
+    assert not session.context.execute_async_v3(stream.handle)
+    assert "Cuda Runtime (invalid resource handle)" in lines[-1]
+    del stream
+    made.detach()
+    session.close()
+    double.assert_clean()
+
+
+def test_it_is_known_which_threads_used_the_device(session: Session) -> None:
+    session.maps(some_images(1))
+    assert session.double.gpu.threads == {threading.get_ident()}
 
 
 # Memory
@@ -688,8 +745,12 @@ def test_dla_needs_a_core_and_fixed_shapes() -> None:
             graph(extra=[helper.make_node("TopK", ["score", "last"], ["a", "b"], sorted=0)]),
             "operator: TopK .*`sorted` must be 1",
         ),
+        (
+            graph(extra=[helper.make_node("QuantizeLinear", ["map", "offset"], ["a"], "q")]),
+            "operator: QuantizeLinear .*must be 0, and int8",
+        ),
     ],
-    ids=["nothing", "no ONNX", "uint8", "old", "new", "operator", "unsorted"],
+    ids=["nothing", "no ONNX", "uint8", "old", "new", "operator", "unsorted", "zero point"],
 )
 def test_a_graph_that_tensorrt_does_not_take_is_refused(
     double: Double, data: bytes, words: str
@@ -929,9 +990,6 @@ def test_only_the_first_logger_is_used(double: Double) -> None:
 
 def test_the_doubles_are_light_to_import() -> None:
     program = "import sys, tensorrt, pycuda.driver; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
-    )
+    done = python(program)
     assert done.returncode == 0, done.stderr
     assert not {"openvino", "onnx", "torch"} & set(done.stdout.split())
-    assert str(DOUBLES) in environment()["PYTHONPATH"]

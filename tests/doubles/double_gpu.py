@@ -11,10 +11,13 @@ Set by the environment, read once, when this module is imported:
     KENSA_DOUBLE_MEMORY_MIB      total,free; default: as the device has it
     KENSA_DOUBLE_FAIL_EXECUTION  N: the Nth execution ends in a sticky CUDA error
     KENSA_DOUBLE_CRASH           abort: a crash ends the process, as a segmentation fault does
+    KENSA_DOUBLE_MISSING         what this machine lacks: bindings (of TensorRT), libnvinfer,
+                                 libcuda or device
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -350,6 +353,8 @@ class _Stack:
 
     def __init__(self) -> None:
         self.contexts: list[Any] = []
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(self.__del__)
 
     def __del__(self) -> None:
         if self.contexts:
@@ -365,6 +370,11 @@ def _of_the_environment() -> GPU:
     total, free = os.environ.get("KENSA_DOUBLE_MEMORY_MIB", plain).split(",")
     fail = os.environ.get("KENSA_DOUBLE_FAIL_EXECUTION")
     return GPU(model, int(total) * MIB, int(free) * MIB, int(fail) if fail else None)
+
+
+def missing(what: str) -> bool:
+    """Whether this machine is to be without it."""
+    return os.environ.get("KENSA_DOUBLE_MISSING") == what
 
 
 gpu = _of_the_environment()

@@ -33,8 +33,12 @@ from double_gpu import (
     Memory,
     Work,
     gpu,
+    missing,
     now,
 )
+
+if missing("libcuda"):  # the container was started without the nvidia runtime
+    raise ImportError("libcuda.so.1: cannot open shared object file: No such file or directory")
 
 __all__ = ["Crash", "gpu"]  # for tests: `cuda.gpu.alive()`, `cuda.gpu.fail()`, `cuda.Crash`
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -98,6 +102,8 @@ def _initialised() -> None:
 
 
 def init(flags: int = 0) -> None:
+    if missing("device"):
+        raise _error("cuInit", NO_DEVICE)
     gpu.initialised = True
 
 

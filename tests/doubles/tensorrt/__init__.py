@@ -17,6 +17,13 @@ were strongly typed; every version takes the ONNX operators of 10.1; a damaged p
 (TensorRT has no checksum); timing caches of another version are None.
 """
 
+from double_gpu import missing as _missing
+
+if _missing("bindings"):  # a venv that does not see the system's packages
+    raise ModuleNotFoundError("No module named 'tensorrt'", name="tensorrt")
+if _missing("libnvinfer"):
+    raise ImportError("libnvinfer.so.10: cannot open shared object file: No such file or directory")
+
 from ._build import (
     Builder,
     IBuilderConfig,

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from double_gpu import MIB, Fault, gpu
 
 from ._core import ONNX_TYPES as TYPES
-from ._core import DataType, Dims, ILogger, host_memory, register, say, write
+from ._core import DataType, Dims, ILogger, host_memory, register_on_a_device, say, write
 from ._names import (
     DATA,
     ENUMS,
@@ -28,7 +29,7 @@ from ._names import (
     call_back,
     pure,
 )
-from ._plan import Plan, Tensor, network, weights_of
+from ._plan import Plan, Tensor, constants_of, network, weights_of
 
 BuilderFlag, DeviceType = ENUMS["BuilderFlag"], ENUMS["DeviceType"]
 MemoryPoolType, ErrorCode = ENUMS["MemoryPoolType"], ENUMS["ErrorCode"]
@@ -219,13 +220,12 @@ def _check_nodes(model: Any) -> None:
         raise _Refused("UNSUPPORTED_GRAPH", f"Opset {opset} is not one of {OPSETS}.")
     uint8 = {one.name for one in model.graph.input if one.type.tensor_type.elem_type == 2}
     outputs = {one.name for one in model.graph.output}
-    constants = {node.output[0]: node for node in model.graph.node if node.op_type == "Constant"}
+    values = constants_of(model)
     for index, node in enumerate(model.graph.node):
         if node.domain or node.op_type in OPERATORS["unsupported"]:
             desc = "Plugin not found, are the plugin name, version, and namespace correct?"
             raise _Refused("UNSUPPORTED_NODE", desc, index, node)
-        attributes = {one.name: one for one in node.attribute}
-        target = attributes["to"].i if node.op_type == "Cast" else None
+        target = node.attribute[0].i if node.op_type == "Cast" else None
         gives_uint8 = target == 2 or (target is None and bool(uint8 & set(node.input)))
         if gives_uint8 and not outputs & set(node.output):
             desc = (
@@ -236,19 +236,24 @@ def _check_nodes(model: Any) -> None:
         if gives_uint8:
             uint8 |= set(node.output)
         if node.op_type == "TopK":
-            _check_topk(index, node, attributes, constants)
+            _check_topk(index, node, values)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            _check_zero_point(index, node, values)
 
 
-def _check_topk(index: int, node: Any, attributes: Any, constants: Any) -> None:
-    from onnx import numpy_helper
+def _check_zero_point(index: int, node: Any, values: dict[str, Any]) -> None:
+    """int8 and zero. uint8, which is ONNX's default, TensorRT would compute as int8."""
+    point = values.get(node.input[2]) if len(node.input) > 2 else None
+    if point is None or point.dtype != np.int8 or point.any():
+        raise _Refused("UNSUPPORTED_NODE", "`y_zero_point` must be 0, and int8", index, node)
 
-    if "sorted" in attributes and attributes["sorted"].i == 0:
+
+def _check_topk(index: int, node: Any, values: dict[str, Any]) -> None:
+    if any(one.name == "sorted" and one.i == 0 for one in node.attribute):
         raise _Refused("UNSUPPORTED_NODE_ATTR", "`sorted` must be 1", index, node)
-    constant = constants.get(node.input[1]) if len(node.input) > 1 else None
-    if constant is not None:
-        k = int(numpy_helper.to_array(constant.attribute[0].t).reshape(-1)[0])
-        if k > TOPK_MOST:
-            raise _Refused("UNSUPPORTED_NODE_ATTR", f"K is at most {TOPK_MOST}", index, node)
+    count = values.get(node.input[1]) if len(node.input) > 1 else None
+    if count is not None and count.reshape(-1)[0] > TOPK_MOST:
+        raise _Refused("UNSUPPORTED_NODE_ATTR", f"K is at most {TOPK_MOST}", index, node)
 
 
 @bound
@@ -631,7 +636,7 @@ class Builder(Bound):
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
         self._threads = 1
-        register(self, logger, "createInferBuilder")
+        register_on_a_device(self, logger, "createInferBuilder")
 
     @property
     def logger(self) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from double_gpu import missing
 from numpy.typing import NDArray
 
 from ._names import API, ENUMS, Bound, Severity, bound, call_back, pure, size_or_int
@@ -126,6 +127,15 @@ def register(owner: Any, logger: Any, function: str) -> None:
             " will be used instead. In order to use a new logger, first destroy all existing"
             " builder, runner or refitter objects.",
         )
+
+
+def register_on_a_device(owner: Any, logger: Any, function: str) -> None:
+    """As the builder and the runtime do, which cannot be made where there is no GPU."""
+    register(owner, logger, function)
+    if missing("device"):
+        failure = "CUDA initialization failure with error: 100. Please check your CUDA installation"
+        say(owner, Severity.ERROR, f"{function}: Error Code 6: API Usage Error ({failure})")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
 def say(owner: Any, severity: Any, message: str) -> None:

@@ -134,7 +134,7 @@ class Network:
         }
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def network(onnx: bytes) -> Network:
     return Network(onnx)
 
@@ -142,17 +142,20 @@ def network(onnx: bytes) -> Network:
 # Weights, by the names that the parser gives them
 
 
-def weights_of(model: Any) -> dict[str, NDArray[Any]]:
-    """Of an onnx.ModelProto: initializers, and Constant nodes by the name of their output.
-
-    Integers are left out: TensorRT folds those that are shapes.
-    """
+def constants_of(model: Any) -> dict[str, NDArray[Any]]:
+    """Of an onnx.ModelProto: initializers, and Constant nodes by the name of their output."""
     from onnx import numpy_helper
 
     found = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return found
+
+
+def weights_of(model: Any) -> dict[str, NDArray[Any]]:
+    """Those that can be refitted. Integers cannot: TensorRT folds what is a shape."""
+    found = constants_of(model)
     return {name: value for name, value in found.items() if value.dtype.kind == "f"}
 
 

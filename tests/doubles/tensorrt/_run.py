@@ -22,6 +22,7 @@ from ._core import (
     Weights,
     host_memory,
     register,
+    register_on_a_device,
     say,
     volume,
     write,
@@ -67,7 +68,7 @@ class Runtime(Bound):
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
-        register(self, logger, "createInferRuntime")
+        register_on_a_device(self, logger, "createInferRuntime")
 
     engine_host_code_allowed = plain("engine_host_code_allowed", bool, False)
     max_threads = plain("max_threads", int, 1)
