@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ class Double:
 
     trt: Any
     cuda: Any
-    gpu: Any  # alive(), fail(), crashes, executions, threads, free, lowest_free
+    gpu: Any  # alive(), fail(), report(), crashes, counts, threads, free, lowest_free
 
     def assert_clean(self) -> None:
         """Nothing that was made is left, and nothing was done that hardware would not forgive."""
@@ -82,6 +83,11 @@ def doubled(
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """What the processes say that ran with KENSA_DOUBLE_REPORT; see `gpu.report()`."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def _load(name: str) -> ModuleType:

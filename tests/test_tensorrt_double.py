@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from double import VERSIONS, Double, doubled, environment
+from double import VERSIONS, Double, doubled, environment, reports
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -560,6 +561,29 @@ def test_it_is_known_which_threads_used_the_device(session: Session) -> None:
     assert session.double.gpu.threads == {threading.get_ident()}
 
 
+def test_another_process_tells_what_it_did(tmp_path: Path) -> None:
+    program = (
+        "import pycuda.driver as c; c.init(); x = c.Device(0).retain_primary_context(); x.push()\n"
+        "try: c.memcpy_htod(c.mem_alloc(1), b'too long')\n"
+        "except c.LogicError as error: print(error)\n"
+        "kept = c.mem_alloc(8); x.pop()"
+    )
+    done = python(program, KENSA_DOUBLE_REPORT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "cuMemcpyHtoD failed: invalid argument" in done.stdout, "the driver checks that itself"
+    (report,) = reports(tmp_path)
+    assert report["alive"] == {"contexts": 1, "device memory": 1}
+    assert report["crashes"] == []
+    assert report["threads"] == 1
+
+
+def test_a_build_takes_as_long_as_it_is_set_to() -> None:
+    with doubled(KENSA_DOUBLE_BUILD_SECONDS="0.2") as double:
+        started = time.perf_counter()
+        assert plan_of(double)
+        assert time.perf_counter() - started > 0.2
+
+
 # Memory
 
 
@@ -890,6 +914,7 @@ def test_a_refit_changes_the_weights_of_the_engine_that_runs(each: Double) -> No
     images, other = some_images(3), WEIGHTS[::-1] * 2
     session.maps(images)
     assert refit(each, session.engine, graph(other))[0]
+    assert (each.gpu.counts["refits"], each.gpu.counts["engines"]) == (1, 1)
     np.testing.assert_allclose(session.maps(images), expected(images, other), rtol=1e-5)
     kept = plan_bytes(session)
     session.close()

@@ -11,6 +11,7 @@ Set by the environment, read once, when this module is imported:
     KENSA_DOUBLE_MEMORY_MIB      total,free; default: as the device has it
     KENSA_DOUBLE_FAIL_EXECUTION  N: the Nth execution ends in a sticky CUDA error
     KENSA_DOUBLE_CRASH           abort: a crash ends the process, as a segmentation fault does
+    KENSA_DOUBLE_REPORT          a folder: each process keeps `gpu.report()` in <its number>.json
     KENSA_DOUBLE_MISSING         what this machine lacks: bindings (of TensorRT), libnvinfer,
                                  libcuda or device
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import json
 import os
 import sys
 import threading
@@ -27,6 +29,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -165,7 +168,7 @@ class GPU:
         self.lock = threading.RLock()
         self.initialised = False
         self.sticky: int | None = None  # the CUresult that every call fails with from now on
-        self.executions = 0
+        self.counts = dict.fromkeys(("builds", "engines", "contexts", "refits", "executions"), 0)
         self.crashes: list[str] = []
         self.threads: set[int] = set()  # idents of those that used the device
         self.primary = Context(0x5500_0000, primary=True)
@@ -248,35 +251,34 @@ class GPU:
             if memory.data is not None and memory.host:
                 memory.data[:] = 0xFF  # who still reads it reads NaN
 
-    def at(self, address: int, nbytes: int, why: str) -> Bytes:
-        """The bytes at an address of the device; Crash where they are not all allocated."""
+    def find(self, address: int, nbytes: int) -> Bytes | str:
+        """The bytes at an address of the device, or why they are not the program's to use."""
         with self.lock:
             index = bisect_right(self._addresses, address) - 1
             base = self._addresses[index] if index >= 0 else 0
             memory = self._memory.get(base)
             if index < 0 or address - base >= 0x1_0000_0000:
-                self.crash(f"{why}: {address:#x} is no address of the device")
+                return f"{address:#x} is no address of the device"
             if memory is None:
-                self.crash(f"{why}: the memory at {address:#x} was freed")
+                return f"the memory at {address:#x} was freed"
             if memory.data is None or not memory.mapped:
-                self.crash(f"{why}: {memory.what} at {address:#x} is not the program's to use")
+                return f"{memory.what} at {address:#x} is not the program's to use"
             start = address - base
             if start + nbytes > memory.nbytes:
-                self.crash(
-                    f"{why}: {nbytes} bytes from {address:#x}, which has"
-                    f" {max(0, memory.nbytes - start)} of {memory.what}"
-                )
+                left = max(0, memory.nbytes - start)
+                return f"{nbytes} bytes from {address:#x}, which has {left} of {memory.what}"
             return memory.data[start : start + nbytes]
+
+    def at(self, address: int, nbytes: int, why: str) -> Bytes:
+        """The bytes at an address of the device; Crash where they are not all allocated."""
+        found = self.find(address, nbytes)
+        if isinstance(found, str):
+            self.crash(f"{why}: {found}")
+        return found
 
     def holds(self, address: int, nbytes: int) -> bool:
         """Whether the bytes lie in one allocation; what the driver checks before it copies."""
-        crashes = len(self.crashes)
-        try:
-            self.at(address, nbytes, "")
-        except Crash:
-            del self.crashes[crashes:]
-            return False
-        return True
+        return not isinstance(self.find(address, nbytes), str)
 
     def page_locked(self, host: int, nbytes: int) -> bool:
         """Whether these bytes of the process lie in page-locked memory."""
@@ -310,8 +312,8 @@ class GPU:
 
     def execute(self, work: Callable[[], None]) -> None:
         """One execution of a network, or the fault that was asked for."""
-        self.executions += 1
-        if self.fail_execution is not None and self.executions == self.fail_execution:
+        self.count("executions")
+        if self.counts["executions"] == self.fail_execution:
             self.sticky = ILLEGAL_ADDRESS
         if self.sticky is None:
             work()
@@ -323,7 +325,7 @@ class GPU:
         if code != ILLEGAL_ADDRESS:
             self.sticky = code
         else:
-            self.fail_execution = self.executions + after
+            self.fail_execution = self.counts["executions"] + after
 
     def alive(self) -> dict[str, int]:
         """What was not given back: kind -> how many. Empty at a clean end."""
@@ -336,6 +338,29 @@ class GPU:
         counts.update(self.objects)
         return {kind: count for kind, count in counts.items() if count}
 
+    def count(self, kind: str) -> None:
+        """One more build, engine, execution context, refit or execution."""
+        self.counts[kind] += 1
+        self.write_report()
+
+    def report(self) -> dict[str, Any]:
+        """What happened so far: of another process this is how a test gets to know it."""
+        return {
+            **self.counts,
+            "alive": self.alive(),
+            "crashes": self.crashes,
+            "threads": len(self.threads),
+            "lowest_free_mib": self.lowest_free // MIB,
+        }
+
+    def write_report(self) -> None:
+        folder = os.environ.get("KENSA_DOUBLE_REPORT")
+        if folder:
+            target = Path(folder, f"{os.getpid()}.json")
+            half = target.with_suffix(f".{threading.get_ident()}")
+            half.write_text(json.dumps(self.report()))
+            half.replace(target)
+
     def crash(self, message: str) -> NoReturn:
         """Note it, say it, and raise it or end the process."""
         self.note_crash(message)
@@ -344,6 +369,7 @@ class GPU:
     def note_crash(self, message: str) -> None:
         self.crashes.append(message)
         print(f"CRASH in the double of the GPU: {message}", file=sys.stderr, flush=True)
+        self.write_report()
         if os.environ.get("KENSA_DOUBLE_CRASH") == "abort":
             os.abort()
 
@@ -378,4 +404,5 @@ def missing(what: str) -> bool:
 
 
 gpu = _of_the_environment()
+atexit.register(gpu.write_report)
 now = time.perf_counter

@@ -704,6 +704,7 @@ class Builder(Bound):
                 text = f"IBuilder::buildSerializedNetwork: {failed}"
                 say(self, Severity.ERROR, text)
             return None
+        gpu.count("builds")
         if config._cache is not None:
             config._cache._entries.update({key: 0.1 for _, key in network._layers})
         return host_memory(plan.pack())

@@ -134,6 +134,7 @@ class ICudaEngine(Bound):
         self._onnx = plan.onnx
         self._pending: list[Work] = []  # a refit must not meet it
         _count("engines", self, memory)
+        gpu.count("engines")
 
     # Tensors
 
@@ -287,6 +288,7 @@ class IExecutionContext(Bound):
         self._lock = threading.Lock()
         self._running: tuple[Work, int, int] | None = None  # work, stream, thread
         _count("execution contexts", self, memory)
+        gpu.count("contexts")
 
     name = plain("name", str, "")
 
@@ -573,6 +575,7 @@ class Refitter(Bound):
             say(self, Severity.ERROR, f"IRefitter::refitCudaEngine: {text}")
             return False
         self._engine._onnx = with_weights(self._engine._onnx, self._new)
+        gpu.count("refits")
         return True
 
 
