@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -575,6 +576,31 @@ def test_another_process_tells_what_it_did(tmp_path: Path) -> None:
     assert report["alive"] == {"contexts": 1, "device memory": 1}
     assert report["crashes"] == []
     assert report["threads"] == 1
+
+
+def test_processes_share_the_memory_of_the_device(tmp_path: Path) -> None:
+    program = (
+        "import pycuda.driver as c; c.init(); x = c.Device(0).retain_primary_context(); x.push()\n"
+        "kept = c.mem_alloc(30 << 20); print(c.mem_get_info()[0] >> 20, flush=True); input()\n"
+        "kept.free(); x.pop(); x.detach()"
+    )
+    variables = environment(memory_mib=(100, 80), KENSA_DOUBLE_REPORT=str(tmp_path))
+    with ExitStack() as stack:
+        shown = []
+        for _ in range(3):
+            process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                env={**os.environ, **variables},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            shown.append(process.stdout.readline().strip())
+        assert shown == ["50", "20", ""]
+        assert "cuMemAlloc failed: out of memory" in process.stderr.read()
 
 
 def test_a_build_takes_as_long_as_it_is_set_to() -> None:

@@ -11,7 +11,8 @@ Set by the environment, read once, when this module is imported:
     KENSA_DOUBLE_MEMORY_MIB      total,free; default: as the device has it
     KENSA_DOUBLE_FAIL_EXECUTION  N: the Nth execution ends in a sticky CUDA error
     KENSA_DOUBLE_CRASH           abort: a crash ends the process, as a segmentation fault does
-    KENSA_DOUBLE_REPORT          a folder: each process keeps `gpu.report()` in <its number>.json
+    KENSA_DOUBLE_REPORT          a folder: each process keeps `gpu.report()` in <its number>.json,
+                                 and they share the memory of the device
     KENSA_DOUBLE_MISSING         what this machine lacks: bindings (of TensorRT), libnvinfer,
                                  libcuda or device
 """
@@ -36,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIB = 1024 * 1024
+REPORTS = os.environ.get("KENSA_DOUBLE_REPORT")
 ALIGNMENT = 512  # bytes; cuMemAlloc promises 256
 Bytes = NDArray[np.uint8]
 
@@ -162,11 +164,11 @@ class GPU:
 
     def __init__(self, model: Model, total: int, free: int, fail_execution: int | None) -> None:
         self.model = model
-        self.total, self.free = total, free  # bytes
-        self.lowest_free = free
+        self.total = total  # bytes
+        self.lowest_free = self._at_first = self._own_free = free
         self.fail_execution = fail_execution
         self.lock = threading.RLock()
-        self.initialised = False
+        self.initialised = self.ended = False
         self.sticky: int | None = None  # the CUresult that every call fails with from now on
         self.counts = dict.fromkeys(("builds", "engines", "contexts", "refits", "executions"), 0)
         self.crashes: list[str] = []
@@ -223,6 +225,15 @@ class GPU:
 
     # Memory
 
+    @property
+    def free(self) -> int:
+        """Bytes that nobody has taken, in no process."""
+        return self._own_free - _used_by_others()
+
+    @free.setter
+    def free(self, value: int) -> None:
+        self._own_free = value
+
     def allocate(
         self, nbytes: int, what: str, *, backed: bool = True, counted: bool = True
     ) -> Memory:
@@ -234,22 +245,24 @@ class GPU:
         with self.lock:
             if size > self.free:
                 raise Fault(OUT_OF_MEMORY)
-            self.free -= size
+            self._own_free -= size
             self.lowest_free = min(self.lowest_free, self.free)
             memory = Memory(next(self._next), nbytes, what, counted=size)
             if backed:
                 memory.data = np.full(nbytes, 0xFF, np.uint8)
             self._addresses.append(memory.address)
             self._memory[memory.address] = memory
+        self.write_report()
         return memory
 
     def release(self, memory: Memory) -> None:
         with self.lock:
             if self._memory.pop(memory.address, None) is None:
                 self.crash(f"{memory.what} at {memory.address:#x} was freed twice")
-            self.free += memory.counted
+            self._own_free += memory.counted
             if memory.data is not None and memory.host:
                 memory.data[:] = 0xFF  # who still reads it reads NaN
+        self.write_report()
 
     def find(self, address: int, nbytes: int) -> Bytes | str:
         """The bytes at an address of the device, or why they are not the program's to use."""
@@ -347,6 +360,7 @@ class GPU:
         """What happened so far: of another process this is how a test gets to know it."""
         return {
             **self.counts,
+            "used": self._at_first - self._own_free,
             "alive": self.alive(),
             "crashes": self.crashes,
             "threads": len(self.threads),
@@ -354,12 +368,16 @@ class GPU:
         }
 
     def write_report(self) -> None:
-        folder = os.environ.get("KENSA_DOUBLE_REPORT")
-        if folder:
-            target = Path(folder, f"{os.getpid()}.json")
+        if REPORTS and not self.ended:
+            target = Path(REPORTS, f"{os.getpid()}.json")
             half = target.with_suffix(f".{threading.get_ident()}")
             half.write_text(json.dumps(self.report()))
             half.replace(target)
+
+    def last_report(self) -> None:
+        """At the end of Python, before it frees what the program forgot."""
+        self.write_report()
+        self.ended = True
 
     def crash(self, message: str) -> NoReturn:
         """Note it, say it, and raise it or end the process."""
@@ -398,11 +416,24 @@ def _of_the_environment() -> GPU:
     return GPU(model, int(total) * MIB, int(free) * MIB, int(fail) if fail else None)
 
 
+def _used_by_others() -> int:
+    """Bytes that other living processes have."""
+    used = 0
+    for path in Path(REPORTS).glob("*.json") if REPORTS else ():
+        try:
+            state = Path(f"/proc/{path.stem}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:  # it has ended
+            continue
+        if path.stem != str(os.getpid()) and state != "Z":
+            used += json.loads(path.read_text())["used"]
+    return used
+
+
 def missing(what: str) -> bool:
     """Whether this machine is to be without it."""
     return os.environ.get("KENSA_DOUBLE_MISSING") == what
 
 
 gpu = _of_the_environment()
-atexit.register(gpu.write_report)
+atexit.register(gpu.last_report)
 now = time.perf_counter
