@@ -29,6 +29,9 @@ DATA = Path(__file__).parent / "data" / "tensorrt"
 API = {version: json.loads((DATA / f"{version}.json").read_text()) for version in VERSIONS}
 PYCUDA = json.loads((DATA / "pycuda.json").read_text())
 
+FOLDERS = ("app", "engines", "workers")
+MODULES = {"trt", "cuda", "driver"}  # what our code calls tensorrt and pycuda.driver
+
 # What a variable is called in our code -> whose attributes it may have.
 RECEIVERS = {
     "builder": ["Builder"],
@@ -54,8 +57,10 @@ RECEIVERS = {
 
 def users() -> list[Path]:
     """Our files that import TensorRT or pycuda."""
-    folders = [ROOT / name for name in ("app", "engines", "workers")]
-    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py")),
+    ]
     pattern = re.compile(r"^\s*(import|from) (tensorrt|pycuda)\b", re.MULTILINE)
     return sorted(path for path in files if pattern.search(path.read_text(encoding="utf-8")))
 
@@ -83,6 +88,21 @@ def members(api: dict[str, Any], name: str) -> set[str]:
     return {*(known if isinstance(known, list | dict) else []), *PYCUDA["classes"].get(name, [])}
 
 
+@cache
+def own_names() -> set[str]:
+    """What our code defines itself, as a function, a class, a field or an attribute."""
+    found = set()
+    for path in (path for name in FOLDERS for path in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add(node.target.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found |= {node.attr} if chain(node.value) == ["self"] else set()
+    return found
+
+
 def wrong_names(source: str) -> list[str]:
     """What does not exist, or not in all versions."""
     words = {
@@ -91,26 +111,30 @@ def wrong_names(source: str) -> list[str]:
     anywhere = set.union(*words.values())
     found = []
     for line, names in attributes(source):
-        *before, last = names
-        owner = before[-1].strip("_") if before else ""
+        *before, last = (name.lstrip("_") or name for name in names)
         for version, api in API.items():
-            if "trt" in before:
-                path = names[names.index("trt") + 1 :]
-                good = path[0] in api or path[0] == "__version__"
-                if good and len(path) > 1 and api.get(path[0]) is not None:
-                    good = path[1] in members(api, path[0]) or path[1] == "__members__"
-            elif "cuda" in before:
-                path = names[names.index("cuda") + 1 :]
-                good = path[0] in PYCUDA["module"] or path[0] in PYCUDA["classes"]
-                if good and len(path) > 1:
-                    good = path[1] in members(api, path[0])
-            elif owner in RECEIVERS:
-                good = any(last in members(api, kind) for kind in RECEIVERS[owner])
+            if MODULES & {*before}:
+                start = next(place for place, name in enumerate(before) if name in MODULES)
+                good = is_known(api, before[start], names[start + 1 :])
+            elif last in own_names():
+                good = True
+            elif before and before[-1] in RECEIVERS:
+                good = any(last in members(api, kind) for kind in RECEIVERS[before[-1]])
             else:
-                good = last not in anywhere or last in words[version] or last.startswith("_")
+                good = last not in anywhere or last in words[version]
             if not good:
                 found.append(f"line {line}: {'.'.join(names)} is not in {version}")
     return sorted(set(found))
+
+
+def is_known(api: dict[str, Any], module: str, path: list[str]) -> bool:
+    """Whether `trt.A.B` or `cuda.A.B` exists; what comes after B is not looked at."""
+    first, rest = path[0], path[1:]
+    if first == "__version__":
+        return True
+    there = first in (api if module == "trt" else PYCUDA["module"])
+    closed = isinstance(api.get(first), list | dict) or first in PYCUDA["classes"]
+    return there and (not (rest and closed) or rest[0] in {*members(api, first), "__members__"})
 
 
 @pytest.mark.parametrize("path", users() or [None], ids=str)
