@@ -280,6 +280,17 @@ def test_shapes_are_told_as_the_engine_has_them(session: Session) -> None:
     assert context.get_max_output_size("map") == 8 * SIDE * SIDE * 4
 
 
+def test_what_nobody_holds_any_more_is_given_back_at_once(session: Session) -> None:
+    """As pybind11's objects are: without waiting for Python's collector of cycles."""
+    session.maps(some_images(2))
+    gc.disable()
+    try:
+        session.context = session.engine = None
+        assert {"weights", "activations", "engines"}.isdisjoint(session.double.gpu.alive())
+    finally:
+        gc.enable()
+
+
 # Asynchronous
 
 

@@ -118,7 +118,7 @@ class Memory:
 class Work:
     """One thing in a stream."""
 
-    do: Callable[[], None]
+    do: Callable[[], None] | None
     done: bool = False
 
 
@@ -140,8 +140,9 @@ class Queue:
         with gpu.lock:
             if self.work:
                 work = self.work.popleft()
-                work.done = True
-                work.do()
+                do, work.do, work.done = work.do, None, True  # it holds what it worked on no longer
+                assert do is not None
+                do()
 
     def drain(self, until: Work | None = None) -> None:
         """Do everything, or everything up to `until`."""
