@@ -62,7 +62,8 @@ class Normalise(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD)[:, None, None])
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        # float() first: TensorRT takes uint8 as an input, and only a cast may follow it.
+        return (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
 
 
 def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> TimmFeatureExtractor:

@@ -78,7 +78,8 @@ class EfficientAd(nn.Module):
 
         A map is a bit smaller than S / 4, and is padded to that with zeros before the quantiles.
         """
-        pixels = image.permute(0, 3, 1, 2).float() / 255  # the networks themselves normalise
+        # float() first: TensorRT takes uint8 as an input, and only a cast may follow it.
+        pixels = image.float().permute(0, 3, 1, 2) / 255  # the networks themselves normalise
         from_teacher, from_autoencoder = self.maps(pixels)
         quantiles = self.networks.quantiles
         combined = 0.05 * (

@@ -117,7 +117,8 @@ class Vae(nn.Module):
 
     def see(self, image: torch.Tensor) -> torch.Tensor:
         """Images (N, S, S, 3) uint8 -> what the network sees: (N, 3, S/2, S/2) in [0, 1]."""
-        return F.avg_pool2d(image.permute(0, 3, 1, 2).float(), SEEN_AT) / 255
+        # float() first: TensorRT takes uint8 as an input, and only a cast may follow it.
+        return F.avg_pool2d(image.float().permute(0, 3, 1, 2), SEEN_AT) / 255
 
     def encode(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, 3, S/2, S/2) -> mean and log variance of the latent vectors, (N, latent_dim) each."""
