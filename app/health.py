@@ -170,6 +170,8 @@ class Queue:
             return None
         try:
             return self._jobs.count()
+        except KensaError as error:
+            return str(error)
         except (SQLAlchemyError, dbos_error.DBOSException) as error:
             return f"The queue does not answer: {' '.join(str(error).split())[:200]}."
 

@@ -748,7 +748,7 @@ def test_an_expression_that_names_no_time_is_refused_in_words(line: Line, cron: 
     assert line.jobs.schedules() == []
 
 
-@pytest.mark.parametrize("zone", ["Mars/Olympus", "", "Asia", "../etc/passwd", "\0", "a" * 300])
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "", "Asia", "../etc/passwd", "\0", "a" * 100])
 def test_a_time_zone_that_does_not_exist_is_refused_in_words(line: Line, zone: str) -> None:
     with pytest.raises(BadRequest, match="There is no time zone"):
         schedule(line, timezone=zone)

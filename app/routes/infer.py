@@ -142,7 +142,11 @@ async def infer(
     ] = False,
     deadline_ms: Annotated[
         int | None,
-        Query(ge=1, description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS."),
+        Query(
+            ge=1,
+            description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS.",
+            examples=[300],
+        ),
     ] = None,
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
