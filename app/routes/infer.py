@@ -25,6 +25,7 @@ Answer = Literal["application/json", "text/plain", "image/png"]
 ANSWERS: tuple[Answer, ...] = ("application/json", "text/plain", "image/png")
 
 FORM_OVERHEAD = 64 * 1024  # bytes that a form may have around its file
+LONGEST_MS = 3_600_000  # where the server says how long a verdict may take
 MAX_FIELDS = 16  # of a form, besides the file
 
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
@@ -141,13 +142,8 @@ async def infer(
         bool, Query(description="Add a heat map to the JSON answer: where the part differs.")
     ] = False,
     deadline_ms: Annotated[
-        int | None,
-        Query(
-            ge=1,
-            description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS.",
-            examples=[300],
-        ),
-    ] = None,
+        int, Query(ge=1, description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS.")
+    ] = LONGEST_MS,
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
 
@@ -157,8 +153,7 @@ async def infer(
     inspector: Inspector = request.app.state.inspector
     inspector.residents.get(model or None)  # before the image is read
     inspector.check_room()
-    longest = request.app.state.settings.deadline_ms
-    within_ms = min(deadline_ms or longest, longest)
+    within_ms = min(deadline_ms, request.app.state.settings.deadline_ms)
     answer = wanted(request.headers.get("accept", ""))
     drawing: Drawing | None = "overlay" if answer == "image/png" else None
     if heatmap and answer == "application/json":

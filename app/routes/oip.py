@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Path as InPath
 from pydantic import BaseModel
 
 from app.inspection import Image, Inspection, Inspector
@@ -61,6 +62,8 @@ _TAG = "Open Inference Protocol"
 router = APIRouter(tags=[_TAG], dependencies=[needs("line")])
 control = APIRouter(tags=[_TAG], dependencies=[needs("operator")])
 health = APIRouter(tags=[_TAG])  # as /livez and /readyz, without a key
+
+Name = Annotated[str, InPath(description="The model's name.", examples=["bracket"])]
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 AT_ONCE = 8  # images of a request that are decoded or wait for the engine
@@ -117,14 +120,14 @@ _VERSION = {
     "in": "path",
     "required": True,
     "description": "The live one; another one cannot be used.",
-    "schema": {"type": "string"},
+    "schema": {"type": "string", "examples": ["0001-3f9a0c41d2e8"]},
 }
 _JSON_LENGTH = {
     "name": HEADER_LENGTH,
     "in": "header",
     "required": False,
     "description": "How many bytes of the body are JSON; binary data follows. Without it, all.",
-    "schema": {"type": "integer", "minimum": 1},
+    "schema": {"type": "integer", "minimum": 1, "examples": [243]},
 }
 
 
@@ -180,7 +183,7 @@ def _find(request: Request, name: str) -> Resident:
     return live
 
 
-async def _live(request: Request, model: str) -> Resident:
+async def _live(request: Request, model: Name) -> Resident:
     return _find(request, model)
 
 
@@ -369,7 +372,7 @@ async def index(request: Request) -> list[RepositoryModelBody]:
     },
     openapi_extra=_REPOSITORY_BODY,
 )
-async def load(request: Request, model: str) -> RepositoryModelBody:
+async def load(request: Request, model: Name) -> RepositoryModelBody:
     """Its live version; nothing happens when it is there. Answers when it can inspect."""
     if (await _repository_body(request)).parameters:
         raise BadRequest(
@@ -385,7 +388,7 @@ async def load(request: Request, model: str) -> RepositoryModelBody:
     responses={**_BODY, 404: _UNKNOWN},
     openapi_extra=_REPOSITORY_BODY,
 )
-async def unload(request: Request, model: str) -> RepositoryModelBody:
+async def unload(request: Request, model: Name) -> RepositoryModelBody:
     """Answers when its last request ended and its memory was given back.
 
     It stays so until somebody loads it, activates a version of it or goes back to one, or the
