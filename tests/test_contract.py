@@ -167,6 +167,8 @@ def ask(case: Case, server: Server, known: dict[str, Any]) -> None:
     # The document cannot tell whether bytes are an image, or whether there is a category.
     checks = ALWAYS if has_body else [*ALWAYS, positive_data_acceptance]
     case.call_and_validate(base_url=server.url, checks=checks, timeout=UNTIL_S)
+    if case.path.endswith("/unload"):
+        assert server.client.post("/v2/repository/models/bracket/load").status_code == 200
     if case.meta.generation.mode is not GenerationMode.POSITIVE:
         return
     names = named(case.path, known)
