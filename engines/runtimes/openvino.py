@@ -69,22 +69,21 @@ class OpenVINORuntime:
         self._config = dict(config)
         self._search: Search | None = None
         if memory_bank is not None:
-            model = _cut_at_embedding(model, onnx, memory_bank)
             self._channels = memory_bank.shape[1]
+            model = _cut_at_embedding(model, onnx, self._channels)
             self._search = self._new_search(memory_bank)
         elif len(model.inputs) != 1:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
         if cache_dir is not None:
             config["CACHE_DIR"] = str(cache_dir)
-        self._model, self._onnx, self._compiling = model, onnx, config
-        self._compiled = self._compile(1)
+        self._onnx, self._compiling = onnx, config
+        self._compiled = self._compile(model, 1)
         self._request = self._compiled.create_infer_request()
         self._together: ov.CompiledModel | None = None
         self._request_together: ov.InferRequest | None = None
 
-    def _compile(self, batch: int) -> ov.CompiledModel:
+    def _compile(self, model: ov.Model, batch: int) -> ov.CompiledModel:
         """For a fixed number of images: one that may change costs 2 ms for each image."""
-        model = self._model.clone()
         model.reshape({"image": [batch, self._image_size, self._image_size, 3]})
         try:
             return self._core.compile_model(model, "CPU", self._compiling)
@@ -95,7 +94,10 @@ class OpenVINORuntime:
         if batches.size != self.batches.size:
             self._together = self._request_together = None  # before the next one takes memory
             if batches.size > 1:
-                self._together = self._compile(batches.size)
+                model = _read(self._core, self._onnx)  # again: to keep it would take memory
+                if self._search is not None:
+                    model = _cut_at_embedding(model, self._onnx, self._channels)
+                self._together = self._compile(model, batches.size)
                 self._request_together = self._together.create_infer_request()
         self.batches = batches
 
@@ -169,7 +171,7 @@ class OpenVINORuntime:
         return other
 
     def close(self) -> None:
-        del self._request, self._search, self._compiled, self._model
+        del self._request, self._search, self._compiled
         del self._request_together, self._together
 
 
@@ -217,15 +219,15 @@ def _sizes(model: ov.Model, onnx: Path) -> tuple[int, tuple[int, int]]:
     )
 
 
-def _cut_at_embedding(model: ov.Model, onnx: Path, bank: NDArray[np.float32]) -> ov.Model:
-    """The part of a PatchCore graph from `image` to `embedding` (N, patches, C)."""
+def _cut_at_embedding(model: ov.Model, onnx: Path, expected: int) -> ov.Model:
+    """The part of a PatchCore graph from `image` to `embedding` (N, patches, C = expected)."""
     for node in model.get_ordered_ops():
         for output in node.outputs():
             if "embedding" in output.names:
                 channels = output.partial_shape[2].get_length()
-                if channels != bank.shape[1]:
+                if channels != expected:
                     raise BadBundle(
-                        f"The memory bank has {bank.shape[1]} channels, but {onnx} makes"
+                        f"The memory bank has {expected} channels, but {onnx} makes"
                         f" {channels}: they are from different trainings."
                     )
                 cut = ov.Model([ops.result(output)], [model.input("image").get_node()])
