@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from engines.errors import DeadlineExceeded
 
+LONGEST_MS = 3_600_000  # for a request that leaves it to the server
 Result = TypeVar("Result")
 
 
@@ -22,9 +23,10 @@ async def while_wanted(
     The whole body of the request must have been read.
 
     Raises:
-        DeadlineExceeded: it is not there within so many milliseconds.
+        DeadlineExceeded: it is not there within so many milliseconds, or KENSA_DEADLINE_MS.
         ClientDisconnect: the client has closed the connection.
     """
+    within_ms = min(within_ms, request.app.state.settings.deadline_ms)
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
     try:
         both, first = {working, leaving}, asyncio.FIRST_COMPLETED

@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from ipaddress import ip_address
 from typing import Annotated, Any
 
@@ -253,9 +253,29 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def counts_itself(request: Request) -> None:
-    """The route that calls this reads the body in pieces, up to a limit of its own."""
+async def body_of(
+    request: Request,
+    most: int,
+    too_large: KensaError,
+    hold: Callable[[int], None] = lambda _: None,
+) -> AsyncGenerator[bytes, None]:
+    """The body in chunks, for a route with a limit of its own.
+
+    Args:
+        most: bytes, whether or not the request says its length; what comes after is not read.
+        too_large: is raised at more than that.
+        hold: is told the size of each chunk, see `Inspector.holding`.
+    """
     request.state.counts_itself = True
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > most:
+            raise too_large
+        hold(len(chunk))
+        yield chunk
 
 
 def _counts_itself(scope: Scope) -> bool:

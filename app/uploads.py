@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.security import counts_itself
+from app.security import body_of
 from engines.datasets import MAX_FILES, Datasets, readable, room
 from engines.errors import BadRequest, UnsupportedBody, UploadTooLarge
 
@@ -76,15 +76,9 @@ async def _blocks(request: Request, most: int) -> AsyncGenerator[bytes, None]:
         f"The upload has more than the {most:,} bytes allowed: send it in parts, or raise"
         " KENSA_MAX_UPLOAD_BYTES."
     )
-    counts_itself(request)
-    if int(request.headers.get("content-length", 0)) > most:
-        raise too_large
     block = bytearray()
-    async for chunk in request.stream():
+    async for chunk in body_of(request, most, too_large):
         block += chunk
-        most -= len(chunk)
-        if most < 0:
-            raise too_large
         if len(block) >= BLOCK:
             yield bytes(block)
             block.clear()

@@ -13,9 +13,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.inspection import Drawing, Inspection, Inspector
-from app.patience import while_wanted
+from app.patience import LONGEST_MS, while_wanted
 from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
-from app.security import counts_itself, needs
+from app.security import body_of, needs
 from app.watch import request_id
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
@@ -25,7 +25,6 @@ Answer = Literal["application/json", "text/plain", "image/png"]
 ANSWERS: tuple[Answer, ...] = ("application/json", "text/plain", "image/png")
 
 FORM_OVERHEAD = 64 * 1024  # bytes that a form may have around its file
-LONGEST_MS = 3_600_000  # where the server says how long a verdict may take
 MAX_FIELDS = 16  # of a form, besides the file
 
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
@@ -153,7 +152,6 @@ async def infer(
     inspector: Inspector = request.app.state.inspector
     inspector.residents.get(model or None)  # before the image is read
     inspector.check_room()
-    within_ms = min(deadline_ms, request.app.state.settings.deadline_ms)
     answer = wanted(request.headers.get("accept", ""))
     drawing: Drawing | None = "overlay" if answer == "image/png" else None
     if heatmap and answer == "application/json":
@@ -163,7 +161,7 @@ async def infer(
             data = await read_image(request, inspector.limits.max_bytes, hold)
             with inspector.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
-                inspection = await while_wanted(request, inspecting, within_ms)
+                inspection = await while_wanted(request, inspecting, deadline_ms)
     except BadImage:
         inspector.counts.refused += 1
         raise
@@ -194,24 +192,14 @@ async def read_image(request: Request, max_bytes: int, hold: Callable[[int], Non
     )
 
 
-async def _capped(
+def _capped(
     request: Request, most: int, hold: Callable[[int], None]
 ) -> AsyncGenerator[bytes, None]:
-    """The body in chunks, up to `most` bytes, whether or not it says its length beforehand."""
     too_large = ImageTooLarge(
         f"The request has more than the {most:,} bytes allowed: send a smaller image, or raise"
         " KENSA_MAX_IMAGE_BYTES."
     )
-    counts_itself(request)
-    if int(request.headers.get("content-length", 0)) > most:
-        raise too_large
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > most:
-            raise too_large
-        hold(len(chunk))
-        yield chunk
+    return body_of(request, most, too_large, hold)
 
 
 async def _file_of_form(request: Request, most: int, hold: Callable[[int], None]) -> bytes:

@@ -28,7 +28,7 @@ from app.oip import (
     read_request,
     write_answer,
 )
-from app.patience import while_wanted
+from app.patience import LONGEST_MS, while_wanted
 from app.schemas import (
     MAX_IMAGES,
     InferBody,
@@ -46,7 +46,7 @@ from app.schemas import (
     TensorBody,
     error_response,
 )
-from app.security import counts_itself, needs
+from app.security import body_of, needs
 from app.watch import request_id
 from engines.errors import (
     BadImage,
@@ -297,12 +297,11 @@ async def infer(request: Request, model: Live) -> Response:
         wanted = await asyncio.to_thread(
             read_request, body, request.headers.get(HEADER_LENGTH), inspector.limits
         )
-        longest = request.app.state.settings.deadline_ms
-        within_ms = min(math.ceil(wanted.timeout_us / 1000) or longest, longest)
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admitted():
             inspecting = _inspect_all(inspector, held, wanted.images, wanted.tensor)
+            within_ms = math.ceil(wanted.timeout_us / 1000) or LONGEST_MS
             inspections = await while_wanted(request, inspecting, within_ms)
     content, json_length = await asyncio.to_thread(write_answer, wanted, inspections)
     headers = {"X-Request-ID": request_id(request)}
@@ -448,7 +447,6 @@ async def _body(
 
     `hold` is told how many bytes have come, see `Inspector.holding`.
     """
-    counts_itself(request)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise UnsupportedBody(
@@ -457,13 +455,8 @@ async def _body(
     too_large = ImageTooLarge(
         f"The request has more than the {most:,} bytes allowed: send fewer images in one."
     )
-    if int(request.headers.get("content-length", 0)) > most:
-        raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > most:
-            raise too_large
-        hold(len(chunk))
+    async for chunk in body_of(request, most, too_large, hold):
         body += chunk
     return body
 
