@@ -36,6 +36,7 @@ KensaError
 ├── TooManyConnections    503  none of the connections that are open is idle
 ├── NoWorker              503  nothing here can learn or convert
 ├── NoShared              503  the shared store does not answer, or is full
+├── NoTensorRT            503  TensorRT or a part of it is missing, or finds no GPU
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
@@ -275,6 +276,13 @@ class NoShared(KensaError):
 
     status = 503
     code = "no_shared"
+
+
+class NoTensorRT(KensaError):
+    """TensorRT, or something that it needs, is not on this machine: the sentence says what."""
+
+    status = 503
+    code = "no_tensorrt"
 
 
 class DiskFull(KensaError):

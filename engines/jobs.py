@@ -115,6 +115,11 @@ class ConvertRequest(JobRequest):
     fp16: bool = Field(False, description="The backbone in half precision.")
     workspace: int = Field(4096, ge=1, le=1_048_576, description="MiB for building a plan.")
     use_dla: bool = Field(False, description="Use the accelerator of a Jetson that has one.")
+    from_onnx: bool = Field(
+        False,
+        description="Build the plan again from the version's own model.onnx: needs no training"
+        " packages.",
+    )
 
 
 class JobFolder:
