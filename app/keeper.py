@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import cv2
 
 from app.inspection import Inspector
+from app.plans import Plans
 from app.settings import Settings
 from engines import gate
 from engines.bundle import ONNX, read_report
@@ -35,6 +36,7 @@ from engines.errors import (
     KensaError,
     NotReady,
     OutOfMemory,
+    StalePlan,
 )
 from engines.gate import Replay, Replayed
 from engines.golden import Golden
@@ -67,13 +69,21 @@ class Trial:
 class Keeper:
     """Loads, gates, swaps and rolls back. Its methods belong to the event loop's thread."""
 
-    def __init__(self, store: Store, inspector: Inspector, settings: Settings) -> None:
+    def __init__(
+        self, store: Store, inspector: Inspector, settings: Settings, plans: Plans
+    ) -> None:
         self.store = store
+        self.plans = plans
         self._inspector = inspector
         self._residents = inspector.residents
         self._settings = settings
         self._opening = Opening(
-            settings.precision, settings.threads, batching=settings.batching == "on"
+            settings.precision,
+            settings.threads,
+            batching=settings.batching == "on",
+            runtime=settings.runtime,
+            fallback=settings.fallback,
+            keep_warm_s=settings.keep_warm_s,
         )
         self._loader = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
         self._changing: dict[str, asyncio.Lock] = {}
@@ -141,6 +151,9 @@ class Keeper:
         for version in await self._load(lambda: self.store.candidates(name)):
             try:
                 model = await self._open(name, version, None)
+            except StalePlan as error:  # the one before would be another model
+                problem = str(error)
+                break
             except (KensaError, OSError) as error:
                 problem = f"{name} {version} cannot be used: {error}"
                 continue
@@ -149,6 +162,7 @@ class Keeper:
                 problem = f"{name} {version} cannot be opened, for a reason that the log shows."
                 continue
             self._residents.put(model)
+            self._note_plan(model)
             if pointer is None or version != pointer.live:
                 log.warning("%s is served from %s", name, version)
                 try:
@@ -175,6 +189,7 @@ class Keeper:
                 continue
             for name, manifest in waiting:
                 await self._consider(name, manifest)
+            await self.plans.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _waiting(self) -> list[tuple[str, Manifest]]:
@@ -436,8 +451,15 @@ class Keeper:
     def _put(self, model: Resident) -> None:
         self._unloaded.discard(model.name)
         before = self._residents.put(model)
+        self._note_plan(model)
         if before is not None and before is not model:
             self._begin(self._let_go(before))
+
+    def _note_plan(self, model: Resident) -> None:
+        if model.stale is None:
+            self.plans.settle(model.name)
+        else:
+            self.plans.note(model.name, model.version, model.stale)
 
     async def _let_go(self, model: Resident) -> None:
         await self._residents.until_unused(model)
@@ -457,7 +479,11 @@ class Keeper:
                 raise
 
         began = time.perf_counter()
-        model = await self._load(work)
+        try:
+            model = await self._load(work)
+        except StalePlan as error:
+            self.plans.note(name, version, str(error))
+            raise
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
         return model
 

@@ -75,11 +75,13 @@ class ModelBody(Body):
     version: str
     kind: str = Field(description="patchcore, padim, efficientad or vae.")
     runtime: str = Field(description="What computes it.")
-    precision: str = Field(description="What is computed in; see KENSA_PRECISION.")
+    precision: str = Field(description="What is computed in: f32, bf16, f16 or int8.")
     image_size: int = Field(
         description="Side of the square that pictures are stretched to, pixels."
     )
     bank_rows: int | None = Field(description="Patches in the memory bank; null for other kinds.")
+    resident_bytes: int = Field(description="About what it takes where it runs.")
+    stale: str | None = Field(description="As in /models/{name}.")
 
 
 class InspectionsBody(Body):
@@ -257,6 +259,10 @@ class StoredModelBody(Body):
     live: str | None = Field(description="The version in memory, which judges.")
     previous: str | None = Field(description="What a rollback goes to.")
     problem: str | None = Field(description="Why none is in memory.")
+    stale: str | None = Field(
+        description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
+        " judges in its place, or nobody; and what is done about it. Else null."
+    )
     versions: list[VersionBody] = Field(description="Newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
 

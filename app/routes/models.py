@@ -223,6 +223,7 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             live=live,
             previous=pointer.previous if pointer else None,
             problem=inspector.residents.why_not(name),
+            stale=inspector.residents.stale.get(name),
             versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
             refused=store.refused(name),
         )
