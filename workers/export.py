@@ -90,6 +90,7 @@ def _separate(model: onnx.ModelProto) -> None:
             own.CopyFrom(found)
             own.name = node.output[0]
             model.graph.node.remove(node)
+    model.graph.initializer.sort(key=lambda one: str(one.name))
 
 
 def parity(
