@@ -42,6 +42,7 @@ KensaError
 ├── DiskFull              507  there is no room left to write
 ├── RuntimeFailed         500  the inference runtime failed on a good image
 │   └── GpuLost           503  the GPU failed for good; the process ends and is started again
+├── BuildFailed           500  TensorRT made no plan of a graph that it takes
 └── OutOfMemory           507  a model does not fit into memory
 """
 
@@ -305,6 +306,12 @@ class OutOfMemory(KensaError):
 
     status = 507
     code = "out_of_memory"
+
+
+class BuildFailed(KensaError):
+    """TensorRT made no plan of a graph that it takes; the sentence has its own words."""
+
+    code = "build_failed"
 
 
 class RuntimeFailed(KensaError):

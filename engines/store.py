@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import ONNX, PLAN, REPORT, check_files, check_hash
+from engines.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
 from engines.files import sha256, sweep, sync_folder, write_atomically
 from engines.golden import GOLDEN
@@ -334,11 +334,17 @@ class Store:
             sync_folder(self.root)
         return version
 
-    def take_in(self, name: str, source: Path, origin: dict[str, Any]) -> str:
+    def take_in(
+        self, name: str, source: Path, origin: dict[str, Any], *, plan: bool = False
+    ) -> str:
         """Copy a model out of a folder that the commands made, and publish it.
 
-        Only the files that belong to a model are taken; no plan, which is machine code, whatever
-        meta.json calls it. Without model.onnx it cannot go live until it was converted.
+        Only the files that belong to a model are taken. Without model.onnx it cannot go live until
+        it was converted.
+
+        Args:
+            plan: take its plan as well, where it is the one that meta.json was written with. Not
+                that of a stranger, whatever meta.json calls it: it is machine code.
 
         Raises:
             BadMeta, BadBundle: the folder holds no model, or a damaged one.
@@ -346,7 +352,9 @@ class Store:
         meta = Meta.read(source / META)
         check_files(source, meta)
         named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
-        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, MANIFEST}
+        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, PLAN_RECORD, MANIFEST}
+        if plan and {PLAN, PLAN_RECORD} <= {*(meta.files or {})}:
+            wanted |= {PLAN, PLAN_RECORD}
         with self.staging() as folder:
             for file in wanted:
                 if (source / file).is_file():
