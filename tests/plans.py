@@ -189,3 +189,11 @@ def tiny_bundle(folder: Path, bank: NDArray[np.float32] | None = None, offset: f
     hashes = {name: sha256(folder / name) for name in found}
     Meta.parse({**meta, **scale, "image_size": SIDE, "files": hashes}).write(folder / "meta.json")
     return folder
+
+
+def with_bank(bundle: Path, target: Path, bank: NDArray[np.float32]) -> Path:
+    """A copy of a model, plan and all, with another memory bank: as after an update."""
+    shutil.copytree(bundle, target)
+    write_bank(target / "memory_bank.npz", bank, 1.0)
+    seal(target)
+    return target
