@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -15,6 +16,8 @@ from typing import NoReturn
 from app.settings import Settings, table, unknown_variables
 from engines.errors import EXIT_CODE, BadSettings, KensaError
 from engines.logs import set_up
+
+LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
 
 log = logging.getLogger("kensa")
 
@@ -71,6 +74,9 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
     from app.connection import BACKLOG, Connection, room_for_connections
     from app.main import create_app, version
+    from engines.runtimes import cuda
+
+    cuda.when_lost(_end_soon)
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -111,6 +117,19 @@ def _keys(arguments: list[str]) -> None:
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     logging.shutdown()
     os._exit(0)  # not sys.exit, which would wait for a thread that waits for a locked queue
+
+
+def _end_soon(why: str) -> None:
+    """The GPU is lost. Parts that wait get their error, and the supervisor starts a new process."""
+    from engines.runtimes.cuda import LOST_EXIT_CODE
+
+    log.critical("%s This process ends with exit code %d.", why, LOST_EXIT_CODE)
+
+    def end() -> NoReturn:
+        logging.shutdown()
+        os._exit(LOST_EXIT_CODE)  # whoever waits for the GPU would keep it from ending
+
+    threading.Timer(LAST_WORDS_S, end).start()
 
 
 def _log_lines(settings: Settings) -> None:

@@ -26,8 +26,9 @@ from typing import Any, Literal, TypeVar
 import cv2
 
 from app.inspection import Inspector
+from app.plans import Plans
 from app.settings import Settings
-from engines import gate
+from engines import admission, gate
 from engines.bundle import ONNX, read_report
 from engines.errors import (
     BadBundle,
@@ -37,12 +38,21 @@ from engines.errors import (
     KensaError,
     NotReady,
     OutOfMemory,
+    StalePlan,
 )
 from engines.gate import Replay, Replayed
 from engines.golden import Golden
-from engines.memory import Free, Need, Short, bytes_needed, free_bytes, give_back
+from engines.memory import Free, Need, Short, give_back
 from engines.meta import Meta
-from engines.resident import MIB, Opening, Resident, describe, open_model
+from engines.resident import (
+    MIB,
+    Opening,
+    Resident,
+    describe,
+    gpu_memory,
+    memory_needed,
+    open_model,
+)
 from engines.runtimes.compiled import usable_cache
 from engines.store import META, Manifest, Store
 from engines.verdict import Verdict, judge
@@ -69,13 +79,21 @@ class Trial:
 class Keeper:
     """Loads, gates, swaps and rolls back. Its methods belong to the event loop's thread."""
 
-    def __init__(self, store: Store, inspector: Inspector, settings: Settings) -> None:
+    def __init__(
+        self, store: Store, inspector: Inspector, settings: Settings, plans: Plans
+    ) -> None:
         self.store = store
+        self.plans = plans
         self._inspector = inspector
         self._residents = inspector.residents
         self._settings = settings
         self._opening = Opening(
-            settings.precision, settings.threads, batching=settings.batching == "on"
+            settings.precision,
+            settings.threads,
+            batching=settings.batching == "on",
+            runtime=settings.runtime,
+            fallback=settings.fallback,
+            keep_warm_s=settings.keep_warm_s,
         )
         self._loader = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
         self._changing: dict[str, asyncio.Lock] = {}
@@ -148,7 +166,7 @@ class Keeper:
         candidates = await self._load(lambda: self.store.candidates(name))
         try:
             if candidates and self._residents.names():
-                with contextlib.suppress(BadMeta):  # it will be put aside, see `_load_live`
+                with contextlib.suppress(BadMeta, BadBundle):  # `_load_live` puts it aside
                     await self._must_fit(name, candidates[0])
         except OutOfMemory as error:
             if self._settings.rest == "on":
@@ -166,6 +184,9 @@ class Keeper:
         for version in await self._load(lambda: self.store.candidates(name)):
             try:
                 model = await self._open(name, version, None)
+            except (StalePlan, OutOfMemory) as error:  # the one before would be another model
+                problem = str(error)
+                break
             except (KensaError, OSError) as error:
                 problem = f"{name} {version} cannot be used: {error}"
                 continue
@@ -174,6 +195,7 @@ class Keeper:
                 problem = f"{name} {version} cannot be opened, for a reason that the log shows."
                 continue
             self._residents.put(model)
+            self._note_plan(model)
             if pointer is None or version != pointer.live:
                 log.warning("%s is served from %s", name, version)
                 try:
@@ -200,6 +222,7 @@ class Keeper:
                 continue
             for name, manifest in waiting:
                 await self._consider(name, manifest)
+            await self.plans.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _waiting(self) -> list[tuple[str, Manifest]]:
@@ -374,7 +397,7 @@ class Keeper:
                     f"{name} has no live version: POST /models/{name}/versions/VERSION/activate"
                     " makes one live."
                 )
-            with contextlib.suppress(BadMeta):  # it will be put aside, and the one before judges
+            with contextlib.suppress(BadMeta, BadBundle):  # put aside, and the one before judges
                 await self._must_fit(name, candidates[0])
             await self._load_live(name)
             if self._live(name) is None:
@@ -465,8 +488,15 @@ class Keeper:
     def _put(self, model: Resident) -> None:
         self._unloaded.discard(model.name)
         before = self._residents.put(model)
+        self._note_plan(model)
         if before is not None and before is not model:
             self._begin(self._let_go(before))
+
+    def _note_plan(self, model: Resident) -> None:
+        if model.stale is None:
+            self.plans.settle(model.name)
+        else:
+            self.plans.note(model.name, model.version, model.stale)
 
     async def _let_go(self, model: Resident) -> None:
         await self._residents.until_unused(model)
@@ -488,6 +518,9 @@ class Keeper:
         began = time.perf_counter()
         try:
             model = await self._load(work)
+        except StalePlan as error:
+            self.plans.note(name, version, str(error))
+            raise
         finally:
             self._promised.pop(name, None)
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
@@ -544,26 +577,30 @@ class Keeper:
         limit = self._settings.model_memory_mib * MIB
 
         def look() -> tuple[Need, Free]:
-            free = Free(free_bytes()).without(*promised)
+            free = Free.now(gpu_memory(self._opening)).without(*promised)
             if limit:
-                taken = sum(self.bytes_of(one) for one in held)
+                taken = sum(one.runtime.nbytes for one in held)
                 free = free.at_most(limit - taken - sum(need.all for need in promised))
-            return Need(bytes_needed(self.store.folder(name, version))), free
+            return memory_needed(self.store.folder(name, version), self._opening), free
 
         return await self._load(look)
 
-    def bytes_of(self, model: Resident) -> int:
-        """About what a version in memory takes, bytes. Reads files."""
-        return bytes_needed(self.store.folder(model.name, model.version))
+    async def job_short_of(self, request: admission.Request) -> Short | None:
+        """What a job would be short of that began now, beside all that is in memory."""
+        data, promised = self._settings.data, [*self._promised.values()]
+
+        def look() -> Short | None:
+            free = admission.free_for_jobs(gpu_memory(self._opening)).without(*promised)
+            return admission.short_of(data, request, free)
+
+        return await self._load(look)
 
     # ---- models that take turns ---------------------------------------------------------------
 
     async def _make_room(self, name: str, found: Short) -> bool:
         """Put the model to rest that got no part for longest, if that can help another one."""
         others = self._may_rest(name)
-        residents = [self._residents.get(other) for other in others]
-        sizes = await self._load(lambda: [self.bytes_of(one) for one in residents])
-        others = self._may_rest(name)  # once more: a file may take its time
+        sizes = [self._residents.get(other).runtime.nbytes for other in others]
         if not others or sum(sizes) < found.missing:
             return False
         other = others[0]

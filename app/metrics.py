@@ -171,7 +171,7 @@ class LookedUp(Collector):
 def _of_models(state: State) -> Iterator[Metric]:
     yield _gauge("ready", "1 when every live model is in memory, as /readyz says.", state.ready)
     live = InfoMetricFamily("kensa_model", "The version that judges.", labels=["model"])
-    size = _family("model_resident_bytes", "About what a version takes, by its files.", "model")
+    size = _family("model_resident_bytes", "About what a version takes where it runs.", "model")
     for model in state.models:
         live.add_metric(
             [model.name],

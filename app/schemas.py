@@ -75,11 +75,13 @@ class ModelBody(Body):
     version: str
     kind: str = Field(description="patchcore, padim, efficientad or vae.")
     runtime: str = Field(description="What computes it.")
-    precision: str = Field(description="What is computed in; see KENSA_PRECISION.")
+    precision: str = Field(description="What is computed in: f32, bf16, f16 or int8.")
     image_size: int = Field(
         description="Side of the square that pictures are stretched to, pixels."
     )
     bank_rows: int | None = Field(description="Patches in the memory bank; null for other kinds.")
+    resident_bytes: int = Field(description="About what it takes where it runs.")
+    stale: str | None = Field(description="As in /models/{name}.")
 
 
 class InspectionsBody(Body):
@@ -266,7 +268,13 @@ class StoredModelBody(Body):
     previous: str | None = Field(description="What a rollback goes to.")
     problem: str | None = Field(description="Why none is in memory.")
     at_rest: bool = Field(description="It made room for another model, until a part comes for it.")
-    resident_bytes: int | None = Field(description="About what the version in memory takes.")
+    resident_bytes: int | None = Field(
+        description="What the version in memory takes: of the GPU with TensorRT, else reckoned."
+    )
+    stale: str | None = Field(
+        description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
+        " judges in its place, or nobody; and what is done about it. Else null."
+    )
     versions: list[VersionBody] = Field(description="Newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
 

@@ -144,9 +144,9 @@ class Settings(BaseSettings):
     job_memory: Literal["refuse", "wait", "off"] = _setting(
         "refuse",
         "",
-        "What happens to a job that needs more memory than is free: refuse answers with 507, or ends"
-        " it when it is its turn; wait lets it wait for memory, visibly; off begins it all the"
-        " same.",
+        "What happens to a job that needs more memory than is free: refuse answers with 507, or"
+        " ends it when it is its turn; wait lets it wait for memory, visibly; off begins it all"
+        " the same.",
     )
     worker: Literal["on", "convert", "off"] = _setting(
         "on",
@@ -234,11 +234,33 @@ class Settings(BaseSettings):
         ge=1,
         le=3600,
     )
+    runtime: Literal["auto", "openvino", "tensorrt"] = _setting(
+        "auto",
+        "",
+        "What runs the models. auto: TensorRT where it is installed and finds a GPU, else OpenVINO."
+        " With openvino the GPU is left alone; with tensorrt nothing else is taken where there is"
+        " none.",
+    )
+    fallback: Literal["openvino", "none"] = _setting(
+        "openvino",
+        "",
+        "What answers for a model that TensorRT has no plan for, or a stale one, until a job has"
+        " built it: OpenVINO, on the CPU; or none, so that requests get 503.",
+    )
+    keep_warm_s: float = _setting(
+        2.0,
+        "seconds",
+        "How long TensorRT's GPU may be idle before the last image is computed once more, for"
+        " nobody, so that the next part does not wait for a GPU that fell asleep. 0: never.",
+        ge=0,
+        le=3600,
+    )
     precision: Literal["auto", "f32", "bf16"] = _setting(
         "auto",
         "",
-        "What is computed in: f32, or bf16 (the search in a memory bank, or the network of a model"
-        " without one). auto takes bf16 where the CPU has it and the export found it accurate.",
+        "What OpenVINO computes in: f32, or bf16 (the search in a memory bank, or the network of a"
+        " model without one). auto takes bf16 where the CPU has it and the export found it"
+        " accurate.",
     )
     threads: int = _setting(
         0, "threads", "CPU threads of the inference engine; 0 for all cores.", ge=0, le=1024

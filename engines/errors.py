@@ -31,6 +31,7 @@ KensaError
 ├── Conflict              409  what is asked for collides with what is going on
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
+│   └── StalePlan         503  its plan was built for something else, and nothing stands in for it
 ├── Overloaded            503  more requests than can be answered in time
 ├── BadKeys               503  the file of API keys cannot be read; nobody is let in
 ├── TooManyConnections    503  none of the connections that are open is idle
@@ -41,6 +42,7 @@ KensaError
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
 └── RuntimeFailed         500  the inference runtime failed on a good image
+    └── GpuLost           503  the GPU failed for good; the process ends and is started again
 """
 
 from __future__ import annotations
@@ -236,6 +238,12 @@ class NotReady(KensaError):
     code = "not_ready"
 
 
+class StalePlan(NotReady):
+    """A model.plan that was built for another machine, TensorRT or graph, or that is missing."""
+
+    code = "stale_plan"
+
+
 class Overloaded(KensaError):
     """More requests than can be answered in time; nothing was computed for this one."""
 
@@ -304,3 +312,10 @@ class RuntimeFailed(KensaError):
 
     status = 500
     code = "runtime_failed"
+
+
+class GpuLost(RuntimeFailed):
+    """CUDA failed in a way that only a new process mends: nothing more is computed in this one."""
+
+    status = 503
+    code = "gpu_lost"

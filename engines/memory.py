@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import ONNX, PLAN
-from engines.errors import OutOfMemory
 from engines.meta import Meta
 from engines.plan import Fingerprint
 
@@ -124,8 +123,8 @@ class Short:
 def bytes_needed(folder: Path) -> int:
     """About how many bytes a version takes once it is open with OpenVINO."""
     meta = Meta.read(folder / "meta.json")
-    graph = _size(folder / ONNX) * GRAPH_FACTOR
-    bank = _size(folder / meta.memory_bank) * BANK_FACTOR if meta.memory_bank else 0
+    graph = size(folder / ONNX) * GRAPH_FACTOR
+    bank = size(folder / meta.memory_bank) * BANK_FACTOR if meta.memory_bank else 0
     return int(graph + bank + FIXED * (meta.image_size / 256) ** 2)
 
 
@@ -137,8 +136,8 @@ def plan_needs(folder: Path) -> Need:
         BadMeta: meta.json is.
     """
     meta, record = Meta.read(folder / "meta.json"), Fingerprint.read(folder)
-    bank = _size(folder / meta.memory_bank) if meta.memory_bank else 0
-    read = _size(folder / PLAN) + int(bank * BANK_FACTOR) + PLAN_FIXED
+    bank = size(folder / meta.memory_bank) if meta.memory_bank else 0
+    read = size(folder / PLAN) + int(bank * BANK_FACTOR) + PLAN_FIXED
     # Another bank is on the device before the old one goes: the bank of the new version.
     return Need(read, (record.device_bytes if record else 0) + bank)
 
@@ -155,6 +154,14 @@ class Learning:
     test: int = 0  # images that find the threshold
     batch: int = 4
     known: int = 0  # bytes of the bank or the statistics that are added to
+
+    @property
+    def bank(self) -> int:
+        """Bytes of the memory bank that comes of it; 0 for a kind without one."""
+        if self.meta.model != "patchcore":
+            return 0
+        ratio = self.meta.coreset_ratio or 0
+        return int(self.train * _patch_bytes(self.meta) * ratio) + self.known
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,8 @@ def to_learn(what: Learning) -> int:
     pictures = 2 * (what.test + what.train / 5) * 3 * meta.image_size**2  # those of the threshold
     if meta.model == "patchcore":
         backbone, patches = _backbone(meta), what.train * _patch_bytes(meta)
-        bank = patches * (meta.coreset_ratio or 0) + what.known
         kind = 2 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
-        kind += 3.2 * patches + 3 * bank
+        kind += 3.2 * patches + 3 * what.bank
     elif meta.model == "padim":
         backbone, block = _backbone(meta), max(what.batch, min(what.train, 32))
         kind = 2 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
@@ -253,6 +259,13 @@ def free_bytes() -> int:
     return max(0, free)
 
 
+def total_bytes() -> int:
+    """All memory that there is: of the machine, or what the container may have."""
+    total = meminfo("MemTotal")
+    limit = _number(CGROUP / "memory.max")
+    return total if limit is None else min(total, limit)
+
+
 def _given_back() -> int:
     """Copies of files that count as used, and go when somebody needs the memory."""
     try:
@@ -279,11 +292,16 @@ def give_back() -> None:
 
 
 def _of_the_machine() -> int:
+    return meminfo("MemAvailable")
+
+
+def meminfo(name: str) -> int:
+    """A line of /proc/meminfo, bytes; more than there can be where there is no such file."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return 1 << 62  # nobody knows
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _number(path: Path) -> int | None:
@@ -293,5 +311,6 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0

@@ -44,7 +44,10 @@ from engines.meta import Meta
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 DASHBOARD = json.loads((ROOT / "docs" / "grafana" / "kensa.json").read_text(encoding="utf-8"))
 STAGES = {"queue": "queue_ms", "decode": "decode_ms", "infer": "infer_ms", "inspection": "total_ms"}
-NOT_EVERYWHERE = {"kensa_gpu_load_ratio", "kensa_gpu_memory_bytes", "kensa_temperature_celsius"}
+NOT_EVERYWHERE = {
+    *("kensa_gpu_load_ratio", "kensa_gpu_memory_bytes", "kensa_temperature_celsius"),
+    *("kensa_power_info", "kensa_throttled", "kensa_over_currents_total"),
+}
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs Prometheus's promtool")
 

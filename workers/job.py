@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from engines import admission
 from engines.bundle import ONNX
 from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, UnknownVersion
 from engines.fleet import Fleet
@@ -33,6 +34,7 @@ from workers.jobs import DISK_FULL, FULL, die_with_parent, published
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
+MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
 # What share of a job its phases are: where each begins and ends.
 SPANS = {
     "fetch": (0.0, 0.02), "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6),
@@ -86,6 +88,10 @@ def do(
         return _train_for_another(data, job_id, request, progress)
     if (version := published(data, job_id, request["model"])) is not None:
         return {"state": "succeeded", "version": version}
+    if kind == "retrain":
+        wait_for_memory(data, RetrainRequest(**request), progress)
+    elif kind == "convert":
+        wait_for_memory(data, ConvertRequest(**request), progress)
     if kind == "finish":
         made = _finish(data, job_id, request, progress)
         request = {**request["retrain"], "version": request["parent"]}
@@ -105,6 +111,33 @@ def do(
     version = store.publish(request["model"], made, origin)
     progress.say(f"published as {version}")
     return {"state": "succeeded", "version": version}
+
+
+def wait_for_memory(
+    data: Path, request: RetrainRequest | ConvertRequest, progress: JobProgress
+) -> None:
+    """Go on once the job fits into memory, as the setting says; nothing large is loaded yet.
+
+    Raises:
+        OutOfMemory: it does not, and may not wait, or would wait for ever.
+    """
+    how = os.environ.get(admission.JOB_MEMORY, "refuse")
+    said = ""
+    while how != "off":
+        found = admission.short_of(data, request, admission.free_for_jobs())
+        if found is None:
+            break
+        if how == "refuse" or admission.never(found):
+            raise admission.refusal(request, found)
+        sentence = f"waiting for memory: needs {found.needed}, {found.free}"
+        if not said:
+            progress.say(sentence)
+        if sentence != said:
+            progress.phase(sentence)
+        said = sentence
+        time.sleep(MEMORY_EVERY_S)
+    if said:
+        progress.say("there is memory enough now")
 
 
 def _retrain(

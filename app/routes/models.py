@@ -226,7 +226,8 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             previous=pointer.previous if pointer else None,
             problem=inspector.residents.why_not(name),
             at_rest=at_rest,
-            resident_bytes=keeper.bytes_of(found) if found else None,
+            resident_bytes=found.runtime.nbytes if found else None,
+            stale=inspector.residents.stale.get(name),
             versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
             refused=store.refused(name),
         )

@@ -75,7 +75,7 @@ async def healthz(request: Request) -> Response:
         code=NotReady.code if sentence else None,
         version=request.app.version,
         uptime_s=round(time.monotonic() - inspector.started, 1),
-        models=[_described(model) for model in state.models],
+        models=[_described(model, inspector) for model in state.models],
         problems=state.problems,
         unloaded=sorted(inspector.residents.unloaded),
         resting=sorted(inspector.residents.resting),
@@ -124,7 +124,7 @@ def _inspector(request: Request) -> Inspector:
     return inspector
 
 
-def _described(model: Resident) -> ModelBody:
+def _described(model: Resident, inspector: Inspector) -> ModelBody:
     return ModelBody(
         name=model.name,
         version=model.version,
@@ -133,6 +133,8 @@ def _described(model: Resident) -> ModelBody:
         precision=model.runtime.precision,
         image_size=model.runtime.image_size,
         bank_rows=model.runtime.bank_rows,
+        resident_bytes=model.runtime.nbytes,
+        stale=inspector.residents.stale.get(model.name),
     )
 
 
