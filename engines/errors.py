@@ -41,6 +41,7 @@ KensaError
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
+├── BuildFailed           500  TensorRT made no plan of a graph that it takes
 └── RuntimeFailed         500  the inference runtime failed on a good image
     └── GpuLost           503  the GPU failed for good; the process ends and is started again
 """
@@ -305,6 +306,12 @@ class OutOfMemory(KensaError):
 
     status = 507
     code = "out_of_memory"
+
+
+class BuildFailed(KensaError):
+    """TensorRT made no plan of a graph that it takes; the sentence has its own words."""
+
+    code = "build_failed"
 
 
 class RuntimeFailed(KensaError):

@@ -11,15 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from engines.bundle import ONNX, PLAN
+from engines.bundle import ONNX, PLAN, PLAN_RECORD
 from engines.errors import BadBundle, NoTensorRT
 from engines.files import sha256, write_atomically
 
-PLAN_RECORD = "model.plan.json"
 L4T_RELEASE = Path("/etc/nv_tegra_release")  # "# R36 (release), REVISION: 4.0, GCID: ..."
 
 Precision = Literal["f32", "f16", "int8"]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+__all__ = ["PLAN_RECORD", "Fingerprint", "Machine", "Precision", "has_tensorrt"]
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _SPOKEN = {"tensorrt": "TensorRT", "compute": "compute capability", "device": "GPU", "l4t": "L4T"}
