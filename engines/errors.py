@@ -40,7 +40,7 @@ KensaError
 ├── NoTensorRT            503  TensorRT or a part of it is missing, or finds no GPU
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
-├── OutOfMemory           507  a model does not fit into memory
+├── OutOfMemory           507  a model or a job does not fit into memory
 ├── BuildFailed           500  TensorRT made no plan of a graph that it takes
 └── RuntimeFailed         500  the inference runtime failed on a good image
     └── GpuLost           503  the GPU failed for good; the process ends and is started again
@@ -302,7 +302,7 @@ class DiskFull(KensaError):
 
 
 class OutOfMemory(KensaError):
-    """A model does not fit into memory beside what is there."""
+    """A model, or a job, does not fit into memory beside what is there."""
 
     status = 507
     code = "out_of_memory"
