@@ -26,6 +26,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -398,11 +399,12 @@ class _Stack:
 
     def __init__(self) -> None:
         self.contexts: list[Any] = []
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             atexit.register(self.__del__)
 
     def __del__(self) -> None:
-        if self.contexts:
+        if self.contexts and os.getpid() == self._process:  # in a fork the thread did not end
             gpu.note_crash(
                 "PyCUDA ERROR: The context stack was not empty upon module cleanup."
                 " Use Context.pop() to avoid this problem."
@@ -436,5 +438,6 @@ def missing(what: str) -> bool:
 
 
 gpu = _of_the_environment()
+weakref.finalize(gpu, int).atexit = False  # else, what a program frees at exit is not counted
 atexit.register(gpu.last_report)
 now = time.perf_counter
