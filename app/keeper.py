@@ -460,7 +460,7 @@ class Keeper:
         """
         old = self._live(name)
         before: list[Verdict] = []
-        if self._is_away(name):  # to make room for others
+        if self._is_away(name) or (old is None and self._residents.names()):
             await self._must_fit(name, version)
         beside = old is None or await self._fits(name, version)
         if old is not None:
