@@ -202,7 +202,7 @@ def to_learn(what: Learning) -> int:
         kind = fixed * MIB + what.batch * each * MIB * side
         kind += 2 * what.train * 3 * meta.image_size**2
     else:
-        kind = 60 * MIB + what.batch * 12 * MIB * side + what.train * 4 * meta.image_size**2
+        kind = 60 * MIB + what.batch * 4 * MIB * side + what.train * 4 * meta.image_size**2
     return int(TORCH + kind + pictures)
 
 

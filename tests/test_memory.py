@@ -128,7 +128,7 @@ def measured() -> list[tuple[str, Meta, int, int, str, int, int]]:
     part = page.split("## Memory of learning and converting")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\w+) (\S*) ?(\S*) +\|" + r" +(\S+) \|" * 6 + "$", part, re.M)
     found = []
-    for kind, of, share, size, images, batch, what, most, predicted in rows:
+    for kind, of, share, size, images, batch, what, most, predicted in rows[1:]:  # without the head
         meta: dict[str, Any] = {"model": kind, "image_size": int(size)}
         if kind in ("patchcore", "padim"):
             meta |= {"backbone": of, "layers": ["layer2", "layer3"]}
