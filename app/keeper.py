@@ -127,6 +127,8 @@ class Keeper:
             self._residents.problems["models"] = f"The models cannot be read: {error}."
             log.error("The models cannot be read: %s", error)
         pinned = self._settings.pinned_names
+        for name in sorted(pinned.difference(names)):
+            log.warning("KENSA_PINNED names %s, and there is no such model", name)
         for name in sorted(names, key=lambda name: (name not in pinned, name)):
             async with self._change(name):
                 await self._load_where_it_fits(name, exchange=False)
