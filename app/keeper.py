@@ -177,11 +177,15 @@ class Keeper:
                 with contextlib.suppress(BadMeta, BadBundle):  # `_load_live` puts it aside
                     await self._must_fit(name, candidates[0], exchange=exchange)
         except OutOfMemory as error:
+            refused = f"{name} rests: "
+            told = (self._residents.why_not(name) or "").startswith(refused)
             if self._settings.rest == "on":
-                self._residents.put_to_rest(name, f"{name} rests: {error}")
+                self._residents.put_to_rest(name, f"{refused}{error}")
             else:
                 self._residents.take(name, str(error))
-            log.warning("%s is not in memory: %s", name, error)
+            log.log(  # a line for each part would wear out flash memory
+                logging.DEBUG if told else logging.WARNING, "%s is not in memory: %s", name, error
+            )
             return
         await self._load_live(name)
 

@@ -319,6 +319,7 @@ def test_the_pinned_one_stays_and_turns_are_not_taken_with_every_part(
         pattern = (r"nut rests: nut \S+ needs about \d+ MiB, and \d+ MiB are free: bolt may be put"
                    r" to rest for it in \d s\.")  # fmt: skip
         assert re.fullmatch(pattern, refused)
+        assert server.log.read_text().count("nut is not in memory: ") <= 2, "not for each part"
         assert resting(server) == ["bolt"]
         assert ask(server, "rod", photo(0)).status_code == 200
 
