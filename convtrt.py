@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import run, summarise_conversion
+from workers.commands import cache_folder, run, summarise_conversion
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -16,7 +16,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="convtrt.py",
         description="Turn a trained model into an engine: model.onnx, which OpenVINO runs on any"
-        " PC, compared with the torch model before it is written.",
+        " PC, and model.plan where TensorRT is. Both are compared with the torch model before they"
+        " are written.",
     )
     add = parser.add_argument
     add("--model", required=True, choices=KINDS)
@@ -29,15 +30,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " the weights)")  # fmt: skip
     add("--opset", type=int, choices=(17, 18), default=17, help="ONNX opset (default 17)")
     add("--fp16", action="store_true", help="backbone in half precision; distances stay in float32")
-    add("--workspace", type=int, default=4096, metavar="MIB", help="memory that building a plan may"
-        " take (default 4096)")  # fmt: skip
+    add("--int8", action="store_true", help="convolutions in int8, with ranges from pictures of"
+        " normal parts: the golden images, and those of --category. Refused where it scores or"
+        " judges otherwise")  # fmt: skip
+    add("--data_root", type=Path, metavar="D", help="with --int8: folder of train/ and test/")
+    add("--category", metavar="C", help="with --int8: whose training images give the ranges, and"
+        " whose test images must be told apart as well as before")  # fmt: skip
+    add("--workspace", type=int, default=4096, metavar="MIB", help="MiB that building a plan may"
+        " take at most (default 4096; never more than a quarter of what is free)")  # fmt: skip
     add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
-    add("--use_dla", action="store_true", help="build the plan for DLA (default off; Orin Nano has"
-        " none)")  # fmt: skip
+    add("--use_dla", action="store_true", help="build the plan for DLA, with --fp16 or --int8 (default"
+        " off; Orin Nano has none)")  # fmt: skip
     parsed = parser.parse_args(arguments)
     for flag, model in (("memory_bank", "patchcore"), ("stats", "padim")):
         if getattr(parsed, flag) is not None and parsed.model != model:
             parser.error(f"--{flag} is for {model}; a {parsed.model} model has none")
+    if (parsed.data_root is None) != (parsed.category is None):
+        parser.error("--data_root and --category go together")
+    if parsed.category is not None and not parsed.int8:
+        parser.error("--category is for --int8")
+    if parsed.int8 and parsed.fp16:
+        parser.error("either --fp16 or --int8: what is not in int8 stays in float32")
     return parsed
 
 
@@ -48,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         from workers.convert import Convert, convert
 
-        report = convert(Convert(**flags), progress)
+        report = convert(Convert(**flags, cache=cache_folder()), progress)
         print("\n".join(summarise_conversion(report, flags["out_dir"])))
 
     return run(work, progress)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -15,6 +16,8 @@ from typing import NoReturn
 from app.settings import Settings, table, unknown_variables
 from engines.errors import EXIT_CODE, BadSettings, KensaError
 from engines.logs import set_up
+
+LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
 
 log = logging.getLogger("kensa")
 
@@ -24,6 +27,10 @@ def main() -> None:
     if sys.argv[1:2] == ["keys"]:
         _keys(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["doctor"]:
+        from app.doctor import command
+
+        sys.exit(command(sys.argv[2:]))
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
@@ -71,6 +78,9 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
     from app.connection import BACKLOG, Connection, room_for_connections
     from app.main import create_app, version
+    from engines.runtimes import cuda
+
+    cuda.when_lost(_end_soon)
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -113,6 +123,19 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(0)  # not sys.exit, which would wait for a thread that waits for a locked queue
 
 
+def _end_soon(why: str) -> None:
+    """The GPU is lost. Parts that wait get their error, and the supervisor starts a new process."""
+    from engines.runtimes.cuda import LOST_EXIT_CODE
+
+    log.critical("%s This process ends with exit code %d.", why, LOST_EXIT_CODE)
+
+    def end() -> NoReturn:
+        logging.shutdown()
+        os._exit(LOST_EXIT_CODE)  # whoever waits for the GPU would keep it from ending
+
+    threading.Timer(LAST_WORDS_S, end).start()
+
+
 def _log_lines(settings: Settings) -> None:
     """Lines on stderr. uvicorn only speaks up when something is wrong."""
     set_up(settings.log_level, settings.log_format)
@@ -131,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kensa",
         description="Serve a model over HTTP. Settings are environment variables:\n"
         + "\n".join(lines),
-        epilog="kensa keys --help says how API keys are made.",
+        epilog="kensa keys --help says how API keys are made; kensa doctor looks at this machine.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -22,9 +22,8 @@ from app.jobs import Jobs
 from app.worker import Worker
 from engines.device import Device
 from engines.errors import KensaError
-from engines.memory import MIB, bytes_needed, free_bytes
+from engines.memory import MIB, free_bytes
 from engines.resident import Resident
-from engines.store import Store
 
 FRESH_S = 2.0  # the jobs are not counted more often
 WAIT_S = 0.25  # for the queue; then the last count is taken ...
@@ -61,19 +60,17 @@ class State:
 class Health:
     """Looks at everything. Its methods belong to the event loop's thread."""
 
-    def __init__(
-        self, inspector: Inspector, store: Store, jobs: Jobs, worker: Worker, data: Path
-    ) -> None:
+    def __init__(self, inspector: Inspector, jobs: Jobs, worker: Worker, data: Path) -> None:
         self._residents = inspector.residents
-        self._store = store
         self._worker = worker
         self._data = data
         self._queue = Queue(jobs)
-        self._sizes: dict[Resident, int] = {}
 
     async def look(self) -> State:
         """As it is now, within a fraction of a second."""
         models, problems = self._residents.all(), dict(self._residents.problems)
+        model_bytes = {model.name: model.runtime.nbytes for model in models}
+        stale = [one for name, one in self._residents.stale.items() if name not in problems]
         jobs, queue = await self._queue.look()
         worker = self._worker
         state, restarts, ended = worker.state, worker.restarts, worker.ended
@@ -81,7 +78,7 @@ class Health:
 
         def read() -> State:
             free, size = _disk(self._data)
-            degraded = [*problems.values()]
+            degraded = [*problems.values(), *stale]
             if free is not None and free < LOW_DISK:
                 degraded.append(
                     f"The disk of {self._data} has {free // MIB:,} MiB left: delete images or"
@@ -89,6 +86,12 @@ class Health:
                 )
             if (memory := free_bytes()) < LOW_MEMORY:
                 degraded.append(f"Memory is short: {memory // MIB} MiB are left.")
+            device = Device.read()
+            if hot := [part for part, slowed in device.throttled.items() if slowed]:
+                degraded.append(
+                    f"Too hot, and slowed down for it: {', '.join(hot)}. See to the fan and the air"
+                    " around it, or take a lower power mode."
+                )
             if queue is not None:
                 degraded.append(queue)
             if ended is not None and time.monotonic() - ended < RECENT_S:
@@ -99,7 +102,7 @@ class Health:
             return State(
                 models=models,
                 problems=problems,
-                model_bytes=self._of_models(models),
+                model_bytes=model_bytes,
                 worker=state,
                 learns=state in ("running", "starting"),
                 restarts=restarts,
@@ -108,22 +111,11 @@ class Health:
                 queue=queue,
                 disk_free=free,
                 disk_size=size,
-                device=Device.read(),
+                device=device,
                 degraded=degraded,
             )
 
         return await asyncio.to_thread(read)
-
-    def _of_models(self, models: list[Resident]) -> dict[str, int]:
-        known, self._sizes = self._sizes, {}
-        for model in models:
-            if model in known:
-                self._sizes[model] = known[model]
-                continue
-            with suppress(KensaError, OSError):
-                folder = self._store.folder(model.name, model.version)
-                self._sizes[model] = bytes_needed(folder)
-        return {model.name: size for model, size in self._sizes.items()}
 
 
 class Queue:

@@ -21,6 +21,7 @@ from engines.batching import Batcher, Done
 from engines.errors import Overloaded
 from engines.image import ImageLimits, decode, resize
 from engines.resident import Resident, Residents
+from engines.runtimes import cuda
 from engines.verdict import Verdict, heatmap, judge, overlay_png, png
 
 INBOX = 16  # bodies in memory at once, of the largest size allowed
@@ -92,6 +93,7 @@ class Inspector:
         await asyncio.to_thread(self.batcher.close)
         for model in self.residents.all():
             model.runtime.close()
+        await asyncio.to_thread(cuda.close)  # also what a request that was given up still holds
 
     def recent(self, name: str) -> list[NDArray[np.uint8]]:
         """The last parts that a model inspected, (S, S, 3) each, oldest first."""

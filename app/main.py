@@ -22,6 +22,7 @@ from app.jobs import Jobs
 from app.keeper import Keeper
 from app.metrics import Metrics
 from app.openapi import describe, operation_id
+from app.plans import Plans
 from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
 from app.security import Access, BodyLimit, KnownHosts
@@ -52,13 +53,15 @@ def create_app(settings: Settings) -> FastAPI:
     """The application. Models are opened when the server starts it, and closed when it ends."""
     inspector = Inspector(settings)
     store = Store(settings.data / "models")
-    keeper = Keeper(store, inspector, settings)
     jobs = Jobs(settings.data, store, settings.fleet)
+    plans = Plans(jobs, inspector.residents, settings.worker)
+    keeper = Keeper(store, inspector, settings, plans)
     worker = Worker(settings.data, settings)
     metrics = Metrics(version())
     inspector.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     keeper.on_swap = metrics.swapped
+    keeper.on_rest = metrics.rested
     metrics.queue_length = lambda: inspector.under_way
 
     def on_inspection(done: Inspection) -> None:
@@ -96,7 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.metrics = metrics
-    app.state.health = Health(inspector, store, jobs, worker, settings.data)
+    app.state.health = Health(inspector, jobs, worker, settings.data)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()

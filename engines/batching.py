@@ -39,9 +39,9 @@ Result = TypeVar("Result")
 def choose_batches(runtime: Runtime) -> None:
     """Run images together and one by one, and let the runtime keep what is faster.
 
-    Fewer images than `size` are padded by the runtime, so a batch costs the same with any number in
-    it, and pays from `least` on. Scores must be the same to `AGREE`: in bf16 another batch size may
-    be another order of sums.
+    Where the runtime pads, a batch costs the same with any number of images in it, and pays from
+    `least` on. Scores must be the same to `AGREE`: in bf16 another batch size may be another order
+    of sums.
 
     Raises:
         RuntimeFailed: the device gave up.
@@ -55,7 +55,8 @@ def choose_batches(runtime: Runtime) -> None:
         taken = _share(runtime, _noise(size, runtime.image_size))
         if taken < share:
             # From here on one more image alone takes longer than the whole batch.
-            best, share = Batches(size, max(2, math.ceil(taken * size))), taken
+            least = max(2, math.ceil(taken * size)) if runtime.pads else 2
+            best, share = Batches(size, least), taken
     runtime.take_together(best)
 
 

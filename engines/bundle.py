@@ -17,6 +17,7 @@ from engines.meta import Meta
 
 ONNX = "model.onnx"
 PLAN = "model.plan"
+PLAN_RECORD = "model.plan.json"  # what the plan is good for; see engines.plan
 REPORT = "report.json"
 
 
@@ -81,10 +82,12 @@ class Bundle:
 def check_files(root: Path, meta: Meta) -> None:
     """Raise BadBundle unless the files beside a meta.json are those that it was written with.
 
-    Weights and statistics may be missing: they are needed to retrain, not to serve.
+    Weights and statistics may be missing: they are needed to retrain, not to serve. A plan, too:
+    it stays on the device that made it.
     """
+    spared = (meta.weights_pth, meta.stats, PLAN, PLAN_RECORD)
     for name, expected in (meta.files or {}).items():
-        if name in (meta.weights_pth, meta.stats) and not (root / name).exists():
+        if name in spared and not (root / name).exists():
             continue
         check_hash(root / name, expected)
 

@@ -9,13 +9,16 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engines import image
-from engines.bundle import ONNX, read_bank, read_report
-from engines.errors import EXIT_CODE, BadBundle, BadDataset, BadImage, KensaError
+from engines.bundle import ONNX, PLAN, read_bank, read_report
+from engines.errors import EXIT_CODE, BadBundle, BadDataset, BadImage, KensaError, StalePlan
 from engines.files import write_atomically
 from engines.meta import Kind, Meta
+from engines.plan import PLAN_RECORD, Fingerprint, Machine
 from engines.runtimes import Runtime
-from engines.runtimes.openvino import OpenVINORuntime, choose_precision
 from engines.verdict import decide
 
 NOT_ALL_JUDGED = 1  # exit code when some images could not be read; the others are in the CSV
@@ -76,8 +79,8 @@ def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:
         prog=kind, description=f"Score images with a {kind} model; writes result_{kind}.csv."
     )
     add = parser.add_argument
-    add("-e", "--engine", type=Path, required=True, metavar="F.plan", help="model.plan; where it is"
-        " missing, the model.onnx beside it runs on OpenVINO")  # fmt: skip
+    add("-e", "--engine", type=Path, required=True, metavar="F.plan", help="model.plan, on"
+        " TensorRT; where it is missing, the model.onnx beside it runs on OpenVINO")  # fmt: skip
     if kind == "patchcore":
         add("-m", "--memory_bank", type=Path, required=True, metavar="F.npz", help="memory bank")
     add("-d", "--data", type=Path, required=True, metavar="PATH", help="an image, or a folder")
@@ -114,16 +117,39 @@ def _meta_beside(engine: Path, kind: Kind) -> Meta | None:
 
 
 def _open(engine: Path, memory_bank: Path | None) -> Runtime:
-    """The model.onnx beside the plan, or given in its place: TensorRT is not supported yet."""
+    """The plan on TensorRT; the graph on OpenVINO where it is named, or where there is no plan.
+
+    A plan that is there and cannot be used is an error, rather than something slower in its place.
+    """
     onnx = engine if engine.suffix == ".onnx" else engine.with_name(ONNX)
-    if not onnx.is_file():
-        state = "needs TensorRT, which is not here," if engine.is_file() else "does not exist,"
-        raise BadBundle(f"{engine} {state} and {onnx} does not exist: make it with convtrt.py.")
-    if onnx != engine:
-        print(f"{engine} needs TensorRT: running {onnx} on OpenVINO instead", file=sys.stderr)
     bank = None if memory_bank is None else read_bank(memory_bank)
+    if engine != onnx and engine.is_file():
+        return _on_tensorrt(engine, bank)
+    if not onnx.is_file():
+        both = "" if onnx == engine else f", and {onnx} does not exist either"
+        raise BadBundle(f"{engine} does not exist{both}: make it with convtrt.py.")
+    if onnx != engine:
+        print(f"{engine} does not exist: running {onnx} on OpenVINO instead", file=sys.stderr)
+    from engines.runtimes.openvino import OpenVINORuntime, choose_precision
+
     precision = choose_precision(read_report(onnx.parent))
     return OpenVINORuntime(onnx, bank, precision=precision)
+
+
+def _on_tensorrt(plan: Path, bank: NDArray[np.float32] | None) -> Runtime:
+    """Raises NoTensorRT, StalePlan or BadBundle where the plan is of no use here."""
+    machine = Machine.read()
+    record = Fingerprint.read(plan.parent) if plan.name == PLAN else None
+    if record is None:
+        raise StalePlan(
+            f"Nothing says what {plan} was built for: {PLAN_RECORD} belongs beside it. Make it"
+            " again on this machine, with convtrt.py."
+        )
+    if reason := record.stale(plan.parent, machine):
+        raise StalePlan(reason)
+    from engines.runtimes.tensorrt import TensorRTRuntime
+
+    return TensorRTRuntime(plan, bank, precision=record.precision)
 
 
 def _csv(rows: list[tuple[str, str, str]]) -> bytes:

@@ -31,15 +31,19 @@ KensaError
 ├── Conflict              409  what is asked for collides with what is going on
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
+│   └── StalePlan         503  its plan was built for something else, and nothing stands in for it
 ├── Overloaded            503  more requests than can be answered in time
 ├── BadKeys               503  the file of API keys cannot be read; nobody is let in
 ├── TooManyConnections    503  none of the connections that are open is idle
 ├── NoWorker              503  nothing here can learn or convert
 ├── NoShared              503  the shared store does not answer, or is full
+├── NoTensorRT            503  TensorRT or a part of it is missing, or finds no GPU
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
 ├── OutOfMemory           507  a model does not fit into memory
+├── BuildFailed           500  TensorRT made no plan of a graph that it takes
 └── RuntimeFailed         500  the inference runtime failed on a good image
+    └── GpuLost           503  the GPU failed for good; the process ends and is started again
 """
 
 from __future__ import annotations
@@ -235,6 +239,12 @@ class NotReady(KensaError):
     code = "not_ready"
 
 
+class StalePlan(NotReady):
+    """A model.plan that was built for another machine, TensorRT or graph, or that is missing."""
+
+    code = "stale_plan"
+
+
 class Overloaded(KensaError):
     """More requests than can be answered in time; nothing was computed for this one."""
 
@@ -277,6 +287,13 @@ class NoShared(KensaError):
     code = "no_shared"
 
 
+class NoTensorRT(KensaError):
+    """TensorRT, or something that it needs, is not on this machine: the sentence says what."""
+
+    status = 503
+    code = "no_tensorrt"
+
+
 class DiskFull(KensaError):
     """There is no room left to write; what was there before is unchanged."""
 
@@ -291,8 +308,21 @@ class OutOfMemory(KensaError):
     code = "out_of_memory"
 
 
+class BuildFailed(KensaError):
+    """TensorRT made no plan of a graph that it takes; the sentence has its own words."""
+
+    code = "build_failed"
+
+
 class RuntimeFailed(KensaError):
     """The inference runtime failed on a good image."""
 
     status = 500
     code = "runtime_failed"
+
+
+class GpuLost(RuntimeFailed):
+    """CUDA failed in a way that only a new process mends: nothing more is computed in this one."""
+
+    status = 503
+    code = "gpu_lost"

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 from dbos import EnqueueOptions, Serializer, WorkflowStatus
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engines.files import write_atomically
 from engines.fleet import Fleet
@@ -113,8 +113,31 @@ class ConvertRequest(JobRequest):
 
     opset: Literal[17, 18] = Field(17, description="Of the ONNX graph.")
     fp16: bool = Field(False, description="The backbone in half precision.")
+    int8: bool = Field(
+        False,
+        description="Convolutions in int8, with ranges from the golden images, and from those of"
+        " category; refused where it scores or judges otherwise.",
+    )
+    category: str | None = Field(
+        None, pattern=NAME, description="For int8: the dataset to measure ranges and AUROC on."
+    )
     workspace: int = Field(4096, ge=1, le=1_048_576, description="MiB for building a plan.")
     use_dla: bool = Field(False, description="Use the accelerator of a Jetson that has one.")
+    from_onnx: bool = Field(
+        False,
+        description="Build the plan again from the version's own model.onnx: needs no training"
+        " packages.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ConvertRequest:
+        if self.fp16 and self.int8:
+            raise ValueError("either fp16 or int8: what is not in int8 stays in float32")
+        if self.category is not None and not self.int8:
+            raise ValueError("category is for int8")
+        if self.from_onnx and (self.fp16 or self.int8):
+            raise ValueError("from_onnx takes the graph as it is: leave out fp16 and int8")
+        return self
 
 
 class JobFolder:

@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import ONNX, PLAN, REPORT, check_files, check_hash
+from engines.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
 from engines.files import sha256, sweep, sync_folder, write_atomically
 from engines.golden import GOLDEN
@@ -346,7 +346,7 @@ class Store:
         meta = Meta.read(source / META)
         check_files(source, meta)
         named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
-        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, MANIFEST}
+        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, PLAN_RECORD, MANIFEST}
         with self.staging() as folder:
             for file in wanted:
                 if (source / file).is_file():

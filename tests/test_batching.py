@@ -28,6 +28,7 @@ class Clock:
     """
 
     name, precision, image_size, bank_rows = "clock", "f32", SIZE, None
+    pads, nbytes = True, 1
 
     def __init__(
         self,

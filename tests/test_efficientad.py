@@ -24,10 +24,11 @@ from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from workers import distil
-from workers.export import FLOAT32_LIMIT, Opset, export_onnx, parity
+from workers.export import Opset, export_onnx, parity
 from workers.models import Training, efficientad
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd
+from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
 from workers.sample_parts import draw_part
 
@@ -180,7 +181,7 @@ def test_the_graph_gives_the_scores_of_torch_alone_and_in_a_batch(
     graph, inputs = efficientad.graph(model, half=False)
     assert inputs["image"].shape == (2, SIZE, SIZE, 3)
     export_onnx(graph, inputs, tmp_path / "model.onnx", opset)
-    report = parity(tmp_path / "model.onnx", expected, unseen, None, settings(), half=False)
+    report = parity(tmp_path / "model.onnx", expected, unseen, None, settings(), precision="f32")
     assert report["onnx"]["max_relative"] <= FLOAT32_LIMIT
     assert report["openvino_f32"]["max_relative"] <= FLOAT32_LIMIT
     runtime = OpenVINORuntime(tmp_path / "model.onnx", None, precision="f32")
@@ -196,7 +197,7 @@ def test_in_half_precision_only_the_networks_are(
     expected = scored(model, unseen)
     graph, inputs = efficientad.graph(model, half=True)
     export_onnx(graph, inputs, tmp_path / "model.onnx", 17)
-    report = parity(tmp_path / "model.onnx", expected, unseen, None, settings(), half=True)
+    report = parity(tmp_path / "model.onnx", expected, unseen, None, settings(), precision="f16")
     assert report["openvino_f32"]["max_relative"] <= 5e-3
     assert {tensor.dtype for tensor in model.networks.student.parameters()} == {torch.float16}
     rest = [*model.networks.quantiles.values(), *model.networks.mean_std.values()]

@@ -19,8 +19,9 @@ from engines.golden import EACH, GOLDEN, Golden
 from engines.meta import Meta
 from engines.runtimes.openvino import choose_precision, cpu_has_bf16
 from workers.convert import Convert, convert
-from workers.export import FLOAT32_LIMIT, HALF_LIMIT, export_onnx, parity
+from workers.export import export_onnx, parity
 from workers.models import patchcore
+from workers.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.progress import Progress
 from workers.retrain import Retrain, retrain
 
@@ -112,7 +113,7 @@ def test_both_opsets_load_and_agree(
     path = exported(trained, meta, tmp_path / "model.onnx", opset)
     assert [o.version for o in onnx.load(path).opset_import if o.domain == ""] == [opset]
     bank = read_bank(trained / "memory_bank.npz")
-    agreement = parity(path, expected, golden, bank, meta, half=False)
+    agreement = parity(path, expected, golden, bank, meta, precision="f32")
     assert agreement["onnx"]["max_relative"] <= FLOAT32_LIMIT
     assert agreement["openvino_f32"]["max_relative"] <= FLOAT32_LIMIT
 
@@ -131,7 +132,7 @@ def test_half_precision_is_in_the_backbone_alone(
     assert {types[node.input[1]] for node in convolutions} == {onnx.TensorProto.FLOAT16}
     assert described(model.graph.input)["memory_bank"][0] == onnx.TensorProto.FLOAT
     bank = read_bank(trained / "memory_bank.npz")
-    agreement = parity(path, expected, golden, bank, meta, half=True)
+    agreement = parity(path, expected, golden, bank, meta, precision="f16")
     assert 0 < agreement["openvino_f32"]["max_relative"] <= HALF_LIMIT
 
 
@@ -144,7 +145,7 @@ def test_a_graph_that_scores_otherwise_than_the_model_is_refused(
 ) -> None:
     bank = read_bank(trained / "memory_bank.npz")
     with pytest.raises(BadBundle, match="does not agree with the torch model"):
-        parity(graph, expected * np.float32(change), golden, bank, meta, half=False)
+        parity(graph, expected * np.float32(change), golden, bank, meta, precision="f32")
 
 
 def test_a_verdict_that_flips_is_counted_and_refused(
@@ -156,7 +157,7 @@ def test_a_verdict_that_flips_is_counted_and_refused(
     strict = meta.with_(image_threshold_auto=between, image_threshold=0.5)
     bank = read_bank(trained / "memory_bank.npz")
     with pytest.raises(BadBundle, match=r"[1-9]\d* of \d+ verdicts flip"):
-        parity(graph, shifted, golden, bank, strict, half=False)
+        parity(graph, shifted, golden, bank, strict, precision="f32")
 
 
 def test_a_refused_conversion_leaves_the_old_engine_and_no_staging_folder(

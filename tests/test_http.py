@@ -366,6 +366,8 @@ class FakeRuntime:
     bank_rows = None
     batches = ALONE
     batch_sizes = ()
+    pads = True
+    nbytes = 1
 
     def __init__(self, score: float) -> None:
         self.score = score

@@ -38,9 +38,9 @@ from engines.verdict import Scale, judge
 from workers import import_anomalib as worker
 from workers import models
 from workers.convert import Convert, convert
-from workers.export import FLOAT32_LIMIT
 from workers.import_anomalib import Import, import_anomalib
 from workers.models import Training
+from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
 from workers.sample_parts import draw_part
 

@@ -24,10 +24,11 @@ from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.image import resize
 from engines.meta import Meta
 from tests.conftest import PATCHCORE
-from workers.export import FLOAT32_LIMIT, Opset, export_onnx, parity
+from workers.export import Opset, export_onnx, parity
 from workers.models import Training, patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
 from workers.models.patchcore import Bank, PatchCore
+from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
 from workers.sample_parts import draw_part
 
@@ -272,7 +273,7 @@ def test_other_backbones_work_from_pictures_to_a_graph_that_agrees(
     bank = bank_of(model).embeddings.numpy()
     graph, inputs = patchcore.graph(model, half=False)
     export_onnx(graph, inputs, tmp_path / "model.onnx", opset)
-    report = parity(tmp_path / "model.onnx", expected, unseen, bank, meta, half=False)
+    report = parity(tmp_path / "model.onnx", expected, unseen, bank, meta, precision="f32")
     assert report["onnx"]["max_relative"] <= FLOAT32_LIMIT
     assert report["openvino_f32"]["max_relative"] <= FLOAT32_LIMIT
 

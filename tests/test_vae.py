@@ -19,9 +19,10 @@ from engines.image import resize
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from tests.conftest import ROOT
-from workers.export import FLOAT32_LIMIT, HALF_LIMIT, Opset, export_onnx, parity
+from workers.export import Opset, export_onnx, parity
 from workers.models import Training, vae
 from workers.models.vae import KL_WARM_UP, Vae, kl_weight
+from workers.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.progress import Progress
 from workers.sample_parts import DEFECTS, HARD_DEFECTS, draw_part
 
@@ -374,7 +375,7 @@ def test_the_graphs_of_both_opsets_agree_with_torch_and_each_other(
         path = tmp_path / f"{opset}.onnx"
         graph, inputs = vae.graph(model, half=False)
         export_onnx(graph, inputs, path, opset)
-        report = parity(path, expected, unseen, None, meta, half=False)
+        report = parity(path, expected, unseen, None, meta, precision="f32")
         assert report["onnx"]["max_relative"] <= FLOAT32_LIMIT
         assert report["openvino_f32"]["max_relative"] <= FLOAT32_LIMIT
         maps.append(OpenVINORuntime(path, None, precision="f32").infer(unseen)[1])
@@ -407,7 +408,7 @@ def test_a_graph_in_half_precision_stays_within_the_limit(
     graph, inputs = vae.graph(as_ever(weights), half=True)
     export_onnx(graph, inputs, tmp_path / "half.onnx", opset)
     export_onnx(*vae.graph(model, half=False), tmp_path / "full.onnx", opset)
-    report = parity(tmp_path / "half.onnx", expected, unseen, None, settings(), half=True)
+    report = parity(tmp_path / "half.onnx", expected, unseen, None, settings(), precision="f16")
     assert report["onnx"]["max_relative"] <= HALF_LIMIT
     assert report["openvino_f32"]["max_relative"] <= HALF_LIMIT
     halved = (tmp_path / "half.onnx").stat().st_size / (tmp_path / "full.onnx").stat().st_size

@@ -45,6 +45,12 @@ def run(work: Callable[[], None], progress: Progress) -> int:
     return 0
 
 
+def cache_folder() -> Path | None:
+    """Where this user's commands keep what only saves time; None for a user without a home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(home) / "kensa" if Path(home).is_absolute() else None
+
+
 def hush_libraries() -> None:
     """Keep a terminal for what its user can act on."""
     warnings.filterwarnings("ignore")
@@ -115,6 +121,35 @@ def summarise_conversion(report: dict[str, Any], out_dir: Path) -> list[str]:
         f"exported     model.onnx, opset {export['opset']}, {export['precision']},"
         f" in {export['seconds']:.1f} s",
         *agreement,
+        *_int8_lines(report.get("int8")),
+        *(summarise_plan(report["plan"]) if "plan" in report else []),
         f"compared on  {report['parity_images']}",
         f"written to   {out_dir}",
     ]
+
+
+def _int8_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [f"int8         {found['convolutions']} convolutions, ranges from {found['ranges']}"]
+    if auroc := found.get("auroc"):
+        lines.append(
+            f"measured     AUROC {auroc['int8']:.4f} in int8, {auroc['float32']:.4f} in float32,"
+            f" over {auroc['images']} test images"
+        )
+    return lines
+
+
+def summarise_plan(found: dict[str, Any]) -> list[str]:
+    """How the plan came to be, and how well it agrees; for a person."""
+    rows = f", a bank of up to {found['bank_rows']:,} rows" if "bank_rows" in found else ""
+    why = f" ({found['why'].rstrip('.')})" if "why" in found else ""
+    lines = [
+        f"plan         model.plan, {found['precision']}, {found['how']} in {found['seconds']:.1f} s"
+        f"{why}",
+        f"             for up to {found['max_batch']} images at once{rows}",
+    ]
+    if "max_relative" in found["parity"]:
+        within = f"raw scores within {found['parity']['max_relative']:.1e} of torch"
+        lines.append(f"parity       model.plan: {within}, {found['parity']['flips']} verdicts flip")
+    return lines

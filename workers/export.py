@@ -15,16 +15,20 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle
 from engines.meta import Meta
-from engines.runtimes.openvino import OpenVINORuntime, Precision, cpu_has_bf16
-from engines.verdict import Scale, decide
+from engines.plan import Precision
+from engines.runtimes import openvino
+from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
+from workers.parity import HALF_LIMIT, compare, compare_in
 
-# Largest relative difference of raw scores from the float32 torch model that is accepted.
-FLOAT32_LIMIT = 1e-3
-HALF_LIMIT = 1e-2  # of a graph or a runtime with half precision in its backbone
 # A few images do not prove a limit for all: bf16 must keep half of it on these.
 MARGIN = 0.5
 
 Opset = Literal[17, 18]
+_TRY: dict[Precision, str] = {
+    "f32": "Try another --opset.",
+    "f16": "Try without --fp16, or another --opset.",
+    "int8": "Try --fp16 in the place of --int8.",
+}
 
 
 def export_onnx(
@@ -61,8 +65,24 @@ def export_onnx(
     model = onnx.load(path)
     for output in [output for output in model.graph.output if output.name == "embedding"]:
         model.graph.output.remove(output)
+    _separate(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def _separate(model: onnx.ModelProto) -> None:
+    """Give each layer weights of its own.
+
+    The exporter lets layers share weights that happen to be equal, so the graph would depend on
+    what was learned, and a plan could not be refitted with what is learned next.
+    """
+    weights = {one.name: one for one in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "Identity"]:
+        if (shared := weights.get(node.input[0])) is not None:
+            own = model.graph.initializer.add()
+            own.CopyFrom(shared)
+            own.name = node.output[0]
+            model.graph.node.remove(node)
 
 
 def parity(
@@ -72,14 +92,14 @@ def parity(
     memory_bank: NDArray[np.float32] | None,
     meta: Meta,
     *,
-    half: bool,
+    precision: Precision,
 ) -> dict[str, dict[str, Any]]:
     """Compare the exported graph with the torch model, in every way it can run here.
 
     Args:
         expected: raw scores (n,) of the float32 torch model.
         images: (n, S, S, 3) uint8 RGB.
-        half: whether the graph itself holds half precision.
+        precision: of the graph itself.
 
     Returns:
         For `onnx` (the graph as TensorRT gets it), `openvino_f32` and, where the CPU has bf16,
@@ -88,46 +108,26 @@ def parity(
     Raises:
         BadBundle: the graph, or OpenVINO in float32, does not agree.
     """
-    limit = HALF_LIMIT if half else FLOAT32_LIMIT
+    plain = plain_scores(path, images, memory_bank)
+    served = served_scores(path, images, memory_bank, "f32")
     report = {
-        "onnx": _compare(expected, _plain_scores(path, images, memory_bank), meta, limit),
-        "openvino_f32": _compare(
-            expected, _served_scores(path, images, memory_bank, "f32"), meta, limit
-        ),
+        "onnx": compare_in(precision, expected, plain, meta),
+        "openvino_f32": compare_in(precision, expected, served, meta),
     }
     for name, result in report.items():
         if not result["ok"]:
             raise BadBundle(
                 f"The exported graph does not agree with the torch model ({name}: raw scores differ"
                 f" by up to {result['max_relative']:.2e}, {result['flips']} of {len(images)}"
-                " verdicts flip); nothing was written. Try without --fp16, or another --opset."
+                f" verdicts flip); nothing was written. {_TRY[precision]}"
             )
     if cpu_has_bf16():
-        served = _served_scores(path, images, memory_bank, "bf16")
-        report["openvino_bf16"] = _compare(expected, served, meta, MARGIN * HALF_LIMIT)
+        served = served_scores(path, images, memory_bank, "bf16")
+        report["openvino_bf16"] = compare(expected, served, meta, MARGIN * HALF_LIMIT)
     return report
 
 
-def _compare(
-    expected: NDArray[np.float32], found: NDArray[np.float32], meta: Meta, limit: float
-) -> dict[str, Any]:
-    relative = np.abs(found - expected) / np.maximum(np.abs(expected), 1e-12)
-    if not np.isfinite(found).all():
-        return {"max_relative": 1e9, "mean_relative": 1e9, "flips": len(found), "ok": False}
-    flips = 0
-    if meta.image_threshold_auto is not None and meta.raw_image_max is not None:
-        threshold = Scale.of(meta).raw_threshold
-        pairs = zip(expected, found, strict=True)
-        flips = sum(decide(float(a), threshold) != decide(float(b), threshold) for a, b in pairs)
-    return {
-        "max_relative": float(relative.max()),
-        "mean_relative": float(relative.mean()),
-        "flips": flips,
-        "ok": bool(relative.max() <= limit and flips == 0),
-    }
-
-
-def _plain_scores(
+def plain_scores(
     path: Path, images: NDArray[np.uint8], bank: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
     """Scores of the whole graph as exported, the bank as its input."""
@@ -138,11 +138,11 @@ def _plain_scores(
     return np.concatenate(scores)
 
 
-def _served_scores(
+def served_scores(
     path: Path,
     images: NDArray[np.uint8],
     bank: NDArray[np.float32] | None,
-    precision: Precision,
+    precision: openvino.Precision,
 ) -> NDArray[np.float32]:
     """Scores as the server computes them."""
     runtime = OpenVINORuntime(path, bank, precision=precision)

@@ -25,9 +25,9 @@ from engines.meta import Kind, Meta
 from workers import models
 from workers.calibrate import calibrate
 from workers.dataset import Images, measure_bit_depth
-from workers.export import FLOAT32_LIMIT
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, load_inert
 from workers.models.patchcore import NEIGHBOURS
+from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
 
 DEFAULT_SIZE = 256  # pixels: anomalib's own pre-processor of all three kinds

@@ -12,7 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import ONNX
+from engines import admission
+from engines.bundle import ONNX, PLAN, read_report
 from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, UnknownVersion
 from engines.fleet import Fleet
 from engines.jobs import (
@@ -33,11 +34,15 @@ from workers.jobs import DISK_FULL, FULL, die_with_parent, published
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
+MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
+TIMING = "timing"  # in the data folder: what TensorRT measured of its kernels here
 # What share of a job its phases are: where each begins and ends.
 SPANS = {
     "fetch": (0.0, 0.02), "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6),
-    "verify": (0.6, 0.7), "convert": (0.7, 0.95), "publish": (0.95, 1.0),
+    "verify": (0.6, 0.7), "convert": (0.7, 0.75), "ranges": (0.75, 0.78), "build": (0.78, 0.95),
+    "publish": (0.95, 1.0),
 }  # fmt: skip
+CONVERSION = {**SPANS, "convert": (0.0, 0.1), "ranges": (0.1, 0.15), "build": (0.15, 0.95)}
 
 
 def main(data: Path, job_id: str, kind: str) -> int:
@@ -47,7 +52,7 @@ def main(data: Path, job_id: str, kind: str) -> int:
     hush_libraries()
     set_up("warning", os.environ.get(FORMAT, "text"), "job")
     folder = JobFolder(data, job_id)
-    progress = JobProgress(folder)
+    progress = JobProgress(folder, CONVERSION if kind == "convert" else SPANS)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
@@ -86,13 +91,17 @@ def do(
         return _train_for_another(data, job_id, request, progress)
     if (version := published(data, job_id, request["model"])) is not None:
         return {"state": "succeeded", "version": version}
+    if kind == "retrain":
+        wait_for_memory(data, RetrainRequest(**request), progress)
+    elif kind == "convert":
+        wait_for_memory(data, ConvertRequest(**request), progress)
     if kind == "finish":
-        made = _finish(data, job_id, request, progress)
+        made = _finish(store, data, job_id, request, progress)
         request = {**request["retrain"], "version": request["parent"]}
     elif kind == "retrain":
         made = _retrain(store, data, RetrainRequest(**request), folder.work, progress)
     else:
-        made = _convert(store, ConvertRequest(**request), folder.work, progress)
+        made = _convert(store, data, ConvertRequest(**request), folder.work, progress)
     progress.phase("publish")
     origin = {
         "job": job_id,
@@ -107,6 +116,33 @@ def do(
     return {"state": "succeeded", "version": version}
 
 
+def wait_for_memory(
+    data: Path, request: RetrainRequest | ConvertRequest, progress: JobProgress
+) -> None:
+    """Go on once the job fits into memory, as the setting says; nothing large is loaded yet.
+
+    Raises:
+        OutOfMemory: it does not, and may not wait, or would wait for ever.
+    """
+    how = os.environ.get(admission.JOB_MEMORY, "refuse")
+    said = ""
+    while how != "off":
+        found = admission.short_of(data, request, admission.free_for_jobs())
+        if found is None:
+            break
+        if how == "refuse" or admission.never(found):
+            raise admission.refusal(request, found)
+        sentence = f"waiting for memory: needs {found.needed}, {found.free}"
+        if not said:
+            progress.say(sentence)
+        if sentence != said:
+            progress.phase(sentence)
+        said = sentence
+        time.sleep(MEMORY_EVERY_S)
+    if said:
+        progress.say("there is memory enough now")
+
+
 def _retrain(
     store: Store, data: Path, request: RetrainRequest, work: Path, progress: JobProgress
 ) -> Path:
@@ -116,7 +152,8 @@ def _retrain(
     trained = _learn(request, parent, source, data / "datasets", weights, work, progress)
     if not request.convert:
         return trained
-    return _engine(trained, work / "engine", progress)
+    how = _as_before(data, source, request.category)
+    return _engine(trained, work / "engine", progress, before=source, **how)
 
 
 def _learn(
@@ -203,7 +240,9 @@ def _train_for_another(
     return {"state": "succeeded", "trained": patiently(lambda: shared.push(place, files), folder)}
 
 
-def _finish(data: Path, job_id: str, learned: dict[str, Any], progress: JobProgress) -> Path:
+def _finish(
+    store: Store, data: Path, job_id: str, learned: dict[str, Any], progress: JobProgress
+) -> Path:
     """What another machine learned, or a training of this one, made ready to be published."""
     from workers.fleet import patiently
 
@@ -220,25 +259,48 @@ def _finish(data: Path, job_id: str, learned: dict[str, Any], progress: JobProgr
         shared = Shared.open(fleet.shared_url)
         patiently(lambda: shared.pull(place, learned["trained"], trained), folder)
     if learned["retrain"].get("convert", True):
-        return _engine(trained, folder.work / "engine", progress)
+        source = None
+        if learned["parent"] is not None:
+            source = store.folder(learned["retrain"]["model"], learned["parent"])
+        how = _as_before(data, source, learned["retrain"]["category"])
+        return _engine(trained, folder.work / "engine", progress, before=source, **how)
     made = folder.work / "made"
     shutil.copytree(trained, made)
     return made
 
 
-def _convert(store: Store, request: ConvertRequest, work: Path, progress: JobProgress) -> Path:
+def _convert(
+    store: Store, data: Path, request: ConvertRequest, work: Path, progress: JobProgress
+) -> Path:
     version = _start(store, request.model, request.version)
     if version is None:
         raise UnknownVersion(f"{request.model} has no version to convert.")
     source = store.check(request.model, version)
+    how = {"workspace": request.workspace, "use_dla": request.use_dla, "cache": data / TIMING}
+    if request.from_onnx:
+        return _rebuild(source, work / "engine", progress, **how)
     meta = Meta.read(source / META)
     if not (source / meta.weights_pth).is_file():
         raise BadBundle(f"{request.model} {version} has no {meta.weights_pth} to convert.")
+    if request.category is not None:
+        how |= {"data_root": data / "datasets", "category": request.category}
     return _engine(
         source, work / "engine", progress,
-        opset=request.opset, fp16=request.fp16, workspace=request.workspace,
-        use_dla=request.use_dla,
+        before=source if (source / PLAN).is_file() else _live(store, request.model),
+        opset=request.opset, fp16=request.fp16, int8=request.int8, **how,
     )  # fmt: skip
+
+
+def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+    """Without torch: this may be a machine that only serves."""
+    from workers.commands import summarise_plan
+    from workers.rebuild import rebuild
+
+    progress.phase("convert")
+    report = rebuild(source, target, progress, **how)
+    for line in summarise_plan(report["plan"]):
+        progress.say(line)
+    return target
 
 
 def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
@@ -251,6 +313,26 @@ def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Pa
     for line in summarise_conversion(convert(request, progress), target)[1:-1]:
         progress.say(line)
     return target
+
+
+def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]:
+    """How the version was converted that a retraining starts from: so is the next one."""
+    report = {} if source is None else read_report(source)
+    export, plan = report.get("export", {}), report.get("plan", {})
+    how: dict[str, Any] = {"cache": data / TIMING}
+    if "opset" in export:
+        how["opset"] = export["opset"]
+    how["fp16"] = export.get("precision") == "f16"
+    if export.get("precision") == "int8":
+        how |= {"int8": True, "data_root": data / "datasets", "category": category}
+    if plan:
+        how |= {"workspace": plan["workspace_mib"], "use_dla": plan["dla"]}
+    return how
+
+
+def _live(store: Store, name: str) -> Path | None:
+    pointer = store.pointer(name)
+    return store.folder(name, pointer.live) if pointer and pointer.live else None
 
 
 def start_version(data: Path, request: RetrainRequest) -> str | None:
@@ -301,8 +383,9 @@ def _failed_on_disk(folder: JobFolder, error: OSError) -> dict[str, Any]:
 class JobProgress(Progress):
     """Progress that the server reads: one fraction for the whole job, and a log."""
 
-    def __init__(self, folder: JobFolder) -> None:
+    def __init__(self, folder: JobFolder, spans: dict[str, tuple[float, float]]) -> None:
         super().__init__(folder.log, quiet=True)
+        self._spans = spans
         self._folder = folder
         self._began = time.monotonic()
         self._fraction = 0.0
@@ -310,7 +393,7 @@ class JobProgress(Progress):
 
     def phase(self, name: str) -> Tick:
         ticked = super().phase(name)
-        begin, end = SPANS.get(name, (self._fraction, self._fraction))
+        begin, end = self._spans.get(name, (self._fraction, self._fraction))
         self._write(name, begin, 0, 0, at_once=True)
 
         def tick(done: int, total: int) -> None:

@@ -213,7 +213,9 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     keeper: Keeper = request.app.state.keeper
     inspector: Inspector = request.app.state.inspector
     resident = name in inspector.residents.names()
-    live = inspector.residents.get(name).version if resident else None
+    found = inspector.residents.get(name) if resident else None
+    live = found.version if found else None
+    at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
         store = keeper.store
@@ -223,6 +225,9 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             live=live,
             previous=pointer.previous if pointer else None,
             problem=inspector.residents.why_not(name),
+            at_rest=at_rest,
+            resident_bytes=found.runtime.nbytes if found else None,
+            stale=inspector.residents.stale.get(name),
             versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
             refused=store.refused(name),
         )

@@ -48,8 +48,8 @@ async def livez() -> StatusBody:
 async def readyz(request: Request) -> StatusBody:
     """200 when every live model is loaded and warm; 503 names what is missing.
 
-    The others inspect all the same. A model that was unloaded by hand is only missed where no other
-    is left.
+    The others inspect all the same. A model that was unloaded by hand, or made room for another, is
+    only missed where no other is left.
     """
     if missing := _inspector(request).residents.missing():
         raise NotReady(missing)
@@ -75,9 +75,10 @@ async def healthz(request: Request) -> Response:
         code=NotReady.code if sentence else None,
         version=request.app.version,
         uptime_s=round(time.monotonic() - inspector.started, 1),
-        models=[_described(model) for model in state.models],
+        models=[_described(model, inspector) for model in state.models],
         problems=state.problems,
         unloaded=sorted(inspector.residents.unloaded),
+        resting=sorted(inspector.residents.resting),
         degraded=state.degraded,
         worker=state.worker,
         queue=state.queue or "ok",
@@ -123,7 +124,7 @@ def _inspector(request: Request) -> Inspector:
     return inspector
 
 
-def _described(model: Resident) -> ModelBody:
+def _described(model: Resident, inspector: Inspector) -> ModelBody:
     return ModelBody(
         name=model.name,
         version=model.version,
@@ -132,6 +133,8 @@ def _described(model: Resident) -> ModelBody:
         precision=model.runtime.precision,
         image_size=model.runtime.image_size,
         bank_rows=model.runtime.bank_rows,
+        resident_bytes=model.runtime.nbytes,
+        stale=inspector.residents.stale.get(model.name),
     )
 
 

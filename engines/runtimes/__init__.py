@@ -23,10 +23,10 @@ ALONE = Batches()
 class Runtime(Protocol):
     """One model, open and ready. `infer` is called by one thread at a time."""
 
-    name: str  # "openvino"
-    precision: str  # "f32", "bf16" or "f16"
+    name: str  # "openvino" or "tensorrt"
+    precision: str  # "f32", "bf16", "f16" or "int8"
     batches: Batches  # at first ALONE
-    batch_sizes: tuple[int, ...]  # what may be tried, see `engines.batching`
+    pads: bool  # whether fewer images than `batches.size` are filled up, and cost as much as these
 
     @property
     def image_size(self) -> int:
@@ -35,6 +35,14 @@ class Runtime(Protocol):
     @property
     def bank_rows(self) -> int | None:
         """Rows of the memory bank, None for a model without one."""
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """What may be tried, see `engines.batching`; rising."""
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes it takes where it runs, the memory bank included."""
 
     def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Score images.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
+from engines.memory import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches
 from engines.runtimes.openvino_search import Search
 
@@ -31,7 +32,8 @@ class OpenVINORuntime:
     """A model on the CPU; see `engines.runtimes.Runtime`."""
 
     name = "openvino"
-    batch_sizes: tuple[int, ...] = (4,)  # 8 gain a little more, and the first waits twice as long
+    batch_sizes = (4,)  # 8 gain a little more, and the first waits twice as long
+    pads = True
 
     def __init__(
         self,
@@ -68,8 +70,9 @@ class OpenVINORuntime:
         _check_finite(model, onnx)
         self._config = dict(config)
         self._search: Search | None = None
+        self._rows: int | None = None
         if memory_bank is not None:
-            self._channels = memory_bank.shape[1]
+            self._rows, self._channels = memory_bank.shape
             model = _cut_at_embedding(model, onnx, self._channels)
             self._search = self._new_search(memory_bank)
         elif len(model.inputs) != 1:
@@ -77,6 +80,7 @@ class OpenVINORuntime:
         if cache_dir is not None:
             config["CACHE_DIR"] = str(cache_dir)
         self._onnx, self._compiling = onnx, config
+        self._graph_bytes = onnx.stat().st_size
         self._compiled = self._compile(model, 1)
         self._request = self._compiled.create_infer_request()
         self._together: ov.CompiledModel | None = None
@@ -129,7 +133,13 @@ class OpenVINORuntime:
 
     @property
     def bank_rows(self) -> int | None:
-        return None if self._search is None else self._search.rows
+        return self._rows
+
+    @property
+    def nbytes(self) -> int:
+        bank = 0 if self._rows is None else self._rows * self._channels * 4
+        fixed = FIXED * (self._image_size / 256) ** 2
+        return int(self._graph_bytes * GRAPH_FACTOR + bank * BANK_FACTOR + fixed)
 
     def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         size = self.batches.size
@@ -168,6 +178,7 @@ class OpenVINORuntime:
         if self._together is not None:
             other._request_together = self._together.create_infer_request()
         other._search = self._new_search(bank)
+        other._rows = len(bank)
         return other
 
     def close(self) -> None:

@@ -811,8 +811,10 @@ def _check(net: INetworkDefinition, config: IBuilderConfig) -> list[dict[str, li
             "Error Code 4: API Usage Error (Network has dynamic or shape inputs, but no"
             " optimization profile has been defined.)"
         )
-    _check_devices(net, config, bool(dynamic))
-    return [_fit(profile, net, number) for number, profile in enumerate(config._profiles)]
+    profiles = [_fit(profile, net, number) for number, profile in enumerate(config._profiles)]
+    shapes = [shapes for profile in profiles for shapes in profile.values()]
+    _check_devices(net, config, any(least != most for least, _, most in shapes))
+    return profiles
 
 
 def _fit(profile: IOptimizationProfile, net: Any, number: int) -> dict[str, list[Any]]:
@@ -839,6 +841,10 @@ def _fit(profile: IOptimizationProfile, net: Any, number: int) -> dict[str, list
 
 
 def _check_devices(net: Any, config: Any, dynamic: bool) -> None:
+    """`dynamic`: the smallest, best and largest shape of a profile are not the same.
+
+    They must be for DLA ("DLA Supported Layers and Restrictions" of NVIDIA's documentation).
+    """
     if config.default_device_type == DeviceType.DLA:
         if not gpu.model.dla_cores:
             raise _Failed("Error Code 3: API Usage Error (no DLA core on this platform)")
