@@ -5,23 +5,32 @@ The judges are the formula of PatchCore written out in numpy, and anomalib's own
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from conftest import ROOT
+from double import doubled
 from numpy.typing import NDArray
+from plans import build
 
 from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
-from engines.runtimes import ALONE, Batches, Runtime
+from engines.files import sha256
+from engines.runtimes import ALONE, Batches, Runtime, cuda
+from engines.runtimes.cuda import gpu
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
 from engines.runtimes.openvino_search import TILE
+from engines.runtimes.tensorrt import TensorRTRuntime
 
 Bank = NDArray[np.float32]
 Images = NDArray[np.uint8]
@@ -40,8 +49,43 @@ class Kind:
     map_error: float  # of a squared distance, as a share of the largest squared norm
     bankless: float = 1e-3  # relative, of a graph with its score inside
     available: Callable[[], bool] = lambda: True
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    least_rows: int = 1  # of a memory bank
 
 
+class OnTensorRT:
+    """The double of a TensorRT; each graph is built once for all tests."""
+
+    def __init__(self, version: str, device: str) -> None:
+        self._version, self._device = version, device
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """In the end nothing may be left on the device, and nothing may have been done wrong."""
+        with (
+            doubled(self._version, self._device) as self._double,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            self._folder = Path(folder)
+            yield
+            gc.collect()  # a runtime that nobody closed goes with its last reference
+            gpu().call(lambda: None)
+            left = self._double.gpu.alive()
+            cuda.close()
+            assert left == {"contexts": 1}
+            self._double.assert_clean()
+
+    def open(self, onnx: Path, bank: Bank | None) -> Runtime:
+        name = sha256(onnx) if onnx.is_file() else "none"
+        plan = self._folder / name / "model.onnx.plan"
+        if not plan.is_file():
+            plan.parent.mkdir(exist_ok=True)
+            build(self._double, onnx, plan)
+        return TensorRTRuntime(plan, bank)
+
+
+JETSON = OnTensorRT("10.3.0", "orin-nano")  # the GPU works in the memory of the machine
+PC = OnTensorRT("11.4.0.106", "rtx")  # it has memory of its own, so images are copied
 OPENERS = {
     "openvino-f32": Kind(
         lambda onnx, bank: OpenVINORuntime(onnx, bank, precision="f32"), 1e-3, 1e-5
@@ -54,6 +98,8 @@ OPENERS = {
         cpu_has_bf16,
     ),
     "openvino-f32-in-batches": Kind(lambda onnx, bank: in_batches(onnx, bank), 1e-3, 1e-5),
+    "tensorrt-10.3": Kind(JETSON.open, 1e-3, 1e-5, around=JETSON.around, least_rows=9),
+    "tensorrt-11.4": Kind(PC.open, 1e-3, 1e-5, around=PC.around, least_rows=9),
 }
 
 
@@ -64,11 +110,12 @@ def in_batches(onnx: Path, bank: Bank | None) -> Runtime:
 
 
 @pytest.fixture(scope="module", params=OPENERS)
-def kind(request: pytest.FixtureRequest) -> Kind:
+def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
     found = OPENERS[request.param]
     if not found.available():
         pytest.skip(f"this machine has no {request.param}")
-    return found
+    with found.around():
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +243,10 @@ def test_a_bank_of_any_number_of_rows_scores_by_the_same_formula(
     kind: Kind, graph: Path, images: Images, embeddings: NDArray[np.float32], bank: Bank, rows: int
 ) -> None:
     small = bank[:rows].copy()
+    if rows < kind.least_rows:
+        with pytest.raises(BadBundle, match=f"{rows} rows, and TensorRT needs at least 9"):
+            kind.open(graph, small)
+        return
     runtime = kind.open(graph, small)
     score = runtime.infer(images[:1])[0][0]
     runtime.close()

@@ -219,10 +219,15 @@ class Engine:
                 f"The memory bank has {channels} channels, but {self._plan} takes {self.channels}:"
                 " they are from different trainings."
             )
-        if not self.takes(bank):
+        if rows < self.min_rows:
             raise BadBundle(
-                f"The memory bank has {rows} rows, but {self._plan} was built for"
-                f" {self.min_rows} to {self.max_rows}: convert it again."
+                f"The memory bank has {rows:,} rows, and TensorRT needs at least"
+                f" {self.min_rows:,}: learn from more images."
+            )
+        if rows > self.max_rows:
+            raise BadBundle(
+                f"The memory bank has {rows:,} rows, and {self._plan} was built for up to"
+                f" {self.max_rows:,}: convert it again."
             )
 
     def new_context(self) -> Any:
