@@ -10,13 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable
-from importlib.util import find_spec
 from pathlib import Path
 
 from app.settings import Settings
 from engines.admission import JOB_MEMORY
-from engines.jobs import PACE, PARENT, RUNNING
+from engines.jobs import PACE, PARENT, RUNNING, can_learn
 from engines.logs import FORMAT
+from engines.plan import has_tensorrt
 
 LOOK_EVERY_S = 0.1  # for the job's process
 STOPPED_S = 1.0  # at most, at a stretch: then it runs for a moment, so that a busy line ...
@@ -48,7 +48,7 @@ class Worker:
         """For /healthz: running, starting, off, or why there is none."""
         if self._settings.worker == "off":
             return "off"
-        if not _can_learn():
+        if not _has_work():
             return "not installed: pip install 'kensa[train]'"
         return "running" if self._process and self._process.returncode is None else "starting"
 
@@ -67,7 +67,7 @@ class Worker:
 
     async def _look_after(self, after: Awaitable[None]) -> None:
         await after
-        if self._settings.worker == "off" or not _can_learn():
+        if self._settings.worker == "off" or not _has_work():
             return
         failures = 0
         fleet = self._settings.fleet
@@ -151,5 +151,5 @@ def _job_in(data: Path) -> int | None:
     return pid if leads and b"workers.job" in command else None
 
 
-def _can_learn() -> bool:
-    return find_spec("torch") is not None and find_spec("anomalib") is not None
+def _has_work() -> bool:
+    return can_learn() or has_tensorrt()  # without what learns, plans are still to be built

@@ -14,7 +14,14 @@ from typing import Any
 
 from engines import admission
 from engines.bundle import ONNX, PLAN, read_report
-from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, UnknownVersion
+from engines.errors import (
+    BadBundle,
+    BadMeta,
+    BadWeights,
+    KensaError,
+    NoWorker,
+    UnknownVersion,
+)
 from engines.fleet import Fleet
 from engines.jobs import (
     PACE,
@@ -22,6 +29,7 @@ from engines.jobs import (
     ConvertRequest,
     JobFolder,
     RetrainRequest,
+    can_learn,
     job_of,
     training_of,
 )
@@ -91,6 +99,11 @@ def do(
         return _train_for_another(data, job_id, request, progress)
     if (version := published(data, job_id, request["model"])) is not None:
         return {"state": "succeeded", "version": version}
+    if not can_learn() and not (kind == "convert" and request.get("from_onnx")):
+        raise NoWorker(
+            "Nothing can be learned or exported here, only plans are built (from_onnx):"
+            " pip install 'kensa[train]', or take the image kensa:full."
+        )
     if kind == "retrain":
         wait_for_memory(data, RetrainRequest(**request), progress)
     elif kind == "convert":
