@@ -128,7 +128,7 @@ class Keeper:
         pinned = self._settings.pinned_names
         for name in sorted(names, key=lambda name: (name not in pinned, name)):
             async with self._change(name):
-                await self._load_where_it_fits(name)
+                await self._load_where_it_fits(name, exchange=False)
         self._begin(self._look_out())
 
     async def close(self) -> None:
@@ -161,13 +161,17 @@ class Keeper:
             self._residents.problems[name] = problem
             log.error("%s is not taken in: %s", source, problem)
 
-    async def _load_where_it_fits(self, name: str) -> None:
-        """Bring the live version into memory beside the others; alone it is always tried."""
+    async def _load_where_it_fits(self, name: str, *, exchange: bool = True) -> None:
+        """Bring the live version into memory beside the others; alone it is always tried.
+
+        Args:
+            exchange: whether others may be put to rest for it.
+        """
         candidates = await self._load(lambda: self.store.candidates(name))
         try:
             if candidates and self._residents.names():
                 with contextlib.suppress(BadMeta, BadBundle):  # `_load_live` puts it aside
-                    await self._must_fit(name, candidates[0])
+                    await self._must_fit(name, candidates[0], exchange=exchange)
         except OutOfMemory as error:
             if self._settings.rest == "on":
                 self._residents.put_to_rest(name, f"{name} rests: {error}")
@@ -551,14 +555,14 @@ class Keeper:
             )
         return found is None
 
-    async def _must_fit(self, name: str, version: str) -> None:
+    async def _must_fit(self, name: str, version: str, *, exchange: bool = True) -> None:
         """Raise OutOfMemory where there is no room for a model that is not in memory."""
-        found = await self._admit(name, version)
+        found = await self._admit(name, version, exchange=exchange)
         if found is not None:
             what = self._why_none_rests(name) or "unload another model"
             raise OutOfMemory(f"{name} {version} needs {found.needed}, and {found.free}: {what}.")
 
-    async def _admit(self, name: str, version: str) -> Short | None:
+    async def _admit(self, name: str, version: str, *, exchange: bool = True) -> Short | None:
         """Promise a version its memory, others put to rest for it; or what it is short of."""
         async with self._admitting:
             while True:
@@ -567,7 +571,7 @@ class Keeper:
                 if found is None:
                     self._promised[name] = needed
                     return None
-                if not await self._make_room(name, found):
+                if not exchange or not await self._make_room(name, found):
                     return found
 
     async def _room(self, name: str, version: str) -> tuple[Need, Free]:
