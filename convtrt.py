@@ -39,8 +39,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workspace", type=int, default=4096, metavar="MIB", help="MiB that building a plan may"
         " take at most (default 4096; never more than a quarter of what is free)")  # fmt: skip
     add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
-    add("--use_dla", action="store_true", help="build the plan for DLA, with --fp16 or --int8 (default"
-        " off; Orin Nano has none)")  # fmt: skip
+    add("--use_dla", action="store_true", help="build the plan for DLA, with --fp16 or --int8"
+        " (default off; Orin Nano has none)")  # fmt: skip
     parsed = parser.parse_args(arguments)
     for flag, model in (("memory_bank", "patchcore"), ("stats", "padim")):
         if getattr(parsed, flag) is not None and parsed.model != model:

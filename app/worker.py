@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable
+from importlib.util import find_spec
 from pathlib import Path
 
 from app.settings import Settings
 from engines.admission import JOB_MEMORY
-from engines.jobs import PACE, PARENT, RUNNING, can_learn
+from engines.jobs import PACE, PARENT, RUNNING
 from engines.logs import FORMAT
 from engines.plan import has_tensorrt
 
@@ -48,12 +49,12 @@ class Worker:
         """For /healthz: running, starting, off, or why there is none."""
         if self._settings.worker == "off":
             return "off"
-        if not _has_work():
+        if not _can_work():
             return "not installed: pip install 'kensa[train]'"
         return "running" if self._process and self._process.returncode is None else "starting"
 
     def start(self, after: Awaitable[None]) -> None:
-        """Start it once the queue is there, unless a setting forbids it or it cannot learn."""
+        """Start it once the queue is there, unless a setting forbids it or it can do nothing."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._look_after(after))]
         if self._settings.job_pace == "pause" and self._settings.worker != "off":
@@ -67,7 +68,7 @@ class Worker:
 
     async def _look_after(self, after: Awaitable[None]) -> None:
         await after
-        if self._settings.worker == "off" or not _has_work():
+        if self._settings.worker == "off" or not _can_work():
             return
         failures = 0
         fleet = self._settings.fleet
@@ -151,5 +152,7 @@ def _job_in(data: Path) -> int | None:
     return pid if leads and b"workers.job" in command else None
 
 
-def _has_work() -> bool:
-    return can_learn() or has_tensorrt()  # without what learns, plans are still to be built
+def _can_work() -> bool:
+    """Learn; or, where a model is only served, at least build its plan again."""
+    can_learn = find_spec("torch") is not None and find_spec("anomalib") is not None
+    return can_learn or has_tensorrt()

@@ -18,7 +18,6 @@ import math
 import shutil
 import time
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
@@ -226,11 +225,6 @@ class Schedules:
 
     def remove(self, name: str) -> None:
         (self._folder / f"{name}.json").unlink(missing_ok=True)
-
-
-def can_learn() -> bool:
-    """Whether what learns and exports is installed; only looked for, because it is heavy."""
-    return find_spec("torch") is not None and find_spec("anomalib") is not None
 
 
 def _is_plain(value: Any, levels: int) -> bool:

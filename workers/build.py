@@ -581,8 +581,10 @@ class _Buffers:
         if not self._context.execute_async_v3(self._stream.handle):
             raise _failure(_log().lines, *cuda.mem_get_info())
         self._stream.synchronize()
-        cuda.memcpy_dtoh(results["score"], self._held["score"])
-        return results["score"].astype(np.float32)
+        for name, array in results.items():
+            cuda.memcpy_dtoh(array, self._held[name])
+        whole = np.isfinite(results["map"]).all()
+        return np.where(whole, results["score"], np.float32(np.nan))
 
     def _room(self, name: str, nbytes: int) -> Any:
         if name in self._held:

@@ -41,6 +41,7 @@ from engines.jobs import (
     job_of,
     training_of,
 )
+from engines.plan import has_tensorrt
 from engines.shared import Shared
 from workers import jobs as worker
 from workers.jobs import LOOK_EVERY_S, WATCH_EVERY_S, attend, attended, children, was_cancelled
@@ -65,7 +66,8 @@ Ended = dict[str, Any]
 
 def work_with_others(data: Path, fleet: Fleet) -> None:
     """Take jobs until told to stop, or until the queue's database is lost for too long."""
-    if find_spec("torch") is None or find_spec("anomalib") is None:
+    can_learn = find_spec("torch") is not None and find_spec("anomalib") is not None
+    if not can_learn and not has_tensorrt():
         raise BadSettings("Nothing can be learned or converted here: pip install 'kensa[train]'.")
     shared, lease = Shared.open(fleet.shared_url), Lease(fleet)
     if not lease.take(worker.stopping):
@@ -74,7 +76,7 @@ def work_with_others(data: Path, fleet: Fleet) -> None:
     dbos = worker.configured(data, fleet)
     logging.getLogger("dbos").addFilter(lambda record: not _TOLD.search(record.getMessage()))
     register(data, fleet, shared)
-    learns = fleet.worker != "convert"
+    learns = can_learn and fleet.worker != "convert"
     DBOS.listen_queues([fleet.own_queue, *([QUEUE] if learns else [])])
     try:
         DBOS.launch()  # which takes back what this machine had before

@@ -9,19 +9,13 @@ import shutil
 import sys
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from engines import admission
 from engines.bundle import ONNX, PLAN, read_report
-from engines.errors import (
-    BadBundle,
-    BadMeta,
-    BadWeights,
-    KensaError,
-    NoWorker,
-    UnknownVersion,
-)
+from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, NoWorker, UnknownVersion
 from engines.fleet import Fleet
 from engines.jobs import (
     PACE,
@@ -29,7 +23,6 @@ from engines.jobs import (
     ConvertRequest,
     JobFolder,
     RetrainRequest,
-    can_learn,
     job_of,
     training_of,
 )
@@ -95,15 +88,15 @@ def do(
     store = Store(data / "models")
     folder = JobFolder(data, job_id)
     folder.work.mkdir(parents=True, exist_ok=True)
+    if not request.get("from_onnx") and find_spec("torch") is None:
+        raise NoWorker(
+            "Nothing can be learned or converted on this machine: pip install 'kensa[train]'. What"
+            " can be done without is to build a plan again, with from_onnx."
+        )
     if kind == "train":
         return _train_for_another(data, job_id, request, progress)
     if (version := published(data, job_id, request["model"])) is not None:
         return {"state": "succeeded", "version": version}
-    if not can_learn() and not (kind == "convert" and request.get("from_onnx")):
-        raise NoWorker(
-            "Nothing can be learned or exported here, only plans are built (from_onnx):"
-            " pip install 'kensa[train]', or take the image kensa:full."
-        )
     if kind == "retrain":
         wait_for_memory(data, RetrainRequest(**request), progress)
     elif kind == "convert":

@@ -14,7 +14,7 @@ from engines.verdict import Scale, decide
 # Largest relative difference of raw scores from the float32 torch model that is accepted.
 FLOAT32_LIMIT = 1e-3
 HALF_LIMIT = 1e-2  # of a graph or a runtime with half precision in its backbone
-INT8_LIMIT = 1e-1
+INT8_LIMIT = 8e-2
 INT8_MEAN_LIMIT = 3e-2  # of the mean of the differences
 LIMITS: dict[Precision, float] = {"f32": FLOAT32_LIMIT, "f16": HALF_LIMIT, "int8": INT8_LIMIT}
 

@@ -398,11 +398,12 @@ class _Stack:
 
     def __init__(self) -> None:
         self.contexts: list[Any] = []
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             atexit.register(self.__del__)
 
     def __del__(self) -> None:
-        if self.contexts:
+        if self.contexts and os.getpid() == self._process:  # in a fork the thread did not end
             gpu.note_crash(
                 "PyCUDA ERROR: The context stack was not empty upon module cleanup."
                 " Use Context.pop() to avoid this problem."
