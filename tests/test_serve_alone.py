@@ -177,7 +177,7 @@ def test_a_retraining_ends_with_what_to_install(alone: Alone) -> None:
         picture = png(draw_part(number, None)[0])
         sent = alone.client.post("/datasets/bolt/train", files={"file": (f"{number}.png", picture)})
         assert sent.status_code == 201, sent.text
-    asked = alone.client.post("/retrain", json={"model": "tiny", "category": "bolt"})
+    asked = alone.client.post("/retrain", json={"model": "tiny", "category": "bolt", "queue": True})
     assert asked.status_code == 202, asked.text
     job = asked.headers["location"]
     until(lambda: alone.client.get(job).json()["state"] == "failed", alone.process, alone.log)
