@@ -134,7 +134,8 @@ def is_known(api: dict[str, Any], module: str, path: list[str]) -> bool:
         return True
     there = first in (api if module == "trt" else PYCUDA["module"])
     closed = isinstance(api.get(first), list | dict) or first in PYCUDA["classes"]
-    return there and (not (rest and closed) or rest[0] in {*members(api, first), "__members__"})
+    always = {"__members__", "__init__"}  # which the lists leave out
+    return there and (not (rest and closed) or rest[0] in {*members(api, first), *always})
 
 
 @pytest.mark.parametrize("path", users() or [None], ids=str)

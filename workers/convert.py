@@ -146,7 +146,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
     if machine is None:
-        progress.say(_about_no_plan(request))
+        progress.say(_about_no_plan())
     return report
 
 
@@ -262,7 +262,7 @@ def _auroc(
     return {"auroc": found}
 
 
-def _about_no_plan(request: Convert) -> str:
+def _about_no_plan() -> str:
     """Why there is no model.plan, and who makes one."""
     how = "OpenVINO runs model.onnx as it is; the same command on the Jetson makes the plan."
     if find_spec("tensorrt") is None and not L4T_RELEASE.exists():

@@ -18,6 +18,7 @@ from engines.meta import Meta
 from engines.plan import Precision
 from engines.runtimes import openvino
 from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
+from workers.graphs import FLOATS
 from workers.parity import HALF_LIMIT, compare, compare_in
 
 # A few images do not prove a limit for all: bf16 must keep half of it on these.
@@ -71,16 +72,22 @@ def export_onnx(
 
 
 def _separate(model: onnx.ModelProto) -> None:
-    """Give each layer weights of its own.
+    """Give each layer weights of its own, with a name, apart from the nodes.
 
-    The exporter lets layers share weights that happen to be equal, so the graph would depend on
-    what was learned, and a plan could not be refitted with what is learned next.
+    The exporter lets layers share weights that happen to be equal, and writes tensors that are no
+    parameters (PaDiM's) into nodes. So the graph would depend on what was learned, and a plan could
+    not be refitted with what is learned next.
     """
     weights = {one.name: one for one in model.graph.initializer}
-    for node in [node for node in model.graph.node if node.op_type == "Identity"]:
-        if (shared := weights.get(node.input[0])) is not None:
+    for node in list(model.graph.node):
+        found = None
+        if node.op_type == "Identity":
+            found = weights.get(node.input[0])
+        elif node.op_type == "Constant" and node.attribute[0].t.data_type in FLOATS:
+            found = node.attribute[0].t
+        if found is not None:
             own = model.graph.initializer.add()
-            own.CopyFrom(shared)
+            own.CopyFrom(found)
             own.name = node.output[0]
             model.graph.node.remove(node)
 
