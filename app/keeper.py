@@ -146,7 +146,8 @@ class Keeper:
             known = self.store.versions(name)
             if not (source / ONNX).is_file() and (source / META).is_file():
                 raise BadBundle(f"{source / ONNX} does not exist: make it with convtrt.py.")
-            version = self.store.take_in(name, source, {"folder": str(source)})
+            # Whoever sets the variable has the machine, so its plan is one of its own.
+            version = self.store.take_in(name, source, {"folder": str(source)}, plan=True)
             if version not in known or not self.store.candidates(name):
                 self.store.activate(name, version)
 

@@ -40,10 +40,10 @@ KensaError
 ├── NoTensorRT            503  TensorRT or a part of it is missing, or finds no GPU
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
-├── OutOfMemory           507  a model does not fit into memory
+├── RuntimeFailed         500  the inference runtime failed on a good image
+│   └── GpuLost           503  the GPU failed for good; the process ends and is started again
 ├── BuildFailed           500  TensorRT made no plan of a graph that it takes
-└── RuntimeFailed         500  the inference runtime failed on a good image
-    └── GpuLost           503  the GPU failed for good; the process ends and is started again
+└── OutOfMemory           507  a model does not fit into memory
 """
 
 from __future__ import annotations

@@ -334,11 +334,17 @@ class Store:
             sync_folder(self.root)
         return version
 
-    def take_in(self, name: str, source: Path, origin: dict[str, Any]) -> str:
+    def take_in(
+        self, name: str, source: Path, origin: dict[str, Any], *, plan: bool = False
+    ) -> str:
         """Copy a model out of a folder that the commands made, and publish it.
 
-        Only the files that belong to a model are taken; no plan, which is machine code, whatever
-        meta.json calls it. Without model.onnx it cannot go live until it was converted.
+        Only the files that belong to a model are taken. Without model.onnx it cannot go live until
+        it was converted.
+
+        Args:
+            plan: take its plan as well, where it is the one that meta.json was written with. Not
+                that of a stranger, whatever meta.json calls it: it is machine code.
 
         Raises:
             BadMeta, BadBundle: the folder holds no model, or a damaged one.
@@ -347,6 +353,8 @@ class Store:
         check_files(source, meta)
         named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
         wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, PLAN_RECORD, MANIFEST}
+        if plan and {PLAN, PLAN_RECORD} <= {*(meta.files or {})}:
+            wanted |= {PLAN, PLAN_RECORD}
         with self.staging() as folder:
             for file in wanted:
                 if (source / file).is_file():

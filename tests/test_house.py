@@ -50,12 +50,16 @@ def name(path: Path) -> str:
 # Arrows
 
 
-def test_the_server_and_its_engines_never_load_what_only_training_needs() -> None:
-    """In a process of its own, because the tests themselves import torch."""
+def test_the_server_and_its_engines_never_load_what_only_training_needs_and_never_fork() -> None:
+    """In a process of its own, because the tests themselves import torch.
+
+    OpenVINO would fork, and tell others that it is used, unless it is kept from that.
+    """
     wanted = modules("app") + modules("engines")
     assert {"app.main", "app.__main__", "engines.command", "engines.runtimes.openvino"} <= {*wanted}
     program = (
-        "import importlib, sys\n"
+        "import importlib, os, sys\n"
+        "os.register_at_fork(before=lambda: print('forked'))\n"
         f"for name in {wanted}: importlib.import_module(name)\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
@@ -65,7 +69,7 @@ def test_the_server_and_its_engines_never_load_what_only_training_needs() -> Non
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert {"app", "engines", "openvino", "numpy"} <= loaded
-    assert not loaded & (TRAINING | {"workers"})
+    assert not loaded & (TRAINING | {"workers", "forked"})
 
 
 @pytest.mark.parametrize("path", files("app") + files("engines"), ids=name)

@@ -25,7 +25,9 @@ import numpy as np
 import pytest
 from conftest import run, write_meta
 from damage import picture, saved
+from double import environment, reports
 from PIL import Image
+from plans import tiny_bank, tiny_bundle, with_bank, with_plan
 from server import RAW, Server, agreed, serving
 
 from engines.bundle import read_bank, write_bank
@@ -73,7 +75,7 @@ class Line:
 
     def publish(self, folder: Path, name: str = NAME, **origin: Any) -> str:
         """As the worker does it."""
-        return self.store.take_in(name, folder, {"activate": True, **origin})
+        return self.store.take_in(name, folder, {"activate": True, **origin}, plan=True)
 
     def activate(self, version: str, name: str = NAME) -> httpx.Response:
         return self.server.client.post(f"/models/{name}/versions/{version}/activate")
@@ -109,7 +111,7 @@ def line(folder: Path, *bundles: Path, **settings: str) -> Iterator[Line]:
     """A server whose model `part` has these versions; the last one is live."""
     store = Store(folder / "data" / "models")
     for bundle in bundles:
-        store.activate(NAME, store.take_in(NAME, bundle, {}))
+        store.activate(NAME, store.take_in(NAME, bundle, {}, plan=True))
     with serving(folder, **settings) as server:
         yield Line(server, store)
 
@@ -225,6 +227,59 @@ def test_a_thousand_swaps_under_load_lose_no_part_and_no_memory(
     first, last = (np.median(part) for part in (found["memory"][:100], found["memory"][-100:]))
     print(f"{found['verdicts']} verdicts; {first / 1e6:.1f} MB, then {last / 1e6:.1f} MB")
     assert last < 1.02 * first
+
+
+# On TensorRT's double, with models so small that what is measured is the swapping.
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two banks of one graph, and a graph of its own; each with a plan for a Jetson."""
+    folder = tmp_path_factory.mktemp("planned")
+    first = with_plan(tiny_bundle(folder / "1", tiny_bank(1)), folder / "first")
+    second = with_bank(first, folder / "second", tiny_bank(2, rows=250))
+    third = with_plan(tiny_bundle(folder / "3", tiny_bank(3), offset=9.0), folder / "third")
+    return [first, second, third]
+
+
+def on_the_double(folder: Path) -> dict[str, str]:
+    reported = folder / "reported"
+    reported.mkdir()
+    return environment(KENSA_DOUBLE_REPORT=str(reported))
+
+
+def in_good_order(folder: Path) -> dict[str, Any]:
+    """What the server did with its GPU; fails where it did what hardware would not forgive."""
+    (found,) = reports(folder / "reported")
+    assert found["crashes"] == []
+    assert found["threads"] == 2, "the one that deserialises, and the one for everything else"
+    return found
+
+
+@pytest.mark.parametrize("graph", ["the same", "another"])
+def test_swaps_on_tensorrt_lose_no_part_and_mix_no_versions(
+    graph: str, planned: list[Path], photos: list[bytes], tmp_path: Path
+) -> None:
+    first, second, third = planned
+    bundles = [first, second if graph == "the same" else third]
+    swap_under_load(tmp_path, bundles, photos, swaps=12, **on_the_double(tmp_path))
+    did = in_good_order(tmp_path)
+    if graph == "the same":
+        assert did["engines"] == 1, "a bank alone leaves the engine as it is"
+        assert did["contexts"] > 12
+    assert did["alive"]["engines"] <= 2
+
+
+@pytest.mark.soak
+def test_a_thousand_swaps_on_tensorrt_lose_no_part_and_no_memory(
+    planned: list[Path], photos: list[bytes], tmp_path: Path
+) -> None:
+    found = swap_under_load(tmp_path, planned, photos, swaps=1000, **on_the_double(tmp_path))
+    first, last = (np.median(part) for part in (found["memory"][:100], found["memory"][-100:]))
+    print(f"{found['verdicts']} verdicts; {first / 1e6:.1f} MB, then {last / 1e6:.1f} MB")
+    did = in_good_order(tmp_path)
+    assert did["alive"]["engines"] <= 2
+    assert last < 1.1 * first
 
 
 def test_a_bank_alone_is_swapped_without_a_new_engine(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Gpu:
         Raises:
             RuntimeFailed: CUDA finds no GPU; `Machine.read` says why.
         """
+        self.process = os.getpid()
         self.integrated = False  # whether it shares the memory of the machine, as a Jetson's does
         self.keep_warm_s = 0.0  # of idleness, after which `again` is called; 0 for never
         self.last: Held | None = None  # what ran last
@@ -316,7 +318,7 @@ def close() -> None:
     """Give everything back, if anything was taken. The next call of `gpu` begins anew."""
     global _gpu
     with _making:
-        if _gpu is not None:
+        if _gpu is not None and _gpu.process == os.getpid():  # a fork has no such thread
             atexit.unregister(close)
             _gpu.close()
             _gpu = None

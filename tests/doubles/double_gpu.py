@@ -26,6 +26,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -437,5 +438,6 @@ def missing(what: str) -> bool:
 
 
 gpu = _of_the_environment()
+weakref.finalize(gpu, int).atexit = False  # else, what a program frees at exit is not counted
 atexit.register(gpu.last_report)
 now = time.perf_counter
