@@ -421,16 +421,12 @@ def _look_at(
     plan = "none"
     if record is not None:
         plan = f"for TensorRT {record.machine.tensorrt}, which does not run here"
-    if record is not None and tensorrt is not None:
-        why = record.stale(folder, tensorrt)
-        plan = "stale" if why else "good"
+    if tensorrt is not None:
+        why = record.stale(folder, tensorrt) if record else "it has no plan for TensorRT."
+        plan = ("stale" if record else "none") if why else "good"
         if why:
-            report.findings.append(
-                _note(
-                    f"{name}: {why}",
-                    "Start the server: it builds the plan again, and says so in GET /jobs.",
-                )
-            )
+            do = "Start the server: it builds one, and says so in GET /jobs."
+            report.findings.append(_note(f"{name}: {why}", do))
     return versions[0], meta, plan, memory_needed(folder, opening)
 
 

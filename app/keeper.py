@@ -101,6 +101,7 @@ class Keeper:
         self._admitting = asyncio.Lock()  # two at a time would count the same memory
         self._promised: dict[str, Need] = {}  # of versions that are being opened
         self._waking: set[str] = set()  # models that rest and are being brought back
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # the version that was replaced last
         self._unloaded: set[str] = set()  # models whose live version had to go first
         self._trials: dict[str, Trial] = {}
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
@@ -459,7 +460,7 @@ class Keeper:
         """
         old = self._live(name)
         before: list[Verdict] = []
-        if self._is_away(name):  # to make room for others
+        if self._is_away(name) or (old is None and self._residents.names()):
             await self._must_fit(name, version)
         beside = old is None or await self._fits(name, version)
         if old is not None:
@@ -495,7 +496,7 @@ class Keeper:
         before = self._residents.put(model)
         self._note_plan(model)
         if before is not None and before is not model:
-            self._begin(self._let_go(before))
+            self._leaving[model.name] = self._begin(self._let_go(before))
 
     def _note_plan(self, model: Resident) -> None:
         if model.stale is None:
@@ -539,6 +540,7 @@ class Keeper:
         # A request that was given up counts no longer, and its image may still be in the engine.
         await self._inspector.batcher.call(lambda: None)
         await self._load(close)
+        log.debug("Closed %s %s", model.name, model.version)
 
     # ---- what fits into memory ----------------------------------------------------------------
 
@@ -704,10 +706,17 @@ class Keeper:
 
     @asynccontextmanager
     async def _change(self, name: str) -> AsyncIterator[None]:
-        """One change of a model at a time. One that failed after unloading is made good."""
+        """One change of a model at a time. One that failed after unloading is made good.
+
+        It begins when the version that was replaced before has given its memory back: however fast
+        changes follow, two versions are in memory and never three.
+        """
         self._changes[name] += 1
         try:
             async with self._changing.setdefault(name, asyncio.Lock()):
+                if name in self._leaving:
+                    await asyncio.wait([self._leaving[name]])
+                    self._leaving.pop(name, None)
                 try:
                     yield
                 finally:

@@ -36,6 +36,7 @@ PLAN_FIXED = 64 * MIB
 
 # Learning and converting, on a CPU: Python, torch, anomalib and OpenVINO, before any picture.
 TORCH = 1100 * MIB
+SMOOTHING = 400 * MIB  # of PaDiM's map of 256 pixels: a kernel of 33 x 33 is laid out for each
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,10 @@ class _Backbone:
 _RESNET = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
 _WIDE = {layer: 4 * channels for layer, channels in _RESNET.items()}
 _BACKBONES = {
-    "resnet18": _Backbone(45, _RESNET, 12),
-    "resnet34": _Backbone(84, _RESNET, 12),
+    "resnet18": _Backbone(45, _RESNET, 5),
+    "resnet34": _Backbone(84, _RESNET, 5),
 }
-_OTHER = _Backbone(270, _WIDE, 40)  # taken for a wide_resnet50_2, the largest that is usual
+_OTHER = _Backbone(270, _WIDE, 10)  # taken for a wide_resnet50_2, the largest that is usual
 _STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 
@@ -189,15 +190,16 @@ def to_learn(what: Learning) -> int:
     pictures = 2 * (what.test + what.train / 5) * 3 * meta.image_size**2  # those of the threshold
     if meta.model == "patchcore":
         backbone, patches = _backbone(meta), what.train * _patch_bytes(meta)
-        kind = 2 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
+        kind = 1.3 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
         kind += 3.2 * patches + 3 * what.bank
     elif meta.model == "padim":
         backbone, block = _backbone(meta), max(what.batch, min(what.train, 32))
-        kind = 2 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
-        kind += 4 * _stats_bytes(meta) + 2 * block * _positions(meta) * (meta.n_features or 0) * 4
+        kind = 1.3 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
+        kind += 3.6 * _stats_bytes(meta) + SMOOTHING * side
+        kind += block * _positions(meta) * (meta.n_features or 0) * 4
     elif meta.model == "efficientad":
-        each = (300 if meta.model_size == "small" else 500) * MIB
-        kind = 400 * MIB + (what.batch * each + 200 * MIB) * side
+        each, fixed = (160, 260) if meta.model_size == "small" else (330, 400)
+        kind = fixed * MIB + what.batch * each * MIB * side
         kind += 2 * what.train * 3 * meta.image_size**2
     else:
         kind = 60 * MIB + what.batch * 12 * MIB * side + what.train * 4 * meta.image_size**2
@@ -210,7 +212,7 @@ def to_convert(meta: Meta, bank: int = 0) -> int:
     graph = {"efficientad": 80, "vae": 20}.get(meta.model, 0) * MIB
     if meta.model in ("patchcore", "padim"):
         graph = _backbone(meta).weights * MIB
-    return int(TORCH + 4 * graph + 5 * _stats_bytes(meta) + 6 * bank + 100 * MIB * side)
+    return int(TORCH + 2 * graph + 6.5 * _stats_bytes(meta) + 6 * bank + 100 * MIB * side)
 
 
 def to_build(onnx: int, workspace_mib: int, free: int) -> int:

@@ -177,11 +177,13 @@ def torture(data: Path, count: int, longest_lock_s: float) -> dict[str, int]:
     while (busy := busy_with(line, who, running)) and time.monotonic() < began + 60 + 10 * count:
         time.sleep(0.05)
         if due["worker"] == math.inf and len(noted(data / LEDGER)) > known:
-            due["worker"] = time.monotonic() + chance.expovariate(1 / 3)
+            due["worker"] = time.monotonic() + chance.uniform(0, 4)
         for name, process in running.items():
             if name in who and process.poll() == 0:
                 continue
             if process.poll() is None and time.monotonic() > due[name]:
+                if name == "lock" and not (line.data / HELD).exists():
+                    continue  # it is to die while it holds the lock
                 kill(line, name, process, kills, chance)
                 known = len(noted(data / LEDGER))
                 due[name] = time.monotonic() + patience(name, chance)
@@ -202,7 +204,8 @@ def patience(name: str, chance: random.Random) -> float:
     """Seconds from a process's start to its kill; infinite for a worker until it has a job."""
     if name == "worker":
         return chance.uniform(0, 2) if chance.random() < 0.2 else math.inf
-    return chance.expovariate(1 / 3) + (0.3 if name == "lock" else 2.0)
+    # A submitter that always had the same few seconds would never get started on a busy machine.
+    return 0.3 + chance.uniform(0, 4) if name == "lock" else 2.0 + chance.expovariate(1 / 3)
 
 
 def busy_with(line: Line, who: list[str], running: dict[str, subprocess.Popen[bytes]]) -> int:
@@ -218,23 +221,26 @@ def kill(
     kills: Counter[str],
     chance: random.Random,
 ) -> None:
-    """Kill a process, or instead of the worker its child; neither in a job's last attempt."""
+    """Kill a process; worker and child in turns, and neither in a job's last attempt."""
     if name == "worker":
         active = [JobFolder(line.data, job["id"]) for job in line.jobs.active()]
         if any(folder.attempts() >= ATTEMPTS for folder in active):
             return
         last = (noted(line.data / LEDGER) or [[""]])[-1]
-        if last[0] == "begun" and alive(int(last[2])) and chance.random() < 0.5:
+        in_turn = kills["kills of a child"] < kills["kills of the worker"]
+        if last[0] == "begun" and alive(int(last[2])) and in_turn:
             os.kill(int(last[2]), signal.SIGKILL)
             kills["kills of a child"] += 1
             return
         kills["kills of the worker"] += 1
     elif name == "lock":
-        kills["kills of a lock's holder"] += (line.data / HELD).exists()
+        kills["kills of a lock's holder"] += 1
     else:
         kills["kills of a submitter"] += 1
     process.kill()
     process.wait()
+    if name == "lock":
+        (line.data / HELD).unlink(missing_ok=True)
 
 
 def counted(line: Line, who: list[str], kills: Counter[str]) -> dict[str, int]:
