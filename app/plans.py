@@ -20,7 +20,7 @@ from engines.errors import Conflict, KensaError, NoWorker
 from engines.jobs import ConvertRequest
 from engines.resident import Residents
 
-AGAIN_AFTER_S = 10.0  # a model that has a job, a queue that does not answer
+AGAIN_AFTER_S = 2.0  # a model that has a job, a queue that does not answer
 
 log = logging.getLogger("kensa")
 

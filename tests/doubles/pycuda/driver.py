@@ -238,6 +238,7 @@ class Context:
         self._context.users -= 1
         if not self._context.users:
             gpu.contexts.discard(self._context)
+        gpu.write_report()
 
     def __del__(self) -> None:
         if self._valid:
