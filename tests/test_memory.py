@@ -495,7 +495,7 @@ def plans(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def jetson(folder: Path, models: dict[str, Path], free_mib: int, **more: str) -> Iterator[Server]:
     store = Store(folder / "data" / "models")
     for name, bundle in models.items():
-        store.activate(name, store.take_in(name, bundle, {}))
+        store.activate(name, store.take_in(name, bundle, {}, plan=True))
     with serving(folder, **environment(memory_mib=(7485, free_mib)), **more) as server:
         yield server
 
