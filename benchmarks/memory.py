@@ -45,7 +45,6 @@ CASES: list[tuple[str, dict[str, Any], int, int]] = [
     ("padim", {**PADIM, "image_size": 384}, 16, 4),
     ("efficientad", EFFICIENT, 8, 1),
     ("efficientad", EFFICIENT, 8, 4),
-    ("efficientad", EFFICIENT, 64, 4),
     ("efficientad", {**EFFICIENT, "image_size": 384}, 8, 1),
     ("efficientad", {**EFFICIENT, "model_size": "medium"}, 8, 1),
     ("efficientad", {**EFFICIENT, "model_size": "medium"}, 8, 4),

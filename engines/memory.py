@@ -198,18 +198,18 @@ def to_learn(what: Learning) -> int:
         kind += 3.6 * _stats_bytes(meta) + SMOOTHING * side
         kind += block * _positions(meta) * (meta.n_features or 0) * 4
     elif meta.model == "efficientad":
-        each, fixed = (160, 260) if meta.model_size == "small" else (330, 400)
+        each, fixed = (175, 270) if meta.model_size == "small" else (260, 450)
         kind = fixed * MIB + what.batch * each * MIB * side
         kind += 2 * what.train * 3 * meta.image_size**2
     else:
-        kind = 60 * MIB + what.batch * 12 * MIB * side + what.train * 4 * meta.image_size**2
+        kind = 60 * MIB + what.batch * 4 * MIB * side + what.train * 4 * meta.image_size**2
     return int(TORCH + kind + pictures)
 
 
 def to_convert(meta: Meta, bank: int = 0) -> int:
     """Bytes that a process takes at most which exports a model and compares the two."""
     side = (meta.image_size / 256) ** 2
-    graph = {"efficientad": 80, "vae": 20}.get(meta.model, 0) * MIB
+    graph = {"small": 80, "medium": 180, None: 20}[meta.model_size] * MIB
     if meta.model in ("patchcore", "padim"):
         graph = _backbone(meta).weights * MIB
     return int(TORCH + 2 * graph + 6.5 * _stats_bytes(meta) + 6 * bank + 100 * MIB * side)

@@ -128,7 +128,7 @@ def measured() -> list[tuple[str, Meta, int, int, str, int, int]]:
     part = page.split("## Memory of learning and converting")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\w+) (\S*) ?(\S*) +\|" + r" +(\S+) \|" * 6 + "$", part, re.M)
     found = []
-    for kind, of, share, size, images, batch, what, most, predicted in rows:
+    for kind, of, share, size, images, batch, what, most, predicted in rows[1:]:  # without the head
         meta: dict[str, Any] = {"model": kind, "image_size": int(size)}
         if kind in ("patchcore", "padim"):
             meta |= {"backbone": of, "layers": ["layer2", "layer3"]}
@@ -169,7 +169,9 @@ def three(folder: Path, models: dict[str, Path], **settings: str) -> Iterator[Se
     store = Store(folder / "data" / "models")
     for name, bundle in models.items():
         store.activate(name, store.take_in(name, bundle, {}))
-    with serving(folder, **{"KENSA_MODEL_MEMORY_MIB": "350", **settings}) as server:
+    with serving(
+        folder, **{"KENSA_MODEL_MEMORY_MIB": "350", "KENSA_BATCHING": "off", **settings}
+    ) as server:
         yield server
 
 
@@ -274,7 +276,7 @@ def test_under_load_every_answer_is_the_right_verdict_or_says_that_the_model_res
 
     def send(name: str) -> None:
         with httpx.Client(base_url=turns.url, timeout=60, trust_env=False) as client:
-            while time.monotonic() < end and not all(seen[one, 200] > 2 for one in names):
+            while time.monotonic() < end and not all(seen[one, 200] > 1 for one in names):
                 answer = client.post(f"/infer?model={name}", content=photo(2), headers=RAW)
                 seen[name, answer.status_code] += 1
                 body = answer.json()
@@ -302,7 +304,7 @@ def test_under_load_every_answer_is_the_right_verdict_or_says_that_the_model_res
 def test_the_pinned_one_stays_and_turns_are_not_taken_with_every_part(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    settings = {"KENSA_REST": "on", "KENSA_REST_S": "8", "KENSA_PINNED": "rod"}
+    settings = {"KENSA_REST": "on", "KENSA_REST_S": "5", "KENSA_PINNED": "rod"}
     with three(tmp_path, models, **settings) as server:
         assert resting(server) == ["nut"], "the pinned one came first"
         began = time.monotonic()
@@ -312,7 +314,7 @@ def test_the_pinned_one_stays_and_turns_are_not_taken_with_every_part(
             refused = answer.json()["error"] if "MiB" in answer.text else refused
             time.sleep(0.2)
         assert answer.status_code == 200
-        assert time.monotonic() - began > 4
+        assert time.monotonic() - began > 2
         pattern = (r"nut rests: nut \S+ needs about \d+ MiB, and \d+ MiB are free: bolt may be put"
                    r" to rest for it in \d s\.")  # fmt: skip
         assert re.fullmatch(pattern, refused)
@@ -337,6 +339,14 @@ def limits(tmp_path: Path) -> Callable[[int, int], Path]:
     return lay
 
 
+def until_the_queue_is_open(server: Server) -> None:
+    for _ in range(300):
+        if server.client.get("/jobs").status_code == 200:
+            return
+        time.sleep(0.1)
+    raise AssertionError(server.log.read_text())
+
+
 def put_images(data: Path, count: int = 4) -> None:
     folder = data / "datasets" / "train" / "bolt"
     folder.mkdir(parents=True)
@@ -354,6 +364,7 @@ def test_a_job_that_does_not_fit_is_refused_at_once_with_the_numbers(
     cgroup = limits(4000, 3000)
     program = (SHORT, str(cgroup), "app")
     with serving(tmp_path, program) as server:
+        until_the_queue_is_open(server)
         for path, body in (("/retrain", {"model": "bolt", "category": "bolt"}),
                            ("/convert", {"model": "bolt"})):  # fmt: skip
             answer = server.client.post(path, json=body)
@@ -530,6 +541,7 @@ def test_a_conversion_that_does_not_fit_beside_serving_is_refused(
     models = {name: plans[name] for name in ("bolt", "nut")}
     with jetson(tmp_path, models, 1900) as server:
         assert ask(server, "bolt", photo(0)).status_code == 200
+        until_the_queue_is_open(server)
         refused = server.client.post("/convert", json={"model": "bolt"})
         assert (refused.status_code, agreed(refused)) == (507, "out_of_memory")
         pattern = r"Converting bolt needs about \d+ MiB, and 1\d+ MiB are free: unload a model, or"

@@ -94,7 +94,7 @@ def _separate(model: onnx.ModelProto) -> None:
 
 
 def _declare_sizes(model: onnx.ModelProto, path: Path) -> None:
-    """Write down the sizes of outputs that the exporter left open, though they follow from the rest.
+    """Write down the sizes of outputs that the exporter left open, though they follow from others.
 
     Who runs the graph takes memory by them, before it has run.
     """
