@@ -24,9 +24,13 @@ from installed import NOBODY, interpreter, lay_out, shut_in, tiny_model, why_not
 from server import RAW
 
 from app.keeper import _behind_the_line
+from engines.errors import NoWorker
+from engines.jobs import JobFolder
+from workers import job
 from workers.sample_parts import draw_part
 
-STARTS_WITHIN_S = 30.0
+STARTS_WITHIN_S = 60.0
+JOB_ENDS_WITHIN_S = 240.0  # it gives way to all else on the machine, such as other tests
 
 
 @dataclass
@@ -165,23 +169,21 @@ def test_a_model_without_a_plan_gets_one_where_nothing_can_be_learned(alone: Alo
 
     first = alone.client.post("/infer", content=image, headers=RAW)
     assert first.status_code == 200, first.text
-    until(on_tensorrt, alone.process, alone.log)
+    until(on_tensorrt, alone.process, alone.log, JOB_ENDS_WITHIN_S)
     then = alone.client.post("/infer", content=image, headers=RAW).json()
     assert then["label"] == first.json()["label"]
     assert then["raw_score"] == pytest.approx(first.json()["raw_score"], rel=0.01)
     assert then["model_version"] != first.json()["model_version"]
 
 
-def test_a_retraining_ends_with_what_to_install(alone: Alone) -> None:
-    for number in range(2):
-        picture = png(draw_part(number, None)[0])
-        sent = alone.client.post("/datasets/bolt/train", files={"file": (f"{number}.png", picture)})
-        assert sent.status_code == 201, sent.text
-    asked = alone.client.post("/retrain", json={"model": "tiny", "category": "bolt", "queue": True})
-    assert asked.status_code == 202, asked.text
-    job = asked.headers["location"]
-    until(lambda: alone.client.get(job).json()["state"] == "failed", alone.process, alone.log)
-    assert alone.client.get(job).json()["code"] == "no_worker"
+def test_a_retraining_ends_there_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "find_spec", lambda name: None)
+    wanted = {"model": "tiny", "category": "bolt"}
+    progress = job.JobProgress(JobFolder(tmp_path, "retrain-1"), job.SPANS)
+    with pytest.raises(NoWorker, match="pip install"):
+        job.do(tmp_path, "retrain-1", "retrain", wanted, progress)
 
 
 def test_the_doctor_runs_there_too(alone: Alone) -> None:
