@@ -61,11 +61,10 @@ def interpreter() -> str:
 def shut_in(folder: Path, *command: str, **variables: str) -> list[str]:
     """A command by nobody that can write into `folder` alone. To be run by root.
 
-    Nothing of the environment is passed on: no HOME, no PATH but the system's. It comes before
-    all others, so that a job, which goes 19 steps behind it, is not held up by other tests.
+    Nothing of the environment is passed on: no HOME, no PATH but the system's.
     """
     script = (
-        'mount --bind "$1" "$1" && mount -o remount,bind,ro / && cd / && shift && exec nice -n -19 setpriv'
+        'mount --bind "$1" "$1" && mount -o remount,bind,ro / && cd / && shift && exec setpriv'
         f" --reuid {NOBODY} --regid {NOBODY} --clear-groups --no-new-privs"
         f" --inh-caps=-all,+{READ_ALL} --ambient-caps=-all,+{READ_ALL}"
         f' --bounding-set=-all,+{READ_ALL} env -i "$@"'
