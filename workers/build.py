@@ -109,9 +109,8 @@ def _on_the_gpu(work: Callable[[threading.Event], T]) -> T:
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1, "kensa-build") as pool:
-        done = pool.submit(_with_context, work, stop)
         try:
-            return done.result()
+            return pool.submit(_with_context, work, stop).result()
         except BaseException:
             stop.set()
             raise

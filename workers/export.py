@@ -91,6 +91,7 @@ def _separate(model: onnx.ModelProto) -> None:
             own.CopyFrom(found)
             own.name = node.output[0]
             model.graph.node.remove(node)
+    model.graph.initializer.sort(key=lambda one: str(one.name))
 
 
 def _declare_sizes(model: onnx.ModelProto, path: Path) -> None:
