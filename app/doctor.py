@@ -331,8 +331,8 @@ def _about_storage(settings: Settings) -> Iterator[Finding]:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the one above it that there is."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    """The folder, or the one above it that there is, and that may be looked at."""
+    return next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK))
 
 
 def _user() -> str:

@@ -127,6 +127,8 @@ class Keeper:
             self._residents.problems["models"] = f"The models cannot be read: {error}."
             log.error("The models cannot be read: %s", error)
         pinned = self._settings.pinned_names
+        for name in sorted(pinned.difference(names)):
+            log.warning("KENSA_PINNED names %s, and there is no such model", name)
         for name in sorted(names, key=lambda name: (name not in pinned, name)):
             async with self._change(name):
                 await self._load_where_it_fits(name, exchange=False)
@@ -175,11 +177,15 @@ class Keeper:
                 with contextlib.suppress(BadMeta, BadBundle):  # `_load_live` puts it aside
                     await self._must_fit(name, candidates[0], exchange=exchange)
         except OutOfMemory as error:
+            refused = f"{name} rests: "
+            told = (self._residents.why_not(name) or "").startswith(refused)
             if self._settings.rest == "on":
-                self._residents.put_to_rest(name, f"{name} rests: {error}")
+                self._residents.put_to_rest(name, f"{refused}{error}")
             else:
                 self._residents.take(name, str(error))
-            log.warning("%s is not in memory: %s", name, error)
+            log.log(  # a line for each part would wear out flash memory
+                logging.DEBUG if told else logging.WARNING, "%s is not in memory: %s", name, error
+            )
             return
         await self._load_live(name)
 

@@ -233,7 +233,8 @@ def test_where_tensorrt_is_asked_for_it_must_run(tmp_path: Path, settings: Setti
 def test_a_folder_that_cannot_be_written_and_a_full_disk_are_wrong(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and may(path, mode))
     monkeypatch.setattr(doctor, "LOW_DISK", 1 << 62)
     report = examine(settings, tmp_path / "no such root")
     full, closed = wrong(report)
@@ -308,6 +309,34 @@ def test_a_damaged_model_and_one_that_was_not_converted_are_named(
 
 
 # The command
+
+
+def test_a_user_who_sees_nothing_of_the_data_gets_sentences(tmp_path: Path) -> None:
+    """As root everything is readable, so another user looks where there is one."""
+    closed = tmp_path / "closed"
+    (closed / "data").mkdir(parents=True)
+    closed.chmod(0o700)
+    tmp_path.chmod(0o755)
+    program = (
+        "import encodings.idna, os, pwd, sys; from pathlib import Path; from app import doctor\n"
+        "from app.settings import Settings\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "settings = Settings(data_dir=Path(sys.argv[1]), port=1)\n"
+        "report = doctor.Report({'storage': dict(doctor._storage(settings))})\n"
+        "report.findings += doctor._about_storage(settings)\n"
+        "free = doctor.Free(1 << 40)\n"
+        "doctor._look_at_models(report, settings, doctor.Opening(), None, free)\n"
+        "print(doctor.as_text(report))"
+    )
+    if os.getuid():
+        closed.chmod(0)
+    done = subprocess.run(
+        [sys.executable, "-c", program, closed / "data"], cwd=ROOT, capture_output=True, text=True
+    )
+    closed.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    assert f"{closed / 'data'} cannot be written by this user" in done.stdout
+    assert "The models cannot be read: " in done.stdout
 
 
 def run_doctor(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -304,9 +304,10 @@ def test_under_load_every_answer_is_the_right_verdict_or_says_that_the_model_res
 def test_the_pinned_one_stays_and_turns_are_not_taken_with_every_part(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    settings = {"KENSA_REST": "on", "KENSA_REST_S": "5", "KENSA_PINNED": "rod"}
+    settings = {"KENSA_REST": "on", "KENSA_REST_S": "5", "KENSA_PINNED": "rod, screw"}
     with three(tmp_path, models, **settings) as server:
         assert resting(server) == ["nut"], "the pinned one came first"
+        assert "KENSA_PINNED names screw, and there is no such model" in server.log.read_text()
         began = time.monotonic()
         assert ask(server, "bolt", photo(0)).status_code == 200
         refused = ""
@@ -318,6 +319,7 @@ def test_the_pinned_one_stays_and_turns_are_not_taken_with_every_part(
         pattern = (r"nut rests: nut \S+ needs about \d+ MiB, and \d+ MiB are free: bolt may be put"
                    r" to rest for it in \d s\.")  # fmt: skip
         assert re.fullmatch(pattern, refused)
+        assert server.log.read_text().count("nut is not in memory: ") <= 2, "not for each part"
         assert resting(server) == ["bolt"]
         assert ask(server, "rod", photo(0)).status_code == 200
 
