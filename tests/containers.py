@@ -10,11 +10,15 @@ from typing import Any
 
 import yaml
 from conftest import ROOT
-from pip._vendor import tomli
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile.l4t"
-PROJECT: dict[str, Any] = tomli.loads((ROOT / "pyproject.toml").read_text())
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What the image `serve` has, but for pycuda, which cannot be compiled here.
 INSTALLED: list[str] = [
     *PROJECT["project"]["dependencies"],
