@@ -365,7 +365,7 @@ def test_a_job_that_does_not_fit_is_refused_at_once_with_the_numbers(
     put_images(data)
     cgroup = limits(4000, 3000)
     program = (SHORT, str(cgroup), "app")
-    with serving(tmp_path, program) as server:
+    with serving(tmp_path, program, KENSA_BATCHING="off") as server:
         until_the_queue_is_open(server)
         for path, body in (("/retrain", {"model": "bolt", "category": "bolt"}),
                            ("/convert", {"model": "bolt"})):  # fmt: skip
@@ -509,7 +509,8 @@ def jetson(folder: Path, models: dict[str, Path], free_mib: int, **more: str) ->
     store = Store(folder / "data" / "models")
     for name, bundle in models.items():
         store.activate(name, store.take_in(name, bundle, {}, plan=True))
-    with serving(folder, **environment(memory_mib=(7485, free_mib)), **more) as server:
+    settings = {**environment(memory_mib=(7485, free_mib)), "KENSA_BATCHING": "off", **more}
+    with serving(folder, **settings) as server:
         yield server
 
 
