@@ -156,6 +156,32 @@ def test_every_prediction_lies_above_what_was_measured() -> None:
         assert most <= written <= 1.8 * most, f"{kind} {meta.image_size} {images} {batch} {what}"
 
 
+def test_a_command_warns_before_work_that_may_not_fit_and_does_it_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.convert import Convert, convert
+    from workers.progress import Progress
+    from workers.retrain import Retrain, retrain
+
+    said: list[str] = []
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "_own", lambda: 100 * MIB)
+    put_images(tmp_path, 6)
+    Meta.parse({"model": "vae", "latent_dim": 8, "image_size": 64}).write(tmp_path / "meta.json")
+    data, out = tmp_path / "datasets", tmp_path / "out"
+    retrain(Retrain("vae", "bolt", data, out, tmp_path / "meta.json", "untrained"), progress)
+    pattern = r"memory may be short: this takes about \d+ MiB, and 100 MiB are free; .*"
+    assert any(re.fullmatch(pattern, line) for line in said)
+    said.clear()
+    convert(Convert("vae", out / "model.pth", out / "meta.json", tmp_path / "engine"), progress)
+    assert any(re.fullmatch(pattern, line) for line in said)
+    monkeypatch.undo()
+    assert memory.warning(1) is None
+    assert memory._own() > 10 * MIB
+
+
 # Models that take turns
 
 
