@@ -752,7 +752,9 @@ class Keeper:
 
 
 def _behind_the_line() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    thread = threading.get_native_id()
+    already = os.getpriority(os.PRIO_PROCESS, thread)  # only root may go back to less
+    os.setpriority(os.PRIO_PROCESS, thread, max(already, 10))
 
 
 def _golden(folder: Path, size: int) -> Golden | None:

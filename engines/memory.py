@@ -215,6 +215,17 @@ def to_convert(meta: Meta, bank: int = 0) -> int:
     return int(TORCH + 2 * graph + 6.5 * _stats_bytes(meta) + 6 * bank + 100 * MIB * side)
 
 
+def warning(needed: int) -> str | None:
+    """What a command says before work that may not fit. What it has taken already is its own."""
+    found = Need(needed).short_of(Free(free_bytes() + _own()))
+    if found is None:
+        return None
+    return (
+        f"memory may be short: this takes {found.needed}, and {found.free}; a smaller batch, image"
+        " or memory bank takes less"
+    )
+
+
 def to_build(onnx: int, workspace_mib: int, free: int) -> int:
     """Bytes that TensorRT takes at most while it builds a plan of a graph; estimated.
 
@@ -266,6 +277,15 @@ def total_bytes() -> int:
     total = meminfo("MemTotal")
     limit = _number(CGROUP / "memory.max")
     return total if limit is None else min(total, limit)
+
+
+def _own() -> int:
+    """Memory that this process has, bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def _given_back() -> int:

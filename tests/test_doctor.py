@@ -168,7 +168,7 @@ def examined(settings: Settings, root: Path, missing: str) -> dict[str, Any]:
     ("missing", "what"),
     [
         ("device", "CUDA finds no GPU to use"),
-        ("libnvinfer", "bindings are here, but not its library"),
+        ("libnvinfer", "bindings are here, but not a library that they need"),
     ],
 )
 def test_a_jetson_whose_tensorrt_does_not_run_is_told_why(
