@@ -27,6 +27,10 @@ def main() -> None:
     if sys.argv[1:2] == ["keys"]:
         _keys(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["doctor"]:
+        from app.doctor import command
+
+        sys.exit(command(sys.argv[2:]))
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
@@ -150,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kensa",
         description="Serve a model over HTTP. Settings are environment variables:\n"
         + "\n".join(lines),
-        epilog="kensa keys --help says how API keys are made.",
+        epilog="kensa keys --help says how API keys are made; kensa doctor looks at this machine.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -86,6 +86,12 @@ class Health:
                 )
             if (memory := free_bytes()) < LOW_MEMORY:
                 degraded.append(f"Memory is short: {memory // MIB} MiB are left.")
+            device = Device.read()
+            if hot := [part for part, slowed in device.throttled.items() if slowed]:
+                degraded.append(
+                    f"Too hot, and slowed down for it: {', '.join(hot)}. See to the fan and the air"
+                    " around it, or take a lower power mode."
+                )
             if queue is not None:
                 degraded.append(queue)
             if ended is not None and time.monotonic() - ended < RECENT_S:
@@ -105,7 +111,7 @@ class Health:
                 queue=queue,
                 disk_free=free,
                 disk_size=size,
-                device=Device.read(),
+                device=device,
                 degraded=degraded,
             )
 

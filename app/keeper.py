@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -26,7 +28,7 @@ import cv2
 from app.inspection import Inspector
 from app.plans import Plans
 from app.settings import Settings
-from engines import gate
+from engines import admission, gate
 from engines.bundle import ONNX, read_report
 from engines.errors import (
     BadBundle,
@@ -40,9 +42,17 @@ from engines.errors import (
 )
 from engines.gate import Replay, Replayed
 from engines.golden import Golden
-from engines.memory import bytes_needed, free_bytes, give_back
+from engines.memory import Free, Need, Short, give_back
 from engines.meta import Meta
-from engines.resident import MIB, Opening, Resident, describe, open_model
+from engines.resident import (
+    MIB,
+    Opening,
+    Resident,
+    describe,
+    gpu_memory,
+    memory_needed,
+    open_model,
+)
 from engines.runtimes.compiled import usable_cache
 from engines.store import META, Manifest, Store
 from engines.verdict import Verdict, judge
@@ -87,6 +97,10 @@ class Keeper:
         )
         self._loader = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
         self._changing: dict[str, asyncio.Lock] = {}
+        self._changes: Counter[str] = Counter()  # those under way, and those that wait
+        self._admitting = asyncio.Lock()  # two at a time would count the same memory
+        self._promised: dict[str, Need] = {}  # of versions that are being opened
+        self._waking: set[str] = set()  # models that rest and are being brought back
         self._leaving: dict[str, asyncio.Task[None]] = {}  # the version that was replaced last
         self._unloaded: set[str] = set()  # models whose live version had to go first
         self._trials: dict[str, Trial] = {}
@@ -94,7 +108,9 @@ class Keeper:
         self._failed: dict[tuple[str, str], float] = {}  # when, on the monotonic clock
         self._tasks: set[asyncio.Task[None]] = set()
         inspector.on_verdict = self._on_verdict
+        self._residents.on_call = self._wake
         self.on_swap: Callable[[str, How], None] = lambda *_: None  # see docs/metrics.md
+        self.on_rest: Callable[[str], None] = lambda _: None
 
     # ---- starting and stopping ----------------------------------------------------------------
 
@@ -110,9 +126,12 @@ class Keeper:
             names = []
             self._residents.problems["models"] = f"The models cannot be read: {error}."
             log.error("The models cannot be read: %s", error)
-        for name in names:
+        pinned = self._settings.pinned_names
+        for name in sorted(pinned.difference(names)):
+            log.warning("KENSA_PINNED names %s, and there is no such model", name)
+        for name in sorted(names, key=lambda name: (name not in pinned, name)):
             async with self._change(name):
-                await self._load_live(name)
+                await self._load_where_it_fits(name, exchange=False)
         self._begin(self._look_out())
 
     async def close(self) -> None:
@@ -146,6 +165,30 @@ class Keeper:
             self._residents.problems[name] = problem
             log.error("%s is not taken in: %s", source, problem)
 
+    async def _load_where_it_fits(self, name: str, *, exchange: bool = True) -> None:
+        """Bring the live version into memory beside the others; alone it is always tried.
+
+        Args:
+            exchange: whether others may be put to rest for it.
+        """
+        candidates = await self._load(lambda: self.store.candidates(name))
+        try:
+            if candidates and self._residents.names():
+                with contextlib.suppress(BadMeta, BadBundle):  # `_load_live` puts it aside
+                    await self._must_fit(name, candidates[0], exchange=exchange)
+        except OutOfMemory as error:
+            refused = f"{name} rests: "
+            told = (self._residents.why_not(name) or "").startswith(refused)
+            if self._settings.rest == "on":
+                self._residents.put_to_rest(name, f"{refused}{error}")
+            else:
+                self._residents.take(name, str(error))
+            log.log(  # a line for each part would wear out flash memory
+                logging.DEBUG if told else logging.WARNING, "%s is not in memory: %s", name, error
+            )
+            return
+        await self._load_live(name)
+
     async def _load_live(self, name: str) -> None:
         """Bring the live version into memory; the one before where it cannot be used."""
         pointer = await self._load(lambda: self.store.pointer(name))
@@ -153,7 +196,7 @@ class Keeper:
         for version in await self._load(lambda: self.store.candidates(name)):
             try:
                 model = await self._open(name, version, None)
-            except StalePlan as error:  # the one before would be another model
+            except (StalePlan, OutOfMemory) as error:  # the one before would be another model
                 problem = str(error)
                 break
             except (KensaError, OSError) as error:
@@ -198,7 +241,7 @@ class Keeper:
         """Published to go live, and not seen by the gate; oldest first."""
         found = []
         for name in self.store.names():
-            if name in self._residents.unloaded:  # it waits until the model is loaded again
+            if self._is_away(name):  # it waits until the model is loaded again
                 continue
             pointer = self.store.pointer(name)
             for version in self.store.versions(name):
@@ -228,7 +271,7 @@ class Keeper:
         version = manifest.version
         try:
             async with self._change(name):
-                if name in self._residents.unloaded:  # since it was found
+                if self._is_away(name):  # since it was found
                     return
                 found: dict[str, Any]
                 if await self._load(lambda: self._is_late(name, version)):
@@ -338,7 +381,7 @@ class Keeper:
             self.store.record_gate(name, back.previous, found)
             self.store.roll_back(name)
 
-        if reason is not None and name in self._residents.unloaded:
+        if reason is not None and self._is_away(name):
             await self._write(write)  # nobody wants it in memory
         else:
             async with self._opened(name, back.live) as (model, _):
@@ -366,7 +409,7 @@ class Keeper:
                     f"{name} has no live version: POST /models/{name}/versions/VERSION/activate"
                     " makes one live."
                 )
-            with contextlib.suppress(BadMeta):  # it will be put aside, and the one before judges
+            with contextlib.suppress(BadMeta, BadBundle):  # put aside, and the one before judges
                 await self._must_fit(name, candidates[0])
             await self._load_live(name)
             if self._live(name) is None:
@@ -423,7 +466,7 @@ class Keeper:
         """
         old = self._live(name)
         before: list[Verdict] = []
-        if name in self._residents.unloaded:  # perhaps to make room for others
+        if self._is_away(name) or (old is None and self._residents.names()):
             await self._must_fit(name, version)
         beside = old is None or await self._fits(name, version)
         if old is not None:
@@ -446,6 +489,10 @@ class Keeper:
         self._unloaded.add(name)
         self._residents.take(name, f"{name} is being exchanged; try again in a few seconds.")
         await self._let_go(old)
+
+    def _is_away(self, name: str) -> bool:
+        """Whether a model is not in memory because a person, or another model, wants it so."""
+        return name in self._residents.unloaded or name in self._residents.resting
 
     def _live(self, name: str) -> Resident | None:
         return self._residents.get(name) if name in self._residents.names() else None
@@ -486,6 +533,8 @@ class Keeper:
         except StalePlan as error:
             self.plans.note(name, version, str(error))
             raise
+        finally:
+            self._promised.pop(name, None)
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
         return model
 
@@ -499,43 +548,131 @@ class Keeper:
         await self._load(close)
         log.debug("Closed %s %s", model.name, model.version)
 
+    # ---- what fits into memory ----------------------------------------------------------------
+
     async def _fits(self, name: str, version: str) -> bool:
-        """Whether a version fits beside what is in memory.
+        """Whether a version fits beside what is in memory; others may be put to rest for it.
 
         Raises:
             OutOfMemory: it does not, and unloading first is not allowed.
         """
-        needed, free = await self._room(name, version)
-        if needed > free and self._settings.unload_first == "off":
+        found = await self._admit(name, version)
+        if found is not None and self._settings.unload_first == "off":
             raise OutOfMemory(
-                f"{name} {version} needs about {needed // MIB} MiB beside the live version, and"
-                f" {free // MIB} MiB are free: set KENSA_UNLOAD_FIRST=on to let the live one go"
-                " before."
+                f"{name} {version} needs {found.needed} beside the live version, and {found.free}:"
+                " set KENSA_UNLOAD_FIRST=on to let the live one go before."
             )
-        return needed <= free
+        return found is None
 
-    async def _must_fit(self, name: str, version: str) -> None:
+    async def _must_fit(self, name: str, version: str, *, exchange: bool = True) -> None:
         """Raise OutOfMemory where there is no room for a model that is not in memory."""
-        needed, free = await self._room(name, version)
-        if needed > free:
-            raise OutOfMemory(
-                f"{name} {version} needs about {needed // MIB} MiB, and {free // MIB} MiB are free:"
-                " unload another model."
-            )
+        found = await self._admit(name, version, exchange=exchange)
+        if found is not None:
+            what = self._why_none_rests(name) or "unload another model"
+            raise OutOfMemory(f"{name} {version} needs {found.needed}, and {found.free}: {what}.")
 
-    async def _room(self, name: str, version: str) -> tuple[int, int]:
+    async def _admit(self, name: str, version: str, *, exchange: bool = True) -> Short | None:
+        """Promise a version its memory, others put to rest for it; or what it is short of."""
+        async with self._admitting:
+            while True:
+                needed, free = await self._room(name, version)
+                found = needed.short_of(free)
+                if found is None:
+                    self._promised[name] = needed
+                    return None
+                if not exchange or not await self._make_room(name, found):
+                    return found
+
+    async def _room(self, name: str, version: str) -> tuple[Need, Free]:
         """Bytes that a version needs, and those that it may have."""
-        held = [(one.name, one.version) for one in self._residents.all()]
+        held = self._residents.all()
+        promised = [need for other, need in self._promised.items() if other != name]
         limit = self._settings.model_memory_mib * MIB
 
-        def look() -> tuple[int, int]:
-            free = free_bytes()
+        def look() -> tuple[Need, Free]:
+            free = Free.now(gpu_memory(self._opening)).without(*promised)
             if limit:
-                taken = sum(bytes_needed(self.store.folder(*one)) for one in held)
-                free = min(free, limit - taken)
-            return bytes_needed(self.store.folder(name, version)), max(0, free)
+                taken = sum(one.runtime.nbytes for one in held)
+                free = free.at_most(limit - taken - sum(need.all for need in promised))
+            return memory_needed(self.store.folder(name, version), self._opening), free
 
         return await self._load(look)
+
+    async def job_short_of(self, request: admission.Request) -> Short | None:
+        """What a job would be short of that began now, beside all that is in memory."""
+        data, promised = self._settings.data, [*self._promised.values()]
+
+        def look() -> Short | None:
+            free = admission.free_for_jobs(gpu_memory(self._opening)).without(*promised)
+            return admission.short_of(data, request, free)
+
+        return await self._load(look)
+
+    # ---- models that take turns ---------------------------------------------------------------
+
+    async def _make_room(self, name: str, found: Short) -> bool:
+        """Put the model to rest that got no part for longest, if that can help another one."""
+        others = self._may_rest(name)
+        sizes = [self._residents.get(other).runtime.nbytes for other in others]
+        if not others or sum(sizes) < found.missing:
+            return False
+        other = others[0]
+        async with self._change(other):  # at once: nobody has it
+            log.warning("%s is put to rest, to make room for %s", other, name)
+            model = self._residents.put_to_rest(
+                other,
+                f"{other} rests, because {name} needed its memory; a part for it brings it back:"
+                " send it again in a few seconds.",
+            )
+            assert model is not None
+            self.on_rest(other)
+            await asyncio.shield(self._begin(self._let_go(model)))
+        return True
+
+    def _may_rest(self, name: str) -> list[str]:
+        """Models that may be put to rest for another one, in the order in which they are."""
+        if self._settings.rest == "off":
+            return []
+        return [
+            other
+            for other in self._residents.idle_first()
+            if other not in (name, *self._settings.pinned_names)
+            and self._residents.in_memory_s(other) >= self._settings.rest_s
+            and not self._changes[other]
+        ]
+
+    def _why_none_rests(self, name: str) -> str | None:
+        """Why no other model makes room, for the sentence of a refusal."""
+        if self._settings.rest == "off":
+            return None
+        pinned = self._settings.pinned_names
+        young = [
+            (self._settings.rest_s - self._residents.in_memory_s(other), other)
+            for other in self._residents.names()
+            if other != name and other not in pinned
+        ]
+        if not young:
+            return "all others are pinned; unload one"
+        left, other = min(young)
+        if left > 0:
+            return f"{other} may be put to rest for it in {math.ceil(left)} s"
+        return "putting the others to rest would not be enough; unload one that is pinned"
+
+    def _wake(self, name: str) -> None:
+        """A part came for a model that rests: bring it back for those that come later."""
+        if name not in self._waking:
+            self._waking.add(name)
+            self._begin(self._bring_back(name))
+
+    async def _bring_back(self, name: str) -> None:
+        try:
+            async with self._change(name):
+                if name in self._residents.resting:
+                    await self._load_where_it_fits(name)
+        except (KensaError, OSError) as error:
+            log.error("%s cannot be brought back: %s", name, error)
+        finally:
+            self._waking.discard(name)
 
     # ---- the first parts of a new version -----------------------------------------------------
 
@@ -566,7 +703,7 @@ class Keeper:
 
     async def _is_named_live(self, model: Resident) -> bool:
         """Whether it is the live one; perhaps it was unloaded with its last part."""
-        if model.name not in self._residents.unloaded:
+        if not self._is_away(model.name):
             return self._live(model.name) is model
         pointer = await self._load(lambda: self.store.pointer(model.name))
         return pointer is not None and pointer.live == model.version
@@ -580,16 +717,21 @@ class Keeper:
         It begins when the version that was replaced before has given its memory back: however fast
         changes follow, two versions are in memory and never three.
         """
-        async with self._changing.setdefault(name, asyncio.Lock()):
-            if name in self._leaving:
-                await asyncio.wait([self._leaving[name]])
-                self._leaving.pop(name, None)
-            try:
-                yield
-            finally:
-                if name in self._unloaded:
-                    self._unloaded.discard(name)
-                    await self._load_live(name)
+        self._changes[name] += 1
+        try:
+            async with self._changing.setdefault(name, asyncio.Lock()):
+                if name in self._leaving:
+                    await asyncio.wait([self._leaving[name]])
+                    self._leaving.pop(name, None)
+                try:
+                    yield
+                finally:
+                    self._promised.pop(name, None)
+                    if name in self._unloaded:
+                        self._unloaded.discard(name)
+                        await self._load_live(name)
+        finally:
+            self._changes[name] -= 1
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -610,7 +752,9 @@ class Keeper:
 
 
 def _behind_the_line() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    thread = threading.get_native_id()
+    already = os.getpriority(os.PRIO_PROCESS, thread)  # only root may go back to less
+    os.setpriority(os.PRIO_PROCESS, thread, max(already, 10))
 
 
 def _golden(folder: Path, size: int) -> Golden | None:

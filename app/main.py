@@ -61,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     inspector.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     keeper.on_swap = metrics.swapped
+    keeper.on_rest = metrics.rested
     metrics.queue_length = lambda: inspector.under_way
 
     def on_inspection(done: Inspection) -> None:

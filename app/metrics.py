@@ -78,6 +78,9 @@ class Metrics:
         self._swaps = Counter(
             "kensa_swaps", "What became of versions.", ["model", "how"], registry=registry
         )
+        self._rests = Counter(
+            "kensa_rests", "How often a model made room for another.", ["model"], registry=registry
+        )
         self._known: set[str] = set()  # models whose series exist
         self._looked_up = LookedUp(version)
         registry.register(self._looked_up)
@@ -111,6 +114,10 @@ class Metrics:
         """A version of a model went live, or did not."""
         self._swaps.labels(model, how).inc()
 
+    def rested(self, model: str) -> None:
+        """A model was put to rest, because another one needed its memory."""
+        self._rests.labels(model).inc()
+
     # ---- what is asked for --------------------------------------------------------------------
 
     def expose(self, state: State, accept: str) -> tuple[bytes, str]:
@@ -134,6 +141,7 @@ class Metrics:
             self._verdicts.labels(model, label)
         for how in get_args(How):
             self._swaps.labels(model, how)
+        self._rests.labels(model)
 
 
 class LookedUp(Collector):
@@ -219,6 +227,19 @@ def _of_the_machine(state: State) -> Iterator[Metric]:
         for zone, celsius in device.temperatures.items():
             zones.add_metric([zone], celsius)
         yield zones
+    if device.power_mode is not None:
+        yield InfoMetricFamily(
+            "kensa_power", "The power mode of a Jetson.", {"mode": device.power_mode}
+        )
+    if device.throttled:
+        hot = _family("throttled", "1 while this part of a Jetson is slowed for its heat.", "part")
+        for part, slowed in device.throttled.items():
+            hot.add_metric([part], slowed)
+        yield hot
+    if device.over_currents is not None:
+        yield CounterMetricFamily(
+            "kensa_over_currents", "How often a Jetson's power ran short.", device.over_currents
+        )
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:

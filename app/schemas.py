@@ -108,6 +108,13 @@ class DeviceBody(Body):
     gpu_load: float | None = Field(description="Of a Jetson's GPU, 0 to 1.")
     cpus: int | None
     temperatures: dict[str, float] = Field(description="Degrees Celsius of each thermal zone.")
+    power_mode: str | None = Field(description="Of a Jetson, as nvpmodel calls it.")
+    throttled: dict[str, bool] = Field(
+        description="Parts of a Jetson, and whether each is slowed down now because it is hot."
+    )
+    over_currents: int | None = Field(
+        description="How often a Jetson's power supply ran short since it was started."
+    )
 
 
 class HealthBody(Body):
@@ -121,6 +128,7 @@ class HealthBody(Body):
     models: list[ModelBody] = Field(description="In memory.")
     problems: dict[str, str] = Field(description="Models that should be in memory, and why not.")
     unloaded: list[str] = Field(description="Models that were unloaded by hand.")
+    resting: list[str] = Field(description="Models that made room for others, until a part comes.")
     degraded: list[str] = Field(description="What is wrong at the moment, in sentences.")
     worker: str = Field(description="running, starting, off, or why there is none.")
     queue: str = Field(description="ok, or what is wrong with it.")
@@ -259,6 +267,10 @@ class StoredModelBody(Body):
     live: str | None = Field(description="The version in memory, which judges.")
     previous: str | None = Field(description="What a rollback goes to.")
     problem: str | None = Field(description="Why none is in memory.")
+    at_rest: bool = Field(description="It made room for another model, until a part comes for it.")
+    resident_bytes: int | None = Field(
+        description="What the version in memory takes: of the GPU with TensorRT, else reckoned."
+    )
     stale: str | None = Field(
         description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
         " judges in its place, or nobody; and what is done about it. Else null."
@@ -284,7 +296,10 @@ class TakenInBody(Body):
 class ProgressBody(Body):
     """How far a job is."""
 
-    phase: str = Field(description="images, coreset, epochs, verify, convert, publish, gate ...")
+    phase: str = Field(
+        description="images, coreset, epochs, verify, convert, publish, gate ..., or what it waits"
+        " for."
+    )
     done: int = Field(0, description="Images or epochs of this phase.")
     total: int = 0
     fraction: float = Field(0.0, description="Of the whole job, 0 to 1.")

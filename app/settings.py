@@ -22,6 +22,7 @@ PREFIX = "KENSA_"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
 _HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _HOSTS = rf"^({_HOST}( *, *{_HOST})*)?$"
+_NAMES = r"^([A-Za-z0-9_-]{1,64}( *, *[A-Za-z0-9_-]{1,64})*)?$"
 _ORIGIN = rf"https?://{_HOST}(:[0-9]{{1,5}})?"
 _ORIGINS = rf"^({_ORIGIN}( *, *{_ORIGIN})*)?$"
 
@@ -118,6 +119,34 @@ class Settings(BaseSettings):
         "",
         "What happens when a new version does not fit into memory beside the live one: on takes the"
         " live one away first, and requests in between get 503; off refuses the new one.",
+    )
+    rest: Literal["on", "off"] = _setting(
+        "off",
+        "",
+        "What happens when a model does not fit into memory beside the others: on puts those to"
+        " rest that got no part for longest, until it fits, and a part brings them back; off"
+        " refuses it.",
+    )
+    rest_s: int = _setting(
+        60,
+        "seconds",
+        "How long a model that came into memory stays there at least, so that models that do not"
+        " fit together do not take turns with every part.",
+        ge=0,
+        le=86_400,
+    )
+    pinned: str = _setting(
+        "",
+        "names",
+        "Models that are never put to rest, separated by commas.",
+        pattern=_NAMES,
+    )
+    job_memory: Literal["refuse", "wait", "off"] = _setting(
+        "refuse",
+        "",
+        "What happens to a job that needs more memory than is free: refuse answers with 507, or"
+        " ends it when it is its turn; wait lets it wait for memory, visibly; off begins it all"
+        " the same.",
     )
     worker: Literal["on", "convert", "off"] = _setting(
         "on",
@@ -326,6 +355,11 @@ class Settings(BaseSettings):
     def host_names(self) -> list[str]:
         """The names in `hosts`."""
         return _listed(self.hosts)
+
+    @property
+    def pinned_names(self) -> set[str]:
+        """The names in `pinned`."""
+        return {name.strip() for name in self.pinned.split(",") if name.strip()}
 
     @property
     def origin_names(self) -> list[str]:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.settings import Settings
+from engines.admission import JOB_MEMORY
 from engines.jobs import PACE, PARENT, RUNNING
 from engines.logs import FORMAT
 from engines.plan import has_tensorrt
@@ -80,6 +81,7 @@ class Worker:
                 env={
                     **os.environ,
                     PACE: self._settings.job_pace,
+                    JOB_MEMORY: self._settings.job_memory,
                     FORMAT: self._settings.log_format,
                     PARENT: str(os.getpid()),
                     **(fleet.environment() if fleet else {}),

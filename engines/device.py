@@ -1,4 +1,4 @@
-"""What the machine says of itself: memory, processors and, on a Jetson, its GPU and temperatures.
+"""What the machine says of itself: memory, processors and, on a Jetson, GPU, heat and power mode.
 
 Read from the kernel's files below a root folder, so that a test can lay down those of a Jetson.
 """
@@ -6,6 +6,7 @@ Read from the kernel's files below a root folder, so that a test can lay down th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ GPU_LOADS = (
     "sys/devices/platform/17000000.gpu/load",
     "sys/devices/gpu.0/load",
 )
+POWER_MODE = "var/lib/nvpmodel/status"  # "pmode:0002", what nvpmodel set last
+POWER_MODES = "etc/nvpmodel.conf"  # a line "< POWER_MODEL ID=2 NAME=MAXN_SUPER >" for each
+THROTTLES = "-throttle-alert"  # the end of a cooling device's name: cpu-throttle-alert
 IDLE = (3, 4)  # the columns idle and iowait of a line of /proc/stat
 GUEST = 8  # and the columns from here on are counted twice: they are in user and nice as well
 
@@ -33,11 +37,14 @@ class Device:
     cpus: int | None = None
     cpu_busy_s: float | None = None  # of all processors together, since the machine started
     temperatures: dict[str, float] = field(default_factory=dict)  # degrees Celsius
+    power_mode: str | None = None  # of a Jetson: "15W", "MAXN_SUPER"
+    throttled: dict[str, bool] = field(default_factory=dict)  # part of a Jetson -> too hot now
+    over_currents: int | None = None  # how often a Jetson's power ran short since its start
 
     @classmethod
     def read(cls, root: Path = Path("/")) -> Device:
         """As it is now; never raises."""
-        memory = dict(_memory(root))
+        memory = meminfo(root)
         cpus, busy = _processors(root)
         return cls(
             memory_total=memory.get("MemTotal"),
@@ -47,7 +54,49 @@ class Device:
             cpus=cpus,
             cpu_busy_s=busy,
             temperatures=_temperatures(root),
+            power_mode=power_mode(root)[1],
+            throttled=_throttled(root),
+            over_currents=_over_currents(root),
         )
+
+
+def meminfo(root: Path) -> dict[str, int]:
+    """The lines of /proc/meminfo that have a size, bytes."""
+    return dict(_memory(root))
+
+
+def power_modes(root: Path) -> dict[int, str]:
+    """The modes that a Jetson has, by their numbers; empty elsewhere."""
+    found = re.findall(
+        r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(root / POWER_MODES) or "", re.M
+    )
+    return {int(number): name for number, name in found}
+
+
+def power_mode(root: Path) -> tuple[int | None, str | None]:
+    """Number and name of the mode that a Jetson is in."""
+    found = re.search(r"pmode:(\d+)", _text(root / POWER_MODE) or "")
+    if found is None:
+        return None, None
+    number = int(found[1])
+    return number, power_modes(root).get(number, str(number))
+
+
+def _throttled(root: Path) -> dict[str, bool]:
+    """The parts that a Jetson slows down when they are too hot, and whether it does."""
+    found = {}
+    for folder in sorted((root / "sys/class/thermal").glob("cooling_device*")):
+        name, state = _text(folder / "type") or "", _number(folder / "cur_state")
+        if name.endswith(THROTTLES) and state is not None:
+            found[name.removesuffix(THROTTLES)] = state > 0
+    return found
+
+
+def _over_currents(root: Path) -> int | None:
+    """Events of under-voltage and over-current (oc1 to oc3), for which a Jetson slows down."""
+    counts = [_number(path) for path in (root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def _memory(root: Path) -> Iterator[tuple[str, int]]:

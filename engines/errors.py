@@ -43,7 +43,7 @@ KensaError
 ├── RuntimeFailed         500  the inference runtime failed on a good image
 │   └── GpuLost           503  the GPU failed for good; the process ends and is started again
 ├── BuildFailed           500  TensorRT made no plan of a graph that it takes
-└── OutOfMemory           507  a model does not fit into memory
+└── OutOfMemory           507  a model or a job does not fit into memory
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class DiskFull(KensaError):
 
 
 class OutOfMemory(KensaError):
-    """A model does not fit into memory beside what is there."""
+    """A model, or a job, does not fit into memory beside what is there."""
 
     status = 507
     code = "out_of_memory"

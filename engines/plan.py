@@ -74,8 +74,9 @@ def _import_tensorrt() -> Any:
         ) from None
     except ImportError as error:
         raise NoTensorRT(
-            f"TensorRT's Python bindings are here, but not its library ({error}): on a Jetson,"
-            " sudo apt install tensorrt; in a container, take an image that has TensorRT inside."
+            f"TensorRT's Python bindings are here, but not a library that they need ({error}): a"
+            " container must be started with --runtime nvidia, from an image that has TensorRT"
+            " inside; outside of one, sudo apt install tensorrt."
         ) from None
     return trt
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,9 +21,16 @@ from numpy.typing import NDArray
 
 from engines.batching import choose_batches
 from engines.bundle import Bundle
-from engines.errors import BadBundle, NoTensorRT, NotReady, StalePlan, UnknownModel
+from engines.errors import (
+    BadBundle,
+    NoTensorRT,
+    NotReady,
+    RuntimeFailed,
+    StalePlan,
+    UnknownModel,
+)
 from engines.files import sha256
-from engines.memory import bytes_needed, free_bytes
+from engines.memory import Gpu, Need, bytes_needed, free_bytes, plan_needs
 from engines.meta import Meta
 from engines.plan import Fingerprint, Machine, has_tensorrt
 from engines.runtimes import Runtime
@@ -104,6 +112,45 @@ def open_model(
         runtime.close()
         raise
     return model
+
+
+def memory_needed(folder: Path, how: Opening) -> Need:
+    """What a version takes at most while it is opened.
+
+    Raises:
+        BadMeta, BadBundle: its files are damaged.
+    """
+    machine = _machine(how)
+    if machine is not None:
+        record = Fingerprint.read(folder)
+        if record is not None and record.machine == machine:
+            return plan_needs(folder)
+    return Need(bytes_needed(folder))
+
+
+def gpu_memory(how: Opening) -> Gpu | None:
+    """That of the GPU, where TensorRT runs models; None elsewhere. May take a context first."""
+    if _machine(how) is None:
+        return None
+    from engines.runtimes.cuda import gpu
+
+    try:
+        one = gpu()
+        free, total = one.memory()
+    except RuntimeFailed as error:
+        log.warning("The GPU does not say what memory is free: %s", error)
+        return None
+    return Gpu(free, total, one.integrated)
+
+
+def _machine(how: Opening) -> Machine | None:
+    """This machine, where TensorRT may run models and can; opening says why it cannot."""
+    if how.runtime == "openvino" or not has_tensorrt():
+        return None
+    try:
+        return Machine.read()
+    except NoTensorRT:
+        return None
 
 
 def usable_plan(
@@ -234,6 +281,10 @@ class Residents:
         self._unused: dict[Resident, asyncio.Event] = {}  # of those somebody waits for
         self.problems: dict[str, str] = {}  # name -> why it has no resident version
         self.unloaded: dict[str, str] = {}  # the same, because a person wanted it so
+        self.resting: dict[str, str] = {}  # the same, because another model needed the memory
+        self.on_call: Callable[[str], None] = lambda _: None  # a part came for one that rests
+        self._called: dict[str, float] = {}  # when a request last came, on the monotonic clock
+        self._since: dict[str, float] = {}  # when it came into memory
         self.stale: dict[str, str] = {}  # name -> why it has no plan, and what is done about it
 
     def names(self) -> list[str]:
@@ -254,9 +305,21 @@ class Residents:
             raise NotReady(reason)
         raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
 
+    def call(self, name: str | None = None) -> Resident:
+        """The same for a part: a model that rests is brought back for those that come later.
+
+        Raises:
+            NotReady, UnknownModel: as `get`.
+        """
+        if name is not None and name in self._models:
+            self._called[name] = time.monotonic()
+        elif name in self.resting:
+            self.on_call(name)
+        return self.get(name)
+
     def _only(self) -> Resident:
         # Not the one that is left when another is away: that one may be meant.
-        known = {*self._models, *self.unloaded, *self.problems}
+        known = {*self._models, *self.unloaded, *self.resting, *self.problems}
         if len(known) == 1 and self._models:
             return next(iter(self._models.values()))
         if self._models:
@@ -265,19 +328,23 @@ class Residents:
 
     def why_not(self, name: str) -> str | None:
         """Why a model is not in memory; None for one that is, and for one that nobody knows."""
-        return self.problems.get(name) or self.unloaded.get(name)
+        away = (self.problems, self.unloaded, self.resting)
+        return next((found[name] for found in away if name in found), None)
 
     def missing(self) -> str | None:
         """What keeps the server from being ready, None when nothing does.
 
-        A model that was unloaded is not missed, unless nothing else is left.
+        A model that was unloaded or rests is not missed, unless nothing else is left.
         """
         if self.problems:
             return " ".join(self.problems.values())
-        return None if self._models else " ".join(self.unloaded.values()) or NO_MODEL
+        if self._models:
+            return None
+        return " ".join([*self.unloaded.values(), *self.resting.values()]) or NO_MODEL
 
     def _there_is(self) -> str:
-        names = ", ".join(repr(name) for name in sorted({*self._models, *self.unloaded}))
+        known = sorted({*self._models, *self.unloaded, *self.resting})
+        names = ", ".join(repr(name) for name in known)
         return f"; there is {names}" if names else "; there is none"
 
     @contextmanager
@@ -287,7 +354,7 @@ class Residents:
         Whoever holds one may use that one again, live or not: all images of a request get verdicts
         of the same version.
         """
-        model = name if isinstance(name, Resident) else self.get(name)
+        model = name if isinstance(name, Resident) else self.call(name)
         self._users[model] = self._users.get(model, 0) + 1
         try:
             yield model
@@ -300,22 +367,43 @@ class Residents:
 
     def put(self, model: Resident) -> Resident | None:
         """Let this version answer from now on; returns the one that did before."""
-        self.problems.pop(model.name, None)
-        self.unloaded.pop(model.name, None)
-        before = self._models.get(model.name)
+        before = self._away(model.name)
         self._models[model.name] = model
+        if before is None:
+            self._since[model.name] = time.monotonic()
         return before
 
     def take(self, name: str, reason: str) -> Resident | None:
         """Let nothing answer for a name, and say why; returns the version that did."""
+        before = self._away(name)
         self.problems[name] = reason
-        return self._models.pop(name, None)
+        return before
 
     def put_away(self, name: str, reason: str) -> Resident | None:
         """The same, because a person wants it so: that is no problem."""
-        self.problems.pop(name, None)
+        before = self._away(name)
         self.unloaded[name] = reason
+        return before
+
+    def put_to_rest(self, name: str, reason: str) -> Resident | None:
+        """The same, because another model needs the memory: the next part brings it back."""
+        before = self._away(name)
+        self.resting[name] = reason
+        return before
+
+    def _away(self, name: str) -> Resident | None:
+        """The version that answered until now; nothing does, and there is no reason yet."""
+        for reasons in (self.problems, self.unloaded, self.resting):
+            reasons.pop(name, None)
         return self._models.pop(name, None)
+
+    def idle_first(self) -> list[str]:
+        """The models in memory: first the one whose last request is longest ago."""
+        return sorted(self._models, key=lambda name: self._called.get(name, self._since[name]))
+
+    def in_memory_s(self, name: str) -> float:
+        """For how long a model has been there, in whatever versions."""
+        return time.monotonic() - self._since[name]
 
     async def until_unused(self, model: Resident) -> None:
         """Wait for the last request that a replaced version has to answer."""

@@ -91,11 +91,16 @@ PATCH = 4  # pixels
 CHANNELS = 8
 
 
-def tiny_onnx(path: Path, *, bank: bool, offset: float = 0.0) -> Path:
+def tiny_onnx(
+    path: Path, *, bank: bool, offset: float = 0.0, sides: tuple[Any, Any] = (8, 8)
+) -> Path:
     """image (n, 32, 32, 3) -> map (n, 8, 8), score (n,).
 
     With a bank: the distance of each patch's features (64, 8) to the nearest row. Without: the
     length of these features.
+
+    Args:
+        sides: of the map, as the graph declares them.
     """
     count = SIDE // PATCH
     weights = np.random.default_rng(0).standard_normal((PATCH * PATCH * 3, CHANNELS)) / 100
@@ -146,7 +151,7 @@ def tiny_onnx(path: Path, *, bank: bool, offset: float = 0.0) -> Path:
         inputs.append(value("memory_bank", TensorProto.FLOAT, ["m", CHANNELS]))
     outputs = [
         value("score", TensorProto.FLOAT, ["n"]),
-        value("map", TensorProto.FLOAT, ["n", count, count]),
+        value("map", TensorProto.FLOAT, ["n", *sides]),
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in numbers.items()]
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, tensors)

@@ -113,9 +113,3 @@ def test_the_compose_file_names_only_what_there_is() -> None:
         made = service["build"]["dockerfile_inline"]
         assert all(place in made for place in places.values())
         assert "[train]" in made
-
-
-def test_the_unit_starts_a_command_that_there_is() -> None:
-    page = (ROOT / "docs" / "operations.md").read_text()
-    (started,) = re.findall(r"^ExecStart=/opt/kensa/bin/(\S+)$", page, re.M)
-    assert f"{started} = " in (ROOT / "pyproject.toml").read_text()

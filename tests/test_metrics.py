@@ -44,7 +44,10 @@ from engines.meta import Meta
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 DASHBOARD = json.loads((ROOT / "docs" / "grafana" / "kensa.json").read_text(encoding="utf-8"))
 STAGES = {"queue": "queue_ms", "decode": "decode_ms", "infer": "infer_ms", "inspection": "total_ms"}
-NOT_EVERYWHERE = {"kensa_gpu_load_ratio", "kensa_gpu_memory_bytes", "kensa_temperature_celsius"}
+NOT_EVERYWHERE = {
+    *("kensa_gpu_load_ratio", "kensa_gpu_memory_bytes", "kensa_temperature_celsius"),
+    *("kensa_power_info", "kensa_throttled", "kensa_over_currents_total"),
+}
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs Prometheus's promtool")
 
@@ -466,6 +469,19 @@ ORIN = {
     "sys/class/thermal/thermal_zone2/type": "cv0-thermal\n",  # off: reading it fails
     "sys/class/thermal/thermal_zone3/type": "cpu-thermal\n",
     "sys/class/thermal/thermal_zone3/temp": "53000\n",
+    "sys/class/thermal/cooling_device0/type": "pwm-fan\n",
+    "sys/class/thermal/cooling_device0/cur_state": "3\n",
+    "sys/class/thermal/cooling_device1/type": "cpu-throttle-alert\n",
+    "sys/class/thermal/cooling_device1/cur_state": "0\n",
+    "sys/class/thermal/cooling_device2/type": "gpu-throttle-alert\n",
+    "sys/class/thermal/cooling_device2/cur_state": "1\n",
+    "sys/class/hwmon/hwmon3/oc1_event_cnt": "1\n",
+    "sys/class/hwmon/hwmon3/oc3_event_cnt": "37\n",
+    "sys/class/hwmon/hwmon3/oc3_throt_en": "1\n",
+    "var/lib/nvpmodel/status": "pmode:0001 fmode:fanNull\n",
+    "etc/nvpmodel.conf": "# a comment\n< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n"
+    "< POWER_MODEL ID=1 NAME=25W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
+    "< PM_CONFIG DEFAULT=1 >\n",
 }
 
 
@@ -486,6 +502,15 @@ def test_a_jetson_tells_its_gpu_memory_and_temperatures(tmp_path: Path) -> None:
     assert device.temperatures == {"cpu-thermal": 53.0, "gpu-thermal": 49.5}
     assert device.cpus == 2
     assert device.cpu_busy_s == (200 + 10 + 90 + 5) / os.sysconf("SC_CLK_TCK")
+    assert device.power_mode == "25W"
+    assert device.throttled == {"cpu": False, "gpu": True}
+    assert device.over_currents == 38
+
+
+def test_a_power_mode_without_a_name_is_its_number(tmp_path: Path) -> None:
+    assert Device.read(laid_down(tmp_path, {"var/lib/nvpmodel/status": "pmode:0003"})) == Device(
+        power_mode="3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -519,6 +544,11 @@ def test_the_pages_show_a_jetson_where_there_is_one(
     assert now.get("kensa_gpu_memory_bytes") == 805068 * 1024
     assert now.get("kensa_temperature_celsius", zone="cpu-thermal") == 53.0
     assert body["device"]["temperatures"]["gpu-thermal"] == 49.5
+    assert now.get("kensa_power_info", mode="25W") == 1
+    assert body["device"]["power_mode"] == "25W"
+    assert [now.get("kensa_throttled", part=part) for part in ("cpu", "gpu")] == [0, 1]
+    assert now.get("kensa_over_currents_total") == body["device"]["over_currents"] == 38
+    assert "Too hot, and slowed down for it: gpu." in body["degraded"][0]
 
 
 # The form
@@ -539,7 +569,7 @@ def everything() -> Scrape:
     metrics = Metrics("0.1.0")
     metrics.request("/infer", "POST", 400)
     metrics.failure("/infer", "bad_image")
-    jetson = Device(1, 1, 1, 0.5, 1, 1.0, {"gpu": 50.0})
+    jetson = Device(1, 1, 1, 0.5, 1, 1.0, {"gpu": 50.0}, "15W", {"gpu": False}, 0)
     state = State(
         models=[fake_model(1.0)], problems={}, model_bytes={"fake": 1}, worker="running",
         learns=True, restarts=0, held_back=0.0, jobs={"queued": 0}, queue=None, disk_free=1,

@@ -64,7 +64,8 @@ def test_another_machine_has_no_l4t() -> None:
     [
         ("bindings", "sudo apt install python3-libnvinfer, and make the environment with"
          " python3 -m venv --system-site-packages"),
-        ("libnvinfer", "but not its library (libnvinfer.so.10: cannot open shared object file"),
+        ("libnvinfer", "but not a library that they need (libnvinfer.so.10: cannot open shared"
+         " object file"),
         ("libcuda", "a container must be started with --runtime nvidia"),
         ("device", "CUDA finds no GPU to use (cuInit failed: no CUDA-capable device is detected)"),
     ],

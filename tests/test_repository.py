@@ -67,7 +67,7 @@ def client(server: Server) -> Iterator[Client]:
 def tight(
     kensa_model: Path, other: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server that may load one model only; both are there, because nobody asks at the start."""
+    """A server that may load one model only: the first one, at the start."""
     settings = {"KENSA_MODEL_MEMORY_MIB": "200"}
     with two_models(tmp_path_factory.mktemp("tight"), other, kensa_model, **settings) as running:
         yield running
@@ -268,7 +268,9 @@ def test_a_model_that_was_never_live_cannot_be_loaded(
 def test_a_model_without_room_stays_unloaded(tight: Server) -> None:
     with connected(tight) as client:
         version = tight.client.get("/models/bolt").json()["live"]
+        assert "unload another model" in refusal(client, "nut")
         client.unload_model("bolt")
+        client.load_model("nut")
         for path in (
             "/v2/repository/models/bolt/load",
             f"/models/bolt/versions/{version}/activate",

@@ -315,6 +315,13 @@ def test_a_batch_goes_up_to_what_the_plan_was_built_for_and_is_not_filled_up(
     assert each.gpu.counts["executions"] - before == 3  # 8, 8 and 3
 
 
+def test_a_plan_that_leaves_the_sides_of_the_map_open_runs(each: Machine) -> None:
+    """EfficientAD's did, in models that were converted by an older Kensa."""
+    onnx = tiny_onnx(each.folder / "open.onnx", bank=False, sides=("h", "w"))
+    build(each.double, onnx, plan := each.folder / "open.plan")
+    right(TensorRTRuntime(plan), some_images(3))
+
+
 def test_a_plan_for_one_image_runs_one_at_a_time(jetson: Machine) -> None:
     runtime = TensorRTRuntime(jetson.plan("one", max_batch=1))
     assert runtime.batch_sizes == ()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines import memory
 from engines.bundle import (
     ONNX,
     PLAN,
@@ -94,6 +95,8 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
     if not kind.knows(model):
         raise BadWeights(f"{request.weights_pth} has learned nothing yet: run retrain.py first.")
     bank = read_bank(learned) if learned is not None and meta.memory_bank is not None else None
+    if short := memory.warning(memory.to_convert(meta, bank.nbytes if bank is not None else 0)):
+        progress.say(short)
     golden = Golden.read(request.weights_pth.parent, meta.image_size)
     images = golden.images if golden else sample_parts(meta.image_size)
     report = read_report(request.weights_pth.parent)

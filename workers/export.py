@@ -67,6 +67,7 @@ def export_onnx(
     for output in [output for output in model.graph.output if output.name == "embedding"]:
         model.graph.output.remove(output)
     _separate(model)
+    _declare_sizes(model, path)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
@@ -91,6 +92,19 @@ def _separate(model: onnx.ModelProto) -> None:
             own.name = node.output[0]
             model.graph.node.remove(node)
     model.graph.initializer.sort(key=lambda one: str(one.name))
+
+
+def _declare_sizes(model: onnx.ModelProto, path: Path) -> None:
+    """Write down the sizes of outputs that the exporter left open, though they follow from others.
+
+    Who runs the graph takes memory by them, before it has run.
+    """
+    found = {output.any_name: output.partial_shape for output in ov.Core().read_model(path).outputs}
+    for output in model.graph.output:
+        dimensions = output.type.tensor_type.shape.dim
+        for dimension, side in zip(dimensions, found.get(output.name, []), strict=False):
+            if side.is_static:
+                dimension.dim_value = side.get_length()
 
 
 def parity(

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from engines import admission
 from engines.bundle import ONNX, PLAN, read_report
 from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, NoWorker, UnknownVersion
 from engines.fleet import Fleet
@@ -34,6 +35,7 @@ from workers.jobs import DISK_FULL, FULL, die_with_parent, published
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
+MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
 TIMING = "timing"  # in the data folder: what TensorRT measured of its kernels here
 # What share of a job its phases are: where each begins and ends.
 SPANS = {
@@ -95,6 +97,10 @@ def do(
         return _train_for_another(data, job_id, request, progress)
     if (version := published(data, job_id, request["model"])) is not None:
         return {"state": "succeeded", "version": version}
+    if kind == "retrain":
+        wait_for_memory(data, RetrainRequest(**request), progress)
+    elif kind == "convert":
+        wait_for_memory(data, ConvertRequest(**request), progress)
     if kind == "finish":
         made = _finish(store, data, job_id, request, progress)
         request = {**request["retrain"], "version": request["parent"]}
@@ -114,6 +120,33 @@ def do(
     version = store.publish(request["model"], made, origin)
     progress.say(f"published as {version}")
     return {"state": "succeeded", "version": version}
+
+
+def wait_for_memory(
+    data: Path, request: RetrainRequest | ConvertRequest, progress: JobProgress
+) -> None:
+    """Go on once the job fits into memory, as the setting says; nothing large is loaded yet.
+
+    Raises:
+        OutOfMemory: it does not, and may not wait, or would wait for ever.
+    """
+    how = os.environ.get(admission.JOB_MEMORY, "refuse")
+    said = ""
+    while how != "off":
+        found = admission.short_of(data, request, admission.free_for_jobs())
+        if found is None:
+            break
+        if how == "refuse" or admission.never(found):
+            raise admission.refusal(request, found)
+        sentence = f"waiting for memory: needs {found.needed}, {found.free}"
+        if not said:
+            progress.say(sentence)
+        if sentence != said:
+            progress.phase(sentence)
+        said = sentence
+        time.sleep(MEMORY_EVERY_S)
+    if said:
+        progress.say("there is memory enough now")
 
 
 def _retrain(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import memory
 from engines.bundle import REPORT, check_hash, write_report
 from engines.errors import BadMeta
 from engines.files import sha256, staged
@@ -64,6 +65,8 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     category = Category.find(request.data_root, request.category)
     if meta.bit_depth is None:
         meta = meta.with_(bit_depth=measure_bit_depth(category.train))
+    if short := memory.warning(memory.to_learn(_learning(request, meta, category))):
+        progress.say(short)
     model = kind.build(meta, request.pretrained_pth)
     if learned_before is not None:
         kind.load(model, learned_before)
@@ -87,6 +90,18 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     }
     _write(request.out_dir, meta, kind, model, learned.golden, report)
     return report
+
+
+def _learning(request: Retrain, meta: Meta, category: Category) -> memory.Learning:
+    """What is to be done, as far as memory goes."""
+    known = request.load_bank or request.load_stats
+    return memory.Learning(
+        meta,
+        len(category.train),
+        len(category.test_normal) + len(category.test_anomaly),
+        request.batch,
+        memory.size(known) if known is not None else 0,
+    )
 
 
 @dataclass(frozen=True)

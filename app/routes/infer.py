@@ -150,7 +150,7 @@ async def infer(
     for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
     """
     inspector: Inspector = request.app.state.inspector
-    inspector.residents.get(model or None)  # before the image is read
+    inspector.residents.call(model or None)  # before the image is read
     inspector.check_room()
     answer = wanted(request.headers.get("accept", ""))
     drawing: Drawing | None = "overlay" if answer == "image/png" else None

@@ -20,6 +20,7 @@ from app.keeper import Keeper
 from app.schemas import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
 from app.schemas import error_response as problem
 from app.security import KeyFirst, needs
+from engines import admission
 from engines.datasets import Datasets
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
@@ -69,7 +70,11 @@ _ASKED: dict[int | str, dict[str, Any]] = {
         bad_bundle="...manifest.json is damaged ...",
     ),
     503: _NO_WORKER,
-    507: problem("No room.", disk_full="Nothing was queued: the disk is full. Free some space."),
+    507: problem(
+        "No room, on the disk or in memory.",
+        disk_full="Nothing was queued: the disk is full. Free some space.",
+        out_of_memory="Retraining bolt needs about 2100 MiB, and 1500 MiB are free: unload ...",
+    ),
 }
 
 
@@ -83,6 +88,8 @@ _ASKED: dict[int | str, dict[str, Any]] = {
 async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
     """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
     await asyncio.to_thread(_check_retrain, request, body)
+    if request.app.state.settings.fleet is None:  # else any machine may learn
+        await _must_fit(request, body)
     return await _submit(request, response, "retrain", body)
 
 
@@ -96,6 +103,7 @@ async def retrain(request: Request, response: Response, body: RetrainRequest) ->
 async def convert(request: Request, response: Response, body: ConvertRequest) -> JobBody:
     """As convtrt.py does: export, compare with the trained model, publish."""
     await asyncio.to_thread(_check_version, request, body)
+    await _must_fit(request, body)
     return await _submit(request, response, "convert", body)
 
 
@@ -282,6 +290,23 @@ def _check_version(request: Request, body: JobRequest) -> None:
         keeper.store.must_know(body.model)
     if body.version is not None:
         keeper.store.folder(body.model, body.version)
+
+
+async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> None:
+    """Raise OutOfMemory for a job that does not fit into memory, unless it is to wait for it.
+
+    While another job runs it is not known what will be free; the job looks when it begins.
+    """
+    keeper: Keeper = request.app.state.keeper
+    settings = request.app.state.settings
+    if settings.job_memory == "off":
+        return
+    found = await keeper.job_short_of(body)
+    if found is None:
+        return
+    waits = settings.job_memory == "wait" or await _ask(_jobs(request).active)
+    if not waits or admission.never(found):
+        raise admission.refusal(body, found)
 
 
 async def _ask(work: Callable[[], Result]) -> Result:

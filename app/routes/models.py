@@ -55,7 +55,14 @@ _FULL = error_response(
     disk_full="Nothing was changed: No space left on device. Free some space.",
     out_of_memory="bracket 0002-... needs about 410 MiB beside the live version, and 200 are free.",
 )
-_CHANGE: dict[int | str, dict[str, Any]] = {404: _UNKNOWN, 422: _UNUSABLE, 507: _FULL}
+_NO_PLAN = error_response(
+    "TensorRT is to run it, and cannot.",
+    stale_plan="model.plan was built for TensorRT 10.3.0 (here 10.16.1.11). Build it again ...",
+    no_tensorrt="The CUDA driver is not to be found ...",
+)
+_CHANGE: dict[int | str, dict[str, Any]] = {
+    404: _UNKNOWN, 422: _UNUSABLE, 503: _NO_PLAN, 507: _FULL,
+}  # fmt: skip
 
 
 @router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
@@ -213,7 +220,9 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     keeper: Keeper = request.app.state.keeper
     inspector: Inspector = request.app.state.inspector
     resident = name in inspector.residents.names()
-    live = inspector.residents.get(name).version if resident else None
+    found = inspector.residents.get(name) if resident else None
+    live = found.version if found else None
+    at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
         store = keeper.store
@@ -223,6 +232,8 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             live=live,
             previous=pointer.previous if pointer else None,
             problem=inspector.residents.why_not(name),
+            at_rest=at_rest,
+            resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
             versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
             refused=store.refused(name),

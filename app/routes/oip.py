@@ -187,7 +187,13 @@ async def _live(request: Request, model: Name) -> Resident:
     return _find(request, model)
 
 
+async def _called(request: Request, model: Name) -> Resident:
+    _inspector(request).residents.call(model)
+    return _find(request, model)
+
+
 Live = Annotated[Resident, Depends(_live)]
+Called = Annotated[Resident, Depends(_called)]  # for parts, which wake a model that rests
 
 
 # ---- the server ---------------------------------------------------------------------------------
@@ -285,7 +291,7 @@ async def statistics(request: Request, model: Live) -> StatisticsBody:
         "parameters": [_JSON_LENGTH],
     },
 )
-async def infer(request: Request, model: Live) -> Response:
+async def infer(request: Request, model: Called) -> Response:
     """Send pixels as `image` or files as `file`; the same version judges all of them.
 
     One image that cannot be read is named, and the request gets no verdict at all.

@@ -48,8 +48,8 @@ async def livez() -> StatusBody:
 async def readyz(request: Request) -> StatusBody:
     """200 when every live model is loaded and warm; 503 names what is missing.
 
-    The others inspect all the same. A model that was unloaded by hand is only missed where no other
-    is left.
+    The others inspect all the same. A model that was unloaded by hand, or made room for another, is
+    only missed where no other is left.
     """
     if missing := _inspector(request).residents.missing():
         raise NotReady(missing)
@@ -78,6 +78,7 @@ async def healthz(request: Request) -> Response:
         models=[_described(model, inspector) for model in state.models],
         problems=state.problems,
         unloaded=sorted(inspector.residents.unloaded),
+        resting=sorted(inspector.residents.resting),
         degraded=state.degraded,
         worker=state.worker,
         queue=state.queue or "ok",

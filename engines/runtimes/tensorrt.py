@@ -193,7 +193,7 @@ class Engine:
                 f"{self._plan} was not built by convtrt.py: it needs an input `image`"
                 " (N, S, S, 3) of uint8 and the outputs `score` and `map`."
             )
-        self.image_size, self.map_size = int(image[1]), (int(map_[1]), int(map_[2]))
+        self.image_size = int(image[1])
         self.max_batch = int(engine.get_tensor_profile_shape("image", 0)[2][0])
         self.channels: int | None = None
         if _BANK in names:
@@ -296,17 +296,21 @@ class Session:
         kinds = cuda.event_flags  # waiting for it sleeps; waiting for a stream keeps a core busy
         self._event = cuda.Event(int(kinds.BLOCKING_SYNC) | int(kinds.DISABLE_TIMING))
         side, most = engine.image_size, engine.max_batch
-        self._buffers["image"].take((most, side, side, 3), np.uint8)
-        self._buffers["score"].take((most,), np.float32)
-        self._buffers["map"].take((most, *engine.map_size), np.float32)
-        addresses = {name: buffer.address for name, buffer in self._buffers.items()}
-        self.nbytes += sum(buffer.nbytes for buffer in self._buffers.values())
+        self._set_shape("image", (most, side, side, 3))
         if bank is not None:
             self.bank = Bank(self._gpu, *bank.shape)
             self.bank.take()
-            addresses[_BANK] = self.bank.address
-            self.nbytes += self.bank.nbytes
             self._set_shape(_BANK, bank.shape)
+        _, *map_size = tuple(self._context.get_tensor_shape("map"))  # the engine may leave it open
+        self._buffers["image"].take((most, side, side, 3), np.uint8)
+        self._buffers["score"].take((most,), np.float32)
+        self._buffers["map"].take((most, *map_size), np.float32)
+        taken: list[Buffer | Bank] = [*self._buffers.values()]
+        addresses = {name: buffer.address for name, buffer in self._buffers.items()}
+        if self.bank is not None:
+            taken.append(self.bank)
+            addresses[_BANK] = self.bank.address
+        self.nbytes += sum(one.nbytes for one in taken)
         for name, address in addresses.items():
             before = engine.said
             if not self._context.set_tensor_address(name, address):
