@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -555,16 +556,28 @@ def test_phases_within_phases_are_one_share(nano: Bench) -> None:
     assert phases.fraction() == 1
 
 
-def test_ctrl_c_stops_a_build(each: Bench) -> None:
+def test_ctrl_c_stops_a_build(each: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    stops: list[threading.Event] = []
+    inside = each.build._with_context
+
+    def watched(work: Any, stop: threading.Event) -> Any:
+        stops.append(stop)
+        return inside(work, stop)
+
+    monkeypatch.setattr(each.build, "_with_context", watched)
+
     def interrupt(done: int) -> None:
-        if done >= 20:
+        if done >= 20 and not sent:
+            sent.append(done)
             os.kill(os.getpid(), signal.SIGINT)
+            assert stops[0].wait(30)  # the double builds in milliseconds
 
     each.heard = Heard(interrupt)
     folder = each.folder("a", graph())
     with pytest.raises(KeyboardInterrupt):
         each.make(folder)
-    assert each.heard.percent[-1] < 60
+    assert each.heard.percent[-1] == sent[0]
     assert each.double.gpu.counts["builds"] == 0
     assert [path.name for path in folder.iterdir()] == [ONNX]
 
