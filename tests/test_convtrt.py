@@ -33,7 +33,7 @@ from engines import plan as plans
 from engines.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.errors import BadBundle, BadRequest, NoTensorRT, NoWorker
 from engines.golden import GOLDEN, Golden
-from engines.jobs import ConvertRequest, JobFolder
+from engines.jobs import PACE, ConvertRequest, JobFolder
 from engines.meta import Meta
 from engines.plan import Fingerprint
 from engines.store import Store
@@ -446,8 +446,8 @@ def start(place: Path, job: str, wanted: dict[str, Any], **more: str) -> subproc
     """The process of a job, as the worker starts it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "workers.job", str(place), job, "convert"], cwd=ROOT,
-        env={**os.environ, **environment("11.4.0.106", **more), **more}, stdin=subprocess.PIPE,
-        text=True,
+        env={**os.environ, PACE: "full", **environment("11.4.0.106", **more), **more},
+        stdin=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin is not None
     process.stdin.write(json.dumps(wanted))
