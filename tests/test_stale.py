@@ -182,6 +182,14 @@ def test_what_tensorrt_refuses_although_the_record_fits_is_stale_as_well(
         cuda.close()
 
 
+def test_without_openvino_nothing_stands_in_for_a_plan(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.resident.find_spec", lambda name: None)
+    with doubled(), pytest.raises(StalePlan, match="has no plan for TensorRT"):
+        open_model(bare, NAME, "0001", MEANWHILE)
+
+
 def test_a_setting_leaves_the_gpu_alone(planned: Path) -> None:
     with doubled() as double:
         model = open_model(planned, NAME, "0001", Opening(runtime="openvino"))
@@ -208,7 +216,7 @@ def test_a_bank_alone_does_not_go_from_one_runtime_to_the_other(
 
 MISSING = {
     "bindings": "TensorRT's Python bindings are not in this environment",
-    "libnvinfer": "TensorRT's Python bindings are here, but not its library",
+    "libnvinfer": "TensorRT's Python bindings are here, but not a library",
     "libcuda": "The CUDA driver is not to be found",
     "device": "CUDA finds no GPU to use",
 }
