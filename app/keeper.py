@@ -572,7 +572,13 @@ class Keeper:
             raise OutOfMemory(f"{name} {version} needs {found.needed}, and {found.free}: {what}.")
 
     async def _admit(self, name: str, version: str, *, exchange: bool = True) -> Short | None:
-        """Promise a version its memory, others put to rest for it; or what it is short of."""
+        """Promise a version its memory, others put to rest for it; or what it is short of.
+
+        Not before the version that was replaced last has given its memory back: however fast
+        changes follow, two versions of a model are in memory and never three.
+        """
+        if name in self._leaving:
+            await asyncio.wait([self._leaving.pop(name)])
         async with self._admitting:
             while True:
                 needed, free = await self._room(name, version)
@@ -712,17 +718,10 @@ class Keeper:
 
     @asynccontextmanager
     async def _change(self, name: str) -> AsyncIterator[None]:
-        """One change of a model at a time. One that failed after unloading is made good.
-
-        It begins when the version that was replaced before has given its memory back: however fast
-        changes follow, two versions are in memory and never three.
-        """
+        """One change of a model at a time. One that failed after unloading is made good."""
         self._changes[name] += 1
         try:
             async with self._changing.setdefault(name, asyncio.Lock()):
-                if name in self._leaving:
-                    await asyncio.wait([self._leaving[name]])
-                    self._leaving.pop(name, None)
                 try:
                     yield
                 finally:
