@@ -345,6 +345,28 @@ def test_what_is_published_to_go_live_goes_live(
         assert gate["groups"]["recent"]["images"] == 1
 
 
+SLOW_DISK = """
+import sys, time
+from engines.store import Store
+activate = Store.activate
+Store.activate = lambda *which: [activate(*which), time.sleep(1)][0]
+sys.argv = ["kensa"]
+from app.__main__ import main
+main()
+"""
+
+
+def test_a_version_that_is_said_to_be_live_answers(
+    kensa_model: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    # It is written down first: on a slow disk that is a while before it is in memory.
+    with serving(tmp_path, ("-c", SLOW_DISK)) as server:
+        running = Line(server, Store(tmp_path / "data" / "models"))
+        version = running.publish(kensa_model)
+        assert running.wait(version, "live") == "live"
+        assert running.score(photos[0])[0] == version
+
+
 def test_a_version_that_is_not_to_go_live_is_only_kept(
     kensa_model: Path, other: Path, tmp_path: Path
 ) -> None:

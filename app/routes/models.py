@@ -163,8 +163,9 @@ async def model(request: Request, name: Name) -> StoredModelBody:
 )
 async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
-    keeper = _keeper(request)
-    return await asyncio.to_thread(_version, keeper.store, name, version)
+    store, inspector = _keeper(request).store, request.app.state.inspector
+    live = _live(store, inspector, name)
+    return await asyncio.to_thread(_version, store, name, version, live)
 
 
 @router.get(
@@ -222,11 +223,12 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     resident = name in inspector.residents.names()
     found = inspector.residents.get(name) if resident else None
     live = found.version if found else None
+    answers = _live(keeper.store, inspector, name)
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
         store = keeper.store
-        pointer = store.pointer(name)
+        pointer, versions = store.pointer(name), reversed(store.versions(name))
         return StoredModelBody(
             name=name,
             live=live,
@@ -235,17 +237,27 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
-            versions=[_version(store, name, one, live) for one in reversed(store.versions(name))],
+            versions=[_version(store, name, one, answers) for one in versions],
             refused=store.refused(name),
         )
 
     return await asyncio.to_thread(look)
 
 
-def _version(store: Store, name: str, version: str, live: str | None = None) -> VersionBody:
+def _live(store: Store, inspector: Inspector, name: str) -> str | None:
+    """The version that answers, or that would if it were not away for a reason.
+
+    A new one is written down first: until it is in memory, too, it is not live.
+    """
+    if name in inspector.residents.names():
+        return inspector.residents.get(name).version
+    pointer = store.pointer(name) if inspector.residents.why_not(name) else None
+    return pointer.live if pointer else None
+
+
+def _version(store: Store, name: str, version: str, live: str | None) -> VersionBody:
     folder = store.folder(name, version)
     pointer, found = store.pointer(name), store.gate(name, version)
-    live = live or (pointer.live if pointer else None)
     try:
         manifest = store.manifest(name, version)
         meta = Meta.read(folder / META)
@@ -253,11 +265,12 @@ def _version(store: Store, name: str, version: str, live: str | None = None) -> 
         return VersionBody(version=version, state="damaged", problem=str(error))
     gate, problem = _gate_body(found)
     waits = manifest.origin.get("activate") is True and found is None
+    comes = pointer is not None and version == pointer.live  # on the disk first, then in memory
     states = {
         "live": version == live,
         "held": found is not None and found.get("ok") is False and not found.get("by_hand"),
         "previous": pointer is not None and version == pointer.previous,
-        "at the gate": waits,
+        "at the gate": waits or comes,
         "kept": True,
     }
     return VersionBody(
