@@ -403,8 +403,9 @@ def test_a_foreign_plan_is_built_again_while_openvino_answers(
         (job,) = running.jobs
         assert (job["kind"], job["model"]) == ("convert", NAME)
         assert (job["request"]["from_onnx"], job["request"]["version"]) == (True, first)
-        running.wait(lambda: running.model["stale"] is None or running.jobs[0]["error"])
+        running.wait(lambda: running.jobs[0]["outcome"] or running.jobs[0]["error"])
         assert running.jobs[0]["outcome"] == "live", running.jobs
+        assert running.model["stale"] is None
         assert running.runtimes == ["tensorrt"]
         assert running.model["live"] == running.store.versions(NAME)[-1] != first
         assert running.get("/healthz")["degraded"] == []
