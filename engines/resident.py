@@ -398,8 +398,10 @@ class Residents:
         return self._models.pop(name, None)
 
     def idle_first(self) -> list[str]:
-        """The models in memory: first the one whose last request is longest ago."""
-        return sorted(self._models, key=lambda name: self._called.get(name, self._since[name]))
+        """The models in memory: first the one that got no part for longest, since it came in."""
+        return sorted(
+            self._models, key=lambda name: max(self._called.get(name, 0.0), self._since[name])
+        )
 
     def in_memory_s(self, name: str) -> float:
         """For how long a model has been there, in whatever versions."""

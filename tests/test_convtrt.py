@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from conftest import ROOT, run
 from double import DOUBLES, doubled, environment, reports
 from pydantic import ValidationError
 from test_build import Heard
+from waiting import until
 
 from engines import plan as plans
 from engines.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
@@ -104,13 +104,6 @@ def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def request(trained: Path, out: Path, **changes: Any) -> Convert:
     meta = Meta.read(trained / "meta.json")
     return Convert(meta.model, trained / meta.weights_pth, trained / "meta.json", out, **changes)
-
-
-def until(what: Callable[[], bool], limit_s: float = 60) -> None:
-    end = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -31,6 +31,7 @@ from damage import damaged, picture, png, saved, seeds
 from PIL import Image
 from server import RAW, Server, agreed, serving
 from test_http import FORM, MB, PART, _connected, _received
+from waiting import until
 
 from engines.datasets import MAX_FILES, Datasets, checked_name, unzip
 from engines.errors import BadRequest, Conflict, KensaError, UnknownDataset, UploadTooLarge
@@ -162,14 +163,6 @@ def reasons(answer: httpx.Response) -> dict[str, int]:
 
 def codes(answer: httpx.Response) -> dict[str, str]:
     return {item["name"]: item["code"] for item in answer.json()["refused"]}
-
-
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    for _ in range(int(seconds * 50)):
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it does not come true")
 
 
 # What is sent is stored

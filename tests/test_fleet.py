@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 from fleet import PASSWORD, Machine, Network, Postgres, bin_folder, noted, running_postgres
 from server import agreed, serving
 from test_jobs import AGAIN, CATEGORY, ENDED, FIRST
+from waiting import alive, until
 
 from app.jobs import Jobs
 from engines.errors import Conflict, NoWorker, UnknownJob
@@ -113,22 +114,6 @@ def fleet(tmp_path: Path, postgres: Postgres) -> Iterator[Fleets]:
     yield fleet
     fleet.close()
     postgres.ask("DELETE FROM dbos.workflow_status")
-
-
-def until(
-    true: Callable[[], object], otherwise: str | Callable[[], str], within_s: float = 30.0
-) -> None:
-    end = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < end, otherwise if isinstance(otherwise, str) else otherwise()
-        time.sleep(0.02)
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # Over HTTP, with real jobs

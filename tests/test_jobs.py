@@ -24,8 +24,9 @@ import httpx
 import pytest
 from damage import picture, saved
 from PIL import Image
-from server import RAW, ROOT, Server, agreed, serving
+from server import RAW, ROOT, agreed, serving
 from test_swap import Line
+from waiting import alive, until
 
 from engines.meta import Meta
 from engines.store import Store
@@ -47,15 +48,8 @@ def learning(folder: Path, sample_data: Path, **settings: str) -> Iterator[Line]
     if not datasets.exists():
         shutil.copytree(sample_data, datasets)
     with serving(folder, KENSA_WORKER="on", **settings) as server:
-        until(lambda: server.client.get("/jobs").status_code == 200, server)
+        until(lambda: server.client.get("/jobs").status_code == 200, server.log.read_text, 120)
         yield Line(server, Store(folder / "data" / "models"))
-
-
-def until(what: Any, server: Server, limit_s: float = 120) -> None:
-    end = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < end, server.log.read_text()
-        time.sleep(0.1)
 
 
 def ask(line: Line, body: dict[str, Any], path: str = "/retrain") -> str:
@@ -74,7 +68,7 @@ def job_of(line: Line, job: str) -> dict[str, Any]:
 
 
 def ended(line: Line, job: str, limit_s: float = 240) -> dict[str, Any]:
-    until(lambda: job_of(line, job)["state"] in ENDED, line.server, limit_s)
+    until(lambda: job_of(line, job)["state"] in ENDED, line.server.log.read_text, limit_s)
     return job_of(line, job)
 
 
@@ -130,7 +124,7 @@ def test_the_curl_lines_of_the_page_learn_on_the_line(tmp_path: Path) -> None:
     lines = "".join(re.findall(r"```sh\n(.*?)```", part, re.DOTALL)).splitlines()
     assert sum("/retrain -H" in line for line in lines) == 2
     with serving(tmp_path, KENSA_WORKER="on") as server:
-        until(lambda: server.client.get("/jobs").status_code == 200, server)
+        until(lambda: server.client.get("/jobs").status_code == 200, server.log.read_text, 120)
         job = ""
         for line in lines:
             # Without weights: there may be no internet here, and none in the cache.
@@ -323,12 +317,12 @@ def test_a_second_job_of_a_model_is_refused_or_waits(idle: Line) -> None:
 def test_a_cancel_kills_the_job_and_leaves_nothing_behind(idle: Line) -> None:
     before = idle.store.versions("part")
     job = ask(idle, {**AGAIN, "update": False})
-    until(lambda: job_of(idle, job)["progress"], idle.server)
+    until(lambda: job_of(idle, job)["progress"], idle.server.log.read_text, 120)
     child = child_of(idle)
     assert child is not None
     assert idle.server.client.post(f"/jobs/{job}/cancel").json()["state"] == "cancelled"
-    until(lambda: not Path(f"/proc/{child}").exists(), idle.server)
-    until(lambda: not (idle.store.root.parent / "jobs" / job / "work").exists(), idle.server)
+    work = idle.store.root.parent / "jobs" / job / "work"
+    until(lambda: not alive(child) and not work.exists(), idle.server.log.read_text)
     assert idle.store.versions("part") == before
     again = idle.server.client.post(f"/jobs/{job}/cancel")
     assert (again.status_code, agreed(again)) == (409, "conflict")

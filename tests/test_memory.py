@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from double import environment
 from PIL import Image
 from server import RAW, Server, agreed, serving
 from test_swap import variant
+from waiting import until
 
 from engines import memory
 from engines.bundle import write_bank
@@ -228,6 +230,10 @@ def resting(server: Server) -> list[str]:
     return found
 
 
+def rests_only(server: Server, name: str) -> bool:
+    return resting(server) == [name]
+
+
 def test_without_the_setting_the_one_too_many_is_refused_with_the_numbers(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -268,6 +274,17 @@ def test_who_got_no_part_for_longest_makes_room_and_a_part_brings_it_back(turns:
     assert 'kensa_rests_total{model="nut"} 1.0' in turns.client.get("/metrics").text
     assert "nut is put to rest, to make room for rod" in turns.log.read_text()
     assert turns.client.get("/readyz").status_code == 200, "nobody misses it"
+
+
+def test_who_just_came_back_is_not_the_first_to_go_again(turns: Server) -> None:
+    """It may have waited long, and has answered nothing yet."""
+    (away,) = resting(turns)
+    first, second = sorted({"bolt", "nut", "rod"} - {away})
+    for name in (first, second):
+        assert ask(turns, name, photo(1)).status_code == 200
+    for comes, goes in ((away, first), (first, second)):
+        assert ask(turns, comes, photo(1)).status_code == 503
+        until(partial(rests_only, turns, goes), turns.log.read_text)
 
 
 def test_a_look_does_not_bring_a_model_back(turns: Server) -> None:
@@ -367,14 +384,6 @@ def limits(tmp_path: Path) -> Callable[[int, int], Path]:
     return lay
 
 
-def until_the_queue_is_open(server: Server) -> None:
-    for _ in range(300):
-        if server.client.get("/jobs").status_code == 200:
-            return
-        time.sleep(0.1)
-    raise AssertionError(server.log.read_text())
-
-
 def put_images(data: Path, count: int = 4) -> None:
     folder = data / "datasets" / "train" / "bolt"
     folder.mkdir(parents=True)
@@ -392,7 +401,7 @@ def test_a_job_that_does_not_fit_is_refused_at_once_with_the_numbers(
     cgroup = limits(4000, 3000)
     program = (SHORT, str(cgroup), "app")
     with serving(tmp_path, program, KENSA_BATCHING="off") as server:
-        until_the_queue_is_open(server)
+        until(lambda: server.client.get("/jobs").status_code == 200, server.log.read_text)
         for path, body in (("/retrain", {"model": "bolt", "category": "bolt"}),
                            ("/convert", {"model": "bolt"})):  # fmt: skip
             answer = server.client.post(path, json=body)
@@ -570,7 +579,7 @@ def test_a_conversion_that_does_not_fit_beside_serving_is_refused(
     models = {name: plans[name] for name in ("bolt", "nut")}
     with jetson(tmp_path, models, 1900) as server:
         assert ask(server, "bolt", photo(0)).status_code == 200
-        until_the_queue_is_open(server)
+        until(lambda: server.client.get("/jobs").status_code == 200, server.log.read_text)
         refused = server.client.post("/convert", json={"model": "bolt"})
         assert (refused.status_code, agreed(refused)) == (507, "out_of_memory")
         pattern = r"Converting bolt needs about \d+ MiB, and 1\d+ MiB are free: unload a model, or"

@@ -29,6 +29,7 @@ from server import RAW, ROOT, Server, serving
 from sqlalchemy.exc import OperationalError
 from test_http import fake_model
 from test_swap import NAME, line, variant
+from waiting import until
 
 from app import health
 from app.health import Queue, State
@@ -88,13 +89,6 @@ def scrape(server: Server) -> Scrape:
     answer = server.client.get("/metrics")
     assert answer.status_code == 200, answer.text
     return Scrape(answer.text)
-
-
-def until(what: Callable[[], object], limit_s: float = 30) -> None:
-    end = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def inside(app: Any, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:

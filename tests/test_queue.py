@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from queued import ACCEPTED, CLOCK, HELD, LEDGER, asked, fill, noted, opened
+from waiting import alive, until
 
 from app import jobs as app_jobs
 from app.schemas import ScheduleRequest
@@ -106,21 +107,6 @@ def script(*words: object, **pipes: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, ROOT / "tests" / "queued.py", *words]
     with Path(f"{words[1]}.log").open("ab") as log:
         return subprocess.Popen(list(map(str, command)), stderr=log, **pipes)
-
-
-def until(true: Callable[[], object], otherwise: str, within_s: float = 30.0) -> None:
-    end = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.02)
-
-
-def alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
 
 
 def family(leader: int) -> list[int]:
