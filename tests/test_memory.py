@@ -277,7 +277,9 @@ def test_who_got_no_part_for_longest_makes_room_and_a_part_brings_it_back(turns:
 
 
 def test_who_just_came_back_is_not_the_first_to_go_again(turns: Server) -> None:
-    """It may have waited long, and has answered nothing yet."""
+    """Its last part is long ago, and it has answered none since."""
+    for name in ("bolt", "nut", "rod"):
+        until_it_answers(turns, name, photo(1))
     (away,) = resting(turns)
     first, second = sorted({"bolt", "nut", "rod"} - {away})
     for name in (first, second):
