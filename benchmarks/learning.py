@@ -1,4 +1,4 @@
-"""How fast and how well we learn: coreset beside anomalib's, update beside training anew.
+"""How fast and how well we learn: loading, coreset beside anomalib's, update beside training anew.
 
     python -m benchmarks.learning [--quick]
 
@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import io
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -60,12 +62,13 @@ def main() -> None:
 
 
 def compare(subject: Subject) -> None:
-    """Both comparisons, each with its table."""
+    """All comparisons, each with its table."""
     print_machine(["anomalib", "torch", "numpy"])
     print(f"{subject.words}, {BACKBONE} {'+'.join(LAYERS)}, {SIDE} px, coreset ratio {RATIO}")
     with phase("pictures to test with"):
         category = subject.category
         test = _Test(pictures(category.test_normal), pictures(category.test_anomaly))
+    compare_loading()
     compare_coresets(subject, test)
     compare_update(subject, test)
     print()
@@ -86,6 +89,31 @@ class _Test:
 
         scores = [patchcore.scores(model, [group]) for group in (self.normal, self.defective)]
         return calibrate(*scores)
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def compare_loading() -> None:
+    """What passes before the first picture is looked at: torch, timm and the parts of anomalib."""
+    ways = {
+        "all of anomalib": "import anomalib.models, workers.models.patchcore",
+        "what is asked for": "import workers.models.patchcore",
+        "torch and timm alone": "import torch, timm",
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with phase("loading"):
+        for _ in range(TURNS + 1):
+            for way, program in ways.items():
+                began = time.perf_counter()
+                subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+                seconds[way].append(time.perf_counter() - began)
+    first, *_ = medians = [statistics.median(found[1:]) for found in seconds.values()]
+    rows = [
+        [way, f"{median:.2f}", f"{median / first:.3f}"]
+        for way, median in zip(ways, medians, strict=True)
+    ]
+    print_table("Loading", ["loaded", "seconds", "ratio"], rows)
 
 
 # ---- coreset -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # quantiles of Student's t; scipy.stats takes long to load
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 from engines.errors import BadDataset
@@ -135,7 +135,7 @@ def _prediction_limit(normal: NDArray[np.float32]) -> Calibration:
     spread = float(scores.std(ddof=1))
     if scores.min() == scores.max():
         raise BadDataset("All normal images score alike: check that they are not copies of one.")
-    factor = float(student_t.ppf(1 - FALSE_REJECTS, n - 1)) * math.sqrt(1 + 1 / n)
+    factor = float(stdtrit(n - 1, 1 - FALSE_REJECTS)) * math.sqrt(1 + 1 / n)
     threshold = float(scores.mean()) + factor * spread
     low = float(scores.min())
     return Calibration(

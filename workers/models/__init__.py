@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from workers.models import lazily  # noqa: F401  # before the first import of anomalib
+
 KINDS = ("patchcore", "padim", "efficientad", "vae")
 
 

@@ -1,6 +1,6 @@
 """PatchCore (arXiv:2106.08265): a bank of normal patch embeddings; what is far from it is strange.
 
-anomalib makes the embeddings. The coreset and the search in the bank are ours.
+anomalib cuts the features out of the backbone. The coreset and the search in the bank are ours.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from engines.bundle import read_bank, read_coverage_radius, write_bank
 from engines.errors import BadBundle, BadDataset, BadMeta
@@ -55,7 +55,7 @@ class PatchCore(nn.Module):
             raise BadMeta(f"meta.json describes a {meta.model} model, not a patchcore model.")
         self.features = extractor(meta.backbone, meta.layers, weights)
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
-        self.layers = meta.layers  # read by PatchcoreModel.generate_embedding
+        self.layers = meta.layers
         self.image_size = meta.image_size
         self.half_backbone = False
         self.bank: Bank | None = None
@@ -96,11 +96,16 @@ class PatchCore(nn.Module):
         return score, distance.reshape(n, height, width), embedding
 
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w)."""
+        """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w).
+
+        Deeper layers are stretched to the size of the first one, as in anomalib's PatchcoreModel.
+        """
         x = self.normalise(image)
         features = self.features(x.half() if self.half_backbone else x)
-        pooled = {layer: self.pool(feature) for layer, feature in features.items()}
-        embedding = PatchcoreModel.generate_embedding(self, pooled).float()  # (N, C, h, w)
+        first, *deeper = (self.pool(features[layer]) for layer in self.layers)
+        size = first.shape[-2:]
+        deeper = [functional.interpolate(one, size=size, mode="bilinear") for one in deeper]
+        embedding = torch.cat([first, *deeper], 1).float()  # (N, C, h, w)
         # int(): the sizes of the graph that is exported are fixed, whatever the backbone does.
         channels, height, width = (int(side) for side in embedding.shape[1:])
         return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)

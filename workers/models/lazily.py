@@ -1,0 +1,79 @@
+"""anomalib without what nobody asks it for.
+
+`import anomalib.models...` brings every model there is, Lightning, torchmetrics and scipy: half of
+the time that a retraining of a few images takes. Imported before it, this module lets the packages
+of anomalib load what they only pass on when somebody asks for that (as PEP 562 has it).
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import resolve_name
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGES = ("anomalib.models", "anomalib.data")  # and those in them
+
+
+class _Finder(MetaPathFinder):
+    """Finds these packages as Python does, and has them loaded by `_Loader`."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not any(name == one or name.startswith(f"{one}.") for one in PACKAGES):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.submodule_search_locations is None or spec.origin is None:
+            return None  # a module, or nothing at all: as ever
+        spec.loader = _Loader(name, spec.origin)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    """Loads a package without its `__init__`, which runs when it is needed after all."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        passed_on = _passed_on(Path(self.path), self.name)
+        folder = Path(self.path).parent
+        run = super().exec_module
+
+        def get(name: str) -> Any:
+            if name in passed_on:
+                source, original = passed_on[name]
+                value = getattr(import_module(source), original)
+                setattr(module, name, value)
+                return value
+            special = name.startswith("__") and name != "__all__"
+            if not special and not _is_module(folder, name):
+                del module.__getattr__
+                run(module)  # it makes more than it passes on, or takes all there is of another
+                if hasattr(module, name):
+                    return getattr(module, name)
+            raise AttributeError(f"module {self.name!r} has no attribute {name!r}")
+
+        module.__getattr__ = get  # type: ignore[method-assign]
+
+
+def _passed_on(init: Path, package: str) -> dict[str, tuple[str, str]]:
+    """What a package's `__init__` imports: name -> the module it is from, and its name there."""
+    found = {}
+    for line in ast.parse(init.read_bytes()).body:
+        if isinstance(line, ast.ImportFrom):
+            source = resolve_name("." * line.level + (line.module or ""), package)
+            for one in line.names:
+                found[one.asname or one.name] = (source, one.name)
+    return found
+
+
+def _is_module(folder: Path, name: str) -> bool:
+    return (folder / name).is_dir() or (folder / f"{name}.py").is_file()
+
+
+sys.meta_path.insert(0, _Finder())
