@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -75,6 +76,7 @@ class Jobs:
         self._opening = threading.Lock()
         self._closing = threading.Event()
         self._schedules = Schedules(data)
+        self.answering: Callable[[str], str | None] | None = None  # the server's, for outcomes
         self._problem: str | None = None
 
     @property
@@ -339,7 +341,10 @@ class Jobs:
         pointer, found = store.pointer(name), store.gate(name, version)
         refused = store.refused(name)
         if pointer is not None and pointer.live == version:
-            job["outcome"] = "live"
+            if self.answering is None or self.answering(name) == version:
+                job["outcome"] = "live"
+            else:  # written down, and not in memory yet
+                self._is_at_the_gate(job)
         elif version in refused:
             job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
         elif found is not None and found.get("ok") is False:
@@ -347,10 +352,13 @@ class Jobs:
         elif found is not None:
             job["outcome"] = "replaced"
         elif self._goes_live(name, version):
-            job["state"] = "running"
-            job["progress"] = {**(job["progress"] or {}), "phase": "gate"}
+            self._is_at_the_gate(job)
         else:
             job["outcome"] = "published"
+
+    def _is_at_the_gate(self, job: dict[str, Any]) -> None:
+        job["state"] = "running"
+        job["progress"] = {**(job["progress"] or {}), "phase": "gate"}
 
     def _goes_live(self, name: str, version: str) -> bool:
         try:

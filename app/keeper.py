@@ -390,6 +390,16 @@ class Keeper:
         self.on_swap(name, "by_hand" if reason is None else "rolled_back")
         log.warning("%s is rolled back to %s%s", name, back.live, f": {reason}" if reason else "")
 
+    def answering(self, name: str) -> str | None:
+        """The version that answers, or that would if it were not away for a reason. In any thread.
+
+        A new one is written down first: until it is in memory, too, it is not live.
+        """
+        if (version := self._residents.version(name)) is not None:
+            return version
+        pointer = self.store.pointer(name) if self._residents.why_not(name) else None
+        return pointer.live if pointer else None
+
     async def load(self, name: str) -> None:
         """Bring the live version of a model into memory, if it is not there.
 

@@ -56,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
     jobs = Jobs(settings.data, store, settings.fleet)
     plans = Plans(jobs, inspector.residents, settings.worker)
     keeper = Keeper(store, inspector, settings, plans)
+    jobs.answering = keeper.answering
     worker = Worker(settings.data, settings)
     metrics = Metrics(version())
     inspector.on_busy = worker.on_busy

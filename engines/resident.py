@@ -305,6 +305,11 @@ class Residents:
             raise NotReady(reason)
         raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
 
+    def version(self, name: str) -> str | None:
+        """Which version of a model answers; None where none does. In any thread."""
+        model = self._models.get(name)
+        return model.version if model else None
+
     def call(self, name: str | None = None) -> Resident:
         """The same for a part: a model that rests is brought back for those that come later.
 

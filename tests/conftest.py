@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell that starts the tests in the background has Ctrl-C ignored, also by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("KENSA_ASSETS", ROOT.parent / "shared" / "assets"))
@@ -69,32 +74,56 @@ def assets() -> Path:
 
 
 @pytest.fixture(scope="session")
-def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """Makes a folder once for all processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "once"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def sample_data(once: Once) -> Path:
     """Drawn sample parts in the layout that retrain.py reads; category sample_bracket."""
     from workers.sample_parts import write_dataset
 
-    return write_dataset(tmp_path_factory.mktemp("data"), train=16, normal=6, per_kind=2, size=320)
+    return once("data", partial(write_dataset, train=16, normal=6, per_kind=2, size=320))
 
 
 @pytest.fixture(scope="session")
-def trained(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(sample_data: Path, once: Once) -> Path:
     """What retrain.py leaves after learning the sample parts with an untrained backbone."""
-    seed = tmp_path_factory.mktemp("models") / "PatchCore"
-    meta = write_meta(seed / "meta.json")
-    run("retrain.py", "--model", "patchcore", "--pretrained_pth", "untrained",
-        "--meta_json", meta, "--category", "sample_bracket", "--data_root", sample_data,
-        "--epochs", "1", "--batch", "4", "--out_dir", seed / "retrained")  # fmt: skip
-    return seed / "retrained"
+
+    def learn(out: Path) -> None:
+        meta = write_meta(out.parent / "PatchCore" / "meta.json")
+        run("retrain.py", "--model", "patchcore", "--pretrained_pth", "untrained",
+            "--meta_json", meta, "--category", "sample_bracket", "--data_root", sample_data,
+            "--epochs", "1", "--batch", "4", "--out_dir", out)  # fmt: skip
+
+    return once("retrained", learn)
 
 
 @pytest.fixture(scope="session")
-def kensa_model(trained: Path) -> Path:
+def kensa_model(trained: Path, once: Once) -> Path:
     """What convtrt.py makes of it: a bundle that the server loads. Copy it before changing it."""
-    engine = trained.parent / "engine"
-    run("convtrt.py", "--model", "patchcore", "--weights_pth", trained / "model.pth",
-        "--meta_json", trained / "meta.json", "--memory_bank", trained / "memory_bank.npz",
-        "--out_dir", engine)  # fmt: skip
-    return engine
+
+    def convert(out: Path) -> None:
+        run("convtrt.py", "--model", "patchcore", "--weights_pth", trained / "model.pth",
+            "--meta_json", trained / "meta.json", "--memory_bank", trained / "memory_bank.npz",
+            "--out_dir", out)  # fmt: skip
+
+    return once("engine", convert)
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ def serving(
         "KENSA_CACHE_DIR": str(folder / "cache"),
         "KENSA_DATA_DIR": str(folder / "data"),
         "KENSA_WORKER": "off",
+        "KENSA_BATCHING": "off",  # whether batches pay is tried for a second at each start
         **settings,
     }
     with log.open("ab") as lines:

@@ -38,7 +38,7 @@ from app.settings import Settings
 MIB = 1024 * 1024
 THREADS_OF_THE_QUEUE = 4
 RECEIVE_S = 1
-SETTINGS = {"KENSA_RECEIVE_S": str(RECEIVE_S)}
+SETTINGS = {"KENSA_RECEIVE_S": str(RECEIVE_S), "KENSA_BATCHING": "on"}
 HOST = b"Host: localhost\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\n" + HOST + b"\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -873,12 +873,12 @@ def mix(server: Server, photo: bytes, count: int) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-def test_600_requests_of_every_kind_leave_nothing_behind(
+def test_300_requests_of_every_kind_leave_nothing_behind(
     kensa_model: Path, tmp_path: Path, photo: bytes
 ) -> None:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "part", **SETTINGS}
     with serving(tmp_path, **settings, KENSA_KEEP_ALIVE_S="1") as running:
-        mix(running, photo, 600)
+        mix(running, photo, 300)
 
 
 @pytest.mark.soak

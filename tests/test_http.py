@@ -48,7 +48,8 @@ MB = 1024 * 1024
 
 @pytest.fixture(scope="module")
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), KENSA_MODEL_DIR=str(kensa_model)) as running:
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_BATCHING": "on"}
+    with serving(tmp_path_factory.mktemp("server"), **settings) as running:
         yield running
 
 

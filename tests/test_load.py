@@ -26,7 +26,8 @@ QUEUE, DEADLINE_MS = 16, 3000
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("load")
     limits = {"KENSA_QUEUE_SIZE": str(QUEUE), "KENSA_DEADLINE_MS": str(DEADLINE_MS)}
-    with serving(folder, KENSA_MODEL_DIR=str(kensa_model), **limits) as running:
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_BATCHING": "on", **limits}
+    with serving(folder, **settings) as running:
         yield running
 
 

@@ -57,7 +57,8 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs Prometheus's
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "bracket"}
-    with serving(folder, KENSA_WORKER="on", **settings) as running:
+    settings |= {"KENSA_WORKER": "on", "KENSA_BATCHING": "on"}
+    with serving(folder, **settings) as running:
         yield running
 
 

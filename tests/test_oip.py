@@ -52,6 +52,7 @@ Pixels = NDArray[np.uint8]
 @pytest.fixture(scope="module")
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": NAME, **LIMITS}
+    settings["KENSA_BATCHING"] = "on"
     with serving(tmp_path_factory.mktemp("server"), **settings) as running:
         yield running
 

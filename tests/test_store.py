@@ -793,7 +793,7 @@ def test_what_retrain_made_is_taken_in_without_an_engine(store: Store, trained: 
 def test_the_meta_json_that_an_engineer_wrote_is_taken_in_alone(
     store: Store, trained: Path
 ) -> None:
-    folder = store.check(BOLT, store.take_in(BOLT, trained.parent, {}))
+    folder = store.check(BOLT, store.take_in(BOLT, trained.parent / "PatchCore", {}))
     assert {path.name for path in folder.iterdir()} == {"meta.json", MANIFEST}
 
 

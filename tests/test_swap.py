@@ -188,7 +188,7 @@ def swap_under_load(
     folder: Path, bundles: list[Path], photos: list[bytes], swaps: int, **settings: str
 ) -> dict[str, Any]:
     """Swap between versions while clients send parts; check every verdict they got."""
-    settings |= {"KENSA_GATE_RECENT": "4", "KENSA_LOG_LEVEL": "debug"}
+    settings |= {"KENSA_GATE_RECENT": "4", "KENSA_LOG_LEVEL": "debug", "KENSA_BATCHING": "on"}
     with line(folder, *bundles, **settings) as running:
         versions = running.store.versions(NAME)
         expected = {}
@@ -239,7 +239,7 @@ def test_swaps_under_load_lose_no_part_and_mix_no_versions(
     graph: str, kensa_model: Path, other: Path, regraphed: Path, photos: list[bytes], tmp_path: Path
 ) -> None:
     second = other if graph == "the same" else regraphed
-    swap_under_load(tmp_path, [kensa_model, second], photos, swaps=12)
+    swap_under_load(tmp_path, [kensa_model, second], photos, swaps=8)
 
 
 @pytest.mark.soak

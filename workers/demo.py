@@ -33,16 +33,15 @@ START_LIMIT_S = 120.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo ARGS=...", description=__doc__.split("\n")[0])
-    parser.add_argument("--once", action="store_true", help="stop after the two verdicts")
     parser.add_argument("--port", type=int, default=8000, help="of the server (default 8000)")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="(default .demo)")
     flags = parser.parse_args()
     progress = Progress()
-    return run(lambda: demo(flags.folder.resolve(), flags.port, flags.once, progress), progress)
+    return run(lambda: demo(flags.folder.resolve(), flags.port, progress), progress)
 
 
-def demo(folder: Path, port: int, once: bool, progress: Progress) -> None:
-    """Draw, learn, convert, serve, inspect; stay until Ctrl-C unless `once`."""
+def demo(folder: Path, port: int, progress: Progress) -> None:
+    """Draw, learn, convert, serve, inspect; stay until Ctrl-C."""
     progress.say(f"1/4  drawing sample parts into {folder / 'data'}")
     data = write_dataset(folder / "data")
     progress.say("2/4  learning what a normal part looks like")
@@ -52,8 +51,7 @@ def demo(folder: Path, port: int, once: bool, progress: Progress) -> None:
     progress.say(f"4/4  starting the server on port {port}")
     with _Server(engine, port) as server:
         _inspect(server, data)
-        if not once:
-            server.run_until_stopped()
+        server.run_until_stopped()
 
 
 def _learn(data: Path, models: Path, progress: Progress) -> Path:

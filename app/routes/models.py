@@ -163,9 +163,12 @@ async def model(request: Request, name: Name) -> StoredModelBody:
 )
 async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
-    store, inspector = _keeper(request).store, request.app.state.inspector
-    live = _live(store, inspector, name)
-    return await asyncio.to_thread(_version, store, name, version, live)
+    keeper = _keeper(request)
+
+    def look() -> VersionBody:
+        return _version(keeper.store, name, version, keeper.answering(name))
+
+    return await asyncio.to_thread(look)
 
 
 @router.get(
@@ -223,11 +226,10 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     resident = name in inspector.residents.names()
     found = inspector.residents.get(name) if resident else None
     live = found.version if found else None
-    answers = _live(keeper.store, inspector, name)
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
-        store = keeper.store
+        store, answers = keeper.store, keeper.answering(name)
         pointer, versions = store.pointer(name), reversed(store.versions(name))
         return StoredModelBody(
             name=name,
@@ -242,17 +244,6 @@ async def _described(request: Request, name: str) -> StoredModelBody:
         )
 
     return await asyncio.to_thread(look)
-
-
-def _live(store: Store, inspector: Inspector, name: str) -> str | None:
-    """The version that answers, or that would if it were not away for a reason.
-
-    A new one is written down first: until it is in memory, too, it is not live.
-    """
-    if name in inspector.residents.names():
-        return inspector.residents.get(name).version
-    pointer = store.pointer(name) if inspector.residents.why_not(name) else None
-    return pointer.live if pointer else None
 
 
 def _version(store: Store, name: str, version: str, live: str | None) -> VersionBody:
