@@ -24,7 +24,8 @@ demo: $(VENV)/train
 	$(BIN)/python -m workers.demo $(ARGS)
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak and alone' $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak and not alone' --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: $(VENV)/dev
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -269,6 +269,7 @@ def test_the_schedule_comes_from_meta_json(decay_at: float | None, rates: list[f
     assert [efficientad.decayed(meta, done) for done in (0.0, 0.49, 0.94, 0.95)] == rates
 
 
+@pytest.mark.soak
 def test_after_the_decay_a_step_is_a_tenth_as_long() -> None:
     start = state_of(efficientad.build(settings(), "untrained"))
     before, after = (

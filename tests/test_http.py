@@ -337,6 +337,7 @@ def test_a_client_that_leaves_while_sending_leaves_no_trace(server: Server, phot
 # The process
 
 
+@pytest.mark.alone
 def test_the_event_loop_is_free_while_large_images_are_inspected(server: Server) -> None:
     # On the loop, decoding would hold up /livez. Machines differ, so the one is compared with the
     # other: how long does a probe wait that comes at any moment, and how long does decoding take?

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from server import RAW, Server, agreed, serving
 
+pytestmark = pytest.mark.alone
 MB = 1024 * 1024
 QUEUE, DEADLINE_MS = 16, 3000
 

@@ -127,7 +127,7 @@ def family(leader: int) -> list[int]:
 @pytest.mark.parametrize(
     ("count", "longest_lock_s"),
     [
-        pytest.param(24, 1.5, id="24 jobs"),
+        pytest.param(16, 1.5, id="16 jobs"),
         pytest.param(200, 6.0, id="200 jobs", marks=pytest.mark.soak),
     ],
 )
