@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -33,13 +34,18 @@ class Part:
 
 @contextlib.asynccontextmanager
 async def upload_folder(datasets: Datasets) -> AsyncGenerator[Path, None]:
-    """`Datasets.upload`, entered and left in a thread: there may be much to delete."""
+    """`Datasets.upload`, entered and left in a thread: there may be much to delete.
+
+    A server that stops cancels its requests twice, and ends when the executor's threads are done:
+    what was handed to one of them happens, whoever no longer waits for it.
+    """
     stack = contextlib.ExitStack()
     try:
         with room():
             yield await run_in_threadpool(stack.enter_context, datasets.upload())
     finally:
-        await run_in_threadpool(stack.close)
+        closing = asyncio.get_running_loop().run_in_executor(None, stack.close)
+        await asyncio.shield(closing)
 
 
 async def receive(request: Request, folder: Path, name: str, most: int) -> list[Part]:

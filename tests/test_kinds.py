@@ -176,6 +176,9 @@ def test_the_server_gives_the_scores_of_the_command(line: Line, tmp_path: Path) 
     assert f'"{line.kind}"' in json.dumps(models_seen)
 
 
+@pytest.mark.parametrize(
+    "line", ["padim", "vae", pytest.param("efficientad", marks=pytest.mark.soak)], indirect=True
+)
 def test_the_model_has_changed_and_scores_the_new_normals_lower(line: Line, tmp_path: Path) -> None:
     """Retraining in the older scripts changed nothing. New normals: parts on a dark belt."""
     new = tmp_path / "data" / "train" / "dark"
