@@ -11,21 +11,18 @@ BIN := $(VENV)/bin
 .PHONY: demo test soak lint bench clean
 
 # One environment; a marker per set of extras says that pyproject.toml has not changed since.
-$(VENV)/train: pyproject.toml
+$(VENV)/train: extras = train
+$(VENV)/dev: extras = train,dev
+$(VENV)/train $(VENV)/dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[train]'
-	touch $@
-
-$(VENV)/dev: $(VENV)/train
-	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(extras)]'
 	touch $@
 
 demo: $(VENV)/train
 	$(BIN)/python -m workers.demo $(ARGS)
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m 'not soak and alone' $(ARGS)
-	$(BIN)/python -m pytest -m 'not soak and not alone' --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: $(VENV)/dev
 	$(BIN)/python -m pytest -m soak $(ARGS)

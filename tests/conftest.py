@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,13 @@ def write_meta(path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings() -> None:
+    """What somebody has set in this shell is not what the tests are about."""
+    for name in [name for name in os.environ if name.startswith("KENSA_")]:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real photos and weights; skips where it is absent."""
@@ -73,11 +80,30 @@ def assets() -> Path:
     return ASSETS
 
 
+def shared_by_all(config: pytest.Config) -> Path:
+    """A folder of this run, the same in all processes that run its tests."""
+    base: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """While a test with the marker `alone` runs, the other processes wait."""
+    folder = shared_by_all(item.config)
+    with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)  # so that nobody comes in while one waits to be alone
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)  # also where a process that was forked has it open
+
+
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+def once(pytestconfig: pytest.Config) -> Once:
     """Makes a folder once for all processes that run tests."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base if worker_id == "master" else base.parent) / "once"
+    shared = shared_by_all(pytestconfig) / "once"
     shared.mkdir(exist_ok=True)
 
     def made(name: str, make: Callable[[Path], object]) -> Path:

@@ -47,7 +47,6 @@ def serving(
 ) -> Iterator[Server]:
     """A server at a free port, with its log in `folder`; stopped in the end."""
     log = folder / "server.log"
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("KENSA_")}
     variables = {
         "KENSA_PORT": "0",
         "KENSA_CACHE_DIR": str(folder / "cache"),
@@ -59,7 +58,7 @@ def serving(
     with log.open("ab") as lines:
         since = lines.tell()
         process = subprocess.Popen(
-            [sys.executable, *program], cwd=ROOT, env={**plain, **variables}, stderr=lines
+            [sys.executable, *program], cwd=ROOT, env={**os.environ, **variables}, stderr=lines
         )
     try:
         url = _url(process, log, since)

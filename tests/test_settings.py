@@ -18,13 +18,6 @@ from engines.image import ImageLimits
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("KENSA_"):
-            monkeypatch.delenv(name)
-
-
 def refused(arguments: list[str] | None = None, **variables: str) -> str:
     """Start the server where it must refuse: what it says on stderr."""
     run = subprocess.run(
