@@ -1,4 +1,4 @@
-"""Claims about loading anomalib: only what is asked for, and all of it to whoever asks."""
+"""Claims about loading anomalib and timm: what is asked for, and all of it to whoever asks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conftest import run
 
 KINDS = "import workers.models.patchcore, workers.models.padim, workers.models.efficientad\n"
 PACKAGES = ("anomalib.models", "anomalib.models.components", "anomalib.models.image.patchcore",
-            "anomalib.data", "anomalib.data.dataclasses.torch")  # fmt: skip
+            "anomalib.data", "anomalib.data.dataclasses.torch", "torchvision.ops")  # fmt: skip
 ALL = f"""
 import json
 from importlib import import_module
@@ -24,7 +24,7 @@ print(json.dumps(found))
 """
 SOME = """
 import json, sys
-loaded = [name for name in sys.modules if name.startswith(("anomalib.", "lightning", "torchm"))]
+loaded = list(sys.modules)
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from anomalib.models.image.patchcore import *
 import anomalib.models.components as components
@@ -40,6 +40,18 @@ print(json.dumps({"loaded": loaded, "said": said, "nothing": hasattr(components,
 """
 
 
+COMPILED = """
+import json, torch, torchvision
+model = torchvision.models.resnet18().eval()
+compiled = torch.compile(model, backend="eager")
+picture = torch.rand(1, 3, 64, 64)
+same = torch.equal(compiled(picture), model(picture))
+marked = torch.compiler.disable(lambda value: value + 1)
+breaks = torch._dynamo.explain(lambda value: marked(value * 3) * 2)(picture).graph_break_count
+print(json.dumps([same, breaks]))
+"""
+
+
 def said_by(program: str) -> Any:
     return json.loads(run(sys.executable, "-W", "ignore", "-c", program).stdout)
 
@@ -47,7 +59,8 @@ def said_by(program: str) -> Any:
 def test_learning_loads_what_it_asks_for_and_whoever_asks_for_more_gets_it() -> None:
     found = said_by(KINDS + SOME)
     assert "anomalib.models.components.feature_extractors.timm" in found["loaded"]
-    unasked = ("lightning", "torchmetrics", "anomalib.models.image.dinomaly")
+    unasked = ("lightning", "torchmetrics", "anomalib.models.image.dinomaly", "torch._dynamo",
+               "torchvision.models.resnet")  # fmt: skip
     assert not set(unasked) & set(found["loaded"])
     assert found["same"] == [True, True], "the same classes, whichever way they are asked for"
     assert "cannot import name 'Nothing' from 'anomalib.models'" in found["said"]
@@ -58,3 +71,7 @@ def test_all_that_a_package_promises_is_there_as_ever() -> None:
     lazily, at_once = said_by(KINDS + ALL), said_by(ALL)
     assert lazily == at_once
     assert "anomalib.models.Patchcore" in at_once
+
+
+def test_who_compiles_gets_the_compiler_and_its_marks() -> None:
+    assert said_by(KINDS + COMPILED) == [True, 1]

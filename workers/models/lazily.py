@@ -1,8 +1,9 @@
-"""anomalib without what nobody asks it for.
+"""anomalib, timm and torchvision without what nobody asks them for.
 
-`import anomalib.models...` brings every model there is, Lightning and torchmetrics: a third of what
-passes before a retraining looks at its first picture. Imported before it, this module lets the
-packages of anomalib load what they only pass on when somebody asks for that (as PEP 562 has it).
+`import anomalib.models...` brings every model there is, Lightning and torchmetrics; timm and
+torchvision bring torch's compiler. That is half of what passes before a retraining looks at its
+first picture. Imported before them, this module lets packages load what they only pass on when
+somebody asks for that (as PEP 562 has it), and the compiler when something is to be compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PACKAGES = ("anomalib.models", "anomalib.data")  # and those in them
+# Those in them, too.
+PACKAGES = ("anomalib.models", "anomalib.data", "torchvision.models", "torchvision.ops")
 
 
 class _Finder(MetaPathFinder):
@@ -27,6 +29,8 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name in ("timm", "torchvision"):
+            _mark_without_the_compiler()
         if not any(name == one or name.startswith(f"{one}.") for one in PACKAGES):
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -74,6 +78,24 @@ def _passed_on(init: Path, package: str) -> dict[str, tuple[str, str]]:
 
 def _is_module(folder: Path, name: str) -> bool:
     return (folder / name).is_dir() or (folder / f"{name}.py").is_file()
+
+
+def _mark_without_the_compiler() -> None:
+    """Let torch.compiler.disable, where nothing was compiled yet, leave a function as it is.
+
+    It marks what torch.compile shall not touch, and loads torch._dynamo for that: 150 MB. Who
+    compiles here, and nobody does, gets functions compiled that were marked before.
+    """
+    import torch.compiler
+
+    mark = torch.compiler.disable
+
+    def disable(fn: Any = None, recursive: bool = True, **more: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return mark(fn, recursive, **more)  # type: ignore[no-untyped-call]
+        return fn or (lambda function: function)
+
+    torch.compiler.disable = disable
 
 
 sys.meta_path.insert(0, _Finder())
