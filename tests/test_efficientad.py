@@ -172,7 +172,7 @@ def test_a_size_that_the_networks_cannot_take_is_refused_and_says_which_they_can
 # ---- the graph -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [17, 18])
+@pytest.mark.parametrize("opset", [pytest.param(17, marks=pytest.mark.soak), 18])
 def test_the_graph_gives_the_scores_of_torch_alone_and_in_a_batch(
     model: EfficientAd, unseen: Pictures, tmp_path: Path, opset: Opset
 ) -> None:
@@ -191,14 +191,9 @@ def test_the_graph_gives_the_scores_of_torch_alone_and_in_a_batch(
     np.testing.assert_allclose(maps, expected_map[[0, 1, 0]], rtol=FLOAT32_LIMIT, atol=1e-4)
 
 
-def test_in_half_precision_only_the_networks_are(
-    model: EfficientAd, unseen: Pictures, tmp_path: Path
-) -> None:
-    expected = scored(model, unseen)
-    graph, inputs = efficientad.graph(model, half=True)
-    export_onnx(graph, inputs, tmp_path / "model.onnx", 17)
-    report = parity(tmp_path / "model.onnx", expected, unseen, None, settings(), precision="f16")
-    assert report["openvino_f32"]["max_relative"] <= 5e-3
+def test_in_half_precision_only_the_networks_are(model: EfficientAd) -> None:
+    """How well such a graph agrees is told in test_kinds.py."""
+    efficientad.graph(model, half=True)
     assert {tensor.dtype for tensor in model.networks.student.parameters()} == {torch.float16}
     rest = [*model.networks.quantiles.values(), *model.networks.mean_std.values()]
     assert {tensor.dtype for tensor in rest} == {torch.float32}

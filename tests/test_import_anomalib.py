@@ -200,6 +200,11 @@ def test_scores_are_those_that_anomalib_gives_from_its_own_checkpoint(taken: Tak
     assert len(np.unique(taken.expected)) == len(taken.pictures)
 
 
+@pytest.mark.parametrize(
+    "taken",
+    [pytest.param(kind, marks=pytest.mark.soak if kind == "efficientad" else ()) for kind in KINDS],
+    indirect=True,
+)
 def test_the_converted_graph_gives_them_too(taken: Taken, tmp_path: Path) -> None:
     report = convert(
         Convert(taken.meta.model, taken.folder / "model.pth", taken.folder / "meta.json", tmp_path),

@@ -31,12 +31,12 @@ from workers.progress import Progress
 
 Scores = NDArray[np.float32]
 
-KNOWN = 30  # alien images of the first training; the other 10 come with the update
+KNOWN = 30  # alien images of the first training; the other 10 come with an update
 
 
 @dataclass(frozen=True)
 class Alien:
-    """The toy alien, learned and converted by the commands."""
+    """The toy alien, learned from `KNOWN` images and converted by the commands."""
 
     data: Path
     retrained: Path
@@ -71,6 +71,15 @@ def learn(out_dir: Path, data: Path, category: str, weights: Path, meta: Path, *
     return out_dir
 
 
+def share(root: Path, data: Path, images: list[Path]) -> Path:
+    """A data root with some of the training images and all test images."""
+    (root / "train" / "alien").mkdir(parents=True)
+    for path in images:
+        (root / "train" / "alien" / path.name).symlink_to(path)
+    (root / "test").symlink_to(data / "test")
+    return root
+
+
 @pytest.fixture(scope="module")
 def resnet18(assets: Path) -> Path:
     return assets / "weights" / "resnet18.safetensors"
@@ -80,7 +89,8 @@ def resnet18(assets: Path) -> Path:
 def alien(assets: Path, resnet18: Path, tmp_path_factory: pytest.TempPathFactory) -> Alien:
     root = tmp_path_factory.mktemp("alien")
     data, retrained, engine = assets / "data", root / "retrained", root / "engine"
-    learn(retrained, data, "alien", resnet18, write_meta(root / "meta.json"))
+    some = share(root / "some", data, files_in(data / "train" / "alien")[:KNOWN])
+    learn(retrained, some, "alien", resnet18, write_meta(root / "meta.json"))
     run("convtrt.py", "--model", "patchcore", "--weights_pth", retrained / "model.pth",
         "--meta_json", retrained / "meta.json", "--out_dir", engine)  # fmt: skip
     return Alien(data, retrained, engine)
@@ -132,6 +142,7 @@ def test_hazelnuts_are_told_apart_without_a_fault(
     assert report_of(out_dir)["calibration"]["auroc"] == 1.0
 
 
+@pytest.mark.soak
 def test_a_backbone_that_is_no_resnet_tells_alien_apart(assets: Path, tmp_path: Path) -> None:
     weights = assets / "weights" / "mobilenetv2_100.safetensors"
     changes: dict[str, Any] = {"backbone": "mobilenetv2_100", "layers": ["blocks.2", "blocks.4"]}
@@ -219,30 +230,18 @@ def reach(patches: torch.Tensor, bank: torch.Tensor) -> float:
 # ---- learning more ----------------------------------------------------------------------------
 
 
-def share(root: Path, data: Path, images: list[Path]) -> Path:
-    """A data root with some of the training images and all test images."""
-    (root / "train" / "alien").mkdir(parents=True)
-    for path in images:
-        (root / "train" / "alien" / path.name).symlink_to(path)
-    (root / "test").symlink_to(data / "test")
-    return root
-
-
 def test_an_update_keeps_all_normals_it_knew_and_finds_the_defects(
-    assets: Path, resnet18: Path, tmp_path: Path
+    alien: Alien, tmp_path: Path
 ) -> None:
-    images = files_in(assets / "data" / "train" / "alien")
-    meta = write_meta(tmp_path / "meta.json")
-    first = share(tmp_path / "first", assets / "data", images[:KNOWN])
-    second = share(tmp_path / "second", assets / "data", images[KNOWN:])
+    images, old = files_in(alien.data / "train" / "alien"), alien.retrained
+    second = share(tmp_path / "second", alien.data, images[KNOWN:])
     assert len(images) == KNOWN + 10
-    old = learn(tmp_path / "old", first, "alien", resnet18, meta)
     new = learn(tmp_path / "new", second, "alien", old / "model.pth", old / "meta.json",
                 "--load_bank", str(old / "memory_bank.npz"))  # fmt: skip
     report = report_of(new)
     assert report["images"]["learned"] == 10
     assert report["memory_bank"]["rows"] > report["before"]["memory_bank"]["rows"]
     assert report["calibration"]["auroc"] >= 0.99
-    updated = Alien(assets / "data", new, new)
+    updated = Alien(alien.data, new, new)
     scores = patchcore.scores(updated.torch_model(), [pictures(images[:KNOWN])])
     assert (scores <= Scale.of(updated.meta()).raw_threshold).all()
