@@ -22,7 +22,7 @@ demo: $(VENV)/train
 	$(BIN)/python -m workers.demo $(ARGS)
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses 3 --dist loadfile $(ARGS)
 
 soak: $(VENV)/dev
 	$(BIN)/python -m pytest -m soak $(ARGS)
