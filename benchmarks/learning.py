@@ -1,4 +1,4 @@
-"""How fast and how well we learn: loading, coreset beside anomalib's, update beside training anew.
+"""How fast and how well we learn: loading, coreset, update, and the steps of EfficientAD.
 
     python -m benchmarks.learning [--quick]
 
@@ -41,6 +41,7 @@ from benchmarks.common import (
 )
 
 TURNS = 3
+STEPS = 6
 UPDATE_SHARE = 4  # one in four of the training images comes later
 WARM_UP = 4  # images: the first call of a network takes longer
 CHUNK = 1024  # patches
@@ -71,6 +72,7 @@ def compare(subject: Subject) -> None:
     compare_loading()
     compare_coresets(subject, test)
     compare_update(subject, test)
+    compare_steps(subject)
     print()
     print_load("after")
 
@@ -108,12 +110,15 @@ def compare_loading() -> None:
                 began = time.perf_counter()
                 subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
                 seconds[way].append(time.perf_counter() - began)
-    first, *_ = medians = [statistics.median(found[1:]) for found in seconds.values()]
-    rows = [
-        [way, f"{median:.2f}", f"{median / first:.3f}"]
-        for way, median in zip(ways, medians, strict=True)
-    ]
-    print_table("Loading", ["loaded", "seconds", "ratio"], rows)
+    _print_medians("Loading", "loaded", seconds)
+
+
+def _print_medians(title: str, what: str, seconds: dict[str, list[float]]) -> None:
+    """Without the first turn; ratios to the first way."""
+    medians = {way: statistics.median(found[1:]) for way, found in seconds.items()}
+    first = next(iter(medians.values()))
+    rows = [[way, f"{median:.2f}", f"{median / first:.3f}"] for way, median in medians.items()]
+    print_table(title, [what, "seconds", "ratio"], rows)
 
 
 # ---- coreset -------------------------------------------------------------------------------------
@@ -280,6 +285,48 @@ def _print_update(results: dict[str, list[_Result]]) -> None:
         rows.append([*row, f"{found[-1].auroc:.4f}", str(found[-1].rejected)])
     head = ["work", "learn s", "ratio", "with verification s", "ratio", "rows", "image AUROC"]
     print_table("Update beside training anew", [*head, "known normals rejected"], rows)
+
+
+# ---- EfficientAD ---------------------------------------------------------------------------------
+
+
+def compare_steps(subject: Subject) -> None:
+    """A step of training, forwards and back, from the same weights: ours beside anomalib's.
+
+    Of one photo and one natural image, for which a photo of the same parts stands here.
+    """
+    import torch
+    from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
+
+    from engines.meta import Meta
+    from workers.models import efficientad
+    from workers.models.backbone import UNTRAINED
+
+    content = {"model": "efficientad", "model_size": "small", "image_size": SIDE}
+    model = efficientad.build(Meta.model_validate(content), UNTRAINED)
+    photos = torch.from_numpy(pictures(subject.category.train[:2]))
+    efficientad._measure_teacher(model, photos)
+    theirs = EfficientAdModel()
+    theirs.load_state_dict(model.networks.state_dict())
+    theirs.teacher.requires_grad_(False)
+    part, natural = (photos.permute(0, 3, 1, 2).float() / 255).split(1)
+
+    def anomalibs() -> None:
+        distance = theirs.compute_student_teacher_distance(part)[1]
+        torch.stack(theirs.compute_losses(part, natural, distance)).sum().backward()
+
+    def ours() -> None:
+        torch.stack(list(efficientad._losses(model, part, natural))).sum().backward()
+
+    ways = {"anomalib": anomalibs, "ours": ours}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with phase("steps of EfficientAD"):
+        for _ in range(STEPS + 1):
+            for way, step in ways.items():
+                began = time.perf_counter()
+                step()
+                seconds[way].append(time.perf_counter() - began)
+    _print_medians("A step of EfficientAD", "step of", seconds)
 
 
 if __name__ == "__main__":
