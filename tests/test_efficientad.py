@@ -294,19 +294,25 @@ def test_the_teacher_is_measured_over_the_training_images() -> None:
     torch.testing.assert_close(found.std(dim=(0, 2, 3)), torch.ones(CHANNELS), atol=1e-3, rtol=0)
 
 
-def test_the_losses_are_those_of_anomalib(model: EfficientAd) -> None:
+def test_the_losses_are_those_of_anomalib_and_what_they_do_to_the_student(
+    model: EfficientAd,
+) -> None:
     pixels, natural = pixels_of(parts(9)), pixels_of(parts(10, defect="burr"))
     theirs = EfficientAdModel()
     theirs.load_state_dict(model.networks.state_dict())
     theirs.eval()  # without dropout, which draws
-    with torch.inference_mode():
-        torch.manual_seed(5)
-        distance = theirs.compute_student_teacher_distance(pixels)[1]
-        expected = theirs.compute_losses(pixels, natural, distance)
-        torch.manual_seed(5)
-        found = efficientad._losses(model, pixels, natural)
+    torch.manual_seed(5)
+    distance = theirs.compute_student_teacher_distance(pixels)[1]
+    expected = theirs.compute_losses(pixels, natural, distance)
+    torch.manual_seed(5)
+    found = efficientad._losses(model, pixels, natural)
     together = (found.student + found.penalty, found.autoencoder, found.both)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-6)
+    gradients = (
+        torch.autograd.grad(sum(losses), networks.student.conv4.weight)[0]
+        for losses, networks in ((together, model.networks), (expected, theirs))
+    )
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_a_plain_background_does_not_blow_the_maps_up() -> None:
