@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +99,27 @@ class _Test:
 
 def compare_loading() -> None:
     """What passes before the first picture is looked at: torch, timm and the parts of anomalib."""
-    ways = {
+    programs = {
         "all of anomalib": "import anomalib.models, workers.models.patchcore",
         "what is asked for": "import workers.models.patchcore",
         "torch and timm alone": "import torch, timm",
     }
+    ways = {
+        way: partial(subprocess.run, [sys.executable, "-W", "ignore", "-c", program], check=True)
+        for way, program in programs.items()
+    }
+    _compare("Loading", "loaded", ways, TURNS)
+
+
+def _compare(title: str, what: str, ways: dict[str, Callable[[], Any]], turns: int) -> None:
+    """Median seconds of each, in turn, after one that does not count; ratios to the first."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    with phase("loading"):
-        for _ in range(TURNS + 1):
-            for way, program in ways.items():
+    with phase(title.lower()):
+        for _ in range(turns + 1):
+            for way, work in ways.items():
                 began = time.perf_counter()
-                subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+                work()
                 seconds[way].append(time.perf_counter() - began)
-    _print_medians("Loading", "loaded", seconds)
-
-
-def _print_medians(title: str, what: str, seconds: dict[str, list[float]]) -> None:
-    """Without the first turn; ratios to the first way."""
     medians = {way: statistics.median(found[1:]) for way, found in seconds.items()}
     first = next(iter(medians.values()))
     rows = [[way, f"{median:.2f}", f"{median / first:.3f}"] for way, median in medians.items()]
@@ -318,15 +323,7 @@ def compare_steps(subject: Subject) -> None:
     def ours() -> None:
         torch.stack(list(efficientad._losses(model, part, natural))).sum().backward()
 
-    ways = {"anomalib": anomalibs, "ours": ours}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    with phase("steps of EfficientAD"):
-        for _ in range(STEPS + 1):
-            for way, step in ways.items():
-                began = time.perf_counter()
-                step()
-                seconds[way].append(time.perf_counter() - began)
-    _print_medians("A step of EfficientAD", "step of", seconds)
+    _compare("A step of EfficientAD", "step of", {"anomalib": anomalibs, "ours": ours}, STEPS)
 
 
 if __name__ == "__main__":

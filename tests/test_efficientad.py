@@ -315,6 +315,17 @@ def test_the_losses_are_those_of_anomalib_and_what_they_do_to_the_student(
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", ["small", "medium"])
+@torch.inference_mode()
+def test_some_channels_of_a_student_are_what_it_says_there(size: str) -> None:
+    model = efficientad.build(settings(model_size=size), "untrained")
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    everything = model.networks.student(picture)
+    for some in (slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)):
+        found = efficientad._said(model.networks.student, picture, some)
+        torch.testing.assert_close(found, everything[:, some])
+
+
 def test_a_plain_background_does_not_blow_the_maps_up() -> None:
     """Where most of a picture is one colour, most of a map is one number: 90 % and 99.5 % alike."""
     model = efficientad.build(settings(), "untrained")

@@ -413,8 +413,9 @@ def _said(student: nn.Module, pixels: torch.Tensor, of: slice) -> torch.Tensor:
 
     In the small one the last convolution is half of all work, and no loss needs all of it.
     """
-    last = [name for name, part in student.named_modules() if isinstance(part, nn.Conv2d)][-1]
-    some = {name: value[of] for name, value in student.named_parameters() if last in name}
+    *_, last = (name for name, part in student.named_modules() if isinstance(part, nn.Conv2d))
+    names = (f"{last}.weight", f"{last}.bias")
+    some = {name: student.get_parameter(name)[of] for name in names}
     found: torch.Tensor = torch.func.functional_call(student, some, (pixels,))
     return found.float()
 

@@ -1,7 +1,7 @@
 """anomalib, timm and torchvision without what nobody asks them for.
 
 `import anomalib.models...` brings every model there is, Lightning and torchmetrics; timm and
-torchvision bring torch's compiler. That is half of what passes before a retraining looks at its
+torchvision bring torch's compiler. That is most of what passes before a retraining looks at its
 first picture. Imported before them, this module lets packages load what they only pass on when
 somebody asks for that (as PEP 562 has it), and the compiler when something is to be compiled.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -80,11 +81,12 @@ def _is_module(folder: Path, name: str) -> bool:
     return (folder / name).is_dir() or (folder / f"{name}.py").is_file()
 
 
+@cache
 def _mark_without_the_compiler() -> None:
     """Let torch.compiler.disable, where nothing was compiled yet, leave a function as it is.
 
-    It marks what torch.compile shall not touch, and loads torch._dynamo for that: 150 MB. Who
-    compiles here, and nobody does, gets functions compiled that were marked before.
+    It marks what torch.compile shall not touch, and loads torch._dynamo for that: 150 MB. Whoever
+    compiles here, and nobody does, gets functions compiled too that were marked before.
     """
     import torch.compiler
 
