@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
-        from workers.convert import Convert, convert
+        from workers.converting.convert import Convert, convert
 
         report = convert(Convert(**flags, cache=cache_folder()), progress)
         print("\n".join(summarise_conversion(report, flags["out_dir"])))

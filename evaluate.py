@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
-        from workers.evaluate import Evaluate, evaluate, summarise_evaluation
+        from workers.evaluation.evaluate import Evaluate, evaluate, summarise_evaluation
 
         report = evaluate(Evaluate(**flags), progress)
         print("\n".join(summarise_evaluation(report, flags["out_dir"])))

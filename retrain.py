@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress(flags["out_dir"] / "retrain.log" if log else None)
 
     def work() -> None:
-        from workers.retrain import Retrain, retrain
+        from workers.learning.retrain import Retrain, retrain
 
         report = retrain(Retrain(**flags), progress)
         print("\n".join(summarise_training(report, flags["out_dir"])))

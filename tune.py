@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         nonlocal stopped
-        from workers.tune import Tune, summarise_search, tune
+        from workers.learning.tune import Tune, summarise_search, tune
 
         found = tune(request := Tune(**flags), progress)
         print("\n".join(summarise_search(request, found)))

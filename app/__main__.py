@@ -28,21 +28,21 @@ def main() -> None:
         _keys(sys.argv[2:])
         return
     if sys.argv[1:2] == ["doctor"]:
-        from app.doctor import command
+        from app.watching.doctor import command
 
         sys.exit(command(sys.argv[2:]))
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from engines.memory import keep_together
+    from engines.machine.memory import keep_together
 
     keep_together()
     try:
         settings = Settings.read()
         settings.data  # noqa: B018 (raises where there is no place for it)
         _log_lines(settings)
-        from app.security import Access
+        from app.http.security import Access
 
         Access(settings).must_be_safe()
         listener = listen(settings.host, settings.port)
@@ -76,7 +76,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
     import uvicorn
 
-    from app.connection import BACKLOG, Connection, room_for_connections
+    from app.http.connection import BACKLOG, Connection, room_for_connections
     from app.main import create_app, version
     from engines.runtimes import cuda
 
@@ -109,7 +109,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
 
 def _keys(arguments: list[str]) -> None:
-    from app.keys import command
+    from app.http.keys import command
 
     try:
         command(arguments)

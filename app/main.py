@@ -16,23 +16,23 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from app.health import Health
-from app.inspection import Inspection, Inspector
-from app.jobs import Jobs
-from app.keeper import Keeper
-from app.metrics import Metrics
-from app.openapi import describe, operation_id
-from app.plans import Plans
+from app.http.openapi import describe, operation_id
+from app.http.request_log import CLIENT_LEFT, Watch, request_id
+from app.http.security import Access, BodyLimit, KnownHosts
+from app.learning.job_queue import Jobs
+from app.learning.worker_process import Worker
 from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
-from app.security import Access, BodyLimit, KnownHosts
+from app.serving.inspection import Inspection, Inspector
+from app.serving.rollout import Keeper
+from app.serving.stale_plans import Plans
 from app.settings import Settings
-from app.watch import CLIENT_LEFT, Watch, request_id
-from app.worker import Worker
-from engines.datasets import Datasets
+from app.watching.health import Health
+from app.watching.metrics import Metrics
 from engines.errors import BadRequest, KensaError, UnsupportedBody
 from engines.logs import note
-from engines.store import Store
+from engines.store.datasets import Datasets
+from engines.store.versions import Store
 
 DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a verdict.
 

@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.errors import BadSettings
-from engines.fleet import Fleet
+from engines.queue.fleet import Fleet
 
 PREFIX = "KENSA_"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from engines.meta import Meta
-    from workers.dataset import Category
+    from workers.learning.dataset import Category
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("KENSA_ASSETS", ROOT.parent / "shared" / "assets"))
@@ -49,9 +49,9 @@ def begin() -> None:
 def find_subject(folder: Path) -> Subject:
     """The alien photos and the resnet18 of the assets, else sample parts drawn into `folder`."""
     from engines.meta import Meta
-    from workers.dataset import Category
+    from workers.learning.dataset import Category
     from workers.models.backbone import UNTRAINED
-    from workers.sample_parts import CATEGORY, write_dataset
+    from workers.sample_parts.drawing import CATEGORY, write_dataset
 
     known = {"backbone": BACKBONE, "layers": LAYERS, "coreset_ratio": RATIO, "image_size": SIDE}
     meta = Meta.model_validate({"model": "patchcore", "bit_depth": 8, **known})

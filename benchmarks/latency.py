@@ -161,9 +161,9 @@ def _learned(subject: Subject) -> tuple[Any, Any]:
 
 def _export_ours(folder: Path, subject: Subject, model: Any) -> None:
     """As retrain.py and convtrt.py do, with the bank at hand instead of a coreset."""
-    from engines.golden import Golden
-    from workers.calibrate import calibrate
-    from workers.convert import Convert, convert
+    from engines.store.golden import Golden
+    from workers.converting.convert import Convert, convert
+    from workers.learning.calibrate import calibrate
     from workers.models import patchcore
     from workers.progress import Progress
 
@@ -221,8 +221,8 @@ def _inside(folder: Path) -> Iterator[None]:
 
 def open_ours(bundle: Path, precision: Any) -> tuple[Score, str]:
     """Our runtime, and the precision that it has chosen."""
-    from engines.bundle import Bundle
     from engines.runtimes.openvino import OpenVINORuntime
+    from engines.store.bundle import Bundle
 
     runtime = OpenVINORuntime.open(Bundle.open(bundle), precision=precision)
     return lambda image: float(runtime.infer(image[None])[0][0]), runtime.precision
@@ -489,7 +489,7 @@ def _child(work: str, folder: Path) -> list[str]:
 
 def _banks(folder: Path, trained: _Trained, model: Any, patches: Any) -> dict[int, Path]:
     """A folder for each size of bank: what measure_memory opens."""
-    from engines.bundle import ONNX, write_bank
+    from engines.store.bundle import ONNX, write_bank
 
     folders = {}
     for rows in MEMORY_BANKS:
@@ -561,8 +561,8 @@ def _open_without_cache(folder: Path, work: str, empty: Path) -> Score:
     """As on a machine that has never opened this model."""
     who, precision = work.split()
     if who == "ours":
-        from engines.bundle import ONNX, read_bank
         from engines.runtimes.openvino import OpenVINORuntime
+        from engines.store.bundle import ONNX, read_bank
 
         chosen: Any = precision
         bank = read_bank(folder / "memory_bank.npz")

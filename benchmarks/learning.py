@@ -87,7 +87,7 @@ class _Test:
 
     def verify(self, model: Any) -> Any:
         """What verification in retrain.py does: score all, find the threshold."""
-        from workers.calibrate import calibrate
+        from workers.learning.calibrate import calibrate
         from workers.models import patchcore
 
         scores = [patchcore.scores(model, [group]) for group in (self.normal, self.defective)]
@@ -170,7 +170,7 @@ def compare_coresets(subject: Subject, test: _Test) -> None:
 
 
 def _ours(patches: Any, count: int) -> Any:
-    from workers.coreset import k_centre_greedy
+    from workers.models.coreset import k_centre_greedy
 
     return k_centre_greedy(patches, count)[0]
 
@@ -234,7 +234,7 @@ def compare_update(subject: Subject, test: _Test) -> None:
 
 def _learn(how: Callable[..., None], model: Any, subject: Subject, paths: list[Path]) -> None:
     """As retrain.py does it, from files to a bank."""
-    from workers.dataset import Images
+    from workers.learning.dataset import Images
     from workers.models import Training
     from workers.progress import Progress
 

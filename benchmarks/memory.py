@@ -1,4 +1,4 @@
-"""Peak memory of retrain.py and convtrt.py, beside what `engines.memory` predicts.
+"""Peak memory of retrain.py and convtrt.py, beside what `engines.machine.memory` predicts.
 
     python -m benchmarks.memory [--kinds padim,vae]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, phase, print_load, print_machine, print_table
-from engines.memory import MIB, Learning, to_convert, to_learn
+from engines.machine.memory import MIB, Learning, to_convert, to_learn
 from engines.meta import Meta
 
 RESNET = {"backbone": "resnet18", "image_size": 256}
@@ -98,7 +98,7 @@ def measured(
 
 
 def _draw(folder: Path, images: int) -> None:
-    from workers.sample_parts import write_dataset
+    from workers.sample_parts.drawing import write_dataset
 
     write_dataset(folder, train=images, normal=2, per_kind=1, size=320)
 

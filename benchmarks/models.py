@@ -80,9 +80,9 @@ def learn_and_measure(
     kind: str, meta: dict[str, Any], epochs: int, batch: int, category: str, teacher: Path | None
 ) -> list[str]:
     """A row of the table: from a folder of photos to an engine, in the way of the commands."""
-    from workers.convert import Convert, convert
+    from workers.converting.convert import Convert, convert
+    from workers.learning.retrain import Retrain, retrain
     from workers.progress import Progress
-    from workers.retrain import Retrain, retrain
 
     resnet = ASSETS / "weights" / "resnet18.safetensors"
     weights = {"efficientad": str(teacher), "vae": None}.get(kind, str(resnet))
@@ -116,8 +116,8 @@ def learn_and_measure(
 
 def measure(engine: Path) -> None:
     """Infer in a fresh process that serves no HTTP, and print milliseconds and memory as JSON."""
-    from engines.bundle import Bundle
     from engines.runtimes.openvino import OpenVINORuntime
+    from engines.store.bundle import Bundle
 
     runtime = OpenVINORuntime.open(Bundle.open(engine))
     size = runtime.image_size

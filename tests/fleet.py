@@ -212,7 +212,7 @@ def noted(ledger: Path) -> list[list[str]]:
 
 
 def work(is_cheap: bool, data: Path, *settings: str) -> int:
-    from workers import jobs as worker
+    from workers.jobs import worker
 
     if is_cheap:
         worker.CHILD[:] = [sys.executable, __file__, "child"]
@@ -224,7 +224,7 @@ def work(is_cheap: bool, data: Path, *settings: str) -> int:
 
 
 def child(data: Path, job_id: str, kind: str) -> int:
-    """As workers.job; it imports little, to start fast. A job may be at work at one place only."""
+    """As workers.jobs.job_process, but quick to import. A job may be at work at one place only."""
     from queued import die_with_parent
 
     die_with_parent()

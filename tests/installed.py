@@ -14,9 +14,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from packaging.requirements import Requirement
 
-from engines.bundle import ONNX, REPORT, write_report
 from engines.files import sha256
 from engines.meta import Meta
+from engines.store.bundle import ONNX, REPORT, write_report
 
 NOBODY = 65534
 # The interpreter, or the checkout, may lie in a folder that only root enters: reading, no more.

@@ -29,11 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engines.bundle import Bundle
 from engines.errors import Conflict, KensaError, UnknownVersion
 from engines.files import sha256, staged
 from engines.meta import Meta
-from engines.store import Store
+from engines.store.bundle import Bundle
+from engines.store.versions import Store
 
 STEPS = {"open", "os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "os.listdir",
          "fcntl.flock"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Plans for tests, made with the doubles in a second: without the proofs of `workers.build`."""
+"""Plans for tests, made with the doubles in a second: without the proofs of a build."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from double import Double, doubled
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle import ONNX, PLAN, write_bank, write_report
 from engines.errors import BadBundle
 from engines.files import sha256
 from engines.meta import Meta
-from engines.plan import PLAN_RECORD, Fingerprint, Machine
+from engines.store.bundle import ONNX, PLAN, write_bank, write_report
+from engines.store.plan import PLAN_RECORD, Fingerprint, Machine
 
 MAX_BATCH, MAX_ROWS = 8, 5_000
 MIN_ROWS = 9  # the graph of a PatchCore looks at so many neighbours
@@ -25,7 +25,7 @@ MIN_ROWS = 9  # the graph of a PatchCore looks at so many neighbours
 def build(
     double: Double, onnx: Path, plan: Path, *, max_batch: int = MAX_BATCH, max_rows: int = MAX_ROWS
 ) -> None:
-    """As `workers.build` does it. Raises BadBundle where TensorRT does not take the graph."""
+    """As `build` does it. Raises BadBundle where TensorRT does not take the graph."""
     trt = double.trt
     builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -1,7 +1,7 @@
 """Processes around a queue: its worker with a cheap child, who asks for jobs, who locks. A script:
 
     queued.py worker DATA [SETTING=VALUE ...]   workers.jobs, with constants of it set otherwise
-    queued.py child DATA JOB KIND               what that worker starts instead of workers.job
+    queued.py child DATA JOB KIND               what that worker starts instead of a job
     queued.py submit DATA WHO COUNT             submits until COUNT of its jobs are in accepted.txt
     queued.py race DATA                         submits a job for each model that stdin names
     queued.py lock DATA SEED LONGEST_S          locks the database again and again
@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from app.jobs import Jobs
-    from engines.jobs import RetrainRequest
+    from app.learning.job_queue import Jobs
+    from engines.queue.protocol import RetrainRequest
 
 LEDGER = "ledger.txt"  # what children did: begun, published or met, and the job
 ACCEPTED = "accepted.txt"  # whose submit returned, and the job
@@ -42,8 +42,8 @@ CLOCK = "clock"  # seconds that the worker's clock is ahead
 
 
 def opened(data: Path) -> Jobs:
-    from app.jobs import Jobs
-    from engines.store import Store
+    from app.learning.job_queue import Jobs
+    from engines.store.versions import Store
 
     jobs = Jobs(data, Store(data / "models"))
     jobs.open()
@@ -53,7 +53,7 @@ def opened(data: Path) -> Jobs:
 
 def asked(model: str, *, queue: bool = False, **what: Any) -> RetrainRequest:
     """A request whose job does `what`."""
-    from engines.jobs import RetrainRequest
+    from engines.queue.protocol import RetrainRequest
 
     content = {"model": model, "category": "any", "meta": what, "queue": queue}
     return RetrainRequest.model_validate(content)
@@ -72,7 +72,7 @@ def noted(path: Path) -> list[list[str]]:
 
 def work(data: Path, *settings: str) -> int:
     """The real worker; its children, the clock and what `settings` name are the test's."""
-    from workers import jobs as worker
+    from workers.jobs import worker
 
     worker.CHILD[:] = [sys.executable, __file__, "child"]
     worker.POLL_S = 0.1
@@ -93,7 +93,7 @@ def work(data: Path, *settings: str) -> int:
 
 
 def child(data: Path, job_id: str) -> int:
-    """As workers.job: publishes once, then says how it ended. It imports little, to start fast."""
+    """As workers.jobs.job_process: publishes once, then says how it ended. Quick to import."""
     folder = data / "jobs" / job_id
     attempt = json.loads((folder / "attempts.json").read_text())["attempts"]
     wanted: dict[str, Any] = json.loads(sys.stdin.read()).get("meta", {})

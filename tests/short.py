@@ -1,4 +1,4 @@
-"""Processes that see the memory of a container: `engines.memory.CGROUP` is a folder of a test.
+"""Processes that see the memory of a container: its CGROUP is a folder of a test.
 
 short.py CGROUP app                    the server
 short.py CGROUP worker DATA            the worker, whose jobs see the same
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main(cgroup: str, what: str, *rest: str) -> int:
-    from engines import memory
+    from engines.machine import memory
 
     memory.CGROUP = Path(cgroup)
     if what == "app":
@@ -24,12 +24,12 @@ def main(cgroup: str, what: str, *rest: str) -> int:
         serve()
         return 0
     if what == "worker":
-        from workers import jobs
+        from workers.jobs import worker as jobs
 
         jobs.CHILD[:] = [sys.executable, __file__, cgroup, "job"]
         jobs.POLL_S = 0.1
         return jobs.main(["--data_dir", rest[0]])
-    from workers import job
+    from workers.jobs import job_process as job
 
     return job.main(Path(rest[0]), rest[1], rest[2])
 

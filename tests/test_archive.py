@@ -1,4 +1,4 @@
-"""Claims about app.archive: of a zip the files of one model are taken, and nothing else happens."""
+"""Of a zip the files of one model are taken, and nothing else happens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from conftest import PATCHCORE
 
-from app.archive import MAX_ENTRIES, MAX_META, unpack_model
-from engines.bundle import Bundle
+from app.http.model_zip import MAX_ENTRIES, MAX_META, unpack_model
 from engines.errors import BadBundle, BadMeta, BadRequest, KensaError, UploadTooLarge
-from engines.store import Store
+from engines.store.bundle import Bundle
+from engines.store.versions import Store
 
 MB = 1 << 20
 PLENTY = 1 << 40

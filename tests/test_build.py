@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from test_tensorrt_double import WEIGHTS, expected, graph, some_images
 
-from engines.bundle import ONNX, PLAN, PLAN_RECORD, write_report
 from engines.errors import BadBundle, BadRequest, BuildFailed, OutOfMemory
 from engines.files import sha256
 from engines.meta import Meta
-from engines.plan import Fingerprint, Machine
-from workers.graphs import difference
+from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, write_report
+from engines.store.plan import Fingerprint, Machine
+from workers.converting.graphs import difference
 from workers.progress import Progress, Tick
 
 META = Meta.parse({"model": "vae", "latent_dim": 8, "image_size": 32})
@@ -34,7 +34,7 @@ BOTH = ("10.3.0", "11.4.0.106")
 OTHER = WEIGHTS[::-1] * 2
 IMAGES = some_images(7)
 BANK = np.ones((10, 2), np.float32)
-USERS = ("workers.build",)
+USERS = ("workers.converting.build",)
 
 
 def scores_of(weights: NDArray[Any] = WEIGHTS) -> NDArray[np.float32]:
@@ -74,7 +74,7 @@ class Bench:
 
     double: Double
     root: Path
-    build: Any  # the module workers.build, on this double
+    build: Any  # the module workers.converting.build, on this double
     heard: Heard = field(default_factory=Heard)
 
     def folder(self, name: str, data: bytes) -> Path:
@@ -102,7 +102,7 @@ class Bench:
 
 
 def bench(double: Double, root: Path) -> Bench:
-    return Bench(double, root, importlib.import_module("workers.build"))
+    return Bench(double, root, importlib.import_module("workers.converting.build"))
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_the_workspace_is_said_where_it_is_less_than_was_asked_for(nano: Bench) 
 
 
 def test_dla_is_refused_where_there_is_none(nano: Bench) -> None:
-    from workers.rebuild import builder_for
+    from workers.converting.rebuild import builder_for
 
     with pytest.raises(BadRequest, match=r"has no DLA core \(an Orin Nano has none\): leave out"):
         builder_for("f16", use_dla=True)
@@ -518,7 +518,7 @@ def test_weights_that_only_the_new_graph_has_lead_to_a_build(nano: Bench) -> Non
 
 
 def test_without_the_package_onnx_a_plan_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.graphs.find_spec", lambda name: None)
+    monkeypatch.setattr("workers.converting.graphs.find_spec", lambda name: None)
     assert "the package onnx is not here" in str(difference(Path("a"), Path("b")))
 
 

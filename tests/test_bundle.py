@@ -1,4 +1,4 @@
-"""Claims about engines.bundle and engines.files: nothing damaged, mixed or foreign is opened."""
+"""Bundles and files: nothing damaged, mixed or foreign is opened."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from engines.bundle import Bundle, read_bank, read_coverage_radius, write_bank
 from engines.errors import BadBundle, BadMeta
 from engines.files import staged, write_atomically
 from engines.meta import Meta
+from engines.store.bundle import Bundle, read_bank, read_coverage_radius, write_bank
 
 ROWS = np.random.default_rng(0).standard_normal((20, 8))
 

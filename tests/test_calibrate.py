@@ -15,7 +15,7 @@ from engines.errors import BadDataset
 from engines.meta import Meta
 from engines.verdict import Scale, decide
 from tests.conftest import write_meta
-from workers.calibrate import FALSE_REJECTS, Calibration, calibrate
+from workers.learning.calibrate import FALSE_REJECTS, Calibration, calibrate
 
 Scores = NDArray[np.float32]
 NONE: Scores = np.empty(0, np.float32)

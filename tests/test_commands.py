@@ -25,11 +25,11 @@ import torch
 
 import convtrt
 import retrain
-from engines.bundle import Bundle, check_hash, read_bank, write_bank
 from engines.errors import BadBundle
 from engines.meta import Meta
+from engines.store.bundle import Bundle, check_hash, read_bank, write_bank
 from tests.conftest import ROOT, run, write_meta
-from workers.sample_parts import write_dataset
+from workers.sample_parts.drawing import write_dataset
 
 CATEGORY = "VisA_pipe_fryum"
 # As SPEC.md writes them, word for word.

@@ -31,8 +31,8 @@ from damage import damaged, picture, saved
 from PIL import Image
 from server import Server, serving
 
-from app import connection as connections
-from app.connection import MAX_HEAD, MAX_PIPELINED, SLOWEST, Connection, room_for_connections
+from app.http import connection as connections
+from app.http.connection import MAX_HEAD, MAX_PIPELINED, SLOWEST, Connection, room_for_connections
 from app.settings import Settings
 
 MIB = 1024 * 1024

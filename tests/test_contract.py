@@ -33,12 +33,12 @@ from schemathesis.specs.openapi.checks import (
 )
 from server import Server, agreed, serving
 
+from app.http.bodies import ScheduleRequest
+from app.http.openapi import operations
 from app.main import create_app
-from app.openapi import operations
-from app.schemas import ScheduleRequest
 from app.settings import Settings
 from engines.errors import KensaError
-from engines.jobs import ConvertRequest, RetrainRequest
+from engines.queue.protocol import ConvertRequest, RetrainRequest
 
 FORESEEN = (503, 504, 507)  # no room, no time, no space
 

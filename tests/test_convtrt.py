@@ -29,26 +29,27 @@ from pydantic import ValidationError
 from test_build import Heard
 from waiting import until
 
-from engines import plan as plans
-from engines.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.errors import BadBundle, BadRequest, NoTensorRT, NoWorker
-from engines.golden import GOLDEN, Golden
-from engines.jobs import PACE, ConvertRequest, JobFolder
 from engines.meta import Meta
-from engines.plan import Fingerprint
-from engines.store import Store
-from workers import convert as converting
-from workers import job as jobs
-from workers import models, parity
-from workers.convert import Convert, convert
-from workers.export import export_onnx
-from workers.graphs import difference
+from engines.queue.protocol import PACE, ConvertRequest, JobFolder
+from engines.store import plan as plans
+from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
+from engines.store.golden import GOLDEN, Golden
+from engines.store.plan import Fingerprint
+from engines.store.versions import Store
+from workers import models
+from workers.converting import convert as converting
+from workers.converting import parity
+from workers.converting.convert import Convert, convert
+from workers.converting.export import export_onnx
+from workers.converting.graphs import difference
+from workers.jobs import job_process as jobs
+from workers.learning.retrain import Retrain, retrain
 from workers.progress import Progress
-from workers.retrain import Retrain, retrain
-from workers.sample_parts import write_dataset
+from workers.sample_parts.drawing import write_dataset
 
 QUIET = Progress(quiet=True)
-USERS = ("workers.build", "engines.runtimes.tensorrt", "engines.runtimes.cuda")
+USERS = ("workers.converting.build", "engines.runtimes.tensorrt", "engines.runtimes.cuda")
 CATEGORY = "sample_bracket"
 SIDE = 64  # pixels
 KINDS: dict[str, dict[str, Any]] = {
@@ -370,7 +371,7 @@ def test_a_disk_that_fills_up_leaves_the_old_engine(
     with doubled(users=USERS) as double:
         convert(request(few("vae"), engine), QUIET)
         before = files_of(engine)
-        build = importlib.import_module("workers.build")
+        build = importlib.import_module("workers.converting.build")
 
         def full(path: Path, plan: Any) -> None:
             path.write_bytes(bytes(plan)[:100])
@@ -438,7 +439,7 @@ def without_training(tmp_path: Path) -> dict[str, str]:
 def start(place: Path, job: str, wanted: dict[str, Any], **more: str) -> subprocess.Popen[str]:
     """The process of a job, as the worker starts it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "workers.job", str(place), job, "convert"], cwd=ROOT,
+        [sys.executable, "-m", "workers.jobs.job_process", str(place), job, "convert"], cwd=ROOT,
         env={**os.environ, PACE: "full", **environment("11.4.0.106", **more), **more},
         stdin=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -512,7 +513,7 @@ def test_requests_that_contradict_themselves_are_refused(
 def test_a_machine_that_cannot_learn_has_a_worker_where_it_can_build(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from app import worker
+    from app.learning import worker_process as worker
 
     monkeypatch.setattr(worker, "find_spec", lambda name: None)
     assert not worker._can_work()

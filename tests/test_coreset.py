@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.coreset import DIMENSIONS, k_centre_greedy
+from workers.models.coreset import DIMENSIONS, k_centre_greedy
 
 
 def clustered(seed: int, n: int = 400, channels: int = 96, clusters: int = 12) -> torch.Tensor:

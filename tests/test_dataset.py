@@ -14,7 +14,7 @@ from engines import image
 from engines.errors import BadDataset
 from engines.meta import Meta
 from tests.conftest import PATCHCORE
-from workers.dataset import Category, Images, measure_bit_depth
+from workers.learning.dataset import Category, Images, measure_bit_depth
 from workers.models import Training, patchcore
 from workers.progress import Progress
 

@@ -33,10 +33,10 @@ from server import RAW, Server, agreed, serving
 from test_http import FORM, MB, PART, _connected, _received
 from waiting import until
 
-from engines.datasets import MAX_FILES, Datasets, checked_name, unzip
 from engines.errors import BadRequest, Conflict, KensaError, UnknownDataset, UploadTooLarge
 from engines.image import DEFAULT_LIMITS, decode
-from workers.dataset import Category
+from engines.store.datasets import MAX_FILES, Datasets, checked_name, unzip
+from workers.learning.dataset import Category
 
 IMAGE_LIMIT = 200_000  # bytes, of the server that most tests share
 UPLOAD_LIMIT = 2 * MB
@@ -1423,7 +1423,7 @@ def test_the_bytes_of_a_zip_are_counted_and_not_only_believed(
 ) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(zipped({"1.png": bytes(1000), "2.png": bytes(1000)}))
-    monkeypatch.setattr("engines.datasets._check", lambda entries, most: None)
+    monkeypatch.setattr("engines.store.datasets._check", lambda entries, most: None)
     with pytest.raises(UploadTooLarge):
         list(unzip(path, DEFAULT_LIMITS, 1500))
 

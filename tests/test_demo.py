@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from engines.bundle import Bundle
+from engines.store.bundle import Bundle
 
 
 @pytest.fixture

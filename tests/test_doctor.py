@@ -14,13 +14,14 @@ from conftest import ROOT
 from double import doubled, environment
 from test_metrics import ORIN, laid_down
 
-from app import doctor
-from app.doctor import Finding, as_text, examine
 from app.settings import Settings
-from engines import memory, plan
-from engines.memory import MIB
-from engines.plan import Fingerprint, Machine
-from engines.store import Store
+from app.watching import doctor
+from app.watching.doctor import Finding, as_text, examine
+from engines.machine import memory
+from engines.machine.memory import MIB
+from engines.store import plan
+from engines.store.plan import Fingerprint, Machine
+from engines.store.versions import Store
 
 NANO = {
     **ORIN,
@@ -372,8 +373,8 @@ def test_the_text_has_everything_that_was_found() -> None:
 
 
 def test_it_loads_nothing_that_only_training_needs() -> None:
-    program = "import sys, app.doctor; print(*sorted(sys.modules))"
+    program = "import sys, app.watching.doctor; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     loaded = set(done.stdout.split())
-    assert "app.doctor" in loaded
+    assert "app.watching.doctor" in loaded
     assert not loaded & {"torch", "anomalib", "onnx", "uvicorn", "pycuda", "tensorrt", "openvino"}

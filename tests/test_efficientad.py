@@ -23,14 +23,14 @@ from engines import image
 from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from workers import distil
-from workers.export import Opset, export_onnx, parity
+from workers.converting.export import Opset, export_onnx, parity
+from workers.converting.parity import FLOAT32_LIMIT
+from workers.distil import teacher as distil
 from workers.models import Training, efficientad
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd
-from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
-from workers.sample_parts import draw_part
+from workers.sample_parts.drawing import draw_part
 
 SIZE = 256  # pixels: the least that the networks take
 ONCE = Training(epochs=1, batch=4)
@@ -631,7 +631,7 @@ def test_ctrl_c_ends_distilling_and_leaves_nothing(pictures_folder: Path, tmp_pa
 @pytest.mark.soak
 def test_a_teacher_made_here_tells_real_defects(assets: Path, tmp_path: Path) -> None:
     """From resnet18 and 68 photos to an AUROC of 0.9 and more, on two cores in half an hour."""
-    from workers.dataset import Category, Images
+    from workers.learning.dataset import Category, Images
 
     out, progress = tmp_path / "teacher.pth", Said()
     weights = str(assets / "weights" / "resnet18.safetensors")

@@ -26,11 +26,11 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 import evaluate as command
 import retrain
 from engines import image
-from engines.bundle import Bundle
 from engines.runtimes.openvino import OpenVINORuntime
+from engines.store.bundle import Bundle
 from engines.verdict import BLUR_SIGMA, Scale
 from tests.conftest import ASSETS, ROOT, run, write_meta
-from workers.measures import aupro, image_measures, label_regions
+from workers.evaluation.measures import aupro, image_measures, label_regions
 
 CATEGORY = "sample_bracket"
 
@@ -306,7 +306,7 @@ def test_many_pixels_are_thinned_and_the_page_says_so(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("workers.measures.MOST_PIXELS", 500_000)
+    monkeypatch.setattr("workers.evaluation.measures.MOST_PIXELS", 500_000)
     thin = evaluated(flags_of(kensa_model, sample_data, tmp_path / "out"), capsys)
     assert thin.report["pixel"]["step"] == 2  # 16 images of 320 x 320 are 1.6 million
     assert "one of every 2 x 2 was compared" in thin.page
@@ -612,7 +612,7 @@ def test_a_full_disk_leaves_the_old_evaluation(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("workers.evaluate._write_predictions", full)
+    monkeypatch.setattr("workers.evaluation.evaluate._write_predictions", full)
     assert command.main(flags_of(kensa_model, sample_data, out_dir)) == 2
     assert "disk is full; nothing was changed" in capsys.readouterr().err
     assert (out_dir / "evaluation.json").read_text() == json.dumps(

@@ -13,17 +13,17 @@ import pytest
 from conftest import PATCHCORE
 from numpy.typing import NDArray
 
-from engines.bundle import Bundle, read_bank
 from engines.errors import BadBundle
-from engines.golden import EACH, GOLDEN, Golden
 from engines.meta import Meta
 from engines.runtimes.openvino import choose_precision, cpu_has_bf16
-from workers.convert import Convert, convert
-from workers.export import export_onnx, parity
+from engines.store.bundle import Bundle, read_bank
+from engines.store.golden import EACH, GOLDEN, Golden
+from workers.converting.convert import Convert, convert
+from workers.converting.export import export_onnx, parity
+from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
+from workers.learning.retrain import Retrain, retrain
 from workers.models import patchcore
-from workers.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.progress import Progress
-from workers.retrain import Retrain, retrain
 
 QUIET = Progress(quiet=True)
 

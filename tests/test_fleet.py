@@ -22,12 +22,12 @@ from server import agreed, serving
 from test_jobs import AGAIN, CATEGORY, ENDED, FIRST
 from waiting import alive, until
 
-from app.jobs import Jobs
+from app.learning.job_queue import Jobs
 from engines.errors import Conflict, NoWorker, UnknownJob
 from engines.files import sha256
-from engines.fleet import Fleet
-from engines.jobs import RetrainRequest
-from engines.store import Store
+from engines.queue.fleet import Fleet
+from engines.queue.protocol import RetrainRequest
+from engines.store.versions import Store
 
 pytestmark = pytest.mark.skipif(
     bin_folder() is None, reason="needs PostgreSQL: Debian's package postgresql"

@@ -1,4 +1,4 @@
-"""Claims about engines.gate, the labels of engines.golden, and engines.memory."""
+"""Claims about the gate, the labels of golden images, and what memory there is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from conftest import write_meta
 from numpy.typing import NDArray
 
-from engines import memory
-from engines.bundle import write_bank
 from engines.errors import BadBundle, BadMeta
-from engines.gate import GROUPS, Group, Replay, Replayed, flipped, replays, weigh
-from engines.golden import EACH, GOLDEN, Golden
-from engines.memory import MIB, bytes_needed, free_bytes
+from engines.machine import memory
+from engines.machine.memory import MIB, bytes_needed, free_bytes
 from engines.meta import Meta
+from engines.serving.gate import GROUPS, Group, Replay, Replayed, flipped, replays, weigh
+from engines.store.bundle import write_bank
+from engines.store.golden import EACH, GOLDEN, Golden
 from engines.verdict import Scale, judge
 
 GOOD = {"parity": {"openvino_f32": {"ok": True}, "openvino_bf16": {"ok": False}}}

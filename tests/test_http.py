@@ -29,16 +29,16 @@ from damage import damaged, picture, png_chunk, saved, seeds
 from PIL import Image
 from server import RAW, Server, agreed, serving
 
-from app.inspection import Inspector
 from app.main import create_app
 from app.routes.infer import wanted
+from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.errors import KensaError
 from engines.image import decode
 from engines.meta import Meta
-from engines.resident import Resident
 from engines.runtimes import ALONE, Batches
-from engines.runtimes.compiled import KEPT, seal_cache, usable_cache
+from engines.runtimes.compiled_cache import KEPT, seal_cache, usable_cache
+from engines.serving.resident import Resident
 from engines.verdict import Scale
 
 ROOT = Path(__file__).parents[1]
@@ -405,7 +405,7 @@ def test_decoding_and_inferring_have_threads_of_their_own(
         decoders.add(threading.current_thread().name.rpartition("_")[0])
         return decode(*arguments)
 
-    monkeypatch.setattr("app.inspection.decode", noted)
+    monkeypatch.setattr("app.serving.inspection.decode", noted)
     model = fake_model(1.5)
 
     async def inspect() -> None:

@@ -29,20 +29,20 @@ from numpy.typing import NDArray
 from torchvision.transforms import v2
 
 import import_anomalib as command
-from engines.bundle import Bundle
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
+from engines.store.bundle import Bundle
 from engines.verdict import Scale, judge
-from workers import import_anomalib as worker
 from workers import models
-from workers.convert import Convert, convert
-from workers.import_anomalib import Import, import_anomalib
+from workers.converting import import_anomalib as worker
+from workers.converting.convert import Convert, convert
+from workers.converting.import_anomalib import Import, import_anomalib
+from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training
-from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
-from workers.sample_parts import draw_part
+from workers.sample_parts.drawing import draw_part
 
 QUIET = Progress(quiet=True)
 KINDS = ("patchcore", "padim", "efficientad")

@@ -29,7 +29,7 @@ from test_swap import SLOW_DISK, Line
 from waiting import alive, until
 
 from engines.meta import Meta
-from engines.store import Store
+from engines.store.versions import Store
 
 DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 CATEGORY = "sample_bracket"
@@ -82,7 +82,11 @@ def child_of(line: Line) -> int | None:
     """The process of the job that runs."""
     try:
         pid = int((line.store.root.parent / "jobs" / "running").read_text())
-        return pid if b"workers.job" in Path(f"/proc/{pid}/cmdline").read_bytes() else None
+        return (
+            pid
+            if b"workers.jobs.job_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            else None
+        )
     except (OSError, ValueError):
         return None
 

@@ -20,11 +20,11 @@ import pytest
 from conftest import ROOT, run
 from server import serving
 
-from engines.bundle import Bundle
 from engines.image import load
 from engines.meta import Meta
+from engines.store.bundle import Bundle
 from workers import models
-from workers.sample_parts import write_dataset
+from workers.sample_parts.drawing import write_dataset
 
 CATEGORY = "VisA_pipe_fryum"
 DIRECTORIES = {"padim": "PaDiM", "efficientad": "EfficientAD", "vae": "VAE"}

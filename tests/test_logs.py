@@ -20,7 +20,7 @@ from damage import picture, saved
 from PIL import Image
 from server import RAW, ROOT, Server, serving
 
-from app.watch import LINES_A_SECOND
+from app.http.request_log import LINES_A_SECOND
 from engines.logs import Text, begin, note, printable
 
 # The server, with a route that fails as nobody foresaw.

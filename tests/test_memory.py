@@ -28,14 +28,14 @@ from server import RAW, Server, agreed, serving
 from test_swap import variant
 from waiting import until
 
-from engines import memory
-from engines.bundle import write_bank
 from engines.files import sha256
-from engines.golden import Golden
-from engines.memory import MIB, Free, Gpu, Learning, Need, plan_needs, to_convert, to_learn
+from engines.machine import memory
+from engines.machine.memory import MIB, Free, Gpu, Learning, Need, plan_needs, to_convert, to_learn
 from engines.meta import Meta
-from engines.plan import Fingerprint, Machine
-from engines.store import Store
+from engines.store.bundle import write_bank
+from engines.store.golden import Golden
+from engines.store.plan import Fingerprint, Machine
+from engines.store.versions import Store
 
 NANO = Machine("10.3.0", "8.7", "Orin", "36.4.3")
 PATCHCORE = {"model": "patchcore", "backbone": "resnet18", "layers": ["layer2", "layer3"],
@@ -161,9 +161,9 @@ def test_every_prediction_lies_above_what_was_measured() -> None:
 def test_a_command_warns_before_work_that_may_not_fit_and_does_it_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workers.convert import Convert, convert
+    from workers.converting.convert import Convert, convert
+    from workers.learning.retrain import Retrain, retrain
     from workers.progress import Progress
-    from workers.retrain import Retrain, retrain
 
     said: list[str] = []
     progress = Progress(quiet=True)
@@ -446,8 +446,8 @@ def worker(data: Path, cgroup: Path, how: str) -> Iterator[None]:
 def test_a_job_waits_for_memory_visibly_until_there_is_some_or_it_is_cancelled(
     limits: Callable[[int, int], Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    from app.jobs import Jobs
-    from engines.jobs import ConvertRequest
+    from app.learning.job_queue import Jobs
+    from engines.queue.protocol import ConvertRequest
 
     data = tmp_path / "data"
     store = Store(data / "models")
@@ -501,12 +501,12 @@ from pathlib import Path
 import numpy as np
 
 from engines.files import sha256
-from engines.golden import Golden
+from engines.store.golden import Golden
 from engines.meta import Meta
-from workers.export import export_onnx
+from workers.converting.export import export_onnx
 from workers.models import efficientad
 from workers.progress import Progress
-from workers.rebuild import rebuild
+from workers.converting.rebuild import rebuild
 
 small, *pairs = map(Path, sys.argv[1:])
 meta = Meta.parse({"model": "efficientad", "model_size": "small", "image_size": 256,

@@ -31,15 +31,15 @@ from test_http import fake_model
 from test_swap import NAME, line, variant
 from waiting import until
 
-from app import health
-from app.health import Queue, State
-from app.inspection import Timing
+from app.http.request_log import Watch
 from app.main import create_app
-from app.metrics import Metrics
+from app.serving.inspection import Timing
 from app.settings import Settings
-from app.watch import Watch
-from engines.device import Device
+from app.watching import health
+from app.watching.health import Queue, State
+from app.watching.metrics import Metrics
 from engines.logs import note
+from engines.machine.device import Device
 from engines.meta import Meta
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

@@ -30,8 +30,8 @@ from PIL import Image
 from server import Server, agreed, serving
 from tritonclient.utils import InferenceServerException
 
-from app.inspection import Inspection
-from app.oip import InferRequest, read_request, write_answer
+from app.oip.tensors import InferRequest, read_request, write_answer
+from app.serving.inspection import Inspection
 from engines.errors import BadImage, BadRequest, RuntimeFailed
 from engines.image import ImageLimits, decode
 from engines.meta import Meta

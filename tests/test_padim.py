@@ -17,12 +17,12 @@ from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.image import load, resize
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from workers.dataset import Category
-from workers.export import export_onnx
+from workers.converting.export import export_onnx
+from workers.learning.dataset import Category
 from workers.models import Training, padim
 from workers.models.padim import LARGEST_MIB, RIDGE, PaDiM, Stats, smoothing
 from workers.progress import Progress
-from workers.sample_parts import draw_part
+from workers.sample_parts.drawing import draw_part
 
 QUIET = Progress(quiet=True)
 SIZE = 64

@@ -19,18 +19,18 @@ from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from engines.bundle import write_bank
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.image import resize
 from engines.meta import Meta
+from engines.store.bundle import write_bank
 from tests.conftest import PATCHCORE
-from workers.export import Opset, export_onnx, parity
+from workers.converting.export import Opset, export_onnx, parity
+from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
 from workers.models.patchcore import Bank, PatchCore
-from workers.parity import FLOAT32_LIMIT
 from workers.progress import Progress
-from workers.sample_parts import draw_part
+from workers.sample_parts.drawing import draw_part
 
 SIZE = 128  # pixels: 16 x 16 patches with resnet18's layer2
 LAYERS = ["layer2", "layer3"]

@@ -1,4 +1,4 @@
-"""Claims about engines.plan: what a plan is good for, and what a machine lacks, in words."""
+"""Claims about engines.store.plan: what a plan is good for, and what a machine lacks, in words."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from conftest import ROOT
 from double import VERSIONS, doubled
 
-from engines import plan
-from engines.bundle import ONNX, PLAN
 from engines.errors import BadBundle, NoTensorRT
 from engines.files import sha256
-from engines.plan import PLAN_RECORD, Fingerprint, Machine, has_tensorrt
+from engines.store import plan
+from engines.store.bundle import ONNX, PLAN
+from engines.store.plan import PLAN_RECORD, Fingerprint, Machine, has_tensorrt
 
 NANO = Machine("10.3.0", "8.7", "Orin", "36.4.0")
 
@@ -83,7 +83,7 @@ def test_what_a_machine_lacks_is_said_with_what_to_type(
 
 def test_without_the_packages_there_is_no_tensorrt() -> None:
     program = (
-        "from engines.plan import Machine, has_tensorrt\n"
+        "from engines.store.plan import Machine, has_tensorrt\n"
         "print(has_tensorrt())\n"
         "try: Machine.read()\n"
         "except Exception as error: print(type(error).__name__)"

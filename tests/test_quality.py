@@ -22,10 +22,10 @@ from engines.meta import Meta
 from engines.runtimes.openvino import choose_precision, cpu_has_bf16
 from engines.verdict import Scale, decide
 from tests.conftest import ROOT, run, write_meta
-from workers.coreset import k_centre_greedy
-from workers.dataset import Images
+from workers.learning.dataset import Images
 from workers.models import patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from workers.models.coreset import k_centre_greedy
 from workers.models.patchcore import PatchCore
 from workers.progress import Progress
 

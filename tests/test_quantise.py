@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle
-from engines.plan import Machine
-from workers import quantise as module
-from workers.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
-from workers.quantise import STEPS, quantise
+from engines.store.plan import Machine
+from workers.converting import quantise as module
+from workers.converting.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
+from workers.converting.quantise import STEPS, quantise
 
 SIDE = 8
 RANDOM = np.random.default_rng(7)
@@ -138,8 +138,8 @@ def test_tensorrt_builds_a_plan_of_it_that_scores_the_same(
 ) -> None:
     from test_build import META, Heard
 
-    with doubled(version, users=("workers.build",)) as double:
-        build = importlib.import_module("workers.build")
+    with doubled(version, users=("workers.converting.build",)) as double:
+        build = importlib.import_module("workers.converting.build")
         wanted = build.Wanted(META, "int8", 512, False, None, IMAGES, scores(plain))
         report = build.make_plan(quantised.parent, Machine.read(), wanted, None, Heard())
         assert report["parity"]["ok"]

@@ -27,11 +27,11 @@ from conftest import ROOT
 from queued import ACCEPTED, CLOCK, HELD, LEDGER, asked, fill, noted, opened
 from waiting import alive, until
 
-from app import jobs as app_jobs
-from app.schemas import ScheduleRequest
+from app.http.bodies import ScheduleRequest
+from app.learning import job_queue as app_jobs
 from engines.errors import BadRequest, Conflict, DiskFull, NoWorker, UnknownJob
-from engines.jobs import ATTEMPTS, DATABASE, PARENT, JobFolder, last_due
-from engines.store import Store
+from engines.queue.protocol import ATTEMPTS, DATABASE, PARENT, JobFolder, last_due
+from engines.store.versions import Store
 
 TEN_YEARS_S = 315_576_000
 ENDED = {"succeeded", "failed", "cancelled", "interrupted"}

@@ -17,11 +17,11 @@ from test_oip import Client, connected, files_input, photo, photo_file, pixels_i
 from test_swap import variant
 from tritonclient.utils import InferenceServerException
 
-from app.inspection import Inspector
 from app.main import create_app
+from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.meta import Meta
-from engines.store import Store
+from engines.store.versions import Store
 
 MIB = 1024 * 1024
 UNLOADED = "bolt is unloaded: POST /v2/repository/models/bolt/load loads it again."

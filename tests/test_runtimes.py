@@ -23,7 +23,6 @@ from double import doubled
 from numpy.typing import NDArray
 from plans import build
 
-from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
 from engines.files import sha256
 from engines.runtimes import ALONE, Batches, Runtime, cuda
@@ -31,6 +30,7 @@ from engines.runtimes.cuda import gpu
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
 from engines.runtimes.openvino_search import TILE
 from engines.runtimes.tensorrt import TensorRTRuntime
+from engines.store.bundle import Bundle
 
 Bank = NDArray[np.float32]
 Images = NDArray[np.uint8]

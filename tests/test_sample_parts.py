@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from engines.errors import EXIT_CODE, BadRequest
-from workers import sample_parts
-from workers.sample_parts import DEFECTS, HARD_DEFECTS, draw_part, draw_sheet, write_dataset
+from workers.sample_parts import drawing as sample_parts
+from workers.sample_parts.drawing import DEFECTS, HARD_DEFECTS, draw_part, draw_sheet, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = 128  # px
@@ -251,5 +251,5 @@ def test_the_command_says_where_it_cannot_write(
 
 
 def test_the_module_does_without_torch() -> None:
-    check = "import sys, workers.sample_parts; sys.exit('torch' in sys.modules)"
+    check = "import sys, workers.sample_parts.drawing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

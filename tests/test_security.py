@@ -20,10 +20,10 @@ import pytest
 from conftest import ROOT
 from server import RAW, Server, agreed, serving
 
-from app import security
-from app.keys import ROLES, Role, add_key, command, fingerprint, read_keys, remove_key
+from app.http import security
+from app.http.keys import ROLES, Role, add_key, command, fingerprint, read_keys, remove_key
+from app.http.security import MAX_BODY, Access
 from app.main import create_app
-from app.security import MAX_BODY, Access
 from app.settings import Settings
 from engines.errors import (
     BadKeys,

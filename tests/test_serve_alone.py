@@ -23,11 +23,11 @@ from containers import INSTALLED, JETSON, environment, health_check
 from installed import NOBODY, interpreter, lay_out, shut_in, tiny_model, why_not
 from server import RAW
 
-from app.keeper import _behind_the_line
+from app.serving.rollout import _behind_the_line
 from engines.errors import NoWorker
-from engines.jobs import JobFolder
-from workers import job
-from workers.sample_parts import draw_part
+from engines.queue.protocol import JobFolder
+from workers.jobs import job_process as job
+from workers.sample_parts.drawing import draw_part
 
 STARTS_WITHIN_S = 60.0
 JOB_ENDS_WITHIN_S = 120.0

@@ -18,8 +18,8 @@ import fsspec
 import pytest
 
 from engines.errors import BadSettings, BadShared, NoShared
-from engines.fleet import Fleet
-from engines.shared import MARK, Shared
+from engines.queue.fleet import Fleet
+from engines.store.shared import MARK, Shared
 
 PLACE = "line/inputs"
 

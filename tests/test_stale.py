@@ -29,13 +29,13 @@ from PIL import Image
 from plans import MAX_ROWS, SIDE, seal, tiny_bank, tiny_bundle, tiny_score, with_bank, with_plan
 from server import RAW, Server, agreed, serving
 
-from engines.bundle import ONNX, PLAN
 from engines.errors import BadBundle, StalePlan
-from engines.plan import PLAN_RECORD
-from engines.resident import Opening, open_model
 from engines.runtimes import cuda
 from engines.runtimes.cuda import LOST_EXIT_CODE
-from engines.store import Store
+from engines.serving.resident import Opening, open_model
+from engines.store.bundle import ONNX, PLAN
+from engines.store.plan import PLAN_RECORD
+from engines.store.versions import Store
 
 NAME = "part"
 NEWER = "10.16.1.11"  # JetPack 7.2, where the plans of 10.3 are of no use
@@ -185,7 +185,7 @@ def test_what_tensorrt_refuses_although_the_record_fits_is_stale_as_well(
 def test_without_openvino_nothing_stands_in_for_a_plan(
     bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.resident.find_spec", lambda name: None)
+    monkeypatch.setattr("engines.serving.resident.find_spec", lambda name: None)
     with doubled(), pytest.raises(StalePlan, match="has no plan for TensorRT"):
         open_model(bare, NAME, "0001", MEANWHILE)
 

@@ -1,4 +1,4 @@
-"""Claims about engines.store: versions never change, and a kill or a full disk changes nothing."""
+"""Versions in the store never change, and a kill or a full disk changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from engines.bundle import Bundle
 from engines.errors import (
     BadBundle,
     BadMeta,
@@ -28,7 +27,8 @@ from engines.errors import (
     UnknownVersion,
 )
 from engines.meta import Meta
-from engines.store import MANIFEST, Pointer, Store
+from engines.store.bundle import Bundle
+from engines.store.versions import MANIFEST, Pointer, Store
 
 PAGE = 4096  # bytes; a small file takes one
 BOLT = "bolt"
@@ -292,7 +292,7 @@ def test_many_processes_publish_the_same_files_as_one_version_and_others_as_many
     program = """
 import multiprocessing, sys
 from pathlib import Path
-from engines.store import Store
+from engines.store.versions import Store
 store = Store(Path(sys.argv[1]))
 def publish(number):
     with store.staging() as folder:
@@ -718,7 +718,7 @@ def test_a_staging_folder_is_gone_where_the_work_in_it_fails(
 def other_process(store: Store) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A process with a staging folder."""
     program = (
-        "import sys, time; from pathlib import Path; from engines.store import Store\n"
+        "import sys, time; from pathlib import Path; from engines.store.versions import Store\n"
         "with Store(Path(sys.argv[1])).staging() as folder:\n"
         "    (folder / 'model.onnx').write_text('half of i')\n"
         "    print(folder, flush=True); time.sleep(600)"

@@ -30,10 +30,10 @@ from PIL import Image
 from plans import tiny_bank, tiny_bundle, with_bank, with_plan
 from server import RAW, Server, agreed, serving
 
-from engines.bundle import read_bank, write_bank
 from engines.files import sha256
 from engines.meta import Meta
-from engines.store import Store
+from engines.store.bundle import read_bank, write_bank
+from engines.store.versions import Store
 
 NAME = "part"
 
@@ -346,7 +346,7 @@ def test_what_is_published_to_go_live_goes_live(
 
 SLOW_DISK = """
 import sys, time
-from engines.store import Store
+from engines.store.versions import Store
 activate = Store.activate
 Store.activate = lambda *which: [activate(*which), time.sleep(1)][0]
 sys.argv = ["kensa"]

@@ -26,10 +26,10 @@ from double import Double, doubled, environment, reports
 from numpy.typing import NDArray
 from plans import SIDE, build, tiny_bank, tiny_onnx, tiny_score
 
-from engines.batching import choose_batches
 from engines.errors import BadBundle, GpuLost, OutOfMemory, RuntimeFailed, StalePlan
 from engines.runtimes import ALONE, Batches, cuda
 from engines.runtimes.tensorrt import TensorRTRuntime
+from engines.serving.batching import choose_batches
 
 MIB = 1024 * 1024
 Images = NDArray[np.uint8]
@@ -335,7 +335,7 @@ def test_two_parts_run_together_where_a_batch_is_faster(
 ) -> None:
     """Nothing is filled up, so from two on it pays."""
     runtime = jetson.open()
-    monkeypatch.setattr("engines.batching._share", lambda runtime, images: 1 / len(images))
+    monkeypatch.setattr("engines.serving.batching._share", lambda runtime, images: 1 / len(images))
     choose_batches(runtime)
     assert runtime.batches == Batches(8, least=2)
 

@@ -21,13 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 import retrain
 import tune as command
-import workers.tune
+import workers.learning.tune
 from engines.errors import BadMeta
 from engines.meta import Meta
 from tests.conftest import ROOT, run, write_meta
+from workers.learning.retrain import retrain as train_once
+from workers.learning.tune import Space, Tune
 from workers.models import padim
-from workers.retrain import retrain as train_once
-from workers.tune import Space, Tune
 
 CATEGORY = "sample_bracket"
 SMALL = {"image_size": 64, "coreset_ratio": 0.02, "line": "press 4"}
@@ -119,7 +119,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Meta]:
         seen.append(Meta.read(request.meta_json))
         return train_once(request, progress)
 
-    monkeypatch.setattr("workers.tune.retrain", noted)
+    monkeypatch.setattr("workers.learning.tune.retrain", noted)
     return seen
 
 
@@ -132,7 +132,7 @@ def ends_in(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int = 
             raise error
         return train_once(request, progress)
 
-    monkeypatch.setattr("workers.tune.retrain", broken)
+    monkeypatch.setattr("workers.learning.tune.retrain", broken)
 
 
 def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -198,7 +198,7 @@ def test_equal_aurocs_are_told_apart(other: tuple[float, float, float], wins: bo
         return found
 
     before, after = trial(0, 0.95, 0.8, 5.0), trial(1, *other)
-    assert (workers.tune._rank(after) < workers.tune._rank(before)) == wins
+    assert (workers.learning.tune._rank(after) < workers.learning.tune._rank(before)) == wins
 
 
 def test_the_best_meta_json_keeps_the_start_and_no_thresholds_of_another_training(
@@ -338,7 +338,7 @@ def test_two_searches_at_once_in_one_folder_are_refused(
         told.append(refusal(flags, capsys))
         return train_once(request, progress)
 
-    monkeypatch.setattr("workers.tune.retrain", meanwhile)
+    monkeypatch.setattr("workers.learning.tune.retrain", meanwhile)
     assert command.main(flags) == 0
     assert "Another search is at work" in told[0]
 

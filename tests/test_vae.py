@@ -19,12 +19,12 @@ from engines.image import resize
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from tests.conftest import ROOT
-from workers.export import Opset, export_onnx, parity
+from workers.converting.export import Opset, export_onnx, parity
+from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.models import Training, vae
 from workers.models.vae import KL_WARM_UP, Vae, kl_weight
-from workers.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.progress import Progress
-from workers.sample_parts import DEFECTS, HARD_DEFECTS, draw_part
+from workers.sample_parts.drawing import DEFECTS, HARD_DEFECTS, draw_part
 
 SIZE = 64  # pixels: the smallest
 QUIET = Progress(quiet=True)

@@ -19,7 +19,7 @@ from engines.errors import BadWeights, RuntimeFailed
 from engines.meta import Meta
 from workers.commands import run, summarise_conversion, summarise_training
 from workers.progress import Progress
-from workers.sample_parts import CATEGORY, write_dataset
+from workers.sample_parts.drawing import CATEGORY, write_dataset
 
 HYPER_PARAMETERS = {
     "model": "patchcore",
@@ -55,8 +55,8 @@ def demo(folder: Path, port: int, progress: Progress) -> None:
 
 
 def _learn(data: Path, models: Path, progress: Progress) -> Path:
+    from workers.learning.retrain import Retrain, retrain
     from workers.models.backbone import UNTRAINED
-    from workers.retrain import Retrain, retrain
 
     meta_json = models / "meta.json"
     models.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _learn(data: Path, models: Path, progress: Progress) -> Path:
 
 
 def _convert(trained: Path, engine: Path, progress: Progress) -> Path:
-    from workers.convert import Convert, convert
+    from workers.converting.convert import Convert, convert
 
     request = Convert("patchcore", trained / "model.pth", trained / "meta.json", engine)
     print("\n".join(summarise_conversion(convert(request, progress), engine)), flush=True)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 
-from app.schemas import (
+from app.http.bodies import (
     CategoryBody,
     DatasetsBody,
     ImageFileBody,
@@ -21,10 +21,12 @@ from app.schemas import (
     UploadBody,
     error_response,
 )
-from app.security import needs
+from app.http.security import needs
+from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
-from app.uploads import Part, receive, upload_folder
-from engines.datasets import (
+from engines.errors import BadRequest, Conflict, KensaError
+from engines.image import ImageLimits
+from engines.store.datasets import (
     CATEGORY,
     Datasets,
     Split,
@@ -33,8 +35,6 @@ from engines.datasets import (
     read_file,
     unzip,
 )
-from engines.errors import BadRequest, Conflict, KensaError
-from engines.image import ImageLimits
 
 router = APIRouter(tags=["datasets"])
 

@@ -12,11 +12,11 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.inspection import Drawing, Inspection, Inspector
-from app.patience import LONGEST_MS, while_wanted
-from app.schemas import HeatmapBody, InspectionBody, TimingBody, error_response
-from app.security import body_of, needs
-from app.watch import request_id
+from app.http.bodies import HeatmapBody, InspectionBody, TimingBody, error_response
+from app.http.deadlines import LONGEST_MS, while_wanted
+from app.http.request_log import request_id
+from app.http.security import body_of, needs
+from app.serving.inspection import Drawing, Inspection, Inspector
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 
 router = APIRouter(tags=["inspection"], dependencies=[needs("line")])

@@ -15,17 +15,17 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from app.jobs import ENDED, Jobs
-from app.keeper import Keeper
-from app.schemas import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
-from app.schemas import error_response as problem
-from app.security import KeyFirst, needs
-from engines import admission
-from engines.datasets import Datasets
+from app.http.bodies import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
+from app.http.bodies import error_response as problem
+from app.http.security import KeyFirst, needs
+from app.learning.job_queue import ENDED, Jobs
+from app.serving.rollout import Keeper
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
-from engines.jobs import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.machine import admission
 from engines.meta import Meta
-from engines.store import NAME
+from engines.queue.protocol import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.store.datasets import Datasets
+from engines.store.versions import NAME
 
 router = APIRouter(tags=["jobs"], route_class=KeyFirst)
 Result = TypeVar("Result")

@@ -10,10 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from pydantic import ValidationError
 
-from app.archive import unpack_model
-from app.inspection import Inspector
-from app.keeper import Keeper
-from app.schemas import (
+from app.http.bodies import (
     GateBody,
     ModelsBody,
     StoredModelBody,
@@ -21,14 +18,17 @@ from app.schemas import (
     VersionBody,
     error_response,
 )
-from app.security import needs
+from app.http.model_zip import unpack_model
+from app.http.security import needs
+from app.http.uploads import receive, upload_folder
+from app.serving.inspection import Inspector
+from app.serving.rollout import Keeper
 from app.settings import Settings
-from app.uploads import receive, upload_folder
-from engines.bundle import ONNX
-from engines.datasets import Datasets, room
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
 from engines.meta import Meta
-from engines.store import META, Store
+from engines.store.bundle import ONNX
+from engines.store.datasets import Datasets, room
+from engines.store.versions import META, Store
 
 router = APIRouter(tags=["models"])
 

@@ -15,21 +15,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel
 
-from app.inspection import Image, Inspection, Inspector
-from app.keeper import Keeper
-from app.oip import (
-    HEADER_LENGTH,
-    INPUTS,
-    OUTPUTS,
-    SHARED_MEMORY,
-    TensorKind,
-    most_bytes,
-    read_json,
-    read_request,
-    write_answer,
-)
-from app.patience import LONGEST_MS, while_wanted
-from app.schemas import (
+from app.http.bodies import (
     MAX_IMAGES,
     InferBody,
     InferenceStatisticsBody,
@@ -46,8 +32,22 @@ from app.schemas import (
     TensorBody,
     error_response,
 )
-from app.security import body_of, needs
-from app.watch import request_id
+from app.http.deadlines import LONGEST_MS, while_wanted
+from app.http.request_log import request_id
+from app.http.security import body_of, needs
+from app.oip.tensors import (
+    HEADER_LENGTH,
+    INPUTS,
+    OUTPUTS,
+    SHARED_MEMORY,
+    TensorKind,
+    most_bytes,
+    read_json,
+    read_request,
+    write_answer,
+)
+from app.serving.inspection import Image, Inspection, Inspector
+from app.serving.rollout import Keeper
 from engines.errors import (
     BadImage,
     BadRequest,
@@ -56,7 +56,7 @@ from engines.errors import (
     UnknownVersion,
     UnsupportedBody,
 )
-from engines.resident import Resident
+from engines.serving.resident import Resident
 
 _TAG = "Open Inference Protocol"
 router = APIRouter(tags=[_TAG], dependencies=[needs("line")])

@@ -10,10 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
-from app.health import Health
-from app.inspection import Inspector
-from app.metrics import Metrics
-from app.schemas import (
+from app.http.bodies import (
     DeviceBody,
     DiskBody,
     HealthBody,
@@ -22,9 +19,12 @@ from app.schemas import (
     StatusBody,
     error_response,
 )
-from app.security import needs
+from app.http.security import needs
+from app.serving.inspection import Inspector
+from app.watching.health import Health
+from app.watching.metrics import Metrics
 from engines.errors import NotReady
-from engines.resident import NO_MODEL, Resident
+from engines.serving.resident import NO_MODEL, Resident
 
 router = APIRouter(tags=["system"])
 

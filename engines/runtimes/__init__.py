@@ -38,7 +38,7 @@ class Runtime(Protocol):
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """What may be tried, see `engines.batching`; rising."""
+        """What may be tried, see `engines.serving.batching`; rising."""
 
     @property
     def nbytes(self) -> int:

@@ -17,11 +17,11 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from engines.bundle import Bundle
 from engines.errors import BadBundle, RuntimeFailed
-from engines.memory import BANK_FACTOR, FIXED, GRAPH_FACTOR
+from engines.machine.memory import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches
 from engines.runtimes.openvino_search import Search
+from engines.store.bundle import Bundle
 
 # bf16 is for the search where there is a memory bank, because there it changes no score (a backbone
 # in bf16 moved one of 78 photos by more than 1 %), and for the whole graph where there is none.

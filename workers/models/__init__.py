@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from workers.models import lazily  # noqa: F401  # before the first import of anomalib
+from workers.models import deferred_imports as lazily  # noqa: F401  # before the first import of anomalib
 
 KINDS = ("patchcore", "padim", "efficientad", "vae")
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from engines.bundle import read_array
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.files import write_atomically
 from engines.meta import Meta
+from engines.store.bundle import read_array
 from workers.models import Training
 from workers.models.backbone import Normalise, extractor, write_weights
 from workers.progress import Progress

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from engines.bundle import read_bank, read_coverage_radius, write_bank
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
-from workers.coreset import k_centre_greedy
+from engines.store.bundle import read_bank, read_coverage_radius, write_bank
 from workers.models import Training
 from workers.models.backbone import Normalise, extractor, write_weights
+from workers.models.coreset import k_centre_greedy
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]

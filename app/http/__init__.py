@@ -1,0 +1,1 @@
+"""What stands around every request: connections, access, deadlines, uploads, the log, OpenAPI."""

@@ -1,0 +1,128 @@
+"""A zip that somebody sent -> the files of one model. Nothing in it decides where they go."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from engines.errors import BadBundle, BadMeta, BadRequest, UploadTooLarge
+from engines.meta import Meta
+from engines.store.bundle import ONNX, PLAN, REPORT
+from engines.store.golden import GOLDEN
+from engines.store.versions import META
+
+PIECE = 1 << 20  # bytes
+MAX_ENTRIES = 1000
+MAX_META = 1 << 20  # bytes; a meta.json has about a thousand
+
+# What zipfile raises at damaged bytes: documented, or seen when fuzzing.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
+
+
+def unpack_model(zipped: Path, folder: Path, most: int) -> None:
+    """Unpack meta.json and the files that it names into `folder`; anything else is left.
+
+    They may lie in one folder of the zip. No name in the zip becomes a path here: only names that
+    are known beforehand are written. model.plan is left, whatever meta.json calls it: it is machine
+    code.
+
+    Args:
+        most: bytes, counted while unpacking, whatever the zip says of itself.
+
+    Raises:
+        BadRequest: it is no zip, is damaged or encrypted.
+        BadBundle: there is no meta.json in it, or several.
+        BadMeta: it is wrong.
+        UploadTooLarge: it unpacks to more than `most`.
+        OSError: the disk is full.
+    """
+    with _opened(zipped) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
+        if len(entries) > MAX_ENTRIES:
+            raise BadRequest(f"The zip has {len(entries):,} files; a model has about ten.")
+        places = [one for one in entries if PurePosixPath(one.filename).name == META]
+        if len(places) != 1:
+            raise BadBundle(f"The zip has {len(places) or 'no'} {META}; it must have one.")
+        if places[0].file_size > MAX_META:  # zipfile unpacks no more than that
+            raise BadBundle(f"{META} in the zip has {places[0].file_size:,} bytes.")
+        inside = PurePosixPath(places[0].filename).parent
+        left = most - _extract(archive, places[0], folder / META, most)
+        wanted = _wanted(folder)
+        for entry in entries:
+            path = PurePosixPath(entry.filename)
+            if path.parent == inside and path.name in wanted:
+                left -= _extract(archive, entry, folder / path.name, left)
+
+
+class _Careful(io.FileIO):
+    """A file that is read in small pieces: zipfile reads a zip's list of files in one."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > PIECE:
+            raise zipfile.BadZipFile("it lists too many files")
+        return super().read(size) or b""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _Careful(path) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except _ZIP_ERRORS as error:
+            raise BadRequest(f"The zip cannot be read: {error}.") from None
+        with archive:
+            yield archive
+
+
+def _wanted(folder: Path) -> set[str | None]:
+    """The other files of a model, by its meta.json."""
+    try:
+        meta = Meta.read(folder / META)
+    except BadMeta as error:
+        raise BadMeta(str(error).replace(str(folder / META), f"{META} in the zip")) from None
+    named = {meta.weights_pth, meta.memory_bank, meta.stats}
+    return {ONNX, REPORT, GOLDEN, *named} - {META, PLAN}
+
+
+def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: int) -> int:
+    """Write one entry to `target`, at most `most` bytes; returns how many there were."""
+    size = 0
+    with target.open("wb") as file:
+        for piece in _pieces(archive, entry):
+            size += len(piece)
+            if size > most:
+                raise UploadTooLarge(
+                    "The zip unpacks to more than KENSA_MAX_UPLOAD_BYTES allows: raise it."
+                )
+            file.write(piece)
+    return size
+
+
+def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The bytes of an entry; only what is wrong with the zip is caught here, no full disk."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # zipfile unpacks a piece of the other kinds whole, however large it becomes.
+        raise BadRequest(f"{entry.filename[:200]!r} is compressed in an unusual way: use Deflate.")
+    try:
+        with archive.open(entry) as source:
+            while piece := source.read(PIECE):
+                yield piece
+    except _ZIP_ERRORS as error:
+        raise BadRequest(f"The zip cannot be read: {error}.") from None

@@ -1,0 +1,1 @@
+"""The queue as the server sees it, and the worker process beside it."""

@@ -1,0 +1,489 @@
+"""`Jobs`: the queue as the server sees it. What is done stands in `workers`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, get_args
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import psycopg
+
+from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
+from engines.queue.fleet import Fleet
+from engines.queue.protocol import (
+    ACTIVE,
+    APPLICATION,
+    DATABASE,
+    JobFolder,
+    JobKind,
+    JobRequest,
+    JsonSerializer,
+    Schedules,
+    database_url,
+    enqueue_options,
+    last_due,
+    scheduled_id,
+    training_of,
+)
+from engines.store.versions import NAME, Store
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
+Outcome = Literal["live", "held", "refused", "published", "replaced"]
+
+KEPT = 500  # ended jobs
+LOOK_EVERY_S = 1.0  # whether a locked database can be opened, or one far away still answers
+SILENT_S = 15.0  # a database far away that did not answer for so long is gone
+ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled", "interrupted")
+
+_STATES: dict[str, State] = {
+    "ENQUEUED": "queued",
+    "DELAYED": "queued",
+    "PENDING": "running",
+    "CANCELLED": "cancelled",
+    "ERROR": "failed",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "interrupted",
+}
+
+# Five fields of numbers, signs and names (MON, JAN, L for the last), without what croniter draws by
+# lot (R, H). A run of letters can be read in one way only: else 50 of them would take years.
+_CRON = re.compile(
+    r"\s*((?:[\d*/,#-]|(?<![A-Z])(?:L|[A-Z]{3})(?![A-Z]))+(\s+|$)){5}", re.IGNORECASE
+)
+
+log = logging.getLogger("kensa")
+
+
+class Jobs:
+    """Jobs of one data folder. Its methods block: call them in a thread."""
+
+    def __init__(self, data: Path, store: Store, fleet: Fleet | None = None) -> None:
+        self._data = data
+        self._store = store
+        self._fleet = fleet
+        self._mine: dict[str, Any] = {"attributes": fleet.mark} if fleet else {}  # of all rows
+        self._client: Any = None
+        self._answered = 0.0  # on the monotonic clock
+        self._opening = threading.Lock()
+        self._closing = threading.Event()
+        self._schedules = Schedules(data)
+        self.answering: Callable[[str], str | None] | None = None  # the server's, for outcomes
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the queue cannot be used at the moment; None when it can."""
+        silent = time.monotonic() - self._answered
+        if self._fleet and self._client and not self._problem and silent > SILENT_S:
+            return f"The queue's database did not answer for {silent:.0f} s."
+        return self._problem
+
+    def open(self) -> None:
+        """Make the queue where there is none; a damaged one is put aside, a locked one waited for.
+
+        One on another machine is waited for as well, and looked after from then on. `problem` says
+        why there is none afterwards, and `submit` raises it.
+        """
+        with self._opening:
+            while self._client is None:
+                self._try_to_open()
+                may_pass = self._fleet or "database is locked" in (self.problem or "")
+                if not may_pass or self._closing.wait(LOOK_EVERY_S):
+                    return
+
+    def _try_to_open(self) -> None:
+        if self._fleet is not None:
+            self._try_to_reach(self._fleet)
+            return
+        try:
+            self._data.mkdir(parents=True, exist_ok=True)
+            self._put_aside_if_damaged()
+            self._client = self._connect()
+            self._problem = None
+        except Exception as error:  # DBOS and SQLAlchemy raise what they like
+            log.exception("The queue cannot be opened")
+            self._problem = f"The queue in {self._data / DATABASE} cannot be opened: {error}."
+
+    def _connect(self) -> Any:
+        from dbos import DBOS, DBOSClient
+
+        logging.getLogger("dbos").setLevel(logging.WARNING)
+        url = database_url(self._data)
+        DBOS.migrate(url)
+        with closing(sqlite3.connect(self._data / DATABASE, timeout=30)) as database:
+            database.execute("PRAGMA journal_mode=WAL")  # who reads waits for nobody
+        return DBOSClient(
+            system_database_url=url, serializer=JsonSerializer(), application_name=APPLICATION
+        )
+
+    def _try_to_reach(self, fleet: Fleet) -> None:
+        """Connect to the database that several machines share, and look after the connection."""
+        try:
+            self._client = _reach(fleet)
+            self._answered = time.monotonic()
+            self._problem = None
+        except Exception as error:  # noqa: BLE001 (DBOS and SQLAlchemy raise what they like)
+            self._say(f"The queue's database cannot be reached: {fleet.shown(error)}.")
+            return
+        log.info("The queue is reached; this machine is %s in it", fleet.device)
+        threading.Thread(target=self._look_after, daemon=True).start()
+
+    def _look_after(self) -> None:
+        """Know within a moment whether the database is there."""
+        while not self._closing.wait(LOOK_EVERY_S):
+            try:
+                self._client.check_connection()
+                self._answered = time.monotonic()
+                if self._problem is not None:
+                    log.info("The queue is reached again")
+                self._problem = None
+            except NoWorker as error:  # noqa: PERF203
+                self._say(str(error))
+
+    def _say(self, problem: str) -> None:
+        if problem != self._problem:
+            log.error("%s", problem)
+        self._problem = problem
+
+    def _put_aside_if_damaged(self) -> None:
+        """Without the queue that it had the server still serves.
+
+        A database that is locked, or cannot be read at the moment, is not a damaged one.
+        """
+        path = self._data / DATABASE
+        if not path.exists():
+            return
+        try:
+            with closing(sqlite3.connect(path, timeout=30)) as database:
+                found = database.execute("PRAGMA quick_check").fetchone()[0]
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            aside = path.with_name(f"{DATABASE}.damaged-{secrets.token_hex(3)}")
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.rename(aside.with_name(aside.name + suffix))
+            log.error("The queue was damaged (%s): it is now %s, and a new one is begun",
+                      found, aside.name)  # fmt: skip
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._client is not None:
+            self._client.destroy()
+
+    # ---- asking for work ----------------------------------------------------------------------
+
+    def submit(self, kind: JobKind, request: JobRequest) -> dict[str, Any]:
+        """Queue a job, and describe it.
+
+        Raises:
+            Conflict: the model has a job already; the sentence names it.
+            NoWorker: the queue cannot be reached.
+            DiskFull: it cannot be written.
+        """
+        from dbos import error as dbos_error
+        from sqlalchemy.exc import OperationalError
+
+        client = self._reached()
+        content = request.model_dump(exclude_none=True)
+        if not request.queue:
+            self._refuse_a_second(request.model)
+        job_id = f"{kind}-{secrets.token_hex(6)}"
+        once = None if request.queue else request.model
+        active = client.list_workflows(
+            status=ACTIVE, load_input=False, load_output=False, **self._mine
+        )
+        try:
+            client.enqueue(enqueue_options(job_id, once, active, self._fleet), kind, content)
+        except NoWorker as error:
+            raise NoWorker(
+                f"{error} The job may be queued all the same: see GET /jobs before sending it"
+                " again."
+            ) from error
+        except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
+            self._refuse_a_second(request.model)
+            raise Conflict(f"{request.model} has a job already.") from None
+        except OperationalError as error:
+            if "disk is full" in str(error):
+                raise DiskFull("Nothing was queued: the disk is full. Free some space.") from error
+            raise
+        self.prune()
+        return self.get(job_id)
+
+    def _refuse_a_second(self, model: str) -> None:
+        for job in self.active():
+            if job["model"] == model:
+                raise Conflict(
+                    f"{model} has a job already, {job['id']} ({job['state']}): wait for it, cancel"
+                    ' it, or send "queue": true to wait behind it.'
+                )
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Stop a job; one that has ended stays as it is.
+
+        Raises:
+            UnknownJob: there is no such job.
+            Conflict: it has ended, or what it made is published.
+        """
+        job = self.get(job_id)
+        if job["state"] in ENDED:
+            raise Conflict(f"Job {job_id} has ended ({job['state']}).")
+        self._reached().cancel_workflow(job_id)
+        if self._fleet is not None:  # after the job itself, which begins no training from then on
+            self._reached().cancel_workflow(training_of(job_id))
+        job = self.get(job_id)
+        if job["state"] != "cancelled":
+            raise Conflict(f"Job {job_id} is past being cancelled ({job['state']}).")
+        return job
+
+    # ---- looking at it ------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> dict[str, Any]:
+        """One job. Raises UnknownJob where there is none of that id."""
+        found = self._reached().list_workflows(workflow_ids=[job_id], **self._mine)
+        if not found:
+            raise UnknownJob(f"There is no job {job_id[:100]!r}.")
+        return self._all_described(found)[0]
+
+    def newest(self, limit: int = 50) -> list[dict[str, Any]]:
+        """The newest jobs, newest first."""
+        found = self._reached().list_workflows(limit=limit, sort_desc=True, **self._mine)
+        return self._all_described(found)
+
+    def active(self) -> list[dict[str, Any]]:
+        """Those that have not ended."""
+        found = self._reached().list_workflows(status=ACTIVE, **self._mine)
+        return self._all_described(found)
+
+    def lines(self, job_id: str, after: int = 0) -> tuple[list[str], int]:
+        """What a job said, from a byte of its log on."""
+        return JobFolder(self._data, job_id).lines(after)
+
+    @property
+    def is_open(self) -> bool:
+        return self._client is not None
+
+    def count(self) -> dict[str, int]:
+        """How many jobs are in each state, of those that are kept."""
+        counts: dict[str, int] = dict.fromkeys(get_args(State), 0)
+        for one in self._reached().list_workflows(load_input=False, **self._mine):
+            ended = one.output if isinstance(one.output, dict) else {}
+            state = _STATES.get(one.status) or ended.get("state")
+            counts[state if state in counts else "failed"] += 1
+        return counts
+
+    def _all_described(self, found: list[Any]) -> list[dict[str, Any]]:
+        """The jobs, and what the machines say that learn for them."""
+        trainings = {}
+        if self._fleet is not None:
+            ids = [training_of(one.workflow_id) for one in found if one.status == "PENDING"]
+            rows = self._reached().list_workflows(workflow_ids=ids, load_input=False) if ids else []
+            trainings = {row.workflow_id: row for row in rows}
+        return [self._described(one, trainings.get(training_of(one.workflow_id))) for one in found]
+
+    def _described(self, status: Any, training: Any) -> dict[str, Any]:
+        folder = JobFolder(self._data, status.workflow_id)
+        kind, request = status.input["args"][:2] if status.input else ("retrain", {})
+        ended = status.output if isinstance(status.output, dict) else {}
+        job: dict[str, Any] = {
+            "id": status.workflow_id,
+            "kind": kind,
+            "model": request.get("model", ""),
+            "state": _STATES.get(status.status) or ended.get("state", "failed"),
+            "created": _time(status.created_at),
+            "ended": _time(status.completed_at),
+            "attempts": max(folder.attempts(), ended.get("attempts", 0)),
+            "request": request,
+            "progress": None,
+            "version": ended.get("version"),
+            "outcome": None,
+            "error": ended.get("error"),
+            "code": ended.get("code"),
+            "machine": ended.get("machine"),
+        }
+        if self._fleet is not None and kind == "retrain" and status.status == "PENDING":
+            self._add_training(job, training)
+        if status.status == "ERROR":
+            job["error"], job["code"] = f"The queue failed: {status.error}.", "internal_error"
+        if job["state"] in ("running", "failed", "succeeded"):
+            progress = folder.progress()
+            progress.pop("pid", None)
+            job["progress"] = progress or None
+        if job["version"] is not None:
+            self._add_outcome(job, ended["version"])
+        return job
+
+    def _add_training(self, job: dict[str, Any], training: Any) -> None:
+        """Where a job learns, or that it still waits for a machine."""
+        if training is None or training.status in ("ENQUEUED", "DELAYED"):
+            job["state"] = "queued"
+        else:
+            job["machine"] = training.executor_id
+        if training is not None:
+            begun = int((training.attributes or {}).get("attempts", 0))
+            job["attempts"] = max(job["attempts"], begun)
+
+    def _add_outcome(self, job: dict[str, Any], version: str) -> None:
+        """What became of the version that a job published. Until the gate has seen it, it runs."""
+        name, store = job["model"], self._store
+        pointer, found = store.pointer(name), store.gate(name, version)
+        refused = store.refused(name)
+        if pointer is not None and pointer.live == version:
+            if self.answering is None or self.answering(name) == version:
+                job["outcome"] = "live"
+            else:  # written down, and not in memory yet
+                self._is_at_the_gate(job)
+        elif version in refused:
+            job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
+        elif found is not None and found.get("ok") is False:
+            job.update(outcome="held", error=" ".join(found.get("reasons", [])))
+        elif found is not None:
+            job["outcome"] = "replaced"
+        elif self._goes_live(name, version):
+            self._is_at_the_gate(job)
+        else:
+            job["outcome"] = "published"
+
+    def _is_at_the_gate(self, job: dict[str, Any]) -> None:
+        job["state"] = "running"
+        job["progress"] = {**(job["progress"] or {}), "phase": "gate"}
+
+    def _goes_live(self, name: str, version: str) -> bool:
+        try:
+            return self._store.manifest(name, version).origin.get("activate") is True
+        except KensaError:
+            return False
+
+    # ---- again and again ----------------------------------------------------------------------
+
+    def schedule(self, name: str, wanted: Any) -> dict[str, Any]:
+        """Retrain by a cron expression; one of the same name is replaced.
+
+        Raises:
+            BadRequest: the name, the expression or the time zone is wrong.
+        """
+        if not re.fullmatch(NAME, name):
+            raise BadRequest(
+                f"A schedule's name has up to 64 letters, digits, - and _, not {name!r}."
+            )
+        try:
+            ZoneInfo(wanted.timezone)
+        except (ValueError, OSError, ZoneInfoNotFoundError):
+            raise BadRequest(f"There is no time zone {wanted.timezone!r}.") from None
+        try:
+            if not _CRON.fullmatch(wanted.cron):
+                raise ValueError
+            last_due(wanted.cron, wanted.timezone, time.time())
+        except (ValueError, KeyError):
+            raise BadRequest(
+                f"{wanted.cron!r} is no cron expression: it takes minute, hour, day, month and"
+                " weekday, such as 0 2 * * * for every night at two."
+            ) from None
+        content = {
+            "cron": wanted.cron,
+            "timezone": wanted.timezone,
+            "retrain": wanted.retrain.model_dump(exclude_none=True),
+        }
+        try:
+            self._schedules.write(name, content)
+        except OSError as error:
+            raise DiskFull(f"The schedule cannot be written: {error.strerror}.") from None
+        return next(one for one in self.schedules() if one["name"] == name)
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """All of them, and when each last began a job."""
+        return [
+            {"name": name, **content, "last": self._last_begun(name)}
+            for name, content in self._schedules.all().items()
+        ]
+
+    def _last_begun(self, name: str) -> str | None:
+        prefix = scheduled_id(name, fleet=self._fleet)
+        found = self._reached().list_workflows(
+            workflow_id_prefix=prefix, sort_desc=True, load_input=False, load_output=False,
+            **self._mine,
+        )  # fmt: skip
+        pattern = re.compile(re.escape(prefix) + r"\d{8}T\d{4}")
+        return next((_time(one.created_at) for one in found if pattern.fullmatch(one.workflow_id)),
+                    None)  # fmt: skip
+
+    def unschedule(self, name: str) -> None:
+        """End a schedule. Raises UnknownJob where there is none of that name."""
+        if name not in self._schedules.all():
+            raise UnknownJob(f"There is no schedule {name[:100]!r}.")
+        self._schedules.remove(name)
+
+    # ---- keeping it small ---------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Forget the oldest ended jobs beyond `KEPT`."""
+        client = self._reached()
+        ended = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+        old = client.list_workflows(
+            status=ended, sort_desc=True, offset=KEPT, load_output=False, **self._mine
+        )
+        for one in old:
+            # In this order, so that the next call ends what a kill in between leaves.
+            shutil.rmtree(JobFolder(self._data, one.workflow_id).root, ignore_errors=True)
+            if self._fleet is not None:
+                client.delete_workflow(training_of(one.workflow_id))
+            client.delete_workflow(one.workflow_id)
+
+    def _reached(self) -> Any:
+        if self._client is None or (self._fleet and self.problem):
+            raise NoWorker(self.problem or "The queue is being opened; try again in a few seconds.")
+        return self._client
+
+
+class _Reaching:
+    """A DBOSClient far away: where its database does not answer, every method raises NoWorker."""
+
+    def __init__(self, client: Any, fleet: Fleet) -> None:
+        self._client = client
+        self._fleet = fleet
+
+    def __getattr__(self, name: str) -> Any:
+        from sqlalchemy import exc
+
+        method = getattr(self._client, name)
+
+        def ask(*arguments: Any, **options: Any) -> Any:
+            try:
+                return method(*arguments, **options)
+            except (exc.DBAPIError, exc.TimeoutError) as error:
+                why = self._fleet.shown(error)
+                raise NoWorker(f"The queue's database does not answer: {why}.") from error
+
+        return ask
+
+
+def _reach(fleet: Fleet) -> _Reaching:
+    from dbos import DBOS, DBOSClient
+
+    logging.getLogger("dbos").setLevel(logging.CRITICAL)  # `problem` says it, once
+    with psycopg.connect(fleet.database_url):
+        pass  # which says best what is wrong
+    DBOS.migrate(fleet.database_url)
+    client = DBOSClient(
+        system_database_url=fleet.database_url, serializer=JsonSerializer(),
+        application_name=APPLICATION, retry_connection_errors=False,
+    )  # fmt: skip
+    return _Reaching(client, fleet)
+
+
+def _time(epoch_ms: int | None) -> str | None:
+    if epoch_ms is None:
+        return None
+    return datetime.fromtimestamp(epoch_ms / 1000, timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: its bodies and its tensors."""

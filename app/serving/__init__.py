@@ -1,0 +1,1 @@
+"""From a picture to a verdict, and which version gives it."""

@@ -1,0 +1,250 @@
+"""`Inspector.inspect`: from the bytes of an image to a verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.serving.inference_statistics import Statistics
+from app.settings import Settings
+from engines.errors import Overloaded
+from engines.image import ImageLimits, decode, resize
+from engines.runtimes import cuda
+from engines.serving.batching import Batcher, Done
+from engines.serving.resident import Resident, Residents
+from engines.verdict import Verdict, heatmap, judge, overlay_png, png
+
+INBOX = 16  # bodies in memory at once, of the largest size allowed
+LINE_SHARE = 100  # the gate takes at most one part in so many of a line that has no gaps
+Drawing = Literal["heatmap", "overlay"]
+Image = bytes | NDArray[np.uint8]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of one inspection went, milliseconds."""
+
+    queue_ms: float
+    decode_ms: float
+    infer_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A verdict and what belongs to it."""
+
+    model: Resident
+    verdict: Verdict
+    anomaly_map: NDArray[np.float32]  # (h, w), raw
+    drawing: bytes | None  # the PNG that was asked for
+    timing: Timing
+
+
+@dataclass
+class Counts:
+    """Images since the start. Only the event loop's thread changes them."""
+
+    normal: int = 0
+    anomaly: int = 0
+    refused: int = 0
+
+
+class Inspector:
+    """The models in memory, a few threads that decode, and the one of the engines.
+
+    Nothing here blocks the event loop: it only hands work to these threads and waits.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self.residents = Residents()
+        self.counts = Counts()
+        self.statistics = Statistics()
+        self.started = time.monotonic()
+        self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
+        self.on_inspection: Callable[[Inspection], None] = lambda _: None
+        self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
+        self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
+        self._keep = settings.gate_recent
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self.batcher = Batcher()
+        self._queue_size = settings.queue_size
+        self._inbox_bytes = 0
+        self._under_way = 0
+        self._patience_s = 1.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def close(self) -> None:
+        """Drop what waits, let what runs end, give the memory back."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.batcher.close)
+        for model in self.residents.all():
+            model.runtime.close()
+        await asyncio.to_thread(cuda.close)  # also what a request that was given up still holds
+
+    def recent(self, name: str) -> list[NDArray[np.uint8]]:
+        """The last parts that a model inspected, (S, S, 3) each, oldest first."""
+        return list(self._recent.get(name, ()))
+
+    def forget(self, name: str) -> None:
+        """Give back the memory of a model's last parts."""
+        self._recent.pop(name, None)
+
+    async def in_a_gap(self, work: Callable[[], Result]) -> Result:
+        """Do `work` in the engine's thread while no part is being inspected.
+
+        A line without gaps is not waited for longer than the work may take up of it, a hundredth.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self._patience_s)
+        done = await self.batcher.call(work)
+        self._patience_s = done.worked_ms / 1000 * LINE_SHARE
+        return done.result
+
+    # ---- what is let in -----------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> int:
+        """Requests that wait for their verdict."""
+        return self._under_way
+
+    def check_room(self) -> None:
+        """Raise Overloaded where a request would not be let in now."""
+        if self._under_way >= self._queue_size:
+            raise Overloaded(
+                f"{self._under_way} parts wait for their verdict already, as many as"
+                " KENSA_QUEUE_SIZE allows: send this one again a little later."
+            )
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A request waits for its verdict in this block. Raises Overloaded, as `check_room`."""
+        self.check_room()
+        self._under_way += 1
+        if self._under_way == 1:
+            self._idle.clear()
+            self.on_busy(True)
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._idle.set()
+                self.on_busy(False)
+
+    @contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Count the bytes of a body that is in memory for as long as this block.
+
+        What it yields is called with the size of each chunk, and raises Overloaded when all bodies
+        together are too much, such as hundreds of large ones that arrive at the same time.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if self._inbox_bytes + size > INBOX * self.limits.max_bytes:
+                raise Overloaded("Too many large images arrive at once: send them one by one.")
+            held += size
+            self._inbox_bytes += size
+
+        try:
+            yield hold
+        finally:
+            self._inbox_bytes -= held
+
+    # ---- one image ----------------------------------------------------------------------------
+
+    async def inspect(
+        self, image: Image, name: str | Resident | None = None, drawing: Drawing | None = None
+    ) -> Inspection:
+        """From an image to a verdict, by the version that is live now.
+
+        Args:
+            image: the bytes of an image file, or its pixels (H, W, 3), uint8, RGB.
+            name: of the model; None for the only one; or the version itself, held by the caller.
+            drawing: what to draw besides.
+
+        Raises:
+            BadImage: and its kinds, as `engines.image.decode`.
+            RuntimeFailed: the runtime gave up.
+            NotReady, UnknownModel: as `Residents.get`.
+        """
+        with self.residents.use(name) as model:
+            inspecting = self._inspect(image, model, drawing)
+            return await self.statistics.count(model, inspecting)
+
+    async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
+        """Decode, run, judge, draw if asked."""
+        began = time.perf_counter()
+
+        def see() -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8]]:
+            picture = image
+            if isinstance(picture, bytes):
+                picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
+            pixels = resize(picture, model.runtime.image_size)  # (S, S, 3)
+            return picture if drawing == "overlay" else None, pixels
+
+        seen = await _timed(self._decoders, see)
+        picture, pixels = seen.result
+        ran = await self.batcher.infer(model.runtime, pixels, model.name)
+        raw_score, anomaly_map = ran.result  # (h, w)
+        verdict = judge(raw_score, model.scale)
+
+        drawn = None
+        if drawing is not None:
+            drawn = await _timed(self._decoders, lambda: draw(anomaly_map, model, picture))
+        timing = Timing(
+            queue_ms=seen.waited_ms + ran.waited_ms + (drawn.waited_ms if drawn else 0.0),
+            decode_ms=seen.worked_ms,
+            infer_ms=ran.worked_ms,
+            total_ms=(time.perf_counter() - began) * 1000,
+        )
+        self._note(model, verdict, pixels)
+        done = Inspection(model, verdict, anomaly_map, drawn.result if drawn else None, timing)
+        self.on_inspection(done)
+        return done
+
+    def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
+        if verdict.is_anomalous:
+            self.counts.anomaly += 1
+        else:
+            self.counts.normal += 1
+        self._recent.setdefault(model.name, deque(maxlen=self._keep)).append(pixels)
+        self.on_verdict(model, verdict)
+
+
+def draw(
+    anomaly_map: NDArray[np.float32], model: Resident, picture: NDArray[np.uint8] | None
+) -> bytes:
+    """A PNG of a raw anomaly map (h, w): over `picture` (H, W, 3) where there is one, else grey."""
+    heat = heatmap(anomaly_map, model.scale, model.runtime.image_size)  # (S, S) in [0, 1]
+    if picture is not None:
+        return overlay_png(picture, heat, model.scale.threshold)
+    return png((heat * 255).round().astype(np.uint8))
+
+
+async def _timed(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Done[Result]:
+    """Do `work` in a thread of `pool` while the event loop goes on; its errors are raised here."""
+    asked = time.perf_counter()
+
+    def run() -> Done[Result]:
+        began = time.perf_counter()
+        result = work()
+        ended = time.perf_counter()
+        return Done(result, (began - asked) * 1000, (ended - began) * 1000)
+
+    return await asyncio.get_running_loop().run_in_executor(pool, run)

@@ -1,0 +1,1 @@
+"""How the server is: metrics, health, `kensa doctor`."""

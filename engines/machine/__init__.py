@@ -1,0 +1,1 @@
+"""What this machine has, what work needs of it, and whether a job fits."""

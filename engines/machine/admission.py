@@ -1,0 +1,126 @@
+"""Whether a job fits into memory, before it begins: the server asks, and the job itself once more.
+
+Only what this machine does is reckoned. What another machine learns, it fits there or not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engines.errors import OutOfMemory
+from engines.machine.memory import (
+    Free,
+    Gpu,
+    Learning,
+    Need,
+    Short,
+    free_bytes,
+    size,
+    to_build,
+    to_convert,
+    to_learn,
+    total_bytes,
+)
+from engines.meta import Meta
+from engines.queue.protocol import ConvertRequest, RetrainRequest
+from engines.store.bundle import ONNX
+from engines.store.datasets import Datasets
+from engines.store.plan import L4T_RELEASE, has_tensorrt
+from engines.store.versions import META, Store
+
+JOB_MEMORY = "KENSA_JOB_MEMORY"  # the server's setting, which its worker inherits
+WORKSPACE_MIB = 4096  # of a conversion that does not say; it is clamped
+BARE = 250 << 20  # a process that builds a plan without torch
+UNKNOWN = 1 << 62  # what the builder itself finds too little of
+
+Request = RetrainRequest | ConvertRequest
+
+
+def free_for_jobs(gpu: Gpu | None = None) -> Free:
+    """Memory that a job may take. Without a look at the GPU, one that is no Jetson's has enough."""
+    if gpu is not None or L4T_RELEASE.exists():
+        return Free.now(gpu)
+    return Free(free_bytes(), UNKNOWN)
+
+
+def short_of(data: Path, request: Request, free: Free) -> Short | None:
+    """What a job is short of, None when it fits.
+
+    Raises:
+        KensaError: what it names is not there or is damaged; the job would fail at once.
+    """
+    return needs(data, request, free).short_of(free)
+
+
+def needs(data: Path, request: Request, free: Free) -> Need:
+    """What a job takes at its peak."""
+    store = Store(data / "models")
+    folder = _start(store, request)
+    if isinstance(request, ConvertRequest):
+        return _to_convert(folder, request, free)
+    meta = _meta(folder, request)
+    learned = meta.memory_bank or meta.stats
+    known = size(folder / learned) if folder and learned and request.update else 0
+    images = Datasets(data / "datasets")
+    test = images.count(request.category, "normal") + images.count(request.category, "anomaly")
+    what = Learning(meta, images.count(request.category, "train"), test, request.batch, known)
+    learning = to_learn(what)
+    if not request.convert:
+        return Need(learning)
+    graph = size(folder / ONNX) if folder else 0
+    built = to_build(graph, WORKSPACE_MIB, _least(free)) if has_tensorrt() else 0
+    return Need(max(learning, to_convert(meta, what.bank)), built)
+
+
+def refusal(request: Request, found: Short) -> OutOfMemory:
+    """The error for a job that does not fit."""
+    if isinstance(request, ConvertRequest):
+        what, less = "Converting", "take a smaller workspace"
+    else:
+        what, less = "Retraining", "take fewer images, or a smaller batch, coreset or image_size"
+    if never(found):
+        wait = "it will never fit here"
+    else:
+        wait = f"unload a model, or let it wait with {JOB_MEMORY}=wait"
+    return OutOfMemory(
+        f"{what} {request.model} needs {found.needed}, and {found.free}: {wait}, or {less}."
+    )
+
+
+def never(found: Short) -> bool:
+    """Whether waiting makes no sense: the machine, or the container, has less in all."""
+    return not found.where and found.wanted > total_bytes()
+
+
+def _to_convert(folder: Path | None, request: ConvertRequest, free: Free) -> Need:
+    if folder is None:
+        return Need(0)  # the job says that there is nothing to convert
+    meta = Meta.read(folder / META)
+    built = 0
+    if has_tensorrt():
+        built = to_build(size(folder / ONNX), request.workspace, _least(free))
+    if request.from_onnx:
+        return Need(BARE, built)
+    bank = size(folder / meta.memory_bank) if meta.memory_bank else 0
+    return Need(to_convert(meta, bank), built)
+
+
+def _least(free: Free) -> int:
+    return free.host if free.device is None else free.device
+
+
+def _meta(folder: Path | None, request: RetrainRequest) -> Meta:
+    if folder is None:
+        return Meta.parse({"model": request.kind, **request.meta})
+    return Meta.read(folder / META).with_(**request.meta)
+
+
+def _start(store: Store, request: Request) -> Path | None:
+    """The version that a job starts from, as the job itself chooses it; None for a first one."""
+    name, known = request.model, store.versions(request.model)
+    if request.version is not None:
+        return store.folder(name, request.version)
+    pointer = store.pointer(name)
+    if pointer is not None and pointer.live in known:
+        return store.folder(name, pointer.live)
+    return store.folder(name, known[-1]) if known else None

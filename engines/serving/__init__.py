@@ -1,0 +1,1 @@
+"""A version in memory: opened, warm, in batches, compared with another one."""

@@ -1,0 +1,427 @@
+"""The models held in memory: open one, warm it up, put it in another's place, let it go.
+
+Engine, bank, thresholds and meta.json of a version are one object, `Resident`, and a request keeps
+the one it began with. So a verdict always belongs to the version that it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import (
+    BadBundle,
+    NoTensorRT,
+    NotReady,
+    RuntimeFailed,
+    StalePlan,
+    UnknownModel,
+)
+from engines.files import sha256
+from engines.machine.memory import Gpu, Need, bytes_needed, free_bytes, plan_needs
+from engines.meta import Meta
+from engines.runtimes import Runtime
+from engines.runtimes.compiled_cache import seal_cache
+from engines.serving.batching import choose_batches
+from engines.store.bundle import Bundle
+from engines.store.plan import Fingerprint, Machine, has_tensorrt
+from engines.verdict import Scale
+
+MIB = 1024 * 1024
+
+log = logging.getLogger("kensa")
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A version of a model held in memory, open and warm."""
+
+    name: str
+    version: str
+    meta: Meta
+    scale: Scale
+    runtime: Runtime
+    graph: str = ""  # SHA-256 of model.onnx: versions with the same one differ in the bank alone
+    bank_alone: bool = False  # was loaded; the engine is that of the version before
+    stale: str | None = None  # why its plan cannot be used here, so that OpenVINO runs in its place
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened on this machine."""
+
+    precision: Literal["auto", "f32", "bf16"] = "auto"  # of OpenVINO; a plan has its own
+    threads: int = 0  # 0 for all cores
+    cache_dir: Path | None = None
+    batching: bool = True
+    runtime: Literal["auto", "openvino", "tensorrt"] = "auto"
+    fallback: Literal["openvino", "none"] = "openvino"  # while there is no plan for this machine
+    keep_warm_s: float = 0.0
+
+
+def open_model(
+    folder: Path, name: str, version: str, how: Opening, beside: Resident | None = None
+) -> Resident:
+    """Open a version and warm it up.
+
+    Args:
+        beside: a resident version. Where the new one has the same graph, its engine is used, and
+            only the memory bank is loaded.
+
+    Raises:
+        BadMeta, BadBundle: its files are missing, damaged or do not fit together.
+        NoTensorRT: only TensorRT may run it, and it is not here.
+        StalePlan: there is no plan for this machine, and nothing may stand in for it.
+        OutOfMemory: it does not fit.
+    """
+    bundle = Bundle.open(folder)
+    scale = Scale.of(bundle.meta)
+    graph = sha256(bundle.onnx)
+    bank = bundle.memory_bank()
+    shares = beside if beside is not None and beside.graph == graph else None
+    stale: str | None = None
+    try:
+        plan = usable_plan(bundle, bank, how)
+        if plan is not None:
+            runtime, shared = _on_tensorrt(bundle, bank, plan, how, shares)
+    except StalePlan as error:
+        if how.fallback == "none" or find_spec("openvino") is None:
+            raise
+        plan, stale = None, str(error)
+    if plan is None:
+        runtime, shared = _on_openvino(bundle, bank, how, shares)
+    model = Resident(name, version, bundle.meta, scale, runtime, graph, shared, stale)
+    try:
+        warm_up(model)
+        if how.batching and not shared:
+            if beside is not None and _alike(beside, model):
+                runtime.take_together(beside.runtime.batches)
+            elif free_bytes() > 2 * bytes_needed(folder):  # trying may take as much again
+                choose_batches(runtime)
+    except BaseException:
+        runtime.close()
+        raise
+    return model
+
+
+def memory_needed(folder: Path, how: Opening) -> Need:
+    """What a version takes at most while it is opened.
+
+    Raises:
+        BadMeta, BadBundle: its files are damaged.
+    """
+    machine = _machine(how)
+    if machine is not None:
+        record = Fingerprint.read(folder)
+        if record is not None and record.machine == machine:
+            return plan_needs(folder)
+    return Need(bytes_needed(folder))
+
+
+def gpu_memory(how: Opening) -> Gpu | None:
+    """That of the GPU, where TensorRT runs models; None elsewhere. May take a context first."""
+    if _machine(how) is None:
+        return None
+    from engines.runtimes.cuda import gpu
+
+    try:
+        one = gpu()
+        free, total = one.memory()
+    except RuntimeFailed as error:
+        log.warning("The GPU does not say what memory is free: %s", error)
+        return None
+    return Gpu(free, total, one.integrated)
+
+
+def _machine(how: Opening) -> Machine | None:
+    """This machine, where TensorRT may run models and can; opening says why it cannot."""
+    if how.runtime == "openvino" or not has_tensorrt():
+        return None
+    try:
+        return Machine.read()
+    except NoTensorRT:
+        return None
+
+
+def usable_plan(
+    bundle: Bundle, bank: NDArray[np.float32] | None, how: Opening
+) -> Fingerprint | None:
+    """The record of the plan that TensorRT is to run; None where OpenVINO is to run the graph.
+
+    Only compares: whatever is raised, the plan was not read.
+
+    Raises:
+        NoTensorRT: TensorRT is asked for, and not here.
+        StalePlan: TensorRT is here, and the plan is for something else, or missing.
+        BadBundle: the record of the plan is damaged.
+    """
+    if how.runtime == "openvino" or (how.runtime == "auto" and not has_tensorrt()):
+        return None
+    try:
+        machine = Machine.read()
+    except NoTensorRT as error:
+        if how.runtime == "tensorrt":
+            raise
+        log.warning("OpenVINO runs what TensorRT cannot: %s", error)
+        return None
+    plan = Fingerprint.read(bundle.root)
+    if plan is None:
+        raise StalePlan(
+            f"{bundle.root} has no plan for TensorRT, or none that says what it was built for:"
+            " convert it on this machine, with convtrt.py, or POST /convert with from_onnx."
+        )
+    if reason := plan.stale(bundle.root, machine):
+        raise StalePlan(reason)
+    if bank is not None and len(bank) > (plan.bank_rows or 0):
+        raise StalePlan(
+            f"The memory bank has {len(bank):,} rows, and {bundle.plan} was built for up to"
+            f" {plan.bank_rows or 0:,}: convert it again."
+        )
+    return plan
+
+
+def _on_tensorrt(
+    bundle: Bundle,
+    bank: NDArray[np.float32] | None,
+    plan: Fingerprint,
+    how: Opening,
+    shares: Resident | None,
+) -> tuple[Runtime, bool]:
+    """The runtime, and whether its engine is that of another version."""
+    from engines.runtimes.tensorrt import TensorRTRuntime
+
+    if shares is not None and bank is not None and isinstance(shares.runtime, TensorRTRuntime):
+        shared = shares.runtime.with_bank(bank, plan.precision)
+        if shared is not None:
+            return shared, True
+    whole = TensorRTRuntime(
+        bundle.plan, bank, precision=plan.precision, keep_warm_s=how.keep_warm_s
+    )
+    return whole, False
+
+
+def _on_openvino(
+    bundle: Bundle, bank: NDArray[np.float32] | None, how: Opening, shares: Resident | None
+) -> tuple[Runtime, bool]:
+    """The same."""
+    from engines.runtimes.openvino import OpenVINORuntime, choose_precision
+
+    precision = how.precision
+    if precision == "auto":
+        precision = choose_precision(bundle.report())
+    if shares is not None and bank is not None and isinstance(shares.runtime, OpenVINORuntime):
+        shared = shares.runtime.with_bank(bank, precision)
+        if shared is not None:
+            return shared, True
+    whole = OpenVINORuntime(
+        bundle.onnx, bank, precision=precision, threads=how.threads, cache_dir=how.cache_dir
+    )
+    seal_cache(how.cache_dir)
+    return whole, False
+
+
+def _alike(one: Resident, other: Resident) -> bool:
+    """Whether what was measured of one holds for the other: a model before and after learning."""
+    return _what_takes_time(one) == _what_takes_time(other)
+
+
+def _what_takes_time(model: Resident) -> tuple[object, ...]:
+    meta, runtime = model.meta, model.runtime
+    return meta.model, meta.backbone, runtime.name, runtime.image_size, runtime.precision
+
+
+def warm_up(model: Resident) -> None:
+    """Run twice, so that the first part on the line does not wait for buffers to be made.
+
+    Raises:
+        BadBundle: the graph and meta.json disagree on the size of images, or scores are no numbers.
+    """
+    size = model.runtime.image_size
+    if size != model.meta.image_size:
+        raise BadBundle(
+            f"model.onnx takes images of {size} pixels, but meta.json says {model.meta.image_size}:"
+            " they are from different trainings. Run convtrt.py again."
+        )
+    grey = np.full((1, size, size, 3), 128, np.uint8)
+    for _ in range(2):
+        scores, maps = model.runtime.infer(grey)
+        if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+            raise BadBundle("The model gives scores that are no numbers: train it again.")
+
+
+def describe(model: Resident) -> str:
+    """A model in one line, for the log."""
+    rows = model.runtime.bank_rows
+    bank = "no memory bank" if rows is None else f"memory bank of {rows:,}"
+    size = model.runtime.batches.size
+    return (
+        f"{model.name} {model.version}: {model.meta.model}, {model.runtime.image_size} pixels,"
+        f" {bank}, {model.runtime.name} {model.runtime.precision},"
+        f" {f'up to {size} at once' if size > 1 else 'one at a time'}"
+        f"{', the bank alone' if model.bank_alone else ''}"
+    )
+
+
+class Residents:
+    """Which version answers for a name. Only the event loop's thread calls this."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Resident] = {}
+        self._users: dict[Resident, int] = {}
+        self._unused: dict[Resident, asyncio.Event] = {}  # of those somebody waits for
+        self.problems: dict[str, str] = {}  # name -> why it has no resident version
+        self.unloaded: dict[str, str] = {}  # the same, because a person wanted it so
+        self.resting: dict[str, str] = {}  # the same, because another model needed the memory
+        self.on_call: Callable[[str], None] = lambda _: None  # a part came for one that rests
+        self._called: dict[str, float] = {}  # when a request last came, on the monotonic clock
+        self._since: dict[str, float] = {}  # when it came into memory
+        self.stale: dict[str, str] = {}  # name -> why it has no plan, and what is done about it
+
+    def names(self) -> list[str]:
+        return sorted(self._models)
+
+    def get(self, name: str | None = None) -> Resident:
+        """The resident version of a model; without a name, of the only one.
+
+        Raises:
+            NotReady: it is not in memory; the sentence says why.
+            UnknownModel: there is no such model, or several and no name.
+        """
+        if name is None:
+            return self._only()
+        if name in self._models:
+            return self._models[name]
+        if reason := self.why_not(name):
+            raise NotReady(reason)
+        raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
+
+    def version(self, name: str) -> str | None:
+        """Which version of a model answers; None where none does. In any thread."""
+        model = self._models.get(name)
+        return model.version if model else None
+
+    def call(self, name: str | None = None) -> Resident:
+        """The same for a part: a model that rests is brought back for those that come later.
+
+        Raises:
+            NotReady, UnknownModel: as `get`.
+        """
+        if name is not None and name in self._models:
+            self._called[name] = time.monotonic()
+        elif name in self.resting:
+            self.on_call(name)
+        return self.get(name)
+
+    def _only(self) -> Resident:
+        # Not the one that is left when another is away: that one may be meant.
+        known = {*self._models, *self.unloaded, *self.resting, *self.problems}
+        if len(known) == 1 and self._models:
+            return next(iter(self._models.values()))
+        if self._models:
+            raise UnknownModel(f"Say which model, as ?model=NAME{self._there_is()}.")
+        raise NotReady(self.missing() or NO_MODEL)
+
+    def why_not(self, name: str) -> str | None:
+        """Why a model is not in memory; None for one that is, and for one that nobody knows."""
+        away = (self.problems, self.unloaded, self.resting)
+        return next((found[name] for found in away if name in found), None)
+
+    def missing(self) -> str | None:
+        """What keeps the server from being ready, None when nothing does.
+
+        A model that was unloaded or rests is not missed, unless nothing else is left.
+        """
+        if self.problems:
+            return " ".join(self.problems.values())
+        if self._models:
+            return None
+        return " ".join([*self.unloaded.values(), *self.resting.values()]) or NO_MODEL
+
+    def _there_is(self) -> str:
+        known = sorted({*self._models, *self.unloaded, *self.resting})
+        names = ", ".join(repr(name) for name in known)
+        return f"; there is {names}" if names else "; there is none"
+
+    @contextmanager
+    def use(self, name: str | Resident | None = None) -> Iterator[Resident]:
+        """The resident version, which is not closed before this block ends.
+
+        Whoever holds one may use that one again, live or not: all images of a request get verdicts
+        of the same version.
+        """
+        model = name if isinstance(name, Resident) else self.call(name)
+        self._users[model] = self._users.get(model, 0) + 1
+        try:
+            yield model
+        finally:
+            self._users[model] -= 1
+            if self._users[model] == 0:
+                del self._users[model]
+                if model in self._unused:
+                    self._unused.pop(model).set()
+
+    def put(self, model: Resident) -> Resident | None:
+        """Let this version answer from now on; returns the one that did before."""
+        before = self._away(model.name)
+        self._models[model.name] = model
+        if before is None:
+            self._since[model.name] = time.monotonic()
+        return before
+
+    def take(self, name: str, reason: str) -> Resident | None:
+        """Let nothing answer for a name, and say why; returns the version that did."""
+        before = self._away(name)
+        self.problems[name] = reason
+        return before
+
+    def put_away(self, name: str, reason: str) -> Resident | None:
+        """The same, because a person wants it so: that is no problem."""
+        before = self._away(name)
+        self.unloaded[name] = reason
+        return before
+
+    def put_to_rest(self, name: str, reason: str) -> Resident | None:
+        """The same, because another model needs the memory: the next part brings it back."""
+        before = self._away(name)
+        self.resting[name] = reason
+        return before
+
+    def _away(self, name: str) -> Resident | None:
+        """The version that answered until now; nothing does, and there is no reason yet."""
+        for reasons in (self.problems, self.unloaded, self.resting):
+            reasons.pop(name, None)
+        return self._models.pop(name, None)
+
+    def idle_first(self) -> list[str]:
+        """The models in memory: first the one that got no part for longest, since it came in."""
+        return sorted(
+            self._models, key=lambda name: max(self._called.get(name, 0.0), self._since[name])
+        )
+
+    def in_memory_s(self, name: str) -> float:
+        """For how long a model has been there, in whatever versions."""
+        return time.monotonic() - self._since[name]
+
+    async def until_unused(self, model: Resident) -> None:
+        """Wait for the last request that a replaced version has to answer."""
+        if model in self._users:
+            await self._unused.setdefault(model, asyncio.Event()).wait()
+
+    def all(self) -> list[Resident]:
+        return [self._models[name] for name in self.names()]
+
+
+NO_MODEL = (
+    "There is no model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that convtrt.py"
+    " made."
+)

@@ -1,0 +1,1 @@
+"""What lies on the disk: versions of models and their files, training images."""

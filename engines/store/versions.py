@@ -1,0 +1,456 @@
+"""Named models on disk: their versions, the live one, and the one before it.
+
+    models/<name>/live                  the live version and the one before it, a line each
+    models/<name>/0007-3f9a0c41d2e8/    a version: the files of a bundle, and manifest.json
+    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips
+    models/<name>/refused/0007-…/       a version that cannot be used, and why
+
+A version never changes once it is there. It appears in one rename, with everything flushed to the
+disk before, so a kill or a power cut at any moment leaves a whole version or none. Its name is a
+running number, which does not depend on a clock, and a hash over its files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
+from engines.files import sha256, sweep, sync_folder, write_atomically
+from engines.meta import Meta
+from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
+from engines.store.golden import GOLDEN
+
+NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
+MANIFEST = "manifest.json"
+META = "meta.json"
+
+_VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
+_POINTER = "live"
+_GATES = "gates"
+_REFUSED = "refused"
+_REFUSED_KEPT = 5
+_STAGING = ".staging"
+_WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a version is made of, and where it came from."""
+
+    version: str
+    created: str  # ISO 8601, for people; nothing is decided by it
+    files: dict[str, str]  # name -> SHA-256
+    origin: dict[str, Any] = field(default_factory=dict)  # job, parent, category, activate ...
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Which version is live, and which one was before."""
+
+    live: str
+    previous: str | None = None
+
+
+@dataclass(frozen=True)
+class PointerBack:
+    """A pointer as a rollback makes it: both are known."""
+
+    live: str
+    previous: str
+
+
+class Store:
+    """The models below one folder. Several processes may use it at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    # ---- what is there ------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The models that have a version, or had one."""
+        if not self.root.is_dir():
+            return []
+        names = (path.name for path in self.root.iterdir() if re.fullmatch(NAME, path.name))
+        return sorted(name for name in names if self._is_known(name))
+
+    def must_know(self, name: str) -> None:
+        """Raise UnknownModel unless there is a model of that name."""
+        if not self._is_known(name):
+            raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a model, oldest first; none for a model that does not exist."""
+        return _versions_in(self._model(name))
+
+    def refused(self, name: str) -> dict[str, str]:
+        """Versions that cannot be used -> why."""
+        folder = self._model(name) / _REFUSED
+        return {
+            version: _text(folder / version / "reason.txt") or "The reason was not kept."
+            for version in _versions_in(folder)
+        }
+
+    def folder(self, name: str, version: str) -> Path:
+        """Where the files of a version are.
+
+        Raises:
+            UnknownModel, UnknownVersion: there is no such thing.
+        """
+        self.must_know(name)
+        versions = self.versions(name)
+        if version not in versions:
+            raise UnknownVersion(f"{name} has no version {version[:100]!r}{_there_is(versions)}.")
+        return self._model(name) / version
+
+    def manifest(self, name: str, version: str) -> Manifest:
+        """The manifest of a version.
+
+        Raises:
+            BadBundle: it is missing or damaged, or is not that of this version.
+        """
+        path = self.folder(name, version) / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            manifest = Manifest(
+                version, str(content["created"]), dict(content["files"]), dict(content["origin"])
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadBundle(f"{path} cannot be read: {error}.") from None
+        if not version.endswith(_digest(manifest.files)):
+            raise BadBundle(f"{path} is damaged: it does not belong to {version}.")
+        return manifest
+
+    def check(self, name: str, version: str) -> Path:
+        """The folder of a version, after every file in it was compared with its SHA-256.
+
+        Raises:
+            BadBundle: a file is missing or has changed.
+        """
+        folder = self.folder(name, version)
+        for file, expected in self.manifest(name, version).files.items():
+            check_hash(folder / file, expected)
+        return folder
+
+    # ---- the live version ---------------------------------------------------------------------
+
+    def pointer(self, name: str) -> Pointer | None:
+        """Which version is live; None when none is, or when the file that says it is damaged."""
+        text = _text(self._model(name) / _POINTER)
+        lines = (text or "").split("\n")
+        if len(lines) != 3 or not _VERSION.fullmatch(lines[0]):
+            return None
+        return Pointer(lines[0], lines[1] if _VERSION.fullmatch(lines[1]) else None)
+
+    def candidates(self, name: str) -> list[str]:
+        """The versions that may be served, best first: live, the one before, older live ones.
+
+        One that was rolled back is the last, and only as long as the pointer names it.
+        """
+        known, named = self.versions(name), self._named(name)
+        once = [version for version in reversed(known) if self._mark(name, version).exists()]
+        before = [version for version in named[1:] if version in once]
+        order = dict.fromkeys([*named[:1], *before, *once, *named])
+        return [version for version in order if version in known]
+
+    def activate(self, name: str, version: str) -> None:
+        """Make a version the live one; the live one becomes the one before it.
+
+        Where the live one is gone, the best of the others becomes that.
+
+        Raises:
+            UnknownModel, UnknownVersion: there is no such thing.
+            OSError: the disk is full; the pointer is as it was.
+        """
+        with self._locked(name):
+            self.folder(name, version)  # looked for inside the lock: it might be pruned just now
+            known = self.versions(name)
+            others = [*self._named(name), *self.candidates(name)]
+            before = next((one for one in others if one in known and one != version), None)
+            with self._marked(name, version):
+                self._point(name, version, before)
+
+    def roll_back(self, name: str) -> str:
+        """Make the version before the live one live again, and return it.
+
+        The one that was live is the one before then: a second call takes the first one back.
+
+        Raises:
+            UnknownModel, Conflict: as `pointer_back`.
+        """
+        with self._locked(name):
+            back = self.pointer_back(name)
+            with self._marked(name, back.live, instead_of=back.previous):
+                self._point(name, back.live, back.previous)
+        return back.live
+
+    def pointer_back(self, name: str) -> PointerBack:
+        """What `roll_back` makes of the pointer.
+
+        Raises:
+            UnknownModel: there is no such model.
+            Conflict: there is no version before the live one.
+        """
+        self.must_know(name)
+        pointer = self.pointer(name)
+        if pointer is None or pointer.previous not in self.versions(name):
+            raise Conflict(f"{name} has no version before the live one to go back to.")
+        return PointerBack(live=str(pointer.previous), previous=pointer.live)
+
+    def _named(self, name: str) -> list[str]:
+        """What the pointer names: the live version, and the one before it."""
+        pointer = self.pointer(name)
+        named = [pointer.live, pointer.previous] if pointer else []
+        return [version for version in named if version is not None]
+
+    @contextmanager
+    def _marked(self, name: str, version: str, instead_of: str | None = None) -> Iterator[None]:
+        """Mark a version as one that was live, another one no longer; undone when the body fails.
+
+        Before the pointer changes, so that after a kill no version that was rolled back is marked.
+        """
+        mark = self._mark(name, version)
+        others = [self._mark(name, instead_of)] if instead_of else []
+        others = [other for other in others if other.exists()]
+        is_new = not mark.exists()
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        for other in others:
+            other.unlink()
+        try:
+            yield
+        except OSError:
+            if is_new:
+                mark.unlink()
+            for other in others:
+                other.touch()
+            raise
+
+    def _mark(self, name: str, version: str) -> Path:
+        return self.gate_folder(name, version) / _WAS_LIVE
+
+    def _point(self, name: str, live: str, previous: str | None) -> None:
+        write_atomically(self._model(name) / _POINTER, f"{live}\n{previous or ''}\n".encode())
+
+    # ---- the gate -----------------------------------------------------------------------------
+
+    def gate(self, name: str, version: str) -> dict[str, Any] | None:
+        """What the gate found, None where it has not looked, or its record is damaged.
+
+        Its `reasons`, where it has them, are a list of sentences, whoever wrote it.
+        """
+        try:
+            found = json.loads(_text(self.gate_folder(name, version) / "gate.json") or "null")
+            reasons = found.get("reasons", [])
+        except (ValueError, RecursionError, AttributeError):
+            return None
+        sentences = isinstance(reasons, list) and all(isinstance(one, str) for one in reasons)
+        return found if sentences else None
+
+    def passed(self, name: str, version: str) -> bool:
+        gate = self.gate(name, version)
+        return gate is not None and gate.get("ok") is True
+
+    def record_gate(self, name: str, version: str, found: dict[str, Any]) -> None:
+        """Keep what the gate found. Files that belong to it lie in `gate_folder` already."""
+        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+        with self._locked(name):  # nobody prunes the folder now
+            folder = self.gate_folder(name, version)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "gate.json", text.encode())
+            sync_folder(folder.parent)
+
+    def gate_folder(self, name: str, version: str) -> Path:
+        return self._model(name) / _GATES / version
+
+    # ---- publishing, refusing, pruning --------------------------------------------------------
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A new folder on the store's file system, gone at the end unless it was published.
+
+        Folders that killed processes left there are removed on the way.
+        """
+        root = self.root / _STAGING
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / ".lock"):
+            sweep(root.glob("tmp*"))
+            folder = Path(tempfile.mkdtemp(dir=root, prefix="tmp"))
+            in_use = os.open(folder, os.O_RDONLY)
+            fcntl.flock(in_use, fcntl.LOCK_EX)  # the system gives it back however this process ends
+        try:
+            folder.chmod(0o755)  # so that a server of another user may read the version
+            yield folder
+        finally:
+            os.close(in_use)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, name: str, folder: Path, origin: dict[str, Any]) -> str:
+        """Turn a folder of files into the newest version of a model, and return its name.
+
+        The folder must lie on the store's file system; it is moved. When these very files are a
+        version already, that one is returned, and the folder stays.
+
+        Raises:
+            BadRequest: the name is no name for a model.
+            OSError: the disk is full; the store is as it was.
+        """
+        if not re.fullmatch(NAME, name):
+            raise BadRequest(f"A model's name has up to 64 letters, digits, - and _, not {name!r}.")
+        names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
+        files = {file: sha256(folder / file) for file in sorted(names)}
+        digest = _digest(files)
+        model = self._model(name)
+        model.mkdir(parents=True, exist_ok=True)
+        if not self._versions_of(name, digest):
+            _flush(folder, files)  # the bulk of it before the lock, where others wait
+        with _locked(model / ".lock"):
+            same = self._versions_of(name, digest)
+            if same:
+                return same[-1]
+            places = (model, model / _REFUSED, model / _GATES)
+            ever = [version for place in places for version in _versions_in(place)]
+            serial = max((_serial(version) for version in ever), default=0) + 1
+            version = f"{serial:04d}-{digest}"
+            created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            content = {"version": version, "created": created, "files": files, "origin": origin}
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / MANIFEST).write_text(text, encoding="utf-8")
+            _flush(folder, [*files, MANIFEST])
+            folder.rename(model / version)
+            sync_folder(model)
+            sync_folder(self.root)
+        return version
+
+    def take_in(
+        self, name: str, source: Path, origin: dict[str, Any], *, plan: bool = False
+    ) -> str:
+        """Copy a model out of a folder that the commands made, and publish it.
+
+        Only the files that belong to a model are taken. Without model.onnx it cannot go live until
+        it was converted.
+
+        Args:
+            plan: take its plan as well, where it is the one that meta.json was written with. Not
+                that of a stranger, whatever meta.json calls it: it is machine code.
+
+        Raises:
+            BadMeta, BadBundle: the folder holds no model, or a damaged one.
+        """
+        meta = Meta.read(source / META)
+        check_files(source, meta)
+        named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
+        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, PLAN_RECORD, MANIFEST}
+        if plan and {PLAN, PLAN_RECORD} <= {*(meta.files or {})}:
+            wanted |= {PLAN, PLAN_RECORD}
+        with self.staging() as folder:
+            for file in wanted:
+                if (source / file).is_file():
+                    shutil.copyfile(source / file, folder / file)
+            return self.publish(name, folder, origin)
+
+    def refuse(self, name: str, version: str, reason: str) -> None:
+        """Put a version aside that cannot be used, so that nobody tries it again."""
+        with self._locked(name):
+            if version in self.versions(name):
+                target = self._model(name) / _REFUSED / version
+                target.parent.mkdir(exist_ok=True)
+                (self._model(name) / version).rename(target)
+                (target / "reason.txt").write_text(reason, encoding="utf-8")
+                for old in _versions_in(target.parent)[:-_REFUSED_KEPT]:
+                    shutil.rmtree(target.parent / old, ignore_errors=True)
+
+    def prune(self, name: str, keep: int) -> list[str]:
+        """Delete old versions but the live one, the one before, and the `keep` newest.
+
+        The newest one always stays: its number is used up.
+        """
+        with self._locked(name):
+            model, known, named = self._model(name), self.versions(name), self._named(name)
+            if not named or named[0] not in known:  # nobody knows which one is served: keep all
+                return []
+            kept = {*named, *known[-max(keep, 1) :]}
+            gone = [version for version in known if version not in kept]
+            for version in gone:  # out of sight in one step, so that nobody meets half of it
+                (model / version).rename(model / f".{version}")
+            sync_folder(model)
+            gates = _versions_in(model / _GATES)
+            left = [self.gate_folder(name, one) for one in gates if one not in self.versions(name)]
+            for folder in (*model.glob(".*-*/"), *left):  # also of a process that was killed
+                shutil.rmtree(folder, ignore_errors=True)
+        return gone
+
+    def _model(self, name: str) -> Path:
+        if not re.fullmatch(NAME, name):
+            raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
+        return self.root / name
+
+    def _is_known(self, name: str) -> bool:
+        """Not for the folder that a publisher leaves who was killed, or found the disk full."""
+        return bool(self.versions(name) or _versions_in(self._model(name) / _REFUSED))
+
+    def _versions_of(self, name: str, digest: str) -> list[str]:
+        return [version for version in self.versions(name) if version.endswith(digest)]
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process at a time changes a model. Raises UnknownModel where there is none."""
+        self.must_know(name)
+        with _locked(self._model(name) / ".lock"):
+            yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; the system takes it from a process that is killed."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(files: dict[str, str]) -> str:
+    """12 hexadecimal digits for exactly these files: another one when any byte changes."""
+    lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+
+
+def _versions_in(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    return sorted(names, key=_serial)
+
+
+def _serial(version: str) -> int:
+    return int(version.partition("-")[0])
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+
+
+def _there_is(names: list[str]) -> str:
+    return f"; there is {', '.join(map(repr, names[-5:]))}" if names else "; there is none"
+
+
+def _flush(folder: Path, files: Iterable[str]) -> None:
+    """Make these files, and the folder's list of them, survive a power cut."""
+    for file in files:
+        with (folder / file).open("rb") as opened:
+            os.fsync(opened.fileno())
+    sync_folder(folder)

@@ -1,0 +1,1 @@
+"""A trained model -> what serves: a graph, a plan, compared with the model."""

@@ -1,0 +1,277 @@
+"""Turn a trained model into what serves: a graph, its bank, and the proof that they agree."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engines.errors import BadBundle, BadMeta, BadRequest, BadWeights, NoTensorRT
+from engines.files import sha256, staged
+from engines.machine import memory
+from engines.meta import Meta
+from engines.runtimes.openvino import OpenVINORuntime
+from engines.store.bundle import (
+    ONNX,
+    PLAN,
+    PLAN_RECORD,
+    REPORT,
+    read_bank,
+    read_report,
+    write_report,
+)
+from engines.store.golden import Golden
+from engines.store.plan import L4T_RELEASE, Machine, Precision, has_tensorrt
+from workers import models
+from workers.converting.export import Opset, export_onnx, parity
+from workers.converting.rebuild import DLA_IS_NOT_FOR_FLOAT32, builder_for, sample_parts
+from workers.learning.dataset import Category, Images
+from workers.progress import Progress
+
+RANGE_IMAGES = 64  # of a category, for the ranges of int8
+AUROC_DROP = 0.005  # that int8 may cost
+NO_GOLDEN = "drawn sample parts (no golden.npz beside the weights, so bf16 stays off)"
+
+
+@dataclass(frozen=True)
+class Convert:
+    """What to convert: the flags of convtrt.py."""
+
+    model: str
+    weights_pth: Path
+    meta_json: Path
+    out_dir: Path
+    memory_bank: Path | None = None
+    stats: Path | None = None
+    opset: Opset = 17
+    fp16: bool = False
+    workspace: int = 4096  # MiB, for building a plan
+    use_dla: bool = False
+    int8: bool = False
+    data_root: Path | None = None  # with category: pictures to find and to judge int8 with
+    category: str | None = None
+    before: Path | None = None  # a folder whose plan may do; None: out_dir
+    cache: Path | None = None  # a folder for what TensorRT measured of its kernels
+
+    @property
+    def precision(self) -> Precision:
+        return "int8" if self.int8 else "f16" if self.fp16 else "f32"
+
+
+def convert(request: Convert, progress: Progress) -> dict[str, Any]:
+    """Export, compare with the torch model, and write the bundle into `out_dir`.
+
+    Returns:
+        The report, as report.json holds it.
+
+    Raises:
+        KensaError: the files do not fit together, or the graph does not agree with the model.
+            `out_dir` is as it was.
+    """
+    started = time.perf_counter()
+    if request.fp16 and request.int8:
+        raise BadRequest("Either --fp16 or --int8: what is not in int8 stays in float32.")
+    precision = request.precision
+    if request.use_dla and precision == "f32":
+        raise BadRequest(DLA_IS_NOT_FOR_FLOAT32)
+    machine = builder_for(precision, request.use_dla) if has_tensorrt() else None
+    meta = _meta_of_these_weights(request, progress)
+    kind = models.module(meta.model)
+    model = kind.build(meta, request.weights_pth)
+    learned = request.memory_bank or request.stats
+    if learned is None and kind.LEARNED is not None:
+        learned = request.weights_pth.with_name(getattr(meta, kind.LEARNED))
+    if learned is not None:
+        kind.load(model, learned)
+    if not kind.knows(model):
+        raise BadWeights(f"{request.weights_pth} has learned nothing yet: run retrain.py first.")
+    bank = read_bank(learned) if learned is not None and meta.memory_bank is not None else None
+    if short := memory.warning(memory.to_convert(meta, bank.nbytes if bank is not None else 0)):
+        progress.say(short)
+    golden = Golden.read(request.weights_pth.parent, meta.image_size)
+    images = golden.images if golden else sample_parts(meta.image_size)
+    report = read_report(request.weights_pth.parent)
+
+    with staged(request.out_dir) as folder:
+        expected = kind.scores(model, [images])  # before half precision, which is for good
+        progress.say(f"exporting with opset {request.opset}{' in float16' * request.fp16}")
+        graph, inputs = kind.graph(model, half=request.fp16)
+        export_onnx(graph, inputs, folder / ONNX, request.opset)
+        report.pop("int8", None)
+        if request.int8:
+            report["int8"] = _quantise(request, folder / ONNX, golden, meta, bank, progress)
+        progress.say(f"comparing with the torch model on {len(images)} images")
+        agreement = parity(folder / ONNX, expected, images, bank, meta, precision=precision)
+        if request.int8:
+            score = partial(_score, kind, model)
+            report["int8"] |= _auroc(request, folder / ONNX, meta, score, bank, progress)
+        if golden is None:
+            agreement.get("openvino_bf16", {})["ok"] = False
+        report["export"] = {
+            "opset": request.opset,
+            "precision": precision,
+            "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        report["parity"] = agreement
+        report["parity_images"] = f"{len(images)} {'of its own images' if golden else NO_GOLDEN}"
+        report.pop("plan", None)
+        names = [ONNX, REPORT]
+        if golden is not None:
+            report["golden_scores"] = [float(one) for one in expected]  # for who has no torch
+        if machine is not None:
+            from workers.converting.build import Wanted, make_plan
+
+            wanted = Wanted(
+                meta, precision, request.workspace, request.use_dla, bank, images, expected,
+                request.cache,
+            )  # fmt: skip
+            before = request.before or request.out_dir
+            report["plan"] = make_plan(folder, machine, wanted, before, progress)
+            names += [PLAN, PLAN_RECORD]
+        write_report(folder, report)
+        for source, name in ((learned, meta.memory_bank or meta.stats),
+                             (request.weights_pth, meta.weights_pth)):  # fmt: skip
+            if source is not None and name is not None:  # with them it can be retrained
+                shutil.copyfile(source, folder / name)
+                names.append(name)
+        if golden is not None:
+            names.append(golden.write(folder))
+        hashes = {name: sha256(folder / name) for name in names}
+        meta.with_(files=hashes).write(folder / "meta.json")
+    if machine is None:
+        progress.say(_about_no_plan())
+    return report
+
+
+def _score(kind: Any, model: Any, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scores: NDArray[np.float32] = kind.scores(model, [images])
+    return scores
+
+
+def _meta_of_these_weights(request: Convert, progress: Progress) -> Meta:
+    """meta.json as given, with the calibration that was made for just these weights.
+
+    The usual command names the meta.json of the first training beside retrained weights. Its
+    thresholds are stale: those of the training that made the weights stand beside them.
+    """
+    meta = Meta.read(request.meta_json)
+    if meta.model != request.model:
+        raise BadMeta(
+            f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
+        )
+    beside = request.weights_pth.with_name("meta.json")
+    if not beside.is_file() or beside.resolve() == request.meta_json.resolve():
+        return meta
+    made = Meta.read(beside)
+    if (made.files or {}).get(request.weights_pth.name) != sha256(request.weights_pth):
+        return meta
+    progress.say(
+        f"thresholds and score range come from {beside}, which was written with these weights;"
+        f" the hand-set image_threshold ({meta.image_threshold}) from {request.meta_json}"
+    )
+    return made.with_(image_threshold=meta.image_threshold)
+
+
+def _quantise(
+    request: Convert,
+    graph: Path,
+    golden: Golden | None,
+    meta: Meta,
+    bank: NDArray[np.float32] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Let the graph compute in int8; what report.json says of it."""
+    from workers.converting.quantise import quantise
+
+    images, said = _normals(request, golden, meta, progress)
+    progress.say(f"measuring ranges for int8 on {said}")
+    count = quantise(graph, images, bank, progress.phase("ranges"))
+    return {"convolutions": count, "ranges": said}
+
+
+def _normals(
+    request: Convert, golden: Golden | None, meta: Meta, progress: Progress
+) -> tuple[NDArray[np.uint8], str]:
+    """Pictures of normal parts (n, S, S, 3), and where they come from."""
+    parts, said = [], []
+    if golden is not None and golden.defective is not None and not golden.defective.all():
+        parts.append(golden.images[~golden.defective])
+        said.append(f"{len(parts[0])} golden images")
+    if request.category is not None and request.data_root is not None:
+        paths = Category.find(request.data_root, request.category).train
+        spread = paths[:: max(1, len(paths) // RANGE_IMAGES)][:RANGE_IMAGES]
+        parts += list(Images(spread, meta.image_size, 4, meta.bit_depth, progress))
+        said.append(f"{len(spread)} training images of {request.category}")
+    if not parts:
+        raise BadRequest(
+            "--int8 needs pictures of normal parts: golden.npz beside the weights, as retrain.py"
+            " leaves it, or --data_root and --category."
+        )
+    return np.concatenate(parts), " and ".join(said)
+
+
+def _auroc(
+    request: Convert,
+    graph: Path,
+    meta: Meta,
+    score: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    bank: NDArray[np.float32] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """How well torch and the int8 graph tell the test images apart; nothing where there are none.
+
+    Raises:
+        BadBundle: int8 tells them less well by more than is allowed.
+    """
+    if request.category is None or request.data_root is None:
+        return {}
+    category = Category.find(request.data_root, request.category)
+    if not category.test_normal or not category.test_anomaly:
+        return {}
+    from sklearn.metrics import roc_auc_score
+
+    defective: list[bool] = []
+    before: list[NDArray[np.float32]] = []
+    after: list[NDArray[np.float32]] = []
+    runtime = OpenVINORuntime(graph, bank)
+    for paths, is_defective in ((category.test_normal, False), (category.test_anomaly, True)):
+        for batch in Images(paths, meta.image_size, 4, meta.bit_depth, progress):
+            defective += [is_defective] * len(batch)
+            before.append(score(batch))
+            after += [runtime.infer(image[None])[0] for image in batch]
+    runtime.close()
+    found = {
+        "float32": float(roc_auc_score(defective, np.concatenate(before))),
+        "int8": float(roc_auc_score(defective, np.concatenate(after))),
+        "images": len(defective),
+    }
+    progress.say(f"AUROC {found['int8']:.4f} in int8, {found['float32']:.4f} in float32")
+    if found["int8"] < found["float32"] - AUROC_DROP:
+        raise BadBundle(
+            f"int8 tells defects less well: AUROC {found['int8']:.4f}, in float32"
+            f" {found['float32']:.4f} over {len(defective)} test images, and at most {AUROC_DROP}"
+            " may be lost; nothing was written. Try --fp16 in the place of --int8."
+        )
+    return {"auroc": found}
+
+
+def _about_no_plan() -> str:
+    """Why there is no model.plan, and who makes one."""
+    how = "OpenVINO runs model.onnx as it is; the same command on the Jetson makes the plan."
+    if find_spec("tensorrt") is None and not L4T_RELEASE.exists():
+        return f"no model.plan: TensorRT is not on this machine. {how}"
+    try:
+        Machine.read()
+    except NoTensorRT as error:  # a part of it is missing
+        return f"no model.plan. {error} OpenVINO runs model.onnx as it is."
+    raise AssertionError("has_tensorrt() and Machine.read() do not agree")

@@ -1,0 +1,173 @@
+"""Torch model -> ONNX graph, and the proof that the graph says what the model says."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import openvino as ov
+import torch
+from numpy.typing import NDArray
+
+from engines.errors import BadBundle
+from engines.meta import Meta
+from engines.runtimes import openvino
+from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
+from engines.store.plan import Precision
+from workers.converting.graphs import FLOATS
+from workers.converting.parity import HALF_LIMIT, compare, compare_in
+
+# A few images do not prove a limit for all: bf16 must keep half of it on these.
+MARGIN = 0.5
+
+Opset = Literal[17, 18]
+_TRY: dict[Precision, str] = {
+    "f32": "Try another --opset.",
+    "f16": "Try without --fp16, or another --opset.",
+    "int8": "Try --fp16 in the place of --int8.",
+}
+
+
+def export_onnx(
+    graph: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path, opset: Opset
+) -> None:
+    """Export a model as one graph, the first dimension of its inputs and outputs dynamic.
+
+    Args:
+        graph: gives `score`, `map` and, if it has a bank, `embedding`.
+        inputs: name -> an example.
+
+    `embedding` stays in the graph as the name of a tensor, not as an output: there a runtime may
+    cut it.
+    """
+    # eval() on the outermost module: exporting has been seen to put a wrapped one into training.
+    graph = graph.eval()
+    names = ["score", "map", "embedding"] if "memory_bank" in inputs else ["score", "map"]
+    dynamic = {name: {0: "n"} for name in ("image", *names)}
+    dynamic["memory_bank"] = {0: "m"}
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        # The older exporter: the newer one writes opset 18 and cannot convert this graph to 17.
+        torch.onnx.export(
+            graph,
+            tuple(inputs.values()),
+            str(path),
+            dynamo=False,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=names,
+            dynamic_axes={name: dynamic[name] for name in (*inputs, *names)},
+        )
+    model = onnx.load(path)
+    for output in [output for output in model.graph.output if output.name == "embedding"]:
+        model.graph.output.remove(output)
+    _separate(model)
+    _declare_sizes(model, path)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def _separate(model: onnx.ModelProto) -> None:
+    """Give each layer weights of its own, with a name, apart from the nodes.
+
+    The exporter lets layers share weights that happen to be equal, and writes tensors that are no
+    parameters (PaDiM's) into nodes. So the graph would depend on what was learned, and a plan could
+    not be refitted with what is learned next.
+    """
+    weights = {one.name: one for one in model.graph.initializer}
+    for node in list(model.graph.node):
+        found = None
+        if node.op_type == "Identity":
+            found = weights.get(node.input[0])
+        elif node.op_type == "Constant" and node.attribute[0].t.data_type in FLOATS:
+            found = node.attribute[0].t
+        if found is not None:
+            own = model.graph.initializer.add()
+            own.CopyFrom(found)
+            own.name = node.output[0]
+            model.graph.node.remove(node)
+    model.graph.initializer.sort(key=lambda one: str(one.name))
+
+
+def _declare_sizes(model: onnx.ModelProto, path: Path) -> None:
+    """Write down the sizes of outputs that the exporter left open, though they follow from others.
+
+    Who runs the graph takes memory by them, before it has run.
+    """
+    found = {output.any_name: output.partial_shape for output in ov.Core().read_model(path).outputs}
+    for output in model.graph.output:
+        dimensions = output.type.tensor_type.shape.dim
+        for dimension, side in zip(dimensions, found.get(output.name, []), strict=False):
+            if side.is_static:
+                dimension.dim_value = side.get_length()
+
+
+def parity(
+    path: Path,
+    expected: NDArray[np.float32],
+    images: NDArray[np.uint8],
+    memory_bank: NDArray[np.float32] | None,
+    meta: Meta,
+    *,
+    precision: Precision,
+) -> dict[str, dict[str, Any]]:
+    """Compare the exported graph with the torch model, in every way it can run here.
+
+    Args:
+        expected: raw scores (n,) of the float32 torch model.
+        images: (n, S, S, 3) uint8 RGB.
+        precision: of the graph itself.
+
+    Returns:
+        For `onnx` (the graph as TensorRT gets it), `openvino_f32` and, where the CPU has bf16,
+        `openvino_bf16`: max_relative, mean_relative, flips (verdicts that change) and ok.
+
+    Raises:
+        BadBundle: the graph, or OpenVINO in float32, does not agree.
+    """
+    plain = plain_scores(path, images, memory_bank)
+    served = served_scores(path, images, memory_bank, "f32")
+    report = {
+        "onnx": compare_in(precision, expected, plain, meta),
+        "openvino_f32": compare_in(precision, expected, served, meta),
+    }
+    for name, result in report.items():
+        if not result["ok"]:
+            raise BadBundle(
+                f"The exported graph does not agree with the torch model ({name}: raw scores differ"
+                f" by up to {result['max_relative']:.2e}, {result['flips']} of {len(images)}"
+                f" verdicts flip); nothing was written. {_TRY[precision]}"
+            )
+    if cpu_has_bf16():
+        served = served_scores(path, images, memory_bank, "bf16")
+        report["openvino_bf16"] = compare(expected, served, meta, MARGIN * HALF_LIMIT)
+    return report
+
+
+def plain_scores(
+    path: Path, images: NDArray[np.uint8], bank: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Scores of the whole graph as exported, the bank as its input."""
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
+    extra = {} if bank is None else {"memory_bank": bank}
+    scores = [request.infer({"image": image[None], **extra})["score"] for image in images]
+    return np.concatenate(scores)
+
+
+def served_scores(
+    path: Path,
+    images: NDArray[np.uint8],
+    bank: NDArray[np.float32] | None,
+    precision: openvino.Precision,
+) -> NDArray[np.float32]:
+    """Scores as the server computes them."""
+    runtime = OpenVINORuntime(path, bank, precision=precision)
+    scores = [runtime.infer(image[None])[0] for image in images]
+    runtime.close()
+    return np.concatenate(scores)

@@ -1,0 +1,118 @@
+"""A version's plan built again from its own model.onnx, without torch: where it is only served."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BadBundle, BadRequest
+from engines.files import sha256
+from engines.image import resize
+from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle, write_report
+from engines.store.golden import Golden
+from engines.store.plan import Machine, Precision
+from workers.progress import Progress
+from workers.sample_parts.drawing import draw_part
+
+DLA_IS_NOT_FOR_FLOAT32 = "--use_dla needs --fp16 or --int8: DLA does not compute in float32."
+
+
+def rebuild(
+    source: Path,
+    target: Path,
+    progress: Progress,
+    *,
+    workspace: int,
+    use_dla: bool,
+    cache: Path | None,
+) -> dict[str, Any]:
+    """Copy a version into a new folder, with a plan for this machine.
+
+    Returns:
+        Its report.
+
+    Raises:
+        NoTensorRT: this machine cannot build.
+        KensaError: the version is damaged, or its plan scores otherwise than its graph.
+    """
+    bundle = Bundle.open(source)
+    meta, report, bank = bundle.meta, bundle.report(), bundle.memory_bank()
+    precision = _precision(report)
+    machine = builder_for(precision, use_dla)
+    from workers.converting.build import Wanted, make_plan
+
+    golden = Golden.read(source, meta.image_size)
+    images = golden.images if golden else sample_parts(meta.image_size)
+    expected = _expected(bundle.onnx, report if golden else {}, images, bank)
+    if expected is None:
+        progress.say("nobody knows the scores of this graph here: the plan is built unproven")
+    began = time.perf_counter()
+    names = [name for name in meta.files or {} if (source / name).is_file()]
+    names = sorted({*names, ONNX} - {PLAN, PLAN_RECORD, REPORT})
+    target.mkdir(parents=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    wanted = Wanted(meta, precision, workspace, use_dla, bank, images, expected, cache)
+    report["plan"] = make_plan(target, machine, wanted, None, progress)
+    report["plan"]["seconds"] = round(time.perf_counter() - began, 2)
+    write_report(target, report)
+    hashes = {name: sha256(target / name) for name in (*names, PLAN, PLAN_RECORD, REPORT)}
+    meta.with_(files=hashes).write(target / "meta.json")
+    return report
+
+
+def builder_for(precision: Precision, use_dla: bool) -> Machine:
+    """This machine, asked before anything else is done: so what it lacks is said at once.
+
+    Raises:
+        NoTensorRT: it cannot build plans.
+        BadRequest: it has no DLA, or DLA does not compute in that precision.
+    """
+    if use_dla and precision == "f32":
+        raise BadRequest(DLA_IS_NOT_FOR_FLOAT32)
+    machine = Machine.read()
+    if use_dla:
+        from workers.converting.build import check_dla
+
+        check_dla()
+    return machine
+
+
+def sample_parts(size: int) -> NDArray[np.uint8]:
+    """Drawn parts, for a model that came without images of its own: (4, S, S, 3)."""
+    parts = [draw_part(seed, defect) for seed, defect in enumerate([None, None, "stain", "burr"])]
+    return np.stack([resize(image, size) for image, _ in parts])
+
+
+def _precision(report: dict[str, Any]) -> Precision:
+    found = report.get("export", {}).get("precision", "f32")
+    if found not in ("f32", "f16", "int8"):
+        raise BadBundle(f"report.json names the precision {found!r}, which is none.")
+    return cast(Precision, found)
+
+
+def _expected(
+    onnx: Path,
+    report: dict[str, Any],
+    images: NDArray[np.uint8],
+    bank: NDArray[np.float32] | None,
+) -> NDArray[np.float32] | None:
+    """Raw scores (n,): what the torch model said when it was exported, else what OpenVINO says."""
+    known = report.get("golden_scores")
+    if known is not None and len(known) == len(images):
+        return np.asarray(known, np.float32)
+    if find_spec("openvino") is None:
+        return None
+    from engines.runtimes.openvino import OpenVINORuntime
+
+    runtime = OpenVINORuntime(onnx, bank)
+    try:
+        return np.concatenate([runtime.infer(image[None])[0] for image in images])
+    finally:
+        runtime.close()

@@ -1,0 +1,1 @@
+"""A teacher for EfficientAD out of a timm backbone."""

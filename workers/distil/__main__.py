@@ -1,0 +1,7 @@
+"""`python -m workers.distil`."""
+
+import sys
+
+from workers.distil.teacher import main
+
+sys.exit(main())

@@ -1,0 +1,448 @@
+"""One job in a process of its own: learn, convert, publish. Started by `workers.jobs`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, NoWorker, UnknownVersion
+from engines.logs import FORMAT, set_up
+from engines.machine import admission
+from engines.meta import Meta
+from engines.queue.fleet import Fleet
+from engines.queue.protocol import (
+    PACE,
+    RUNNING,
+    ConvertRequest,
+    JobFolder,
+    RetrainRequest,
+    job_of,
+    training_of,
+)
+from engines.store.bundle import ONNX, PLAN, read_report
+from engines.store.shared import Shared
+from engines.store.versions import META, Store
+from workers.commands import hush_libraries
+from workers.jobs.worker import DISK_FULL, FULL, die_with_parent, published
+from workers.progress import Progress, Tick
+
+WRITE_EVERY_S = 0.25
+MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
+TIMING = "timing"  # in the data folder: what TensorRT measured of its kernels here
+# What share of a job its phases are: where each begins and ends.
+SPANS = {
+    "fetch": (0.0, 0.02), "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6),
+    "verify": (0.6, 0.7), "convert": (0.7, 0.75), "ranges": (0.75, 0.78), "build": (0.78, 0.95),
+    "publish": (0.95, 1.0),
+}  # fmt: skip
+CONVERSION = {**SPANS, "convert": (0.0, 0.1), "ranges": (0.1, 0.15), "build": (0.15, 0.95)}
+
+
+def main(data: Path, job_id: str, kind: str) -> int:
+    """Do the job on stdin, and leave result.json."""
+    die_with_parent()
+    give_way()
+    hush_libraries()
+    set_up("warning", os.environ.get(FORMAT, "text"), "job")
+    folder = JobFolder(data, job_id)
+    progress = JobProgress(folder, CONVERSION if kind == "convert" else SPANS)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
+        ended = do(data, job_id, kind, json.loads(sys.stdin.read()), progress)
+    except OSError as error:
+        ended = _failed_on_disk(folder, error)
+    except KensaError as error:
+        ended = {"state": "failed", "code": error.code, "error": " ".join(str(error).split())}
+    except MemoryError:
+        ended = {"state": "failed", "code": "out_of_memory", "error": "Memory was short."}
+    except Exception:  # noqa: BLE001 (whatever it was, the job must end and say so)
+        progress.say(traceback.format_exc())
+        sentence = "The job failed in a way nobody foresaw; its log says how."
+        ended = {"state": "failed", "code": "internal_error", "error": sentence}
+    folder.clean()
+    try:
+        progress.end(ended)
+        folder.write_result(ended)
+    except OSError as error:
+        return DISK_FULL if error.errno == errno.ENOSPC else 1
+    return 0
+
+
+def do(
+    data: Path, job_id: str, kind: str, request: dict[str, Any], progress: JobProgress
+) -> dict[str, Any]:
+    """Retrain or convert, and publish. A job that was killed after publishing does not do it twice.
+
+    Raises:
+        KensaError: what the request names is not there or does not fit.
+    """
+    store = Store(data / "models")
+    folder = JobFolder(data, job_id)
+    folder.work.mkdir(parents=True, exist_ok=True)
+    if not request.get("from_onnx") and find_spec("torch") is None:
+        raise NoWorker(
+            "Nothing can be learned or converted on this machine: pip install 'kensa[train]'. What"
+            " can be done without is to build a plan again, with from_onnx."
+        )
+    if kind == "train":
+        return _train_for_another(data, job_id, request, progress)
+    if (version := published(data, job_id, request["model"])) is not None:
+        return {"state": "succeeded", "version": version}
+    if kind == "retrain":
+        wait_for_memory(data, RetrainRequest(**request), progress)
+    elif kind == "convert":
+        wait_for_memory(data, ConvertRequest(**request), progress)
+    if kind == "finish":
+        made = _finish(store, data, job_id, request, progress)
+        request = {**request["retrain"], "version": request["parent"]}
+    elif kind == "retrain":
+        made = _retrain(store, data, RetrainRequest(**request), folder.work, progress)
+    else:
+        made = _convert(store, data, ConvertRequest(**request), folder.work, progress)
+    progress.phase("publish")
+    origin = {
+        "job": job_id,
+        "kind": "convert" if kind == "convert" else "retrain",
+        "activate": bool(request.get("activate", True)) and (made / ONNX).is_file(),
+        "max_flips": request.get("max_flips"),
+        "category": request.get("category"),
+        "parent": request.get("version") or _start(store, request["model"], None),
+    }
+    version = store.publish(request["model"], made, origin)
+    progress.say(f"published as {version}")
+    return {"state": "succeeded", "version": version}
+
+
+def wait_for_memory(
+    data: Path, request: RetrainRequest | ConvertRequest, progress: JobProgress
+) -> None:
+    """Go on once the job fits into memory, as the setting says; nothing large is loaded yet.
+
+    Raises:
+        OutOfMemory: it does not, and may not wait, or would wait for ever.
+    """
+    how = os.environ.get(admission.JOB_MEMORY, "refuse")
+    said = ""
+    while how != "off":
+        found = admission.short_of(data, request, admission.free_for_jobs())
+        if found is None:
+            break
+        if how == "refuse" or admission.never(found):
+            raise admission.refusal(request, found)
+        sentence = f"waiting for memory: needs {found.needed}, {found.free}"
+        if not said:
+            progress.say(sentence)
+        if sentence != said:
+            progress.phase(sentence)
+        said = sentence
+        time.sleep(MEMORY_EVERY_S)
+    if said:
+        progress.say("there is memory enough now")
+
+
+def _retrain(
+    store: Store, data: Path, request: RetrainRequest, work: Path, progress: JobProgress
+) -> Path:
+    parent = start_version(data, request)
+    source = None if parent is None else store.check(request.model, parent)
+    weights = named_weights(data, request)
+    trained = _learn(request, parent, source, data / "datasets", weights, work, progress)
+    if not request.convert:
+        return trained
+    how = _as_before(data, source, request.category)
+    return _engine(trained, work / "engine", progress, before=source, **how)
+
+
+def _learn(
+    request: RetrainRequest,
+    parent: str | None,
+    source: Path | None,
+    datasets: Path,
+    weights: str | Path | None,
+    work: Path,
+    progress: JobProgress,
+) -> Path:
+    """Learn on top of the version in `source`, or from nothing; the folder of what was made."""
+    from workers.commands import summarise_training
+    from workers.learning.retrain import Retrain, retrain
+
+    meta_json, learned = work / META, None
+    if source is None:
+        meta = Meta.parse({"model": request.kind, **request.meta})
+    else:
+        meta = Meta.read(source / META).with_(**request.meta)
+        weights = weights or source / meta.weights_pth
+        if weights != "untrained" and not Path(weights).is_file():
+            raise BadWeights(
+                f"{request.model} {parent} has no {meta.weights_pth}, so nothing can be learned on"
+                " top of it: take it in with its weights, or say which with pretrained."
+            )
+        known = meta.memory_bank or meta.stats
+        if request.update and known is not None and (source / known).is_file():
+            learned = source / known
+    meta.with_(files=None).write(meta_json)
+    report = retrain(
+        Retrain(
+            meta.model,
+            request.category,
+            datasets,
+            work / "trained",
+            meta_json,
+            None if weights is None else str(weights),
+            load_bank=learned if meta.memory_bank else None,
+            load_stats=learned if meta.stats else None,
+            epochs=request.epochs,
+            batch=request.batch,
+        ),
+        progress,
+    )
+    for line in summarise_training(report, work / "trained")[1:-1]:
+        progress.say(line)
+    return work / "trained"
+
+
+def _train_for_another(
+    data: Path, training_id: str, wanted: dict[str, Any], progress: JobProgress
+) -> dict[str, Any]:
+    """Learn what the queue of several machines asks for, and leave it for the one that asked."""
+    from workers.jobs.fleet_worker import checked, patiently
+
+    fleet = Fleet.read(os.environ)
+    assert fleet is not None
+    shared = Shared.open(fleet.shared_url)
+    folder, (device, model) = JobFolder(data, training_id), checked(wanted)
+    request = RetrainRequest(**wanted["retrain"])
+    ticked = progress.phase("fetch")
+    source: Path | None
+    if device == fleet.device:  # everything is here
+        source = data
+        start = None
+        if wanted["parent"] is not None:
+            start = Store(data / "models").check(model, wanted["parent"])
+    else:
+        source = data / "inputs" / device / model
+        source.parent.mkdir(parents=True, exist_ok=True)
+        patiently(lambda: shared.pull(f"{device}/inputs", wanted["inputs"], source, ticked), folder)
+        start = None if wanted["parent"] is None else source / "start"
+    weights = named_weights(source, request)
+    trained = _learn(
+        request, wanted["parent"], start, source / "datasets", weights, folder.work, progress
+    )
+    if device == fleet.device:
+        shutil.rmtree(folder.root / "trained", ignore_errors=True)
+        trained.rename(folder.root / "trained")
+        return {"state": "succeeded", "trained": None}
+    files = {path.name: path for path in trained.iterdir()}
+    place = f"{device}/results/{job_of(training_id)}"
+    return {"state": "succeeded", "trained": patiently(lambda: shared.push(place, files), folder)}
+
+
+def _finish(
+    store: Store, data: Path, job_id: str, learned: dict[str, Any], progress: JobProgress
+) -> Path:
+    """What another machine learned, or a training of this one, made ready to be published."""
+    from workers.jobs.fleet_worker import patiently
+
+    fleet = Fleet.read(os.environ)
+    assert fleet is not None
+    folder = JobFolder(data, job_id)
+    if learned["trained"] is None:
+        trained = JobFolder(data, training_of(job_id)).root / "trained"
+        if not trained.is_dir():
+            raise BadBundle(f"{trained} is gone, so what was learned is lost. Send the job again.")
+    else:
+        trained = folder.work / "trained"
+        place = f"{fleet.device}/results/{job_id}"
+        shared = Shared.open(fleet.shared_url)
+        patiently(lambda: shared.pull(place, learned["trained"], trained), folder)
+    if learned["retrain"].get("convert", True):
+        source = None
+        if learned["parent"] is not None:
+            source = store.folder(learned["retrain"]["model"], learned["parent"])
+        how = _as_before(data, source, learned["retrain"]["category"])
+        return _engine(trained, folder.work / "engine", progress, before=source, **how)
+    made = folder.work / "made"
+    shutil.copytree(trained, made)
+    return made
+
+
+def _convert(
+    store: Store, data: Path, request: ConvertRequest, work: Path, progress: JobProgress
+) -> Path:
+    version = _start(store, request.model, request.version)
+    if version is None:
+        raise UnknownVersion(f"{request.model} has no version to convert.")
+    source = store.check(request.model, version)
+    how = {"workspace": request.workspace, "use_dla": request.use_dla, "cache": data / TIMING}
+    if request.from_onnx:
+        return _rebuild(source, work / "engine", progress, **how)
+    meta = Meta.read(source / META)
+    if not (source / meta.weights_pth).is_file():
+        raise BadBundle(f"{request.model} {version} has no {meta.weights_pth} to convert.")
+    if request.category is not None:
+        how |= {"data_root": data / "datasets", "category": request.category}
+    return _engine(
+        source, work / "engine", progress,
+        before=source if (source / PLAN).is_file() else _live(store, request.model),
+        opset=request.opset, fp16=request.fp16, int8=request.int8, **how,
+    )  # fmt: skip
+
+
+def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+    """Without torch: this may be a machine that only serves."""
+    from workers.commands import summarise_plan
+    from workers.converting.rebuild import rebuild
+
+    progress.phase("convert")
+    report = rebuild(source, target, progress, **how)
+    for line in summarise_plan(report["plan"]):
+        progress.say(line)
+    return target
+
+
+def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+    from workers.commands import summarise_conversion
+    from workers.converting.convert import Convert, convert
+
+    progress.phase("convert")
+    meta = Meta.read(source / META)
+    request = Convert(meta.model, source / meta.weights_pth, source / META, target, **how)
+    for line in summarise_conversion(convert(request, progress), target)[1:-1]:
+        progress.say(line)
+    return target
+
+
+def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]:
+    """How the version was converted that a retraining starts from: so is the next one."""
+    report = {} if source is None else read_report(source)
+    export, plan = report.get("export", {}), report.get("plan", {})
+    how: dict[str, Any] = {"cache": data / TIMING}
+    if "opset" in export:
+        how["opset"] = export["opset"]
+    how["fp16"] = export.get("precision") == "f16"
+    if export.get("precision") == "int8":
+        how |= {"int8": True, "data_root": data / "datasets", "category": category}
+    if plan:
+        how |= {"workspace": plan["workspace_mib"], "use_dla": plan["dla"]}
+    return how
+
+
+def _live(store: Store, name: str) -> Path | None:
+    pointer = store.pointer(name)
+    return store.folder(name, pointer.live) if pointer and pointer.live else None
+
+
+def start_version(data: Path, request: RetrainRequest) -> str | None:
+    """The version to start from; None for a first training.
+
+    Raises:
+        UnknownModel, UnknownVersion: there is no such version.
+        BadMeta: there is none, and the request does not say what to make.
+    """
+    parent = _start(Store(data / "models"), request.model, request.version)
+    if parent is None and request.kind is None:
+        raise BadMeta(
+            f"{request.model} was never trained: say its kind and, in meta, its"
+            " hyper-parameters, such as backbone, layers and image_size."
+        )
+    return parent
+
+
+def _start(store: Store, name: str, version: str | None) -> str | None:
+    """The version to start from: the one that is named, else the live one, else the newest."""
+    if version is not None:
+        store.folder(name, version)  # raises where it is not there
+        return version
+    known, pointer = store.versions(name), store.pointer(name)
+    if pointer is not None and pointer.live in known:
+        return pointer.live
+    return known[-1] if known else None
+
+
+def named_weights(data: Path, request: RetrainRequest) -> str | None:
+    """The weights that a request names, in a data folder. Raises BadWeights where they are not."""
+    if request.pretrained in (None, "untrained"):
+        return request.pretrained
+    path = data / "weights" / str(request.pretrained)
+    if not path.is_file():
+        raise BadWeights(f"{path} does not exist: put the weights there, or leave pretrained out.")
+    return str(path)
+
+
+def _failed_on_disk(folder: JobFolder, error: OSError) -> dict[str, Any]:
+    folder.clean()  # which makes room to write down why
+    if error.errno == errno.ENOSPC:
+        return {"state": "failed", "code": "disk_full", "error": FULL}
+    where = f": {error.filename}" if error.filename else ""
+    return {"state": "failed", "code": "os_error", "error": f"{error.strerror or error}{where}."}
+
+
+class JobProgress(Progress):
+    """Progress that the server reads: one fraction for the whole job, and a log."""
+
+    def __init__(self, folder: JobFolder, spans: dict[str, tuple[float, float]]) -> None:
+        super().__init__(folder.log, quiet=True)
+        self._spans = spans
+        self._folder = folder
+        self._began = time.monotonic()
+        self._fraction = 0.0
+        self._written = -WRITE_EVERY_S
+
+    def phase(self, name: str) -> Tick:
+        ticked = super().phase(name)
+        begin, end = self._spans.get(name, (self._fraction, self._fraction))
+        self._write(name, begin, 0, 0, at_once=True)
+
+        def tick(done: int, total: int) -> None:
+            ticked(done, total)
+            fraction = begin + (end - begin) * done / max(total, 1)
+            self._write(name, fraction, done, total, at_once=done >= total)
+
+        return tick
+
+    def end(self, ended: dict[str, Any]) -> None:
+        if ended.get("error"):
+            self.say(f"error: {ended['error']}")
+        fraction = 1.0 if "version" in ended else self._fraction  # a training is only a part
+        phase = ended["state"] if "trained" not in ended else "trained"
+        self._write(phase, fraction, 0, 0, at_once=True)
+
+    def _write(self, phase: str, fraction: float, done: int, total: int, *, at_once: bool) -> None:
+        now = time.monotonic()
+        self._fraction = max(self._fraction, fraction)
+        if not at_once and now - self._written < WRITE_EVERY_S:
+            return
+        self._written = now
+        left = None
+        if self._fraction > 0.05:
+            left = round((now - self._began) * (1 - self._fraction) / self._fraction, 1)
+        self._folder.write_progress(
+            {
+                "phase": phase,
+                "done": done,
+                "total": total,
+                "fraction": round(self._fraction, 4),
+                "seconds_left": left,
+                "pid": os.getpid(),
+            }
+        )
+
+
+def give_way() -> None:
+    """Run when nothing else wants to: the line comes first."""
+    if os.environ.get(PACE) != "full":
+        os.nice(19)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -1,0 +1,1 @@
+"""Pictures -> a trained model and its threshold."""

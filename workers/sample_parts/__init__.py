@@ -1,0 +1,1 @@
+"""Drawn parts with known defects, for `make demo` and the tests."""
