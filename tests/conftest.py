@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from support.project import ASSETS, run, write_meta
 
 # As the commands set it, before anything loads torch: threads that spin take the other core away.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,47 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Once = Callable[[str, Callable[[Path], object]], Path]
-
-ROOT = Path(__file__).resolve().parent.parent
-ASSETS = Path(os.environ.get("KENSA_ASSETS", ROOT.parent / "shared" / "assets"))
-
-PATCHCORE = {
-    "backbone": "resnet18",
-    "layers": ["layer2", "layer3"],
-    "coreset_ratio": 0.1,
-    "image_size": 256,
-    "weights_pth": "model.pth",
-    "memory_bank": "memory_bank.npz",
-    "image_threshold": 0.5,
-}
-
-
-def run(
-    *command: str | Path, cwd: Path | None = None, check: bool = True, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command of the repository as a user would; `check` fails the test when it fails."""
-    words = [str(word) for word in command]
-    if words[0].endswith(".py"):
-        words = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(
-        words,
-        cwd=cwd or ROOT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if check and done.returncode:
-        pytest.fail(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done
-
-
-def write_meta(path: Path, **changes: Any) -> Path:
-    """A meta.json as an engineer writes it before the first training."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**PATCHCORE, **changes}))
-    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from engines import errors
 from engines.errors import KensaError
+from support.project import ROOT
 
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}
 # Where somebody works on it, not where it runs: /work and the homes of people.

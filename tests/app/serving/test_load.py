@@ -1,0 +1,228 @@
+"""More requests than the machine can answer: some are refused at once, the others are in time."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import statistics
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.server import RAW, Server, agreed, serving
+
+pytestmark = pytest.mark.alone
+MB = 1024 * 1024
+QUEUE, DEADLINE_MS = 16, 3000
+
+
+@pytest.fixture(scope="module")
+def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("load")
+    limits = {"KENSA_QUEUE_SIZE": str(QUEUE), "KENSA_DEADLINE_MS": str(DEADLINE_MS)}
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_BATCHING": "on", **limits}
+    with serving(folder, **settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def photo(sample_data: Path) -> bytes:
+    return next((sample_data / "test").glob("*/normal/*")).read_bytes()
+
+
+@dataclass
+class Load:
+    """What clients got who send one request after another."""
+
+    waits: dict[int, list[float]] = field(default_factory=dict)  # by status, milliseconds
+    codes: Counter[str] = field(default_factory=Counter)
+    without_retry_after: int = 0
+    memory: list[int] = field(default_factory=list)
+
+    @property
+    def statuses(self) -> dict[int, int]:
+        return {status: len(waits) for status, waits in self.waits.items()}
+
+
+def under_load(server: Server, data: bytes, clients: int, seconds: float, query: str = "") -> Load:
+    """Clients with a connection each, which do what `Retry-After` says only in part."""
+    load, stop, lock = Load(), threading.Event(), threading.Lock()
+
+    def send() -> None:
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+            while not stop.is_set():
+                began = time.perf_counter()
+                answer = client.post(f"/infer{query}", content=data, headers=RAW)
+                waited = (time.perf_counter() - began) * 1000
+                with lock:
+                    load.waits.setdefault(answer.status_code, []).append(waited)
+                    if answer.status_code != 200:
+                        load.codes[agreed(answer)] += 1
+                        load.without_retry_after += "retry-after" not in answer.headers
+                if answer.status_code == 503:
+                    stop.wait(0.2)
+
+    with ThreadPoolExecutor(clients) as pool:
+        sending = [pool.submit(send) for _ in range(clients)]
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(0.25)
+            load.memory.append(server.memory("VmRSS"))
+        stop.set()
+        for one in sending:
+            one.result()
+    return load
+
+
+def p99(waits: list[float]) -> float:
+    return sorted(waits)[int(len(waits) * 0.99)]
+
+
+def overload(server: Server, photo: bytes, seconds: float) -> Load:
+    """The promise under load beyond capacity, for so many seconds."""
+    for _ in range(20):
+        assert server.infer(photo).status_code == 200
+    usual = statistics.median(_wait(server, photo) for _ in range(20))
+    load = under_load(server, photo, 64, seconds)
+    after = _back_to_normal(server, photo, usual)
+
+    assert set(load.statuses) == {200, 503}
+    assert set(load.codes) == {"overloaded"}
+    assert load.without_retry_after == 0
+    assert p99(load.waits[200]) < DEADLINE_MS
+    grown = statistics.mean(load.memory[-4:]) - statistics.mean(load.memory[2:6])
+    assert grown < 8 * MB
+    assert after < 1
+    print(f"\n{load.statuses}, 200 in {statistics.median(load.waits[200]):.0f} ms (p99"
+          f" {p99(load.waits[200]):.0f}), 503 in {statistics.median(load.waits[503]):.0f} ms,"
+          f" memory {load.memory[2] / MB:.0f} to {load.memory[-1] / MB:.0f} MB, alone again"
+          f" in {usual * 1000:.0f} ms after {after:.2f} s")  # fmt: skip
+    return load
+
+
+def _wait(server: Server, photo: bytes) -> float:
+    began = time.perf_counter()
+    assert server.infer(photo).status_code == 200
+    return time.perf_counter() - began
+
+
+def _back_to_normal(server: Server, photo: bytes, usual: float) -> float:
+    """Seconds until five answers in a row take no more than twice the usual time."""
+    began, good = time.perf_counter(), 0
+    while good < 5:
+        good = good + 1 if _wait(server, photo) < 2 * usual + 0.01 else 0
+        assert time.perf_counter() - began < 10
+    return time.perf_counter() - began
+
+
+def test_beyond_capacity_every_answer_is_a_verdict_in_time_or_an_honest_503(
+    server: Server, photo: bytes
+) -> None:
+    overload(server, photo, 5)
+
+
+@pytest.mark.soak
+def test_two_minutes_beyond_capacity_change_nothing(server: Server, photo: bytes) -> None:
+    overload(server, photo, 120)
+
+
+def test_health_is_answered_beyond_capacity(server: Server, photo: bytes) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(under_load, server, photo, 32, 2)
+        statuses = []
+        while not loading.done():
+            statuses.append(server.client.get("/livez").status_code)
+            statuses.append(server.client.get("/readyz").status_code)
+            time.sleep(0.05)
+    assert len(statuses) > 10
+    assert set(statuses) == {200}
+
+
+def test_a_request_may_ask_for_a_deadline_of_its_own(server: Server, photo: bytes) -> None:
+    assert server.client.post("/infer?deadline_ms=3000", content=photo, headers=RAW).is_success
+    load = under_load(server, photo, QUEUE, 1.5, "?deadline_ms=40")
+    assert set(load.statuses) <= {200, 504}
+    assert load.codes["deadline_exceeded"] > 0
+    # The clients of this test take time of their own on the same cores.
+    assert statistics.median(load.waits[504]) < 400
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "soon", "1.5"])
+def test_a_deadline_that_is_none_is_refused(server: Server, photo: bytes, wrong: str) -> None:
+    answer = server.client.post(f"/infer?deadline_ms={wrong}", content=photo, headers=RAW)
+    assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+
+
+def inspected(server: Server) -> int:
+    counts = server.client.get("/healthz").json()["inspections"]
+    return int(counts["normal"] + counts["anomaly"])
+
+
+def test_what_nobody_waits_for_any_more_is_not_computed(server: Server, photo: bytes) -> None:
+    before = inspected(server)
+    connections = []
+    for _ in range(QUEUE):
+        connection = _connect(server)
+        connection.sendall(_request(photo))
+        connections.append(connection)
+    for connection in connections:  # a reset, as from a program that was killed
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    time.sleep(1)
+    assert inspected(server) - before < QUEUE
+    assert server.infer(photo).status_code == 200
+    assert not _errors(server)
+
+
+def _connect(server: Server) -> socket.socket:
+    host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
+    return socket.create_connection((host, port), timeout=10)
+
+
+def _request(data: bytes) -> bytes:
+    head = f"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+def _errors(server: Server) -> list[str]:
+    return [line for line in server.log.read_text().splitlines() if "Traceback" in line]
+
+
+def test_bodies_that_arrive_together_take_a_bounded_memory(
+    kensa_model: Path, tmp_path: Path
+) -> None:
+    limits = {"KENSA_MAX_IMAGE_BYTES": str(2 * MB)}
+    with serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model), **limits) as running:
+        before = running.memory("VmRSS")
+        connections = []
+        head = f"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2 * MB}\r\n\r\n"
+        for _ in range(40):  # 80 MB that never end
+            connection = _connect(running)
+            connection.sendall(head.encode())
+            connection.setblocking(False)
+            connections.append(connection)
+        refused = 0
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.settimeout(2)
+                connection.sendall(bytes(2 * MB - 1))
+        time.sleep(0.5)
+        for connection in connections:
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                refused += b" 503 " in connection.recv(100)
+        assert running.memory("VmRSS") - before < 60 * MB
+        assert refused >= 20
+        for connection in connections:
+            connection.close()
+        time.sleep(0.5)
+        data = bytes(2 * MB)
+        assert running.infer(data).status_code in (400, 415)  # and there is room again

@@ -1,0 +1,141 @@
+"""Claims about app.settings, and about how the server refuses to start."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings, table, unknown_variables
+from engines.errors import BadSettings
+from engines.image import ImageLimits
+from support.project import ROOT
+
+
+def refused(arguments: list[str] | None = None, **variables: str) -> str:
+    """Start the server where it must refuse: what it says on stderr."""
+    run = subprocess.run(
+        [sys.executable, "-m", "app", *(arguments or [])],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    return run.stderr
+
+
+def test_the_page_lists_every_setting_as_it_is() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = [
+        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
+        for line in page.splitlines()
+        if line.startswith("| `KENSA_")
+    ]
+    assert rows == [(name, default, unit, meaning) for name, default, unit, meaning in table()]
+
+
+def test_image_limits_are_those_of_the_engines() -> None:
+    settings = Settings()
+    limits = ImageLimits()
+    assert settings.max_image_bytes == limits.max_bytes
+    assert settings.max_image_pixels == limits.max_pixels
+
+
+def test_settings_come_from_the_environment_and_never_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KENSA_PORT", "9000")
+    settings = Settings.read()
+    assert settings.port == 9000
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KENSA_MODEL_DIR", "")
+    assert Settings.read().model_dir is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KENSA_PORT", "70000"),
+        ("KENSA_PORT", "tcp://10.0.0.1:8000"),  # what Kubernetes sets for a service named kensa
+        ("KENSA_PRECISION", "int4"),
+        ("KENSA_MODEL_NAME", "../secret"),
+        ("KENSA_MAX_IMAGE_BYTES", "-1"),
+        ("KENSA_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings, match=name) as caught:
+        Settings.read()
+    assert value in str(caught.value)
+
+
+def test_a_misspelt_variable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KENSA_MODEL_DRI", "x")
+    monkeypatch.setenv("KENSA_PORT", "1")
+    assert unknown_variables() == ["KENSA_MODEL_DRI"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models/PatchCore", "PatchCore"),
+        ("models/part no. 7 (left)", "part-no-7-left"),
+        ("models/検査", "default"),
+        ("models/" + "a" * 100, "a" * 64),
+        (None, "default"),
+    ],
+)
+def test_the_model_is_named_after_its_folder(folder: str | None, name: str) -> None:
+    assert Settings(model_dir=folder).served_name == name
+    assert Settings(model_dir=folder, model_name="mine").served_name == "mine"
+
+
+def test_compiled_networks_are_kept_in_the_cache_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Settings().compiled_dir == tmp_path / "kensa"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings().compiled_dir == tmp_path / ".cache" / "kensa"
+    assert Settings(cache_dir=tmp_path / "other").compiled_dir == tmp_path / "other"
+
+
+def test_a_wrong_setting_ends_the_process_with_one_sentence() -> None:
+    said = refused(KENSA_PORT="99999")
+    assert re.fullmatch(r"kensa: KENSA_PORT is '99999'.*\n", said)
+
+
+def test_a_port_in_use_ends_the_process_with_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused(KENSA_PORT=str(port))
+    assert re.fullmatch(rf"kensa: Cannot listen on 127.0.0.1, port {port}: .*\n", said)
+
+
+def test_an_address_of_another_machine_ends_the_process_with_one_sentence() -> None:
+    said = refused(KENSA_HOST="192.0.2.1", KENSA_PORT="0", KENSA_ACCESS="anyone")
+    assert re.fullmatch(r"kensa: Cannot listen on 192.0.2.1.*", said.splitlines()[-1])
+
+
+def test_flags_are_refused_rather_than_ignored() -> None:
+    assert "unrecognized arguments: --port 9000" in refused(["--port", "9000"])
+
+
+def test_a_user_without_a_home_is_told_to_name_a_data_folder() -> None:
+    says = refused(HOME="", XDG_DATA_HOME="nowhere")
+    assert says == "kensa: This user has no home: set KENSA_DATA_DIR to a folder.\n"

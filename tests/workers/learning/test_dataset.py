@@ -1,0 +1,203 @@
+"""A folder of pictures becomes batches; what cannot be read is named and does not stop the rest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engines import image
+from engines.errors import BadDataset
+from engines.meta import Meta
+from support.project import PATCHCORE
+from workers.learning.dataset import Category, Images, measure_bit_depth
+from workers.models import Training, patchcore
+from workers.progress import Progress
+
+QUIET = Progress(quiet=True)
+
+
+def picture(path: Path, value: int = 100, side: int = 48) -> Path:
+    """A picture that can be told from others by its first pixel."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((side, side, 3), value, np.uint8)
+    coded, data = cv2.imencode(path.suffix.lower(), pixels)
+    assert coded
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def deep(path: Path, bits: int) -> Path:
+    """A grey 16-bit PNG of a camera that fills `bits` of the 16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.linspace(0, 2**bits - 1, 48 * 48).reshape(48, 48).astype(np.uint16)
+    assert cv2.imwrite(str(path), pixels)
+    return path
+
+
+def images(paths: list[Path], batch: int = 4, size: int = 32) -> Images:
+    return Images(paths, size, batch, None, QUIET)
+
+
+def firsts(batches: list[NDArray[np.uint8]]) -> list[int]:
+    return [int(pixels[0, 0, 0]) for batch in batches for pixels in batch]
+
+
+def test_endings_in_any_letter_case_are_found_and_sorted_by_name(tmp_path: Path) -> None:
+    names = ["a.PNG", "b.Jpg", "c.jpeg", "d.BMP", "e.tif", "f.TIFF", "g.png"]
+    for name in reversed(names):
+        picture(tmp_path / "train" / "cat" / name)
+    assert [path.name for path in Category.find(tmp_path, "cat").train] == names
+
+
+def test_hidden_files_subfolders_and_other_files_are_not_images(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "cat"
+    picture(folder / "good.png")
+    picture(folder / ".hidden.png")
+    picture(folder / "._mac.jpg")
+    picture(folder / "older" / "deep.png")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "Thumbs.db").write_bytes(b"\0")
+    found = Category.find(tmp_path, "cat")
+    assert [path.name for path in found.train] == ["good.png"]
+    assert (found.test_normal, found.test_anomaly) == ([], [])
+
+
+def test_the_test_images_of_the_category_are_found(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "cat" / "1.png")
+    normal = picture(tmp_path / "test" / "cat" / "normal" / "2.png")
+    anomaly = picture(tmp_path / "test" / "cat" / "anomaly" / "3.png")
+    picture(tmp_path / "test" / "other" / "normal" / "4.png")
+    found = Category.find(tmp_path, "cat")
+    assert (found.test_normal, found.test_anomaly) == ([normal], [anomaly])
+
+
+def test_a_wrong_root_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BadDataset, match=r"nowhere does not exist: --data_root takes"):
+        Category.find(tmp_path / "nowhere", "cat")
+
+
+def test_a_root_without_train_says_where_images_belong(tmp_path: Path) -> None:
+    with pytest.raises(BadDataset, match=r"train/cat does not exist: put the normal images there"):
+        Category.find(tmp_path, "cat")
+
+
+def test_a_wrong_category_lists_those_that_are_there(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "VisA_candle" / "1.png")
+    picture(tmp_path / "train" / "MVTec_nut" / "1.png")
+    with pytest.raises(BadDataset, match=r"must be one of MVTec_nut, VisA_candle"):
+        Category.find(tmp_path, "VisA_candel")
+
+
+def test_an_empty_category_says_which_endings_count(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "cat" / "in_a_subfolder" / "1.png")
+    with pytest.raises(BadDataset, match=r"holds no images.*\.png"):
+        Category.find(tmp_path, "cat")
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 8, [3]), (3, 1, [1] * 3)]
+)
+def test_batches_hold_all_images_in_order(
+    tmp_path: Path, count: int, batch: int, sizes: list[int]
+) -> None:
+    paths = [picture(tmp_path / f"{n:02}.png", value=20 * n) for n in range(count)]
+    source = images(paths, batch)
+    batches = list(source)
+    assert [len(found) for found in batches] == sizes
+    assert {found.shape[1:] for found in batches} == {(32, 32, 3)}
+    assert {found.dtype for found in batches} == {np.dtype(np.uint8)}
+    assert firsts(batches) == [20 * n for n in range(count)]
+    assert source.used == paths
+
+
+def test_a_batch_is_what_serving_sees_of_the_same_file(sample_data: Path) -> None:
+    paths = Category.find(sample_data, "sample_bracket").train[:2]
+    batch = next(iter(images(paths, size=256)))
+    for pixels, path in zip(batch, paths, strict=True):
+        assert np.array_equal(pixels, image.load(path.read_bytes(), 256))
+
+
+@pytest.mark.parametrize("broken", [0, 3, 4, 9])
+def test_a_broken_image_is_named_and_counted_and_the_rest_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: int
+) -> None:
+    paths = [picture(tmp_path / f"{n:02}.png", value=20 * n) for n in range(10)]
+    paths[broken].write_bytes(paths[broken].read_bytes()[:-30])
+    source = Images(paths, 32, 4, None, Progress())
+    assert firsts(list(source)) == [20 * n for n in range(10) if n != broken]
+    assert list(source.broken) == [paths[broken]]
+    assert source.broken[paths[broken]] in capsys.readouterr().err
+    assert len(source.used) == 9
+
+
+def test_files_that_cannot_be_read_at_all_are_named_too(tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png")
+    gone = tmp_path / "gone.png"
+    gone.symlink_to(tmp_path / "nowhere.png")
+    empty, folder = tmp_path / "empty.png", tmp_path / "folder.png"
+    empty.touch()
+    folder.mkdir()
+    source = images([empty, folder, gone, good])
+    assert len(next(iter(source))) == 1
+    assert set(source.broken) == {empty, folder, gone}
+    assert "cannot be read" in source.broken[gone]
+
+
+def test_progress_counts_broken_images_too(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{n}.png") for n in range(5)]
+    paths[4].write_bytes(b"no image")
+    seen: list[tuple[int, int]] = []
+    source = images(paths)
+    source.tick = lambda done, total: seen.append((done, total))
+    list(source)
+    assert seen == [(done, 5) for done in range(1, 6)]
+
+
+def test_where_all_images_are_broken_there_is_nothing_to_learn(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for path in paths:
+        path.write_bytes(b"no image")
+    source = images(paths)
+    meta = Meta.model_validate(PATCHCORE)
+    with pytest.raises(BadDataset, match="no usable training image"):
+        patchcore.train(patchcore.build(meta, "untrained"), meta, source, Training(), QUIET)
+    assert len(source.broken) == 3
+
+
+def test_the_bit_depth_is_that_of_the_deepest_image(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / "0.png"), deep(tmp_path / "1.png", 10), deep(tmp_path / "2.png", 8)]
+    assert measure_bit_depth(paths) == 10
+    assert measure_bit_depth([*paths, deep(tmp_path / "9.png", 12)]) == 12
+    assert measure_bit_depth(paths[:1]) == 8
+
+
+def test_a_broken_image_does_not_count_for_the_bit_depth(tmp_path: Path) -> None:
+    twelve, torn = deep(tmp_path / "1.png", 12), deep(tmp_path / "2.png", 16)
+    torn.write_bytes(torn.read_bytes()[:-40])
+    gone = tmp_path / "gone.png"
+    assert measure_bit_depth([torn, twelve, gone]) == 12
+    assert measure_bit_depth([torn, gone]) == 8
+
+
+def test_a_picture_deeper_than_the_known_bit_depth_is_broken_not_clipped(tmp_path: Path) -> None:
+    paths = [deep(tmp_path / "1.png", 10), deep(tmp_path / "2.png", 12)]
+    source = Images(paths, 32, 4, 10, QUIET)
+    assert len(next(iter(source))) == 1
+    assert list(source.broken) == paths[1:]
+
+
+def test_a_reader_that_stops_early_leaves_no_thread_behind(tmp_path: Path) -> None:
+    import threading
+
+    paths = [picture(tmp_path / f"{n:02}.png") for n in range(20)]
+    before = threading.active_count()
+    reading = iter(images(paths))
+    next(reading)
+    reading.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+    shutil.rmtree(tmp_path)

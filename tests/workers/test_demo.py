@@ -1,0 +1,79 @@
+"""`make demo`, as a newcomer runs it: on a machine without internet and without weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.store.bundle import Bundle
+from support.project import ROOT
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def offline(folder: Path) -> dict[str, str]:
+    """An environment in which no pretrained weights are to be had."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "no-weights")}
+
+
+def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet_until_ctrl_c(
+    tmp_path: Path, port: int
+) -> None:
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as lines:
+        demo = subprocess.Popen(
+            ["make", "demo", f"VENV={sys.prefix}", f"ARGS=--port {port} --folder {tmp_path}"],
+            cwd=ROOT,
+            env=offline(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=lines,
+            text=True,
+            start_new_session=True,  # its own group, as a terminal gives it
+        )
+    assert demo.stdout is not None
+    said = ""
+    for line in demo.stdout:
+        said += line
+        if "until Ctrl-C" in line:
+            break
+    assert "until Ctrl-C" in said, said + errors.read_text()
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    os.killpg(demo.pid, signal.SIGINT)
+    assert demo.wait(timeout=30) == -signal.SIGINT, "make ends as it was told to"
+    assert "Error" not in errors.read_text(), "and what it started ended well"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    verdicts = dict(re.findall(r"^(good part|bad part) +\S+ +(Normal|Anomaly) ", said, re.M))
+    assert verdicts == {"good part": "Normal", "bad part": "Anomaly"}
+    assert re.search(rf"curl -F file=@\S+/stain_00.png http://127.0.0.1:{port}/infer", said)
+    assert f"http://127.0.0.1:{port}/docs" in said
+    told = [line for line in errors.read_text().splitlines() if "untrained backbone" in line]
+    assert len(told) == 1
+    assert "misses fine defects" in told[0]
+    Bundle.open(tmp_path / "models" / "engine")
+
+
+def test_a_taken_port_is_said_in_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "app"],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "KENSA_PORT": str(server.getsockname()[1])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "KENSA_PORT" in done.stderr
