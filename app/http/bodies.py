@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engines.queue.protocol import RetrainRequest
+from engines.queue.requests import RetrainRequest
 from engines.store.datasets import Split
 from engines.verdict import Label
 

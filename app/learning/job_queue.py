@@ -20,21 +20,19 @@ import psycopg
 
 from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
 from engines.queue.fleet import Fleet
+from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import (
     ACTIVE,
     APPLICATION,
     DATABASE,
-    JobFolder,
-    JobKind,
-    JobRequest,
     JsonSerializer,
-    Schedules,
     database_url,
     enqueue_options,
-    last_due,
     scheduled_id,
     training_of,
 )
+from engines.queue.requests import JobKind, JobRequest
+from engines.queue.schedules import Schedules, last_due
 from engines.store.versions import NAME, Store
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]

@@ -23,7 +23,7 @@ from app.serving.rollout import Keeper
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import admission
 from engines.meta import Meta
-from engines.queue.protocol import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.queue.requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.store.datasets import Datasets
 from engines.store.versions import NAME
 

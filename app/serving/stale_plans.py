@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.learning.job_queue import KEPT, Jobs
 from engines.errors import Conflict, KensaError, NoWorker
-from engines.queue.protocol import ConvertRequest
+from engines.queue.requests import ConvertRequest
 from engines.serving.resident import Residents
 
 AGAIN_AFTER_S = 2.0  # a model that has a job, a queue that does not answer

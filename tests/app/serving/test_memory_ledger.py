@@ -447,7 +447,7 @@ def test_a_job_waits_for_memory_visibly_until_there_is_some_or_it_is_cancelled(
     limits: Callable[[int, int], Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
     from app.learning.job_queue import Jobs
-    from engines.queue.protocol import ConvertRequest
+    from engines.queue.requests import ConvertRequest
 
     data = tmp_path / "data"
     store = Store(data / "models")

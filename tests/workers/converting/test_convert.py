@@ -26,7 +26,9 @@ from pydantic import ValidationError
 
 from engines.errors import BadBundle, BadRequest, NoTensorRT, NoWorker
 from engines.meta import Meta
-from engines.queue.protocol import PACE, ConvertRequest, JobFolder
+from engines.queue.job_folder import JobFolder
+from engines.queue.protocol import PACE
+from engines.queue.requests import ConvertRequest
 from engines.store import plan as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.store.golden import GOLDEN, Golden

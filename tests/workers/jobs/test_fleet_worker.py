@@ -22,7 +22,7 @@ from app.learning.job_queue import Jobs
 from engines.errors import Conflict, NoWorker, UnknownJob
 from engines.files import sha256
 from engines.queue.fleet import Fleet
-from engines.queue.protocol import RetrainRequest
+from engines.queue.requests import RetrainRequest
 from engines.store.versions import Store
 from support.fleet import PASSWORD, Machine, Network, Postgres, bin_folder, noted, running_postgres
 from support.jobs import AGAIN, CATEGORY, ENDED, FIRST
