@@ -1,4 +1,4 @@
-"""`Jobs`: the queue as the server sees it. What is done stands in `workers`."""
+"""`JobQueue`: the queue as the server sees it. What is done stands in `workers`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _CRON = re.compile(
 log = logging.getLogger("kensa")
 
 
-class Jobs:
+class JobQueue:
     """Jobs of one data folder. Its methods block: call them in a thread."""
 
     def __init__(self, data: Path, store: Store, fleet: Fleet | None = None) -> None:

@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.http.bodies import HeatmapBody, InspectionBody, TimingBody, error_response
-from app.http.deadlines import LONGEST_MS, while_wanted
+from app.http.deadlines import LONGEST_MS, within_deadline
 from app.http.request_log import request_id
 from app.http.security import body_of, needs
 from app.serving.inspection import Drawing, Inspection, Inspector
@@ -161,7 +161,7 @@ async def infer(
             data = await read_image(request, inspector.limits.max_bytes, hold)
             with inspector.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
-                inspection = await while_wanted(request, inspecting, deadline_ms)
+                inspection = await within_deadline(request, inspecting, deadline_ms)
     except BadImage:
         inspector.counts.refused += 1
         raise

@@ -18,8 +18,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from app.http.bodies import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
 from app.http.bodies import error_response as problem
 from app.http.security import KeyFirst, needs
-from app.learning.job_queue import ENDED, Jobs
-from app.serving.rollout import Keeper
+from app.learning.job_queue import ENDED, JobQueue
+from app.serving.rollout import Rollout
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import admission
 from engines.meta import Meta
@@ -169,7 +169,7 @@ async def events(request: Request, job_id: JobId) -> StreamingResponse:
                              headers={"Cache-Control": "no-store"})  # fmt: skip
 
 
-async def _follow(found: Jobs, job_id: str, stopping: asyncio.Event) -> AsyncIterator[str]:
+async def _follow(found: JobQueue, job_id: str, stopping: asyncio.Event) -> AsyncIterator[str]:
     after, before, silent = 0, None, 0.0
     while not stopping.is_set():
         try:
@@ -272,7 +272,7 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             f"The category {body.category} has no training images:"
             f" POST some to /datasets/{body.category}/train."
         )
-    store = request.app.state.keeper.store
+    store = request.app.state.rollout.store
     if body.model not in store.names() or not store.versions(body.model):
         if body.kind is None:
             raise BadMeta(
@@ -285,11 +285,11 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
 
 
 def _check_version(request: Request, body: JobRequest) -> None:
-    keeper: Keeper = request.app.state.keeper
+    rollout: Rollout = request.app.state.rollout
     if isinstance(body, ConvertRequest):
-        keeper.store.must_know(body.model)
+        rollout.store.must_know(body.model)
     if body.version is not None:
-        keeper.store.folder(body.model, body.version)
+        rollout.store.folder(body.model, body.version)
 
 
 async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> None:
@@ -297,11 +297,11 @@ async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> 
 
     While another job runs it is not known what will be free; the job looks when it begins.
     """
-    keeper: Keeper = request.app.state.keeper
+    rollout: Rollout = request.app.state.rollout
     settings = request.app.state.settings
     if settings.job_memory == "off":
         return
-    found = await keeper.job_short_of(body)
+    found = await rollout.memory.job_short_of(body)
     if found is None:
         return
     waits = settings.job_memory == "wait" or await _ask(_jobs(request).active)
@@ -330,6 +330,6 @@ def _body(request: Request, found: dict[str, Any]) -> JobBody:
     return body
 
 
-def _jobs(request: Request) -> Jobs:
-    found: Jobs = request.app.state.jobs
+def _jobs(request: Request) -> JobQueue:
+    found: JobQueue = request.app.state.jobs
     return found

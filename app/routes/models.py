@@ -22,7 +22,7 @@ from app.http.model_zip import unpack_model
 from app.http.security import needs
 from app.http.uploads import receive, upload_folder
 from app.serving.inspection import Inspector
-from app.serving.rollout import Keeper
+from app.serving.rollout import Rollout
 from app.settings import Settings
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
 from engines.meta import Meta
@@ -68,8 +68,8 @@ _CHANGE: dict[int | str, dict[str, Any]] = {
 @router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
 async def models(request: Request) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
-    keeper = _keeper(request)
-    names = await asyncio.to_thread(keeper.store.names)
+    rollout = _rollout(request)
+    names = await asyncio.to_thread(rollout.store.names)
     return ModelsBody(models=[await _described(request, name) for name in names])
 
 
@@ -123,7 +123,7 @@ async def take_in(
 
     A plan is not taken: it holds machine code. It is made on the device that runs it.
     """
-    store, settings = _keeper(request).store, _settings(request)
+    store, settings = _rollout(request).store, _settings(request)
 
     def publish(zipped: Path) -> str:
         with store.staging() as folder:
@@ -151,7 +151,7 @@ async def take_in(
 )
 async def model(request: Request, name: Name) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
-    await asyncio.to_thread(_keeper(request).store.must_know, name)
+    await asyncio.to_thread(_rollout(request).store.must_know, name)
     return await _described(request, name)
 
 
@@ -163,10 +163,10 @@ async def model(request: Request, name: Name) -> StoredModelBody:
 )
 async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
-    keeper = _keeper(request)
+    rollout = _rollout(request)
 
     def look() -> VersionBody:
-        return _version(keeper.store, name, version, keeper.answering(name))
+        return _version(rollout.store, name, version, rollout.answering(name))
 
     return await asyncio.to_thread(look)
 
@@ -180,7 +180,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
 )
 async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
     """The picture of a part that the new version judges otherwise, as the model sees it."""
-    store = _keeper(request).store
+    store = _rollout(request).store
     await asyncio.to_thread(store.folder, name, version)
     path = store.gate_folder(name, version) / f"{number}.jpg"
     try:
@@ -198,7 +198,7 @@ async def flip(request: Request, name: Name, version: Version, number: Number) -
 )
 async def activate(request: Request, name: Name, version: Version) -> StoredModelBody:
     """Whatever the gate said of it. Parts keep coming; no request is lost."""
-    await _keeper(request).activate(name, version)
+    await _rollout(request).activate(name, version)
     return await _described(request, name)
 
 
@@ -216,12 +216,12 @@ async def activate(request: Request, name: Name, version: Version) -> StoredMode
 )
 async def rollback(request: Request, name: Name) -> StoredModelBody:
     """At once. A second call goes forward again."""
-    await _keeper(request).roll_back(name)
+    await _rollout(request).roll_back(name)
     return await _described(request, name)
 
 
 async def _described(request: Request, name: str) -> StoredModelBody:
-    keeper: Keeper = request.app.state.keeper
+    rollout: Rollout = request.app.state.rollout
     inspector: Inspector = request.app.state.inspector
     resident = name in inspector.residents.names()
     found = inspector.residents.get(name) if resident else None
@@ -229,7 +229,7 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
-        store, answers = keeper.store, keeper.answering(name)
+        store, answers = rollout.store, rollout.answering(name)
         pointer, versions = store.pointer(name), reversed(store.versions(name))
         return StoredModelBody(
             name=name,
@@ -290,9 +290,9 @@ def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | Non
         return None, f"What the gate found cannot be read: {where}: {problem['msg']}."
 
 
-def _keeper(request: Request) -> Keeper:
-    keeper: Keeper = request.app.state.keeper
-    return keeper
+def _rollout(request: Request) -> Rollout:
+    rollout: Rollout = request.app.state.rollout
+    return rollout
 
 
 def _settings(request: Request) -> Settings:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.extend(str(Path(__file__).resolve().parents[n]) for n in (2, 1))
 
 if TYPE_CHECKING:
-    from app.learning.job_queue import Jobs
+    from app.learning.job_queue import JobQueue
     from engines.queue.requests import RetrainRequest
 
 LEDGER = "ledger.txt"  # what children did: begun, published or met, and the job
@@ -41,11 +41,11 @@ HELD = "held"  # there while the database is locked
 CLOCK = "clock"  # seconds that the worker's clock is ahead
 
 
-def opened(data: Path) -> Jobs:
-    from app.learning.job_queue import Jobs
+def opened(data: Path) -> JobQueue:
+    from app.learning.job_queue import JobQueue
     from engines.store.versions import Store
 
-    jobs = Jobs(data, Store(data / "models"))
+    jobs = JobQueue(data, Store(data / "models"))
     jobs.open()
     assert jobs.problem is None, jobs.problem
     return jobs

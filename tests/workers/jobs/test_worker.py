@@ -563,7 +563,7 @@ def test_a_database_locked_for_longer_than_anybody_waits_delays_a_job(line: Line
     job = line.submit(seconds=1)
     line.start()
     until(lambda: line.begun(job), "it was not begun")
-    late = app_jobs.Jobs(line.data, Store(line.data / "models"))
+    late = app_jobs.JobQueue(line.data, Store(line.data / "models"))
     with ThreadPoolExecutor() as threads, line.locked():
         submitted = threads.submit(line.submit, "bolt")
         opening = threads.submit(late.open)
@@ -635,7 +635,7 @@ def test_a_queue_that_cannot_be_read_now_is_not_put_aside(
 
     job = line.submit()
     monkeypatch.setattr(sqlite3, "connect", unreadable)
-    jobs = app_jobs.Jobs(line.data, Store(line.data / "models"))
+    jobs = app_jobs.JobQueue(line.data, Store(line.data / "models"))
     jobs.open()
     assert "disk I/O error" in str(jobs.problem)
     with pytest.raises(NoWorker, match="disk I/O error"):
