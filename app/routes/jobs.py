@@ -14,8 +14,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ConfigDict, Field
 
-from app.http.bodies import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
+from app.http.bodies import Body
 from app.http.bodies import error_response as problem
 from app.http.security import KeyFirst, needs
 from app.learning.job_queue import ENDED, JobQueue
@@ -26,6 +27,93 @@ from engines.meta import Meta
 from engines.queue.requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.store.datasets import Datasets
 from engines.store.versions import NAME
+
+
+class ProgressBody(Body):
+    """How far a job is."""
+
+    phase: str = Field(
+        description="images, coreset, epochs, verify, convert, publish, gate ..., or what it waits"
+        " for."
+    )
+    done: int = Field(0, description="Images or epochs of this phase.")
+    total: int = 0
+    fraction: float = Field(0.0, description="Of the whole job, 0 to 1.")
+    seconds_left: float | None = None
+    held_back: float = Field(
+        0.0, description="Share of the last seconds that it was stopped, because the line was busy."
+    )
+
+
+class JobBody(Body):
+    """A job that learns or converts."""
+
+    id: str
+    kind: str = Field(description="retrain or convert.")
+    model: str
+    state: str = Field(
+        description="queued, running, succeeded, failed, cancelled, or interrupted: its process"
+        " died three times."
+    )
+    created: str | None
+    ended: str | None
+    attempts: int = Field(description="How often it was begun.")
+    request: dict[str, Any]
+    progress: ProgressBody | None
+    version: str | None = Field(description="What it published.")
+    outcome: str | None = Field(
+        description="What became of that: live, held by the gate, refused, published, or replaced"
+        " by a later one."
+    )
+    error: str | None
+    code: str | None
+    machine: str | None = Field(
+        None, description="Which machine learns or learned, where several share a queue."
+    )
+
+
+class JobsBody(Body):
+    """Jobs, newest first."""
+
+    jobs: list[JobBody]
+
+
+class ScheduleRequest(Body):
+    """Retrain again and again."""
+
+    model_config = ConfigDict(
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "cron": "0 2 * * *",
+                    "timezone": "Asia/Tokyo",
+                    "retrain": {"model": "bracket", "category": "bracket"},
+                }
+            ]
+        },
+    )
+
+    cron: str = Field(
+        max_length=100,
+        description="Minute, hour, day, month, weekday: `0 2 * * *` is 2 at night.",
+    )
+    timezone: str = Field("UTC", max_length=100, description="Such as Asia/Tokyo.")
+    retrain: RetrainRequest = Field(description="The body of POST /retrain.")
+
+
+class ScheduleBody(ScheduleRequest):
+    """A schedule."""
+
+    name: str
+    last: str | None = Field(description="When it last began a job.")
+
+
+class SchedulesBody(Body):
+    """All schedules."""
+
+    schedules: list[ScheduleBody]
+
 
 router = APIRouter(tags=["jobs"], route_class=KeyFirst)
 Result = TypeVar("Result")

@@ -8,16 +8,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from app.http.bodies import (
-    GateBody,
-    ModelsBody,
-    StoredModelBody,
-    TakenInBody,
-    VersionBody,
-    error_response,
-)
+from app.http.bodies import Body, error_response
 from app.http.model_zip import unpack_model
 from app.http.security import needs
 from app.http.uploads import receive, upload_folder
@@ -29,6 +22,93 @@ from engines.meta import Meta
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, Store
+from engines.verdict import Label
+
+
+class FlipBody(Body):
+    """A part that the new version judges otherwise."""
+
+    number: int = Field(description="Of its picture, at /models/{name}/versions/{version}/flips/.")
+    group: str = Field(description="`normal` or `defect`, known from training; `recent`: unknown.")
+    was: Label
+    becomes: Label
+    old_score: float
+    new_score: float
+    old_raw_score: float
+    new_raw_score: float
+
+
+class GroupBody(Body):
+    """How many images of a group were shown to both versions, and how many verdicts changed."""
+
+    images: int
+    flips: int = Field(description="Of known parts only those that became wrong.")
+
+
+class GateBody(Body):
+    """What the gate found when it showed images to the live version and the new one."""
+
+    ok: bool = Field(description="False: held, until a person makes it live.")
+    reasons: list[str] = Field(description="Why it is held.")
+    against: str | None = Field(None, description="The version that was live.")
+    limit: float | None = Field(None, description="The share of each group that may flip.")
+    groups: dict[str, GroupBody] = Field(default_factory=dict)
+    flips: list[FlipBody] = Field(default_factory=list)
+    seconds: float | None = None
+    by_hand: bool = Field(False, description="A person made it live.")
+
+
+class VersionBody(Body):
+    """A version of a model, on the disk."""
+
+    version: str
+    state: str = Field(
+        description="`live`, `previous`, `held` by the gate, `at the gate`, `kept` or `damaged`."
+    )
+    created: str | None = None
+    kind: str | None = Field(default=None, description="patchcore, padim, efficientad or vae.")
+    origin: dict[str, Any] = Field(
+        default_factory=dict, description="The job, the folder or the upload that it came from."
+    )
+    files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each.")
+    threshold: float | None = Field(default=None, description="The limit for `score`.")
+    raw_threshold: float | None = Field(default=None, description="Found by verification.")
+    gate: GateBody | None = None
+    problem: str | None = Field(None, description="What is wrong with it.")
+
+
+class StoredModelBody(Body):
+    """A model and its versions."""
+
+    name: str
+    live: str | None = Field(description="The version in memory, which judges.")
+    previous: str | None = Field(description="What a rollback goes to.")
+    problem: str | None = Field(description="Why none is in memory.")
+    at_rest: bool = Field(description="It made room for another model, until a part comes for it.")
+    resident_bytes: int | None = Field(
+        description="What the version in memory takes: of the GPU with TensorRT, else reckoned."
+    )
+    stale: str | None = Field(
+        description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
+        " judges in its place, or nobody; and what is done about it. Else null."
+    )
+    versions: list[VersionBody] = Field(description="Newest first.")
+    refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
+
+
+class ModelsBody(Body):
+    """All models of this server."""
+
+    models: list[StoredModelBody]
+
+
+class TakenInBody(Body):
+    """A model that was taken in."""
+
+    name: str
+    version: str
+    needs_conversion: bool = Field(description="It has no model.onnx: POST /convert makes one.")
+
 
 router = APIRouter(tags=["models"])
 

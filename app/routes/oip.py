@@ -15,7 +15,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel
 
-from app.http.bodies import (
+from app.http.bodies import error_response
+from app.http.deadlines import LONGEST_MS, within_deadline
+from app.http.request_log import request_id
+from app.http.security import body_of, needs
+from app.oip.bodies import (
     MAX_IMAGES,
     InferBody,
     InferenceStatisticsBody,
@@ -30,11 +34,7 @@ from app.http.bodies import (
     ServerReadyBody,
     StatisticsBody,
     TensorBody,
-    error_response,
 )
-from app.http.deadlines import LONGEST_MS, within_deadline
-from app.http.request_log import request_id
-from app.http.security import body_of, needs
 from app.oip.tensors import (
     HEADER_LENGTH,
     INPUTS,

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
@@ -50,7 +50,6 @@ RETRY_AFTER_S = 60.0  # what failed for a reason that may pass, such as a full d
 How = Literal["live", "held", "refused", "failed", "rolled_back", "by_hand"]
 
 log = logging.getLogger("kensa")
-Result = TypeVar("Result")
 
 
 class Rollout:

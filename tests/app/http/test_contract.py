@@ -31,9 +31,9 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from app.http.bodies import ScheduleRequest
 from app.http.openapi import operations
 from app.main import create_app
+from app.routes.jobs import ScheduleRequest
 from app.settings import Settings
 from engines.errors import KensaError
 from engines.queue.requests import ConvertRequest, RetrainRequest

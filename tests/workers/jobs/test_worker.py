@@ -24,8 +24,8 @@ from typing import Any
 
 import pytest
 
-from app.http.bodies import ScheduleRequest
 from app.learning import job_queue as app_jobs
+from app.routes.jobs import ScheduleRequest
 from engines.errors import BadRequest, Conflict, DiskFull, NoWorker, UnknownJob
 from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import DATABASE, PARENT
