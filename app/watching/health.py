@@ -66,7 +66,7 @@ class Health:
         self._residents = inspector.residents
         self._worker = worker
         self._data = data
-        self._queue = Queue(jobs)
+        self._queue = JobCounts(jobs)
 
     async def look(self) -> State:
         """As it is now, within a fraction of a second."""
@@ -120,7 +120,7 @@ class Health:
         return await asyncio.to_thread(read)
 
 
-class Queue:
+class JobCounts:
     """How many jobs there are, asked in a thread of its own, and never twice at a time."""
 
     def __init__(self, jobs: JobQueue) -> None:
