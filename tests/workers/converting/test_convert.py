@@ -1,6 +1,6 @@
 """From weights to a plan, as the command and the jobs do it; on the double of TensorRT.
 
-How a plan is made is in tests/workers/converting/test_build.py; here are real models, real commands and real jobs.
+How a plan is made is in test_build.py; here are real models, real commands and real jobs.
 """
 
 from __future__ import annotations
