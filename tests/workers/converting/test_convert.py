@@ -46,7 +46,7 @@ from workers.converting.graphs import difference
 from workers.jobs import job_process as jobs
 from workers.learning.retrain import Retrain, retrain
 from workers.progress import Progress
-from workers.sample_parts.drawing import write_dataset
+from workers.sample_parts.dataset import write_dataset
 
 QUIET = Progress(quiet=True)
 USERS = ("workers.converting.build", "engines.runtimes.tensorrt", "engines.runtimes.cuda")
