@@ -33,7 +33,7 @@ from engines.store.golden import GOLDEN, Golden
 from engines.store.plan import Fingerprint
 from engines.store.versions import Store
 from support import double as doubles
-from support.double import DOUBLES, doubled, environment, reports
+from support.double import BUILDING, DOUBLES, doubled, environment, reports
 from support.progress import Heard
 from support.project import ROOT, run
 from support.waiting import until
@@ -49,7 +49,7 @@ from workers.progress import Progress
 from workers.sample_parts.dataset import write_dataset
 
 QUIET = Progress(quiet=True)
-USERS = ("workers.converting.build", "engines.runtimes.tensorrt", "engines.runtimes.cuda")
+USERS = (*BUILDING, "engines.runtimes.tensorrt", "engines.runtimes.cuda")
 CATEGORY = "sample_bracket"
 SIDE = 64  # pixels
 KINDS: dict[str, dict[str, Any]] = {
