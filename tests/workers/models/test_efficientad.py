@@ -19,9 +19,10 @@ from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.parity import FLOAT32_LIMIT
-from workers.models import Training, efficientad
+from workers.models import Training, efficientad, efficientad_weights
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd
+from workers.models.penalty_images import LUMA
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -315,7 +316,7 @@ def test_some_channels_of_a_student_are_what_it_says_there(size: str) -> None:
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     everything = model.networks.student(picture)
     for some in (slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)):
-        found = efficientad._said(model.networks.student, picture, some)
+        found = efficientad._student_channels(model.networks.student, picture, some)
         torch.testing.assert_close(found, everything[:, some])
 
 
@@ -363,7 +364,7 @@ def test_natural_images_are_cut_as_anomalib_cuts_them_and_shown_to_the_student(
     efficientad.train(model, settings(), [parts(1)], how, said)
     middle = image.resize(photo, 2 * SIZE)[SIZE // 2 : -SIZE // 2, SIZE // 2 : -SIZE // 2]
     colour = pixels_of(middle[None])
-    grey = (colour * efficientad.LUMA).sum(dim=1, keepdim=True)
+    grey = (colour * LUMA).sum(dim=1, keepdim=True)
     shown = [
         pixels
         for pixels in seen
@@ -459,7 +460,7 @@ def test_a_teacher_alone_arrives_unchanged_and_knows_no_part(
 def test_without_a_file_the_teacher_comes_from_anomalibs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficientad, "get_pretrained_weights_dir", lambda: tmp_path)
+    monkeypatch.setattr(efficientad_weights, "get_pretrained_weights_dir", lambda: tmp_path)
     (tmp_path / "efficientad_pretrained_weights").mkdir()
     path = tmp_path / "efficientad_pretrained_weights" / "pretrained_teacher_small.pth"
     torch.save(teacher("small"), path)
@@ -472,7 +473,7 @@ def test_without_a_file_the_teacher_comes_from_anomalibs_cache(
 def test_without_any_teacher_it_says_what_to_pass_and_how_to_make_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficientad, "get_pretrained_weights_dir", lambda: tmp_path)
+    monkeypatch.setattr(efficientad_weights, "get_pretrained_weights_dir", lambda: tmp_path)
     says = r"pretrained_teacher_small\.pth.*--pretrained_pth.*python3 -m workers\.distil"
     with pytest.raises(BadWeights, match=says):
         efficientad.build(settings(), None)
