@@ -39,20 +39,13 @@ from engines.errors import (
     StalePlan,
 )
 from engines.machine import admission
-from engines.machine.memory import Free, Need, Short, give_back
+from engines.machine.memory import MIB, Free, Need, Short, give_back
 from engines.meta import Meta
 from engines.runtimes.compiled_cache import usable_cache
 from engines.serving import gate
 from engines.serving.gate import Replay, Replayed
-from engines.serving.resident import (
-    MIB,
-    Opening,
-    Resident,
-    describe,
-    gpu_memory,
-    memory_needed,
-    open_model,
-)
+from engines.serving.opening import Opening, gpu_memory, memory_needed, open_model
+from engines.serving.resident import Resident, describe
 from engines.store.bundle import ONNX, read_report
 from engines.store.golden import Golden
 from engines.store.versions import META, Manifest, Store
