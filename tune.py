@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         nonlocal stopped
-        from workers.learning.tune import Tune, summarise_search, tune
+        from workers.learning.search_space import Tune
+        from workers.learning.tune import summarise_search, tune
 
         found = tune(request := Tune(**flags), progress)
         print("\n".join(summarise_search(request, found)))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import os
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from engines.errors import BadBundle, BadMeta, BadRequest, UploadTooLarge
@@ -16,22 +11,11 @@ from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, REPORT
 from engines.store.golden import GOLDEN
 from engines.store.versions import META
+from engines.store.zips import DAMAGED, PIECE, opened_zip, unusual_compression
 
-PIECE = 1 << 20  # bytes
 MAX_ENTRIES = 1000
 MAX_META = 1 << 20  # bytes; a meta.json has about a thousand
-
-# What zipfile raises at damaged bytes: documented, or seen when fuzzing.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    ValueError,
-)
+MAX_LIST = 1 << 20  # bytes of a zip's list of files
 
 
 def unpack_model(zipped: Path, folder: Path, most: int) -> None:
@@ -51,7 +35,7 @@ def unpack_model(zipped: Path, folder: Path, most: int) -> None:
         UploadTooLarge: it unpacks to more than `most`.
         OSError: the disk is full.
     """
-    with _opened(zipped) as archive:
+    with opened_zip(zipped, MAX_LIST) as archive:
         entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
         if len(entries) > MAX_ENTRIES:
             raise BadRequest(f"The zip has {len(entries):,} files; a model has about ten.")
@@ -67,28 +51,6 @@ def unpack_model(zipped: Path, folder: Path, most: int) -> None:
             path = PurePosixPath(entry.filename)
             if path.parent == inside and path.name in wanted:
                 left -= _extract(archive, entry, folder / path.name, left)
-
-
-class _Careful(io.FileIO):
-    """A file that is read in small pieces: zipfile reads a zip's list of files in one."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            size = os.fstat(self.fileno()).st_size - self.tell()
-        if size > PIECE:
-            raise zipfile.BadZipFile("it lists too many files")
-        return super().read(size) or b""
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _Careful(path) as file:
-        try:
-            archive = zipfile.ZipFile(file)
-        except _ZIP_ERRORS as error:
-            raise BadRequest(f"The zip cannot be read: {error}.") from None
-        with archive:
-            yield archive
 
 
 def _wanted(folder: Path) -> set[str | None]:
@@ -117,12 +79,11 @@ def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, mos
 
 def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
     """The bytes of an entry; only what is wrong with the zip is caught here, no full disk."""
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # zipfile unpacks a piece of the other kinds whole, however large it becomes.
-        raise BadRequest(f"{entry.filename[:200]!r} is compressed in an unusual way: use Deflate.")
+    if refusal := unusual_compression(entry.filename, entry):
+        raise refusal
     try:
         with archive.open(entry) as source:
             while piece := source.read(PIECE):
                 yield piece
-    except _ZIP_ERRORS as error:
+    except DAMAGED as error:
         raise BadRequest(f"The zip cannot be read: {error}.") from None

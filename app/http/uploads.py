@@ -16,7 +16,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.http.security import body_of
 from engines.errors import BadRequest, UnsupportedBody, UploadTooLarge
-from engines.store.datasets import MAX_FILES, Datasets, readable, room
+from engines.store.datasets import Datasets, room
+from engines.store.image_names import readable
+from engines.store.image_zip import MAX_FILES
 
 BLOCK = 1024 * 1024  # bytes of an upload that are written at once
 

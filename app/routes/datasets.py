@@ -18,15 +18,9 @@ from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
 from engines.errors import BadRequest, Conflict, KensaError
 from engines.image import ImageLimits
-from engines.store.datasets import (
-    CATEGORY,
-    Datasets,
-    Split,
-    checked_name,
-    is_zip,
-    read_file,
-    unzip,
-)
+from engines.store.datasets import CATEGORY, Datasets, Split, read_file
+from engines.store.image_names import checked_name
+from engines.store.image_zip import is_zip, unzip
 
 
 class CategoryBody(Body):

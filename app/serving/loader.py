@@ -17,7 +17,8 @@ from app.settings import Settings
 from engines.errors import BadBundle, BadMeta, DiskFull
 from engines.machine.memory import give_back
 from engines.runtimes.compiled_cache import usable_cache
-from engines.serving.resident import Opening, Resident, describe, open_model
+from engines.serving.opening import Opening, open_model
+from engines.serving.resident import Resident, describe
 from engines.store.versions import Store
 
 log = logging.getLogger("kensa")

@@ -17,7 +17,8 @@ from app.settings import Settings
 from engines.errors import OutOfMemory
 from engines.machine import admission
 from engines.machine.memory import MIB, Free, Need, Short
-from engines.serving.resident import Residents, gpu_memory, memory_needed
+from engines.serving.opening import gpu_memory, memory_needed
+from engines.serving.resident import Residents
 
 log = logging.getLogger("kensa")
 

@@ -35,10 +35,7 @@ from engines.errors import (
 )
 from engines.serving import gate
 from engines.serving.gate import Replay, Replayed
-from engines.serving.resident import (
-    Resident,
-    describe,
-)
+from engines.serving.resident import Resident, describe
 from engines.store.bundle import ONNX
 from engines.store.versions import META, Manifest, Store
 from engines.verdict import Verdict

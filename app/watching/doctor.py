@@ -27,7 +27,7 @@ from engines.machine import device, memory
 from engines.machine.device import Device
 from engines.machine.memory import MIB, Free, Need
 from engines.meta import Meta
-from engines.serving.resident import Opening, gpu_memory, memory_needed
+from engines.serving.opening import Opening, gpu_memory, memory_needed
 from engines.store.bundle import ONNX
 from engines.store.plan import Fingerprint, Machine
 from engines.store.versions import META, Store

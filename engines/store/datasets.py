@@ -13,17 +13,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import re
 import shutil
-import stat
-import struct
 import tempfile
 import threading
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,22 +28,19 @@ import cv2
 import simplejpeg
 
 from engines.errors import (
-    BadImage,
     BadRequest,
     Conflict,
     DiskFull,
     ImageTooLarge,
-    KensaError,
     UnknownDataset,
-    UploadTooLarge,
 )
 from engines.files import sync_folder, write_atomically
-from engines.image import DEFAULT_LIMITS, SUFFIXES, ImageLimits, decode, measured_bit_depth
+from engines.image import DEFAULT_LIMITS, ImageLimits, decode, measured_bit_depth
+from engines.store.image_names import checked_name, is_image, shown
 
 Split = Literal["train", "normal", "anomaly"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 CATEGORY = r"^[A-Za-z0-9_-]{1,64}$"
-MAX_FILES = 10_000  # in one upload
 THUMBNAIL = 256  # longer side, pixels
 
 _PLACES: dict[Split, str] = {
@@ -56,26 +48,9 @@ _PLACES: dict[Split, str] = {
     "normal": "test/{}/normal",
     "anomaly": "test/{}/anomaly",
 }
-_MAX_NAME = 128  # characters
-_MAX_NAME_BYTES = 240  # a file system takes 255, and write_atomically adds to them
-_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, invisible or half characters, line ends
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what write_atomically writes to
 
 _DECODERS = 2  # pictures decoded at once; each takes 3 bytes of memory for a pixel
-_PIECE = 1024 * 1024  # bytes
-_MAX_DIRECTORY = 4 * 1024 * 1024  # bytes of a zip's list of files; 10,000 need about 2 million
-_ZIP_STARTS = (b"PK\3\4", b"PK\5\6")
-# What zipfile raises at damaged bytes: documented, or seen when fuzzing.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    ValueError,
-)
 
 
 class ImageFile(NamedTuple):
@@ -97,13 +72,6 @@ class Stored(NamedTuple):
 
     name: str
     already_there: bool
-
-
-class Entry(NamedTuple):
-    """A file in a zip: its bytes, or the error that refuses it, or the reason to pass it over."""
-
-    name: str
-    found: bytes | KensaError | str
 
 
 class Datasets:
@@ -139,7 +107,7 @@ class Datasets:
         page = []
         for name in names[offset : None if limit is None else offset + limit]:
             with suppress(FileNotFoundError):  # deleted in the meantime
-                page.append(ImageFile(_shown(name), (folder / name).stat().st_size))
+                page.append(ImageFile(shown(name), (folder / name).stat().st_size))
         return Page(page, len(names))
 
     def add(
@@ -324,7 +292,7 @@ class Datasets:
         self._must_know(category)
         for spelling in (unicodedata.normalize("NFC", name), name):
             plain = not set(spelling) & set("/\0") and len(os.fsencode(spelling)) < 256
-            if plain and _is_image(spelling) and self._is_file(folder / spelling):
+            if plain and is_image(spelling) and self._is_file(folder / spelling):
                 return folder / spelling
         raise _unknown(category, split, name)
 
@@ -337,7 +305,7 @@ class Datasets:
                 return sorted(
                     entry.name
                     for entry in entries
-                    if _is_image(entry.name)
+                    if is_image(entry.name)
                     and (self._is_file(Path(entry)) if entry.is_symlink() else entry.is_file())
                 )
         except (FileNotFoundError, NotADirectoryError):
@@ -378,47 +346,8 @@ def room() -> Iterator[None]:
         ) from error
 
 
-def checked_name(name: str) -> str:
-    """The name under which an image is stored: as it was sent, in Unicode's composed form (NFC).
-
-    Raises:
-        BadRequest: it is no plain file name, or does not end as an image's does.
-    """
-    name = unicodedata.normalize("NFC", name)
-    wrong = _wrong_with(name)
-    if wrong:
-        raise BadRequest(f"The image's name {name[:200]!r} {wrong}.")
-    return name
-
-
-def _wrong_with(name: str) -> str | None:
-    if not name:
-        return "is empty: say what the image is called"
-    if set(name) & set("/\\") or ".." in name:
-        return "is not a plain file name: it may not hold / or \\ or two dots in a row"
-    if name.startswith("."):
-        return "begins with a dot"
-    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
-        return "holds characters that cannot be seen"
-    if len(name) > _MAX_NAME or len(name.encode()) > _MAX_NAME_BYTES:
-        return f"is longer than {_MAX_NAME} characters, or than {_MAX_NAME_BYTES} bytes in UTF-8"
-    if not _is_image(name):
-        return f"does not end in one of {', '.join(sorted(SUFFIXES))}"
-    return None
-
-
-def _is_image(name: str) -> bool:
-    """By its name, as `engines.image.files_in` decides it."""
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-
-
-def _shown(name: str) -> str:
-    """A name from the disk as JSON can hold it: it need not be UTF-8."""
-    return os.fsencode(name).decode("utf-8", "replace")
-
-
 def _unknown(category: str, split: Split, name: str) -> UnknownDataset:
-    return UnknownDataset(f"There is no image {_shown(name)[:200]!r} in {category}/{split}.")
+    return UnknownDataset(f"There is no image {shown(name)[:200]!r} in {category}/{split}.")
 
 
 def _has(path: Path, data: bytes) -> bool:
@@ -445,125 +374,3 @@ def read_file(path: Path, limits: ImageLimits) -> bytes:
             f"The image file has {size:,} bytes, more than the {limits.max_bytes:,} allowed."
         )
     return path.read_bytes()
-
-
-# Zips
-
-
-def is_zip(path: Path) -> bool:
-    """By its first bytes, which no image begins with."""
-    with path.open("rb") as file:
-        return file.read(4) in _ZIP_STARTS
-
-
-def unzip(path: Path, limits: ImageLimits, most: int) -> Iterator[Entry]:
-    """The files of a zip, each under its base name, unpacked in memory one after the other.
-
-    What a zip says of its sizes only serves to refuse it sooner: bytes are counted as they come.
-
-    Raises:
-        BadRequest: it is no zip, or damaged, or encrypted.
-        UploadTooLarge: it has too many files, or more than `most` bytes, unpacked.
-    """
-    with _opened(path) as archive:
-        entries = archive.infolist()
-        _check(entries, most)
-        for entry in entries:
-            name = _name_of(entry)
-            found = _judged(name, entry) or _unpacked(archive, entry, limits)
-            if isinstance(found, bytes):
-                most -= len(found)
-                if most < 0:
-                    raise UploadTooLarge("The zip holds more bytes than it says.")
-                name = name.rpartition("/")[2]
-            yield Entry(name, found)
-
-
-class _Careful(io.FileIO):
-    """A file that is read in small pieces: zipfile reads a zip's list of files in one."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            size = os.fstat(self.fileno()).st_size - self.tell()
-        if size > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile("a piece of it is too large")
-        return super().read(size) or b""
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _Careful(path) as file:
-        try:
-            archive = zipfile.ZipFile(file)
-        except _ZIP_ERRORS as error:
-            raise BadRequest(
-                "The zip cannot be read: it is damaged or cut short, or lists too many files."
-            ) from error
-        with archive:
-            yield archive
-
-
-def _check(entries: list[zipfile.ZipInfo], most: int) -> None:
-    if len(entries) > MAX_FILES:
-        raise UploadTooLarge(f"The zip holds {len(entries):,} files; allowed are {MAX_FILES:,}.")
-    if any(entry.flag_bits & 1 for entry in entries):
-        raise BadRequest("The zip is encrypted: make one without a password.")
-    unpacked = sum(entry.file_size for entry in entries if not _judged(_name_of(entry), entry))
-    if unpacked > most:
-        raise UploadTooLarge(
-            f"The zip holds {unpacked:,} bytes of images, unpacked; {most:,} are still allowed in"
-            " this upload: send it in parts, or raise KENSA_MAX_UPLOAD_BYTES."
-        )
-
-
-def _judged(name: str, entry: zipfile.ZipInfo) -> KensaError | str | None:
-    """Why a file in a zip is refused or passed over, by what is known without unpacking it."""
-    folders = name.split("/")
-    if name.startswith("/") or ".." in folders or "\\" in name or "\0" in name:
-        return BadRequest(f"{name[:200]!r} leads out of the zip, or could: it is not unpacked.")
-    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        return BadRequest(f"{name[:200]!r} is a link or a device, not a file.")
-    if name.endswith("/"):
-        return "a folder"
-    if "__MACOSX" in folders:
-        return "macOS's own"
-    if any(folder.startswith(".") and folder != "." for folder in folders):
-        return "hidden"
-    if not _is_image(folders[-1]):
-        return "not an image, by its name"
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # zipfile unpacks a piece of the other kinds whole, however large it becomes.
-        return BadRequest(f"{name[:200]!r} is compressed in an unusual way: use Deflate.")
-    return None
-
-
-def _unpacked(
-    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limits: ImageLimits
-) -> bytes | KensaError:
-    data = bytearray()
-    try:
-        with archive.open(entry) as file:
-            while piece := file.read(_PIECE):
-                data += piece
-                if len(data) > limits.max_bytes:
-                    return ImageTooLarge(
-                        f"The image has more than the {limits.max_bytes:,} bytes allowed."
-                    )
-    except _ZIP_ERRORS:
-        return BadImage("The image is damaged inside the zip.")
-    return bytes(data)
-
-
-def _name_of(entry: zipfile.ZipInfo) -> str:
-    """The path of an entry. zipfile takes names that are not marked as UTF-8 for CP437."""
-    name = entry.orig_filename
-    marked = entry.flag_bits & 0x800
-    return name if marked or name.isascii() else readable(name.encode("cp437"))
-
-
-def readable(name: bytes) -> str:
-    """A name whose encoding nobody tells: UTF-8, what Japanese Windows writes, or CP437."""
-    for encoding in ("utf-8", "cp932"):
-        with suppress(UnicodeDecodeError):
-            return name.decode(encoding)
-    return name.decode("cp437")

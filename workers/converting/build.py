@@ -10,7 +10,6 @@ Only loaded where TensorRT is: see `engines.store.plan.Machine.read`.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import shutil
 import threading
@@ -28,23 +27,25 @@ import tensorrt as trt
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadRequest, BuildFailed, KensaError, OutOfMemory
-from engines.files import sha256, write_atomically
+from engines.files import sha256
+from engines.machine.memory import MIB
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, read_report
 from engines.store.plan import Fingerprint, Machine, Precision
+from workers.converting.build_log import Log, failure, last_line, logger, memory_sentence
+from workers.converting.build_progress import Monitor
 from workers.converting.graphs import difference
 from workers.converting.parity import compare_in
-from workers.progress import Progress, Tick
+from workers.converting.plan_scores import Scores, score_images
+from workers.converting.timing_cache import TimingCache
+from workers.progress import Progress
 
-MIB = 1024 * 1024
 MAX_BATCH = 4
 BANK_ROOM = 1.5  # a memory bank may grow by half before the plan must be built again
 NEIGHBOURS = 9  # of PatchCore's graph: a bank of fewer rows has no use for it
 LEAST_WORKSPACE = 256  # MiB
-LINES = 200  # of TensorRT's log that are kept
 
 T = TypeVar("T")
-Scores = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def make_plan(
 
 def check_dla() -> None:
     """Raise BadRequest unless this machine has a deep learning accelerator."""
-    if _on_the_gpu(lambda stop: trt.Builder(_log()).num_DLA_cores) == 0:
+    if _on_the_gpu(lambda stop: trt.Builder(logger()).num_DLA_cores) == 0:
         raise BadRequest(
             "This machine has no DLA core (an Orin Nano has none): leave out --use_dla."
         )
@@ -123,7 +124,7 @@ def _with_context(work: Callable[[threading.Event], T], stop: threading.Event) -
     try:
         return work(stop)
     except cuda.MemoryError as error:
-        raise OutOfMemory(_memory_sentence(str(error), *cuda.mem_get_info())) from None
+        raise OutOfMemory(memory_sentence(str(error), *cuda.mem_get_info())) from None
     except cuda.Error as error:
         raise BuildFailed(f"CUDA failed while the plan was made: {error}.") from None
     except KensaError as error:
@@ -132,24 +133,6 @@ def _with_context(work: Callable[[threading.Event], T], stop: threading.Event) -
     finally:
         cuda.Context.pop()
         primary.detach()
-
-
-class _Log(trt.ILogger):  # type: ignore[misc]  # a class of bindings without types
-    """Keeps the warnings and errors of TensorRT, which has no other way to say why it failed."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.lines: list[str] = []
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        if severity <= trt.ILogger.WARNING and len(self.lines) < LINES:
-            self.lines.append(msg)
-
-
-@functools.cache
-def _log() -> _Log:
-    """The only one: TensorRT listens to one logger at a time, the first that is alive."""
-    return _Log()
 
 
 # ---- one plan -----------------------------------------------------------------------------------
@@ -167,7 +150,7 @@ class _Making:
     began: float = field(default_factory=time.perf_counter)
 
     def make(self, before: Path | None) -> dict[str, Any]:
-        how, why = self._from(before)
+        how, why = self._reuse(before)
         report = None
         if how is not None:
             try:
@@ -187,7 +170,7 @@ class _Making:
             "seconds": round(time.perf_counter() - self.began, 2),
         }
 
-    def _from(self, before: Path | None) -> tuple[str | None, str | None]:
+    def _reuse(self, before: Path | None) -> tuple[str | None, str | None]:
         """Use the plan of a folder: how ("kept", "refitted"), or why not."""
         if before is None or not (before / PLAN).is_file():
             return None, None
@@ -225,12 +208,12 @@ class _Making:
 
     def _refit(self, before: Path) -> str | None:
         """Give the plan of a folder the weights of the new graph; why not, where it fails."""
-        log = _log()
+        log = logger()
         log.lines.clear()
         runtime = trt.Runtime(log)
         engine = runtime.deserialize_cuda_engine((before / PLAN).read_bytes())
         if engine is None:
-            return f"the one before cannot be read: {_last(log.lines)}"
+            return f"the one before cannot be read: {last_line(log.lines)}"
         if not engine.refittable:
             return "the one before cannot be refitted."
         refitter = trt.Refitter(engine, log)
@@ -240,7 +223,7 @@ class _Making:
         if missing := refitter.get_missing_weights():
             return f"refitting failed: TensorRT also wants {', '.join(missing[:3])}."
         if not refitter.refit_cuda_engine():
-            return f"refitting failed: {_last(log.lines)}"
+            return f"refitting failed: {last_line(log.lines)}"
         _write(self.folder / PLAN, engine.serialize())
         return None
 
@@ -259,7 +242,7 @@ class _Making:
         return self._prove()
 
     def _build(self, refittable: bool) -> None:
-        log = _log()
+        log = logger()
         log.lines.clear()
         free, total = cuda.mem_get_info()
         builder = trt.Builder(log)
@@ -277,15 +260,15 @@ class _Making:
             config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
             self.progress.say("for DLA: one image at a time; the GPU computes what DLA cannot")
         self._limit_memory(config, free)
-        timing = _Timing(self.wanted.cache, self.machine, self.progress)
+        timing = TimingCache(self.wanted.cache, self.machine, self.progress)
         timing.give(config)
-        monitor = _Monitor(self.progress.phase("build"), self.stop)
+        monitor = Monitor(self.progress.phase("build"), self.stop)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if monitor.problem is not None:
             raise monitor.problem
         if plan is None:
-            raise _failure(log.lines, free, total)
+            raise failure(log.lines, free, total)
         monitor.end()
         _write(self.folder / PLAN, plan)
         timing.keep(config)
@@ -322,14 +305,14 @@ class _Making:
         Raises:
             BadBundle: the scores are not those of the graph.
         """
-        log, wanted = _log(), self.wanted
+        log, wanted = logger(), self.wanted
         log.lines.clear()
         runtime = trt.Runtime(log)
         plan = (self.folder / PLAN).read_bytes()
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise _failure(log.lines, *cuda.mem_get_info())
-        found = _scores(engine, wanted.images, wanted.bank, wanted.max_batch)
+            raise failure(log.lines, *cuda.mem_get_info())
+        found = score_images(engine, wanted.images, wanted.bank, wanted.max_batch)
         agreement = {"compared": False}
         if wanted.expected is not None:
             agreement = compare_in(wanted.precision, wanted.expected, found, wanted.meta)
@@ -381,218 +364,15 @@ def _write(path: Path, plan: Any) -> None:
     path.write_bytes(plan)  # a buffer of TensorRT's: it goes to the disk without a copy
 
 
-# ---- what TensorRT says -------------------------------------------------------------------------
-
-
-def _parse(network: Any, log: _Log, onnx: Path) -> None:
+def _parse(network: Any, log: Log, onnx: Path) -> None:
     """Fill the network. Weights beside the file are not looked for: a model is one file."""
     parser = trt.OnnxParser(network, log)
     if parser.parse(onnx.read_bytes()):
         return
     if not parser.num_errors:
-        raise BadBundle(f"TensorRT {trt.__version__} cannot read {onnx}: {_last(log.lines)}")
+        raise BadBundle(f"TensorRT {trt.__version__} cannot read {onnx}: {last_line(log.lines)}")
     error = parser.get_error(0)
     where = ""
     if error.node() >= 0:
         where = f" at node {error.node()}, {error.node_operator()} {error.node_name()}".rstrip()
     raise BadBundle(f"TensorRT {trt.__version__} does not take {onnx}{where}: {error.desc()}")
-
-
-def _failure(lines: list[str], free: int, total: int) -> KensaError:
-    """Why there is no plan, or no engine, as an error with a sentence."""
-    text = "\n".join(lines)
-    if "Could not find any implementation for node" in text:
-        node = text.split("Could not find any implementation for node ")[1].split(".)")[0]
-        return OutOfMemory(_memory_sentence(f"it found no kernel for {node[:200]}", free, total))
-    if "OutOfMemory" in text or "out of memory" in text or "memory is insufficient" in text:
-        return OutOfMemory(_memory_sentence(_last(lines), free, total))
-    return BuildFailed(f"TensorRT {trt.__version__} made no plan: {_last(lines)}")
-
-
-def _memory_sentence(what: str, free: int, total: int) -> str:
-    return (
-        f"TensorRT ran out of memory: {what}. Of {total // MIB:,} MiB {free // MIB:,} were free"
-        " before. Unload models that are not needed, stop other programs that use the GPU (on a"
-        " Jetson also the desktop: sudo systemctl isolate multi-user.target), and try again; --fp16"
-        " needs about half."
-    )
-
-
-def _last(lines: list[str]) -> str:
-    return lines[-1][:500] if lines else "it did not say why."
-
-
-class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """TensorRT's phases within phases as one bar, and the way to stop a build.
-
-    Called from several threads. An error of ours would be swallowed by the bindings: it is kept.
-    """
-
-    def __init__(self, tick: Tick, stop: threading.Event) -> None:
-        trt.IProgressMonitor.__init__(self)
-        self.problem: Exception | None = None
-        self._tick, self._stop = tick, stop
-        self._phases = Phases()
-        self._lock = threading.Lock()
-        self._percent = 0
-
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        with self._lock:
-            self._phases.start(phase_name, parent_phase, num_steps)
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        with self._lock:
-            self._phases.step(phase_name, step)
-            self._show(min(99, int(100 * self._phases.fraction())))
-        return self.problem is None and not self._stop.is_set()
-
-    def phase_finish(self, phase_name: str) -> None:
-        with self._lock:
-            self._phases.finish(phase_name)
-
-    def end(self) -> None:
-        """The build has succeeded."""
-        self._show(100)
-
-    def _show(self, percent: int) -> None:
-        if percent <= self._percent or self.problem is not None:
-            return
-        self._percent = percent
-        try:
-            self._tick(percent, 100)
-        except Exception as error:  # noqa: BLE001 (raised again by who waits for the build)
-            self.problem = error
-
-
-class Phases:
-    """What share of a build is done: a phase that runs is a part of one step of its parent."""
-
-    def __init__(self) -> None:
-        self._running: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, done, steps
-        self._most = 0.0
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        self._running[name] = (parent, 0, max(1, steps))
-
-    def step(self, name: str, step: int) -> None:
-        if name in self._running:
-            parent, done, steps = self._running[name]
-            self._running[name] = (parent, min(max(done, step + 1), steps), steps)
-
-    def finish(self, name: str) -> None:
-        self._running.pop(name, None)
-
-    def fraction(self) -> float:
-        """Never less than before."""
-        roots = [name for name, (parent, _, _) in self._running.items() if parent is None]
-        self._most = max([self._most, *(self._of(name) for name in roots)])
-        return self._most
-
-    def _of(self, name: str) -> float:
-        _, done, steps = self._running[name]
-        inner = [one for one, (parent, _, _) in self._running.items() if parent == name]
-        return min(1.0, (done + max(map(self._of, inner), default=0.0)) / steps)
-
-
-# ---- what was measured of kernels ---------------------------------------------------------------
-
-
-class _Timing:
-    """The timing cache of this machine, between builds: a file with its SHA-256 in front."""
-
-    def __init__(self, folder: Path | None, machine: Machine, progress: Progress) -> None:
-        key = hashlib.sha256(repr(machine).encode()).hexdigest()[:16]
-        self._path = None if folder is None else folder / f"timing-{key}.bin"
-        self._progress = progress
-
-    def give(self, config: Any) -> None:
-        """Let a build begin with what is known. A damaged file is as good as none."""
-        data = b""
-        if self._path is not None and self._path.is_file():
-            content = self._path.read_bytes()
-            data = content[32:]
-            if hashlib.sha256(data).digest() != content[:32]:
-                self._warn("is damaged")
-                data = b""
-        timing_cache = config.create_timing_cache(data)
-        if timing_cache is None:
-            self._warn("is not for this TensorRT")
-            timing_cache = config.create_timing_cache(b"")
-        config.set_timing_cache(timing_cache, ignore_mismatch=False)
-
-    def keep(self, config: Any) -> None:
-        """A plan that is there is not lost because this cannot be written."""
-        if self._path is None:
-            return
-        data = bytes(config.get_timing_cache().serialize())
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, hashlib.sha256(data).digest() + data)
-        except OSError as error:
-            self._progress.say(f"the next build takes as long: {self._path}: {error.strerror}")
-
-    def _warn(self, what: str) -> None:
-        self._progress.say(f"timing cache {self._path} {what}: it is made anew")
-
-
-# ---- scores -------------------------------------------------------------------------------------
-
-
-def _scores(
-    engine: Any, images: NDArray[np.uint8], bank: NDArray[np.float32] | None, batch: int
-) -> Scores:
-    """Raw scores (n,): of the first image alone, of the others as many at once as may be."""
-    context = engine.create_execution_context()
-    if context is None:
-        raise _failure(_log().lines, *cuda.mem_get_info())
-    held = _Buffers(engine, context, cuda.Stream())
-    try:
-        if bank is not None:
-            held.put("memory_bank", bank)
-        parts = [images[:1], *(images[at : at + batch] for at in range(1, len(images), batch))]
-        return np.concatenate([held.score(part) for part in parts if len(part)])
-    finally:
-        held.free()
-
-
-class _Buffers:
-    """Device memory for one context's tensors."""
-
-    def __init__(self, engine: Any, context: Any, stream: Any) -> None:
-        self._engine, self._context, self._stream = engine, context, stream
-        self._held: dict[str, Any] = {}
-
-    def put(self, name: str, array: NDArray[Any]) -> None:
-        """Copy an input to the device."""
-        array = np.ascontiguousarray(array)
-        memory = self._room(name, array.nbytes)
-        if not self._context.set_input_shape(name, array.shape):
-            raise _failure(_log().lines, *cuda.mem_get_info())
-        cuda.memcpy_htod(memory, array)
-
-    def score(self, images: NDArray[np.uint8]) -> Scores:
-        self.put("image", images)
-        results = {}
-        for name in ("score", "map"):
-            shape = tuple(self._context.get_tensor_shape(name))
-            results[name] = np.empty(shape, trt.nptype(self._engine.get_tensor_dtype(name)))
-            self._room(name, results[name].nbytes)
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise _failure(_log().lines, *cuda.mem_get_info())
-        self._stream.synchronize()
-        for name, array in results.items():
-            cuda.memcpy_dtoh(array, self._held[name])
-        whole = np.isfinite(results["map"]).all()
-        return np.where(whole, results["score"], np.float32(np.nan))
-
-    def _room(self, name: str, nbytes: int) -> Any:
-        if name in self._held:
-            self._held.pop(name).free()
-        self._held[name] = cuda.mem_alloc(nbytes)
-        self._context.set_tensor_address(name, int(self._held[name]))
-        return self._held[name]
-
-    def free(self) -> None:
-        for memory in self._held.values():
-            memory.free()
-        self._held.clear()

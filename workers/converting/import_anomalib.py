@@ -1,12 +1,8 @@
-"""A Lightning checkpoint of anomalib 2.x -> the files that retrain.py would have left.
-
-The file is read as data: tensors, numbers and names. What is an object in it is never made.
-"""
+"""A Lightning checkpoint of anomalib 2.x -> the files that retrain.py would have left."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,38 +19,15 @@ from engines.meta import Kind, Meta
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
 from workers import models
+from workers.converting.anomalib_checkpoint import Checkpoint
+from workers.converting.anomalib_preparation import DEFAULT_SIZE, preparation
 from workers.converting.parity import FLOAT32_LIMIT
 from workers.learning.calibrate import calibrate
 from workers.learning.dataset import Images, measure_bit_depth
-from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, load_inert
 from workers.models.patchcore import NEIGHBOURS
 from workers.progress import Progress
 
-DEFAULT_SIZE = 256  # pixels: anomalib's own pre-processor of all three kinds
 CORESET_RATIO = 0.1  # anomalib's default
-
-# The parts of `model.` that hold tensors. `anomaly_map_generator` has a blur kernel in all.
-_PARTS: dict[Kind, set[str]] = {
-    "patchcore": {"feature_extractor", "memory_bank"},
-    "padim": {"feature_extractor", "gaussian", "idx"},
-    "efficientad": {"teacher", "student", "ae", "mean_std", "quantiles"},
-}
-# A part that only one other model of anomalib has.
-_OTHERS = {
-    "student_model": "Stfpm",
-    "pca_model": "Dfm",
-    "fast_flow_blocks": "Fastflow",
-    "decoders": "Cflow",
-    "classifier": "Dfkde",
-    "fre_model": "Fre",
-    "segdec": "Supersimplenet",
-    "descriptor": "Cfa",
-    "generator": "Ganomaly",
-    "reconstructive_subnetwork": "Draem",
-    "discrete_latent_model": "Dsr",
-    "feature_encoder": "AnomalyDINO",
-    "pca": "MHPatchcore",
-}
 
 
 @dataclass(frozen=True)
@@ -117,87 +90,6 @@ def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
     return {**report, "meta": meta.model_dump(exclude_none=True)}
 
 
-# ---- the file --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A Lightning checkpoint: tensors, hyper-parameters, and what anomalib says beside them."""
-
-    path: Path
-    state: dict[str, torch.Tensor]
-    said: dict[str, Any]  # hyper_parameters: arguments of anomalib's model
-    content: dict[str, Any]  # all the rest
-
-    @classmethod
-    def read(cls, path: Path) -> Checkpoint:
-        """Read it without making any object that is in it.
-
-        Raises:
-            BadWeights: it is missing, damaged, holds code, or is no Lightning checkpoint.
-        """
-        if not path.is_file():
-            raise BadWeights(f"{path} does not exist: --checkpoint takes a .ckpt of anomalib.")
-        try:
-            content = load_inert(path)
-        except BadWeights:
-            raise
-        except Exception as error:  # torch.load lets any unpickling error through
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise BadWeights(f"{path} is damaged, or is no checkpoint ({why}).") from error
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise BadWeights(
-                f"{path} is no Lightning checkpoint (it has no state_dict): --checkpoint takes the"
-                " .ckpt that anomalib's Engine writes, not an exported model."
-            )
-        state = content.pop("state_dict")
-        said = content.get("hyper_parameters")
-        return cls(
-            path,
-            {str(name): value for name, value in state.items() if torch.is_tensor(value)},
-            said if isinstance(said, dict) else {},
-            content,
-        )
-
-    def kind(self) -> Kind:
-        """Which model it is, by the names of its tensors; BadWeights when it is none of ours."""
-        parts = {name.split(".")[1] for name in self.state if name.startswith("model.")}
-        parts.discard("anomaly_map_generator")
-        for kind, own in _PARTS.items():
-            if parts == own:
-                return kind
-        other = next((_OTHERS[part] for part in sorted(parts) if part in _OTHERS), None)
-        what = f"a {other} model" if other else "no model that Kensa knows"
-        found = f" (its parts are {', '.join(sorted(parts)[:6])})" if parts else ""
-        raise BadWeights(
-            f"{self.path} is {what}{found}: Patchcore, Padim and EfficientAd can be imported."
-        )
-
-    def number(self, name: str) -> float | None:
-        """A scalar of the state, None where it is absent or was never set (not a number)."""
-        value = self.state.get(name)
-        if value is None or value.numel() != 1 or not torch.isfinite(value).all():
-            return None
-        return float(value)
-
-    def has(self, component: str) -> bool:
-        """Whether anomalib's pre_processor or post_processor was on."""
-        flags = self.content.get("anomalib_components_enabled")
-        on = flags.get(component) if isinstance(flags, dict) else self.said.get(component)
-        return on is not False
-
-    def origin(self) -> dict[str, Any]:
-        """Where a model comes from, for report.json. anomalib 2.7 writes no version of its own."""
-        lightning = self.content.get("pytorch-lightning_version")
-        version = self.content.get("anomalib_version")
-        return {
-            "file": self.path.name,
-            "sha256": sha256(self.path),
-            "anomalib": version if isinstance(version, str) else "not said by the checkpoint",
-            "lightning": lightning if isinstance(lightning, str) else None,
-        }
-
-
 # ---- what it says ----------------------------------------------------------------------------
 
 
@@ -211,7 +103,7 @@ def describe(checkpoint: Checkpoint, request: Import) -> tuple[Meta, list[str]]:
     kind = checkpoint.kind()
     if request.model not in (None, kind):
         raise BadWeights(f"{checkpoint.path} is a {kind} model, but --model says {request.model}.")
-    size, notes = _preparation(checkpoint, kind)
+    size, notes = preparation(checkpoint, kind)
     if kind == "efficientad":
         own = _efficientad(checkpoint, request)
     elif kind == "patchcore":
@@ -287,85 +179,6 @@ def _agreed(checkpoint: Checkpoint, flag: str, found: Any, given: Any) -> Any:
 def _names(found: Any) -> list[str] | None:
     listed = isinstance(found, (list, tuple)) and all(isinstance(name, str) for name in found)
     return list(found) if listed and len(found) else None
-
-
-def _preparation(checkpoint: Checkpoint, kind: Kind) -> tuple[int | None, list[str]]:
-    """The side that images are resized to, None where it is not said; and notes.
-
-    Raises:
-        BadWeights: anomalib prepared the images in a way that Kensa does not.
-    """
-    config = checkpoint.content.get("anomalib_pre_processor_config")
-    spec = config.get("transform") if isinstance(config, dict) else None
-    normalises = kind != "efficientad"  # which does so inside its networks
-    usual = "resized to a square" + " and normalised as for ImageNet" * normalises
-    if not checkpoint.has("pre_processor"):
-        if normalises:
-            raise BadWeights(
-                f"{checkpoint.path} was trained with pre_processor=False, so anomalib did not"
-                " normalise its images; Kensa does, and would score otherwise."
-            )
-        return None, ["no pre-processor in the checkpoint: images are taken as resized only"]
-    if spec is None:
-        if checkpoint.said.get("pre_processor") is True:  # older than 2.7: its default
-            return DEFAULT_SIZE, [_RESIZE_NOTE.format("bilinear")]
-        note = f"the checkpoint does not say how images are prepared: taken as {usual}"
-        return None, [note, _RESIZE_NOTE.format("its own way")]
-    size: int | None = None
-    interpolation, normalised = "its own way", False
-    for name, args in _transforms(spec):
-        if name == "Resize" and (side := _square(args.get("size"))) is not None:
-            size, interpolation = side, str(args.get("interpolation", "bilinear"))
-        elif name == "Normalize" and normalises and _is_imagenet(args):
-            normalised = True
-        else:
-            what = ", ".join(f"{key}={args[key]}" for key in ("size", "mean", "std") if key in args)
-            raise BadWeights(
-                f"{checkpoint.path} prepares images with {name}({what}), and Kensa only with"
-                f" {usual}: it would score otherwise. Train it in anomalib with its default"
-                " pre-processor."
-            )
-    if normalises and not normalised:
-        raise BadWeights(
-            f"{checkpoint.path} does not normalise its images; Kensa does, and would score"
-            " otherwise. Train it in anomalib with its default pre-processor."
-        )
-    return size, [_RESIZE_NOTE.format(interpolation)]
-
-
-_RESIZE_NOTE = (
-    "anomalib resizes ({}) otherwise than Kensa (area): scores of the same pixels are equal, those"
-    " of files of another size differ a little"
-)
-
-
-def _transforms(spec: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The transforms of a pre-processor one after the other, as names and arguments."""
-    if not isinstance(spec, dict):
-        return [("something unknown", {})]
-    name, args = str(spec.get("class_path")).rpartition(".")[2], spec.get("init_args")
-    args = args if isinstance(args, dict) else {}
-    inner = args.get("transforms")
-    if name == "Compose" and isinstance(inner, list):
-        return [one for part in inner for one in _transforms(part)]
-    return [(name, args)]
-
-
-def _square(size: Any) -> int | None:
-    """S of a size [S, S]. An [S] alone is only the shorter side."""
-    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
-        return size[0] if isinstance(size[0], int) else None
-    return None
-
-
-def _is_imagenet(args: dict[str, Any]) -> bool:
-    def near(found: Any, expected: Sequence[float]) -> bool:
-        try:
-            return np.shape(found) == (3,) and bool(np.allclose(found, expected, atol=1e-4))
-        except (TypeError, ValueError):
-            return False
-
-    return near(args.get("mean"), IMAGENET_MEAN) and near(args.get("std"), IMAGENET_STD)
 
 
 # ---- what it has learned ---------------------------------------------------------------------

@@ -11,24 +11,26 @@ other cuts, scales, turns and colours.
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from engines import image
-from engines.errors import BadDataset, BadImage, BadMeta, BadRequest, BadWeights
+from engines.errors import BadMeta, BadRequest, BadWeights
 from engines.files import write_atomically
-from workers.commands import run
+from workers.distil.pictures import (
+    Picture,
+    cut_batches,
+    find_pictures,
+    held_out,
+    random_cuts,
+    read_pictures,
+)
 from workers.progress import Progress
 
 if TYPE_CHECKING:  # torch is loaded when work begins: --help and Ctrl-C need not wait for it
@@ -36,16 +38,9 @@ if TYPE_CHECKING:  # torch is loaded when work begins: --help and Ctrl-C need no
     from anomalib.models.components import TimmFeatureExtractor
     from torch import nn
 
-Picture = NDArray[np.uint8]  # (H, W, 3) RGB
-
-SMALLEST_PX, LARGEST_PX = 64, 1024  # of image_size
-MOST_PICTURES = 1000  # kept in memory, about 2 MB each
 STRIDES = (8, 16)  # pixels of the backbone's input between the features that are taken
 MEASURED = 64  # cuts that tell mean and standard deviation of the features
-HELD_OUT = 10  # one picture in ten, at most as many, is not learned but tells how well it goes
 WARM_UP = 0.05  # share of the steps
-CUT_PX = 128  # of the teacher's input: many small cuts teach more than few whole pictures
-LEAST_ZOOM, MOST_ZOOM = 0.6, 2.5  # of a cut, where 1 is a picture stretched to image_size
 
 
 @dataclass(frozen=True)
@@ -64,58 +59,6 @@ class Distil:
     learning_rate: float = 1e-3
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python3 -m workers.distil",
-        description="Make a teacher for EfficientAD: a small network that describes patches of a"
-        " picture as a large one (the backbone) does. Then: retrain.py --model efficientad"
-        " --pretrained_pth teacher.pth. Half an hour on two cores gives a useful one.",
-    )
-    add = parser.add_argument
-    add("--images", type=Path, nargs="+", required=True, metavar="DIR", help="folders of pictures,"
-        " with all folders below them; any pictures, without labels: the more different, the"
-        " better. Of your parts take good ones only")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="F.pth", help="where the teacher goes")
-    add("--backbone", default=Distil.backbone, metavar="NAME", help="timm name of the network to"
-        " imitate (default %(default)s)")  # fmt: skip
-    add("--layers", nargs="+", metavar="L", help="its stages, such as layer2 layer3. Without it:"
-        " those with a feature every 8 and every 16 pixels")  # fmt: skip
-    add("--weights", metavar="F", help="weights of the backbone, .pth or .safetensors with timm or"
-        " torchvision names. Without it: timm's pretrained ones, from its cache or the hub. The"
-        " word 'untrained' takes random ones, which teach little")  # fmt: skip
-    add("--model_size", choices=("small", "medium"), default=Distil.model_size, help="of the"
-        " EfficientAD model that is to have this teacher (default %(default)s)")  # fmt: skip
-    add("--image_size", type=int, default=Distil.image_size, metavar="N", help="image_size of the"
-        " EfficientAD model, pixels: how large parts look (default %(default)s)")  # fmt: skip
-    add("--steps", type=int, default=Distil.steps, metavar="N", help="how long to learn; twice as"
-        " many take twice as long (default %(default)s)")  # fmt: skip
-    add("--batch", type=int, default=Distil.batch, metavar="N", help="cuts of pictures in a step"
-        " (default %(default)s)")  # fmt: skip
-    add("--learning_rate", type=float, default=Distil.learning_rate, metavar="X", help="the highest"
-        " of the training (default %(default)s)")  # fmt: skip
-    parsed = parser.parse_args(arguments)
-    if parsed.steps < 1 or parsed.batch < 1 or not parsed.learning_rate > 0:
-        parser.error("--steps and --batch must be at least 1, and --learning_rate above 0")
-    if not SMALLEST_PX <= parsed.image_size <= LARGEST_PX:
-        parser.error(f"--image_size must be {SMALLEST_PX} to {LARGEST_PX}")
-    return parsed
-
-
-def main(arguments: list[str] | None = None) -> int:
-    request = Distil(**vars(parse(arguments)))
-    progress = Progress()
-
-    def work() -> None:
-        report = distil(request, progress)
-        progress.say(
-            f"teacher      explains {report['explained']:.0%} of what {request.backbone} tells"
-            f" apart in pictures it did not learn ({report['explained_learned']:.0%} in those it"
-            f" did)\nwritten to   {request.out}"
-        )
-
-    return run(work, progress)
-
-
 def distil(request: Distil, progress: Progress) -> dict[str, Any]:
     """Train a patch description network to say what a backbone says, and write it to `out`.
 
@@ -132,7 +75,7 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
         BadRequest: `out` cannot be written. In all cases it is as it was.
     """
     _check_out(request.out)
-    paths = _find(request.images)
+    paths = find_pictures(request.images)
     import torch
 
     from workers.models.efficientad import CHANNELS, new_teacher
@@ -141,13 +84,24 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
         torch.manual_seed(0)
         teacher = new_teacher(request.model_size)
         backbone = _Backbone.build(request, CHANNELS)
-        unlearned, learned = _held_out(_read(paths, 4 * request.image_size, progress))
+        unlearned, learned = held_out(read_pictures(paths, 4 * request.image_size, progress))
         report = _fit(teacher, backbone, learned, unlearned, request, progress)
     buffer = io.BytesIO()
     torch.save(teacher.state_dict(), buffer)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(request.out, buffer.getvalue())
     return report
+
+
+def _check_out(out: Path) -> None:
+    """Refuse now what would fail after half an hour."""
+    if out.suffix != ".pth":
+        raise BadRequest(f"--out {out} must end in .pth.")
+    if out.is_dir():
+        raise BadRequest(f"--out {out} is a folder: name a file in it.")
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BadRequest(f"--out {out} cannot be written: {there} does not allow it.")
 
 
 # ---- what is imitated ------------------------------------------------------------------------
@@ -245,13 +199,13 @@ def _fit(
     size, steps = request.image_size, request.steps
     dice = np.random.default_rng(0)
     some = min(MEASURED, 4 * len(learned))
-    backbone.measure(torch.from_numpy(np.stack(list(_cuts(learned, size, some, dice)))))
+    backbone.measure(torch.from_numpy(np.stack(list(random_cuts(learned, size, some, dice)))))
     optimizer = torch.optim.Adam(teacher.parameters(), lr=request.learning_rate, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     losses: list[float] = []
     tick = progress.phase("distil")
     with torch.enable_grad():
-        for batch in _batches(learned, size, request.batch, steps, dice):
+        for batch in cut_batches(learned, size, request.batch, steps, dice):
             cuts = torch.from_numpy(batch)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 taught = backbone.describe(cuts).clone()
@@ -308,128 +262,3 @@ def _explained(
             errors.append(float((teacher(_own_size(cut)) - taught).square().mean()))
             variances.append(float(taught.square().mean()))
     return 1 - sum(errors) / max(sum(variances), 1e-12)
-
-
-# ---- pictures --------------------------------------------------------------------------------
-
-
-def _check_out(out: Path) -> None:
-    """Refuse now what would fail after half an hour."""
-    if out.suffix != ".pth":
-        raise BadRequest(f"--out {out} must end in .pth.")
-    if out.is_dir():
-        raise BadRequest(f"--out {out} is a folder: name a file in it.")
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise BadRequest(f"--out {out} cannot be written: {there} does not allow it.")
-
-
-def _find(folders: list[Path]) -> list[Path]:
-    """All image files in and below the folders; evenly chosen ones where there are too many."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise BadDataset(f"{folder} is not a folder: --images takes folders of pictures.")
-    paths = sorted(
-        {
-            path
-            for folder in folders
-            for path in folder.rglob("*")
-            if path.suffix.lower() in image.SUFFIXES and not path.name.startswith(".")
-        }
-    )
-    if not paths:
-        raise BadDataset(
-            f"{', '.join(map(str, folders))} holds no images: put pictures there"
-            f" ({', '.join(sorted(image.SUFFIXES))})."
-        )
-    return paths[:: math.ceil(len(paths) / MOST_PICTURES)]
-
-
-def _read(paths: list[Path], largest: int, progress: Progress) -> list[Picture]:
-    """Decode the files, and shrink them until no side is longer than `largest` pixels.
-
-    Raises:
-        BadDataset: none can be read.
-    """
-    tick, found = progress.phase("images"), []
-    for done, path in enumerate(paths, 1):
-        try:
-            picture = image.decode(path.read_bytes())
-        except (BadImage, OSError) as error:
-            progress.say(f"skipped {path}: {error}")
-        else:
-            scale = min(1.0, largest / max(picture.shape[:2]))
-            width, height = (max(1, round(scale * picture.shape[axis])) for axis in (1, 0))
-            shrunk = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-            found.append(np.asarray(shrunk, np.uint8))
-        tick(done, len(paths))
-    if not found:
-        raise BadDataset("None of the images can be read, so nothing can be learned.")
-    return found
-
-
-def _held_out(pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
-    """(unlearned, learned): every tenth is held out; of fewer than ten, none is."""
-    if len(pictures) < HELD_OUT:
-        return pictures, pictures
-    unlearned = set(range(HELD_OUT // 2, len(pictures), HELD_OUT))
-    return (
-        [picture for index, picture in enumerate(pictures) if index in unlearned],
-        [picture for index, picture in enumerate(pictures) if index not in unlearned],
-    )
-
-
-def _batches(
-    pictures: list[Picture], size: int, batch: int, steps: int, dice: np.random.Generator
-) -> Iterator[Picture]:
-    """`steps` batches of cuts (batch, 2C, 2C, 3), the next one made while one is learned."""
-
-    def make() -> Picture:
-        return np.stack(list(_cuts(pictures, size, batch, dice)))
-
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make)
-        for _ in range(steps):
-            ready = coming.result()
-            coming = pool.submit(make)
-            yield ready
-
-
-def _cuts(
-    pictures: list[Picture], size: int, count: int, dice: np.random.Generator
-) -> Iterator[Picture]:
-    """Cuts of random pictures, (2C, 2C, 3): at twice the size, for the backbone."""
-    for index in dice.integers(len(pictures), size=count):
-        yield _recolour(_cut(pictures[index], size, dice), dice)
-
-
-def _cut(picture: Picture, size: int, dice: np.random.Generator) -> Picture:
-    """A part of a picture, enlarged or shrunk, turned and mirrored by chance: (2C, 2C, 3).
-
-    Zoom 1 shows the part as large as in the whole picture at `size` pixels.
-    """
-    side = min(CUT_PX, size)
-    zoom = math.exp(dice.uniform(math.log(LEAST_ZOOM), math.log(MOST_ZOOM)))
-    aspect = math.exp(dice.uniform(-0.15, 0.15))
-    height, width = picture.shape[:2]
-    tall = max(1, round(min(1.0, side / (size * zoom) * aspect) * height))
-    wide = max(1, round(min(1.0, side / (size * zoom) / aspect) * width))
-    top, left = dice.integers(height - tall + 1), dice.integers(width - wide + 1)
-    cut = image.resize(picture[top : top + tall, left : left + wide], 2 * side)
-    turned: Picture = np.rot90(cut, int(dice.integers(4)))
-    return turned[:, ::-1] if dice.random() < 0.5 else turned
-
-
-def _recolour(picture: Picture, dice: np.random.Generator) -> Picture:
-    """The same under other light: gain of each colour, contrast, saturation; some grey."""
-    pixels = picture.astype(np.float32)
-    if dice.random() < 0.8:
-        grey = pixels.mean(axis=2, keepdims=True)
-        saturation = 0.0 if dice.random() < 0.1 else dice.uniform(0.4, 1.8)
-        pixels = grey + saturation * (pixels - grey)
-        if dice.random() < 0.3:
-            pixels = pixels[..., dice.permutation(3)]
-        gain = np.exp(dice.uniform(-0.25, 0.25) + dice.uniform(-0.2, 0.2, 3)).astype(np.float32)
-        middle = np.float32(pixels.mean())
-        pixels = gain * (middle + dice.uniform(0.7, 1.4) * (pixels - middle))
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

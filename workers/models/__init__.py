@@ -18,7 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from workers.models import deferred_imports as lazily  # noqa: F401  # before the first import of anomalib
+from workers.models.deferred_imports import defer_imports
+
+defer_imports()  # before the first import of anomalib, timm or torchvision
 
 KINDS = ("patchcore", "padim", "efficientad", "vae")
 

@@ -10,29 +10,28 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, EfficientAdModelSize
-from anomalib.utils.path import get_pretrained_weights_dir
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines import image
-from engines.errors import BadDataset, BadImage, BadMeta, BadWeights
+from engines.errors import BadDataset, BadMeta
 from engines.files import write_atomically
 from engines.meta import Meta
 from engines.runtimes.openvino import cpu_has_bf16
 from workers.models import Training
 from workers.models.backbone import UNTRAINED, read_weights
+from workers.models.efficientad_weights import cached_teacher, copy_weights
+from workers.models.penalty_images import penalty_images
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]
-State = dict[str, torch.Tensor]
 
 SCORE_KIND = "efficientad/combined-map"  # the largest value of anomalib's anomaly_map
 LEARNED = None  # model.pth is all there is
@@ -44,13 +43,10 @@ LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 1e-5
 DECAY_AT = 0.95  # as anomalib's schedule
 HARD = 0.999  # the quantile above which differences from the teacher count in the loss
-GREY_PENALTY = 0.3  # share of the penalty images that are made grey
 HELD_OUT = 10  # one in ten normals finds the quantiles and the best moment
 LEAST_SPREAD = 1.1  # what is rare in a map is at least so many times what is usual
 MOST_CHECKS = 20  # validations of one training
 MOST_LINES = 10  # that a training says of its losses
-LUMA = torch.tensor([0.2989, 0.587, 0.114])[:, None, None]  # of red, green, blue; torchvision's
-_PREFIXES = ("model.", "module.", "")  # of names: Lightning's, DataParallel's, none
 
 
 class EfficientAd(nn.Module):
@@ -133,68 +129,10 @@ def build(meta: Meta, weights: str | Path | None) -> EfficientAd:
         torch.manual_seed(0)
         model = EfficientAd(meta)
     if weights is None or str(weights) != UNTRAINED:
-        path = _cached_teacher(model.model_size) if weights is None else Path(weights)
-        _load(model, read_weights(path), path)
+        path = cached_teacher(model.model_size) if weights is None else Path(weights)
+        model.learned = copy_weights(model.networks, read_weights(path), path, model.model_size)
     model.eval()
     return model
-
-
-def _cached_teacher(size: str) -> Path:
-    """Where anomalib keeps the teacher that it downloads. Kensa downloads nothing itself."""
-    name = f"pretrained_teacher_{size}.pth"
-    path: Path = get_pretrained_weights_dir() / "efficientad_pretrained_weights" / name
-    if not path.is_file():
-        raise BadWeights(
-            f"No teacher: {path} does not exist. Pass {name} from anomalib's release with"
-            " --pretrained_pth, or make one from images of your own: python3 -m workers.distil"
-            f" --help. --pretrained_pth {UNTRAINED} takes a random one."
-        )
-    return path
-
-
-def _load(model: EfficientAd, weights: State, path: Path) -> None:
-    """Copy a whole model, or a teacher alone."""
-    networks = model.networks
-    found = _without_prefix(weights, "teacher.conv1.weight")
-    if any(name.startswith("student.") for name in found):
-        _copy(networks, found, path, model.model_size)
-        model.learned = bool(networks.is_set(networks.mean_std))
-        if model.learned and not networks.is_set(networks.quantiles):
-            for key in ("qb_st", "qb_ae"):  # saved before a validation: anomalib's maps are raw
-                networks.quantiles[key].data.fill_(0.1)
-        return
-    teacher = {name.removeprefix("teacher."): tensor for name, tensor in found.items()}
-    _copy(networks.teacher, _without_prefix(teacher, "conv1.weight"), path, model.model_size)
-
-
-def _without_prefix(weights: State, landmark: str) -> State:
-    """The weights without what stands before the name that every such file has."""
-    prefix = next((prefix for prefix in _PREFIXES if prefix + landmark in weights), "")
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in weights.items()
-        if name.startswith(prefix)
-    }
-
-
-def _copy(module: nn.Module, weights: State, path: Path, size: str) -> None:
-    chosen = {}
-    for name, target in module.state_dict().items():
-        tensor = weights.get(name)
-        if tensor is None:
-            raise BadWeights(
-                f"{path} does not fit: it has no {name}. EfficientAD takes its own model.pth, an"
-                " anomalib checkpoint of EfficientAd, or a teacher (a patch description network)."
-            )
-        if tensor.shape != target.shape:
-            raise BadWeights(
-                f"{path} does not fit model_size {size}: {name} is {tuple(tensor.shape)}, and"
-                f" {tuple(target.shape)} is needed. Is it of the other size?"
-            )
-        if not torch.isfinite(tensor).all():
-            raise BadWeights(f"{path}: {name} holds values that are not finite.")
-        chosen[name] = tensor.to(target.dtype)
-    module.load_state_dict(chosen)
 
 
 def new_teacher(size: str) -> nn.Module:
@@ -227,10 +165,12 @@ def train(
         BadDataset: there was no image, or the folder of natural images has none.
         BadMeta: the learning rate is so high that the losses are no longer finite.
     """
-    pictures = _all(batches)
+    pictures = _all_pictures(batches)
     validation, learned = _held_out(pictures)
-    penalty = None if how.penalty_dir is None else _penalty_images(how.penalty_dir, meta, progress)
-    if penalty is None:
+    penalty = None
+    if how.penalty_dir is not None:
+        penalty = penalty_images(how.penalty_dir, meta.image_size, progress)
+    else:
         progress.say(
             "no folder of natural images: the student may imitate the teacher on defects too"
             " (--penalty_dir names one, any few hundred photos of other things)"
@@ -259,7 +199,7 @@ def update(
     train(model, meta, batches, how, progress)
 
 
-def _all(batches: Batches) -> torch.Tensor:
+def _all_pictures(batches: Batches) -> torch.Tensor:
     """The pictures (n, S, S, 3) uint8, in memory: 0.2 MB each at 256 px."""
     pictures = [torch.from_numpy(batch) for batch in batches if len(batch)]
     if not pictures:
@@ -369,7 +309,7 @@ def _fit(
                 best, best_epoch = checked, epoch
                 best_state = copy.deepcopy(trained.state_dict())
         if epoch % say_every == 0 or last:
-            progress.say(_line(epoch, how.epochs, losses, checked))
+            progress.say(_epoch_line(epoch, how.epochs, losses, checked))
     trained.load_state_dict(best_state)
     model.eval()
     return {
@@ -389,16 +329,16 @@ def _losses(model: EfficientAd, pixels: torch.Tensor, penalty: torch.Tensor | No
         augmented = torch.stack([networks.choose_random_aug_image(one) for one in pixels])
         taught, taught_augmented = model.teaches(pixels), model.teaches(augmented)
     of_teacher, of_autoencoder = slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)
-    said = _said(networks.student, pixels, of_teacher)
+    said = _student_channels(networks.student, pixels, of_teacher)
     distance = (taught - said).square().flatten(1)  # (N, CHANNELS * h * w)
     above = distance.shape[1] - math.ceil(HARD * (distance.shape[1] - 1))
     hard = distance.topk(above, dim=1, sorted=False).values.mean()
 
     reconstructed = networks.ae(augmented, pixels.shape[-2:]).float()
-    echoed = _said(networks.student, augmented, of_autoencoder)
+    echoed = _student_channels(networks.student, augmented, of_autoencoder)
     natural = torch.zeros(())
     if penalty is not None:
-        natural = _said(networks.student, penalty, of_teacher).square().mean()
+        natural = _student_channels(networks.student, penalty, of_teacher).square().mean()
     return _Losses(
         student=hard,
         everywhere=distance.mean(),
@@ -408,7 +348,7 @@ def _losses(model: EfficientAd, pixels: torch.Tensor, penalty: torch.Tensor | No
     )
 
 
-def _said(student: nn.Module, pixels: torch.Tensor, of: slice) -> torch.Tensor:
+def _student_channels(student: nn.Module, pixels: torch.Tensor, of: slice) -> torch.Tensor:
     """Some of the student's channels (N, c, h, w). The others cost nothing, forwards or back.
 
     In the small one the last convolution is half of all work, and no loss needs all of it.
@@ -441,51 +381,9 @@ def _validate(model: EfficientAd, pictures: torch.Tensor) -> float:
     return float(torch.stack(found).mean())
 
 
-def _line(epoch: int, epochs: int, losses: _Losses, checked: float) -> str:
+def _epoch_line(epoch: int, epochs: int, losses: _Losses, checked: float) -> str:
     parts = ", ".join(f"{name} {value.item():.4f}" for name, value in losses._asdict().items())
     return f"epoch {epoch} of {epochs}: {parts}; on unlearned normals {checked:.4f}"
-
-
-def _penalty_images(folder: Path, meta: Meta, progress: Progress) -> Iterator[torch.Tensor]:
-    """Natural images (1, 3, S, S) in [0, 1] without end: the middle of a picture of twice the size.
-
-    Raises:
-        BadDataset: there is none in the folder or below it that can be read.
-    """
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in image.SUFFIXES]
-    if not paths:
-        raise BadDataset(f"{folder} holds no images: --penalty_dir takes a folder of photos.")
-    found = _endless(paths, meta.image_size, progress.say)
-    first = next(found, None)  # now, so that a folder of broken files is refused at once
-    if first is None:
-        raise BadDataset(f"No image in {folder} can be read: --penalty_dir takes photos.")
-    return _chain(first, found)
-
-
-def _chain(first: torch.Tensor, others: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield first
-    yield from others
-
-
-def _endless(paths: list[Path], size: int, say: Callable[[str], None]) -> Iterator[torch.Tensor]:
-    """Pass after pass in a new order; broken files are named once. Ends when none is left."""
-    order = torch.Generator().manual_seed(0)
-    left = dict(enumerate(paths))
-    while left:
-        keys = list(left)
-        for index in torch.randperm(len(keys), generator=order).tolist():
-            path = left[keys[index]]
-            try:
-                picture = image.load(path.read_bytes(), 2 * size)
-            except (BadImage, OSError) as error:
-                say(f"skipped {path}: {error}")
-                del left[keys[index]]
-                continue
-            middle = picture[size // 2 : size // 2 + size, size // 2 : size // 2 + size]
-            pixels = _pixels(torch.from_numpy(np.ascontiguousarray(middle))[None])
-            if float(torch.rand((), generator=order)) < GREY_PENALTY:
-                pixels = (pixels * LUMA).sum(dim=1, keepdim=True).expand(1, 3, -1, -1)
-            yield pixels
 
 
 # ---- using -----------------------------------------------------------------------------------

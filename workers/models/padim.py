@@ -6,10 +6,8 @@ exactly, and stand in the graph as a factor that keeps its accuracy in half prec
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from torch import nn
 from torch.nn import functional
 
 from engines.errors import BadBundle, BadDataset, BadMeta
-from engines.files import write_atomically
 from engines.meta import Meta
-from engines.store.bundle import read_array
 from workers.models import Training
 from workers.models.backbone import Normalise, extractor, write_weights
+from workers.models.gaussians import Stats
+from workers.models.stats_file import read_stats, write_stats
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]
@@ -35,51 +33,9 @@ SCORE_KIND = "padim/mahalanobis"  # anomalib's PadimModel: largest smoothed Maha
 LEARNED = "stats"
 INCREMENTAL = True
 
-RIDGE = 0.01 + 1e-5  # anomalib adds both to the diagonal of every covariance
 DEAD = 1e-9  # variance of a channel that is the same everywhere, and so says nothing
 BLOCK = 32  # images whose embeddings are held before they are merged into the statistics
-CHUNK = 256  # positions factorised at once
 LARGEST_MIB = 1024  # statistics of more than this fit neither a Jetson nor an ONNX file
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Mean and covariance of the embeddings at each of P positions, and of how many images."""
-
-    count: int  # 0 where an older tool did not say
-    mean: torch.Tensor  # (P, n) float32
-    covariance: torch.Tensor  # (P, n, n) float32
-
-    @classmethod
-    def of(cls, embeddings: torch.Tensor) -> Stats:
-        """Of embeddings (images, P, n)."""
-        mean = embeddings.mean(dim=0)
-        centred = (embeddings - mean).permute(1, 2, 0)  # (P, n, images)
-        scatter = centred @ centred.transpose(1, 2)
-        return cls(len(embeddings), mean, scatter.div_(max(1, len(embeddings) - 1)))
-
-    def merged(self, other: Stats) -> Stats:
-        """As if both had been learned from at once (Chan, Golub and LeVeque 1979, eq. 2.1)."""
-        count = self.count + other.count
-        between = other.mean - self.mean
-        covariance = self.covariance * ((self.count - 1) / (count - 1))
-        covariance.add_(other.covariance, alpha=(other.count - 1) / (count - 1))
-        weight = self.count * other.count / count / (count - 1)
-        covariance.baddbmm_(between[:, :, None], between[:, None], alpha=weight)
-        return Stats(count, self.mean + between * (other.count / count), covariance)
-
-    def whitening(self) -> torch.Tensor:
-        """W (P, n, n), lower triangular: |W (x - mean)| is the Mahalanobis distance of x.
-
-        W = L^-1 with L L^T = covariance + RIDGE.
-        """
-        whitening = torch.empty_like(self.covariance)
-        identity = torch.eye(self.covariance.shape[1])
-        for start in range(0, len(whitening), CHUNK):
-            positions = slice(start, start + CHUNK)
-            factor = torch.linalg.cholesky(self.covariance[positions] + RIDGE * identity)
-            whitening[positions] = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return whitening
 
 
 class PaDiM(nn.Module):
@@ -221,7 +177,7 @@ def steady_channels(model: PaDiM, batches: Batches, wanted: int) -> torch.Tensor
     return share.argsort()[:wanted].sort().values
 
 
-def _take(batches: Iterator[NDArray[np.uint8]], images: int) -> list[NDArray[np.uint8]]:
+def _first_batches(batches: Iterator[NDArray[np.uint8]], images: int) -> list[NDArray[np.uint8]]:
     """The first batches, until they hold that many images."""
     taken: list[NDArray[np.uint8]] = []
     while sum(map(len, taken)) < images and (batch := next(batches, None)) is not None:
@@ -244,65 +200,18 @@ def _check_size(positions: int, wanted: int, meta: Meta) -> None:
 
 
 def load(model: PaDiM, path: Path) -> None:
-    """Give the model statistics from a file: ours, or an older one with an inverse covariance.
-
-    The older ones call it `inv_cov` or `cov_inv`, (P, n, n) with anomalib's RIDGE in it. They do
-    not say of how many images they are, so nothing can be added to them.
+    """Give the model statistics from a file, also from one of an older tool: see `read_stats`.
 
     Raises:
         BadBundle: the file is damaged, or was made with another backbone, layers or n_features.
     """
-    n, positions = len(model.index), model.positions
-    mean = _array(path, "mean", (n, positions))
-    index, layers = read_array(path, "index"), read_array(path, "layers")
-    count = _count(path)
-    if layers is not None and layers.tolist() != model.layers:
-        raise BadBundle(f"{path} was made with layers {layers.tolist()}, not {model.layers}.")
-    if (packed := read_array(path, "covariance")) is not None:
-        packed = _array(path, "covariance", (positions, n * (n + 1) // 2))
-        covariance = torch.empty(positions, n, n)
-        rows, columns = torch.tril_indices(n, n)
-        covariance[:, rows, columns] = covariance[:, columns, rows] = torch.from_numpy(packed)
-    else:
-        name = "inv_cov" if read_array(path, "inv_cov") is not None else "cov_inv"
-        inverse = torch.from_numpy(_array(path, name, (positions, n, n)))
-        inverted, failed = torch.linalg.inv_ex(inverse)
-        if failed.any():
-            raise BadBundle(f"{path}: {name} holds what is no inverse of a covariance.")
-        covariance = inverted - RIDGE * torch.eye(n)
+    stats, index = read_stats(path, model.positions, len(model.index), model.layers)
     order = _use_channels(model, path, index)
-    mean_of_each = torch.from_numpy(mean.T.copy())[:, order]
-    stats = Stats(count, mean_of_each, covariance[:, order][:, :, order])
+    covariance = stats.covariance[:, order][:, :, order]
     try:
-        model.learn(stats)
+        model.learn(Stats(stats.count, stats.mean[:, order], covariance))
     except RuntimeError as error:  # torch.linalg.LinAlgError
         raise BadBundle(f"{path} holds what is no covariance: {error}.") from error
-
-
-def _count(path: Path) -> int:
-    """Of how many images statistics are; 0 where the file does not say."""
-    count = read_array(path, "count")
-    if count is None:
-        return 0
-    if count.shape != () or not np.issubdtype(count.dtype, np.integer) or count < 0:
-        raise BadBundle(f"{path}: count must be a number of images, got {count}.")
-    return int(count)
-
-
-def _array(path: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """A finite float array of that shape from a stats.npz."""
-    found = read_array(path, name)
-    if found is None:
-        raise BadBundle(f"{path} has no array named {name}, so it holds no PaDiM statistics.")
-    if found.shape != shape or not np.issubdtype(found.dtype, np.floating):
-        raise BadBundle(
-            f"{path} does not fit meta.json: {name} is {found.dtype} {found.shape}, and backbone,"
-            f" layers, n_features and image_size make {shape}. Pass the meta.json that was written"
-            " with it."
-        )
-    if not np.isfinite(found).all():
-        raise BadBundle(f"{path}: {name} holds values that are not finite.")
-    return np.ascontiguousarray(found, dtype=np.float32)
 
 
 def _use_channels(model: PaDiM, path: Path, index: NDArray[Any] | None) -> torch.Tensor:
@@ -339,7 +248,7 @@ def train(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: P
     """
     if meta.channel_choice == "steady":
         batches = iter(batches)
-        first = _take(batches, BLOCK)
+        first = _first_batches(batches, BLOCK)
         model.choose(steady_channels(model, first, _n_features(meta)))
         batches = chain(first, batches)
     stats = _stats_of(model, batches)
@@ -415,18 +324,8 @@ def save(model: PaDiM, meta: Meta, folder: Path) -> list[str]:
     assert model.stats is not None, "load statistics, or train, first"
     assert meta.stats is not None, "Meta requires it of a padim model"
     write_weights(folder / meta.weights_pth, meta, model.features.feature_extractor.state_dict())
-    rows, columns = torch.tril_indices(len(model.index), len(model.index))
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        count=np.int64(model.stats.count),
-        mean=model.stats.mean.T.numpy(),
-        covariance=model.stats.covariance[:, rows, columns].numpy(),
-        index=model.index.numpy(),
-        seed=np.int64(meta.channel_seed or 0),
-        layers=np.array(model.layers),
-    )
-    write_atomically(folder / meta.stats, buffer.getvalue())
+    seed = meta.channel_seed or 0
+    write_stats(folder / meta.stats, model.stats, model.index, model.layers, seed)
     return [meta.weights_pth, meta.stats]
 
 

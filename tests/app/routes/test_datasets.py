@@ -31,7 +31,9 @@ from PIL import Image
 
 from engines.errors import BadRequest, Conflict, KensaError, UnknownDataset, UploadTooLarge
 from engines.image import DEFAULT_LIMITS, decode
-from engines.store.datasets import MAX_FILES, Datasets, checked_name, unzip
+from engines.store.datasets import Datasets
+from engines.store.image_names import checked_name
+from engines.store.image_zip import MAX_FILES, unzip
 from support.damage import damaged, picture, png, saved, seeds
 from support.server import FORM, PART, RAW, Server, agreed, connected_socket, received, serving
 from support.waiting import until
@@ -1423,7 +1425,7 @@ def test_the_bytes_of_a_zip_are_counted_and_not_only_believed(
 ) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(zipped({"1.png": bytes(1000), "2.png": bytes(1000)}))
-    monkeypatch.setattr("engines.store.datasets._check", lambda entries, most: None)
+    monkeypatch.setattr("engines.store.image_zip._check", lambda entries, most: None)
     with pytest.raises(UploadTooLarge):
         list(unzip(path, DEFAULT_LIMITS, 1500))
 

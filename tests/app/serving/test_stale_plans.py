@@ -27,7 +27,7 @@ from PIL import Image
 from engines.errors import BadBundle, StalePlan
 from engines.runtimes import cuda
 from engines.runtimes.cuda import LOST_EXIT_CODE
-from engines.serving.resident import Opening, open_model
+from engines.serving.opening import Opening, open_model
 from engines.store.bundle import ONNX, PLAN
 from engines.store.plan import PLAN_RECORD
 from engines.store.versions import Store
@@ -194,7 +194,7 @@ def test_what_tensorrt_refuses_although_the_record_fits_is_stale_as_well(
 def test_without_openvino_nothing_stands_in_for_a_plan(
     bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.serving.resident.find_spec", lambda name: None)
+    monkeypatch.setattr("engines.serving.opening.find_spec", lambda name: None)
     with doubled(), pytest.raises(StalePlan, match="has no plan for TensorRT"):
         open_model(bare, NAME, "0001", MEANWHILE)
 

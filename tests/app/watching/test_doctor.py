@@ -149,7 +149,8 @@ def test_what_is_wrong_with_a_machine_is_said_with_what_to_do(
 def examined(settings: Settings, root: Path, missing: str) -> dict[str, Any]:
     """The same in a process of its own, which finds nothing that another one has loaded."""
     program = (
-        "import sys; from pathlib import Path; from app import doctor; from app.settings import *\n"
+        "import sys; from pathlib import Path\n"
+        "from app.settings import *; from app.watching import doctor\n"
         f"settings = Settings(data_dir={str(settings.data)!r}, port=1)\n"
         "found = doctor.examine(settings, Path(sys.argv[1]))\n"
         "print(doctor._as_json(found))"
@@ -319,8 +320,8 @@ def test_a_user_who_sees_nothing_of_the_data_gets_sentences(tmp_path: Path) -> N
     closed.chmod(0o700)
     tmp_path.chmod(0o755)
     program = (
-        "import encodings.idna, os, pwd, sys; from pathlib import Path; from app import doctor\n"
-        "from app.settings import Settings\n"
+        "import encodings.idna, os, pwd, sys; from pathlib import Path\n"
+        "from app.settings import Settings; from app.watching import doctor\n"
         "os.getuid() or os.setuid(65534)\n"
         "settings = Settings(data_dir=Path(sys.argv[1]), port=1)\n"
         "report = doctor.Report({'storage': dict(doctor._storage(settings))})\n"

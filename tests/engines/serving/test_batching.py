@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engines.errors import RuntimeFailed
 from engines.runtimes import ALONE, Batches
 from engines.serving.batching import Batcher, choose_batches
-from engines.serving.resident import Opening, open_model
+from engines.serving.opening import Opening, open_model
 
 SIZE = 8  # side of an image
 
@@ -252,13 +252,13 @@ def test_what_was_measured_of_a_model_holds_for_its_next_version(
         chosen.append(runtime)
         runtime.take_together(Batches(2))
 
-    monkeypatch.setattr("engines.serving.resident.choose_batches", choose)
+    monkeypatch.setattr("engines.serving.opening.choose_batches", choose)
     how = Opening("f32")
     first = open_model(kensa_model, "bracket", "0001", how)
     bank_alone = open_model(kensa_model, "bracket", "0002", how, beside=first)
     assert bank_alone.bank_alone
     other = kensa_model / "model.onnx"
-    monkeypatch.setattr("engines.serving.resident.sha256", lambda path: f"another {path == other}")
+    monkeypatch.setattr("engines.serving.opening.sha256", lambda path: f"another {path == other}")
     whole = open_model(kensa_model, "bracket", "0003", how, beside=first)
     assert not whole.bank_alone
     assert [one.runtime.batches for one in (first, bank_alone, whole)] == [Batches(2)] * 3
@@ -274,8 +274,6 @@ def test_what_was_measured_of_a_model_holds_for_its_next_version(
 def test_batches_are_not_measured_where_they_are_switched_off(
     kensa_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "engines.serving.resident.choose_batches", lambda _: pytest.fail("measured")
-    )
+    monkeypatch.setattr("engines.serving.opening.choose_batches", lambda _: pytest.fail("measured"))
     model = open_model(kensa_model, "bracket", "0001", Opening("f32", batching=False))
     assert model.runtime.batches == ALONE

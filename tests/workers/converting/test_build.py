@@ -24,7 +24,7 @@ from engines.files import sha256
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, write_report
 from engines.store.plan import Fingerprint, Machine
-from support.double import Double, doubled
+from support.double import BUILDING, Double, doubled
 from support.graphs import WEIGHTS, expected, graph, some_images
 from support.progress import Heard
 from workers.converting.graphs import difference
@@ -34,7 +34,6 @@ BOTH = ("10.3.0", "11.4.0.106")
 OTHER = WEIGHTS[::-1] * 2
 IMAGES = some_images(7)
 BANK = np.ones((10, 2), np.float32)
-USERS = ("workers.converting.build",)
 
 
 def scores_of(weights: NDArray[Any] = WEIGHTS) -> NDArray[np.float32]:
@@ -80,14 +79,14 @@ def bench(double: Double, root: Path) -> Bench:
 
 @pytest.fixture
 def nano(tmp_path: Path) -> Iterator[Bench]:
-    with doubled(users=USERS) as double:
+    with doubled(users=BUILDING) as double:
         yield bench(double, tmp_path)
         double.assert_clean()
 
 
 @pytest.fixture(params=BOTH)
 def each(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    with doubled(request.param, users=USERS) as double:
+    with doubled(request.param, users=BUILDING) as double:
         yield bench(double, tmp_path)
         double.assert_clean()
 
@@ -148,12 +147,12 @@ def test_where_being_refittable_spoils_the_scores_the_plan_is_built_without(
     nano: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the release notes of TensorRT 11.3 warn."""
-    score = nano.build._scores
+    score = nano.build.score_images
 
     def spoilt(engine: Any, *rest: Any) -> Any:
         return score(engine, *rest) * (2 if engine.refittable else 1)
 
-    monkeypatch.setattr(nano.build, "_scores", spoilt)
+    monkeypatch.setattr(nano.build, "score_images", spoilt)
     folder = nano.folder("a", graph())
     assert nano.make(folder)["refittable"] is False
     assert "a refittable plan scores otherwise than the graph" in nano.heard.text
@@ -196,7 +195,7 @@ def test_what_the_parser_refuses_is_said_in_a_sentence(
 
 
 def test_a_build_that_runs_out_of_memory_says_what_is_free_and_what_to_do(tmp_path: Path) -> None:
-    with doubled(memory_mib=(7485, 600), users=USERS) as double:
+    with doubled(memory_mib=(7485, 600), users=BUILDING) as double:
         nano = bench(double, tmp_path)
         held = double.gpu.allocate(600 * 2**20 - 1024, "what the server has", backed=False)
         with pytest.raises(OutOfMemory) as caught:
@@ -210,7 +209,7 @@ def test_a_build_that_runs_out_of_memory_says_what_is_free_and_what_to_do(tmp_pa
 
 
 def test_other_failures_keep_the_words_of_tensorrt(nano: Bench) -> None:
-    failure = nano.build._failure
+    failure = nano.build.failure
     assert isinstance(failure(["[network.cpp] no such thing"], 1, 2), BuildFailed)
     assert "made no plan: [network.cpp] no such" in str(failure(["[network.cpp] no such"], 1, 2))
     assert "it did not say why" in str(failure([], 1, 2))
@@ -219,7 +218,7 @@ def test_other_failures_keep_the_words_of_tensorrt(nano: Bench) -> None:
 
 
 def test_a_gpu_that_fails_is_named(tmp_path: Path) -> None:
-    with doubled(users=USERS) as double:
+    with doubled(users=BUILDING) as double:
         nano = bench(double, tmp_path)
         double.gpu.fail()
         with pytest.raises(BuildFailed, match=r"CUDA failed .*illegal memory access"):
@@ -271,7 +270,7 @@ def test_dla_is_refused_where_there_is_none(nano: Bench) -> None:
 
 @pytest.mark.parametrize("version", BOTH)
 def test_a_plan_for_dla_takes_one_image_and_just_that_bank(tmp_path: Path, version: str) -> None:
-    with doubled(version, device="agx-orin", users=USERS) as double:
+    with doubled(version, device="agx-orin", users=BUILDING) as double:
         agx = bench(double, tmp_path)
         agx.build.check_dla()
         folder = agx.folder("a", graph(half=True))
@@ -508,7 +507,9 @@ def test_progress_goes_up_to_the_end(each: Bench) -> None:
 
 
 def test_phases_within_phases_are_one_share(nano: Bench) -> None:
-    phases = nano.build.Phases()
+    from workers.converting.build_progress import Phases
+
+    phases = Phases()
     assert phases.fraction() == 0
     phases.start("all", None, 2)
     phases.start("half", "all", 4)
@@ -572,18 +573,19 @@ def test_what_fails_while_progress_is_shown_ends_the_build(nano: Bench) -> None:
 
 def steps(it: Bench, name: str) -> int:
     """How many steps a build had."""
-    count = [0]
-    phases, step = it.build.Phases, it.build.Phases.step
+    from workers.converting.build_progress import Phases
+
+    count, step = [0], Phases.step
 
     def counted(self: Any, *rest: Any) -> None:
         count[0] += 1
         step(self, *rest)
 
-    phases.step = counted
+    Phases.step = counted
     try:
         it.make(it.folder(name, graph()))
     finally:
-        phases.step = step
+        Phases.step = step
     return count[0]
 
 
@@ -619,7 +621,7 @@ def test_a_timing_cache_that_tensorrt_does_not_take_is_made_anew(nano: Bench) ->
 
 def test_each_machine_has_a_timing_cache_of_its_own(tmp_path: Path) -> None:
     for device in ("orin-nano", "rtx"):
-        with doubled(device=device, users=USERS) as double:
+        with doubled(device=device, users=BUILDING) as double:
             it = bench(double, tmp_path)
             it.make(it.folder(device, graph()))
     assert len(list((tmp_path / "cache").glob("timing-*.bin"))) == 2

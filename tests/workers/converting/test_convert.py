@@ -35,7 +35,7 @@ from engines.store.golden import GOLDEN, Golden
 from engines.store.plan import Fingerprint
 from engines.store.versions import Store
 from support import double as doubles
-from support.double import DOUBLES, doubled, environment, reports
+from support.double import BUILDING, DOUBLES, doubled, environment, reports
 from support.progress import Heard
 from support.project import ROOT, run
 from support.waiting import until
@@ -48,10 +48,10 @@ from workers.converting.graphs import difference
 from workers.jobs import job_process as jobs
 from workers.learning.retrain import Retrain, retrain
 from workers.progress import Progress
-from workers.sample_parts.drawing import write_dataset
+from workers.sample_parts.dataset import write_dataset
 
 QUIET = Progress(quiet=True)
-USERS = ("workers.converting.build", "engines.runtimes.tensorrt", "engines.runtimes.cuda")
+USERS = (*BUILDING, "engines.runtimes.tensorrt", "engines.runtimes.cuda")
 CATEGORY = "sample_bracket"
 SIDE = 64  # pixels
 KINDS: dict[str, dict[str, Any]] = {

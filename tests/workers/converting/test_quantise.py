@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle
+from engines.meta import Meta
 from engines.store.plan import Machine
-from support.double import doubled
+from support.double import BUILDING, doubled
+from support.progress import Heard
 from workers.converting import quantise as module
 from workers.converting.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
 from workers.converting.quantise import STEPS, quantise
 
+META = Meta.parse({"model": "vae", "latent_dim": 8, "image_size": 32})
 SIDE = 8
 RANDOM = np.random.default_rng(7)
 FIRST = RANDOM.normal(size=(4, 3, 3, 3)).astype(np.float32)  # sees the picture: stays as it is
@@ -136,9 +139,7 @@ def test_scores_differ_a_little_and_stay_within_the_limits(quantised: Path, plai
 def test_tensorrt_builds_a_plan_of_it_that_scores_the_same(
     quantised: Path, plain: Path, tmp_path: Path, version: str
 ) -> None:
-    from support.progress import META, Heard
-
-    with doubled(version, users=("workers.converting.build",)) as double:
+    with doubled(version, users=BUILDING) as double:
         build = importlib.import_module("workers.converting.build")
         wanted = build.Wanted(META, "int8", 512, False, None, IMAGES, scores(plain))
         report = build.make_plan(quantised.parent, Machine.read(), wanted, None, Heard())
@@ -150,8 +151,6 @@ def test_tensorrt_builds_a_plan_of_it_that_scores_the_same(
 def test_ranges_of_pictures_that_show_nothing_are_found_out(plain: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx")
     quantise(path, IMAGES // 64, None, nothing)
-    from support.progress import META
-
     assert not compare_in("int8", scores(plain), scores(path), META)["ok"]
 
 

@@ -21,12 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 import retrain
 import tune as command
-import workers.learning.tune
 from engines.errors import BadMeta
 from engines.meta import Meta
 from support.project import ROOT, run, write_meta
 from workers.learning.retrain import retrain as train_once
-from workers.learning.tune import Space, Tune
+from workers.learning.search_space import Space, Tune
+from workers.learning.study import _rank
 from workers.models import padim
 
 CATEGORY = "sample_bracket"
@@ -198,7 +198,7 @@ def test_equal_aurocs_are_told_apart(other: tuple[float, float, float], wins: bo
         return found
 
     before, after = trial(0, 0.95, 0.8, 5.0), trial(1, *other)
-    assert (workers.learning.tune._rank(after) < workers.learning.tune._rank(before)) == wins
+    assert (_rank(after) < _rank(before)) == wins
 
 
 def test_the_best_meta_json_keeps_the_start_and_no_thresholds_of_another_training(

@@ -1,11 +1,7 @@
-"""EfficientAD scores as anomalib's does, learns on CPUs, and makes its own teacher."""
+"""EfficientAD scores as anomalib's does, and learns on CPUs."""
 
 from __future__ import annotations
 
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +12,17 @@ import pytest
 import torch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from engines import image
 from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from support.project import ROOT
 from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.parity import FLOAT32_LIMIT
-from workers.distil import teacher as distil
-from workers.models import Training, efficientad
+from workers.models import Training, efficientad, efficientad_weights
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd
+from workers.models.penalty_images import LUMA
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -322,7 +316,7 @@ def test_some_channels_of_a_student_are_what_it_says_there(size: str) -> None:
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     everything = model.networks.student(picture)
     for some in (slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)):
-        found = efficientad._said(model.networks.student, picture, some)
+        found = efficientad._student_channels(model.networks.student, picture, some)
         torch.testing.assert_close(found, everything[:, some])
 
 
@@ -370,7 +364,7 @@ def test_natural_images_are_cut_as_anomalib_cuts_them_and_shown_to_the_student(
     efficientad.train(model, settings(), [parts(1)], how, said)
     middle = image.resize(photo, 2 * SIZE)[SIZE // 2 : -SIZE // 2, SIZE // 2 : -SIZE // 2]
     colour = pixels_of(middle[None])
-    grey = (colour * efficientad.LUMA).sum(dim=1, keepdim=True)
+    grey = (colour * LUMA).sum(dim=1, keepdim=True)
     shown = [
         pixels
         for pixels in seen
@@ -466,7 +460,7 @@ def test_a_teacher_alone_arrives_unchanged_and_knows_no_part(
 def test_without_a_file_the_teacher_comes_from_anomalibs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficientad, "get_pretrained_weights_dir", lambda: tmp_path)
+    monkeypatch.setattr(efficientad_weights, "get_pretrained_weights_dir", lambda: tmp_path)
     (tmp_path / "efficientad_pretrained_weights").mkdir()
     path = tmp_path / "efficientad_pretrained_weights" / "pretrained_teacher_small.pth"
     torch.save(teacher("small"), path)
@@ -479,7 +473,7 @@ def test_without_a_file_the_teacher_comes_from_anomalibs_cache(
 def test_without_any_teacher_it_says_what_to_pass_and_how_to_make_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficientad, "get_pretrained_weights_dir", lambda: tmp_path)
+    monkeypatch.setattr(efficientad_weights, "get_pretrained_weights_dir", lambda: tmp_path)
     says = r"pretrained_teacher_small\.pth.*--pretrained_pth.*python3 -m workers\.distil"
     with pytest.raises(BadWeights, match=says):
         efficientad.build(settings(), None)
@@ -500,153 +494,3 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     torch.save(state(), tmp_path / "weights.pth")
     with pytest.raises(BadWeights, match=rf"weights\.pth.*{says}"):
         efficientad.build(settings(), tmp_path / "weights.pth")
-
-
-# ---- distilling ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    (folder / "below").mkdir()
-    for seed, picture in enumerate(parts(*range(12))):
-        path = folder / ("below" if seed % 2 else ".") / f"{seed}.png"
-        cv2.imwrite(str(path), picture[..., ::-1])
-    (folder / "broken.png").write_bytes(b"not a picture")
-    return folder
-
-
-def request(images: Path, out: Path, **changes: Any) -> distil.Distil:
-    quick = {"weights": "untrained", "image_size": 64, "steps": 40, "batch": 2}
-    return distil.Distil(images=[images], out=out, **{**quick, **changes})  # type: ignore[arg-type]
-
-
-def test_a_distilled_teacher_is_one_that_efficientad_takes_and_its_loss_falls(
-    pictures_folder: Path, tmp_path: Path
-) -> None:
-    out, said = tmp_path / "new" / "teacher.pth", Said()
-    report = distil.distil(request(pictures_folder, out), said)
-    assert report["losses"][1] < 0.8 * report["losses"][0]
-    assert 0 < report["explained"] < 1
-    assert sum("broken.png" in line for line in said.lines) == 1
-    model = efficientad.build(settings(), out)
-    assert not torch.equal(
-        model.networks.teacher.conv1.weight,
-        efficientad.build(settings(), "untrained").networks.teacher.conv1.weight,
-    )
-    EfficientAdModel().teacher.load_state_dict(torch.load(out, weights_only=True))  # anomalib's
-
-
-@pytest.mark.parametrize(
-    ("backbone", "layers", "size"),
-    [("mobilenetv2_100", None, "small"), ("resnet18", ["layer1"], "medium")],
-)
-def test_other_backbones_layers_and_sizes_teach_too(
-    pictures_folder: Path, tmp_path: Path, backbone: str, layers: list[str] | None, size: str
-) -> None:
-    out = tmp_path / "teacher.pth"
-    changes = {"backbone": backbone, "layers": layers, "model_size": size, "steps": 2}
-    distil.distil(request(pictures_folder, out, **changes), Said())
-    efficientad.build(settings(model_size=size), out)
-
-
-def test_the_patches_of_the_teacher_lie_where_the_features_of_the_backbone_lie() -> None:
-    """A spot moves both descriptions most at the same place."""
-    from workers.models.backbone import extractor
-
-    plain = np.full((1, 512, 512, 3), 100, np.uint8)
-    spotted = plain.copy()
-    spotted[:, 160:168, 320:328] = 250
-    backbone = distil._Backbone(extractor("resnet18", ["layer2"], "untrained"), CHANNELS)
-    torch.manual_seed(0)
-    network = efficientad.new_teacher("small")
-    two = [torch.from_numpy(picture) for picture in (plain, spotted)]
-    with torch.inference_mode():
-        for describe in (backbone.describe, lambda cut: network(distil._own_size(cut))):
-            moved = (describe(two[1]) - describe(two[0])).square().sum(dim=1)[0]
-            weight = moved / moved.sum()
-            rows, columns = torch.meshgrid(torch.arange(56.0), torch.arange(56.0), indexing="ij")
-            # Pixel 82 and 162 of 256: features 20.5 - 4 and 40.5 - 4.
-            assert float((weight * rows).sum()) == pytest.approx(16.5, abs=0.6)
-            assert float((weight * columns).sum()) == pytest.approx(36.5, abs=0.6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"--images": "gone"}, r"gone is not a folder: --images"),
-        ({"--images": "empty"}, r"empty holds no images"),
-        ({"--images": "broken"}, r"None of the images can be read"),
-        ({"--backbone": "resnet81"}, r"resnet81"),
-        ({"--layers": "layer9"}, r"no layer layer9: it has .*layer1"),
-        ({"--weights": "gone.pth"}, r"gone\.pth does not exist: --weights takes"),
-        ({"--out": "teacher.onnx"}, r"must end in \.pth"),
-        ({"--out": "folder.pth"}, r"folder\.pth is a folder"),
-        ({"--learning_rate": "1e9"}, r"try a lower --learning_rate"),
-    ],
-)
-def test_what_cannot_be_distilled_is_said_in_a_sentence(
-    pictures_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, str],
-    says: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("empty", "broken", "folder.pth"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "broken" / "1.png").write_bytes(b"not a picture")
-    flags = {"--images": str(pictures_folder), "--out": "teacher.pth", "--weights": "untrained"}
-    quick = {"--image_size": "64", "--steps": "8", "--batch": "1"}
-    words = [word for pair in {**flags, **quick, **changes}.items() for word in pair]
-    assert distil.main(words) == 2
-    sentences = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(sentences) == 1
-    assert re.search(says, sentences[0])
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "broken", "folder.pth"}
-
-
-def test_ctrl_c_ends_distilling_and_leaves_nothing(pictures_folder: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workers.distil", "--images", pictures_folder, "--out",
-         tmp_path / "new" / "teacher.pth", "--weights", "untrained", "--image_size", "64",
-         "--steps", "100000", "--batch", "1"],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("distil: "):
-            process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert lines[-1] == "error: Stopped. Nothing was changed.\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---- real photos -----------------------------------------------------------------------------
-
-
-@pytest.mark.soak
-def test_a_teacher_made_here_tells_real_defects(assets: Path, tmp_path: Path) -> None:
-    """From resnet18 and 68 photos to an AUROC of 0.9 and more, on two cores in half an hour."""
-    from workers.learning.dataset import Category, Images
-
-    out, progress = tmp_path / "teacher.pth", Said()
-    weights = str(assets / "weights" / "resnet18.safetensors")
-    images = [assets / "data" / "train"]
-    distil.distil(distil.Distil(images=images, out=out, weights=weights, steps=450), progress)
-    meta = settings(learning_rate=5e-4)
-    model = efficientad.build(meta, out)
-    category = Category.find(assets / "data", "hazelnut_toy")
-
-    def batches(paths: list[Path]) -> Images:
-        return Images(paths, SIZE, 4, None, progress)
-
-    how = Training(epochs=8, batch=2)
-    efficientad.train(model, meta, batches(category.train), how, progress)
-    normal = efficientad.scores(model, batches(category.test_normal))
-    defective = efficientad.scores(model, batches(category.test_anomaly))
-    truth = [0] * len(normal) + [1] * len(defective)
-    assert roc_auc_score(truth, np.concatenate([normal, defective])) >= 0.9

@@ -24,7 +24,8 @@ from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.models import Training, vae
 from workers.models.vae import KL_WARM_UP, Vae, kl_weight
 from workers.progress import Progress
-from workers.sample_parts.drawing import DEFECTS, HARD_DEFECTS, draw_part
+from workers.sample_parts.defects import DEFECTS, HARD_DEFECTS
+from workers.sample_parts.drawing import draw_part
 
 SIZE = 64  # pixels: the smallest
 QUIET = Progress(quiet=True)
