@@ -26,7 +26,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "workers": (
         ("progress",), ("commands",), ("models", "sample_parts"), ("distil", "learning"),
-        ("converting",), ("evaluation", "jobs", "demo"),
+        ("converting",), ("evaluation", "importing", "jobs", "demo"),
     ),
     "app": (
         ("settings",), ("learning",), ("serving",), ("watching",), ("http",), ("oip",), ("routes",),

@@ -292,7 +292,7 @@ def _convert(
 def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
     """Without torch: this may be a machine that only serves."""
     from workers.commands import summarise_plan
-    from workers.converting.rebuild import rebuild
+    from workers.converting.plan.rebuild import rebuild
 
     progress.phase("convert")
     report = rebuild(source, target, progress, **how)

@@ -506,7 +506,7 @@ from engines.meta import Meta
 from workers.converting.export import export_onnx
 from workers.models import efficientad
 from workers.progress import Progress
-from workers.converting.rebuild import rebuild
+from workers.converting.plan.rebuild import rebuild
 
 small, *pairs = map(Path, sys.argv[1:])
 meta = Meta.parse({"model": "efficientad", "model_size": "small", "image_size": 256,

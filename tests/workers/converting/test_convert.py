@@ -373,7 +373,7 @@ def test_a_disk_that_fills_up_leaves_the_old_engine(
     with doubled(users=USERS) as double:
         convert(request(few("vae"), engine), QUIET)
         before = files_of(engine)
-        build = importlib.import_module("workers.converting.build")
+        build = importlib.import_module("workers.converting.plan.build")
 
         def full(path: Path, plan: Any) -> None:
             path.write_bytes(bytes(plan)[:100])
