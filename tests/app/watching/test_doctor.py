@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from app.settings import Settings
-from app.watching import doctor
-from app.watching.doctor import Finding, as_text, examine
+from app.watching.doctor import command as doctor
+from app.watching.doctor.command import Finding, as_text, examine
 from engines.machine import memory
 from engines.machine.memory import MIB
 from engines.store import plan
@@ -150,7 +150,7 @@ def examined(settings: Settings, root: Path, missing: str) -> dict[str, Any]:
     """The same in a process of its own, which finds nothing that another one has loaded."""
     program = (
         "import sys; from pathlib import Path\n"
-        "from app.settings import *; from app.watching import doctor\n"
+        "from app.settings import *; from app.watching.doctor import command as doctor\n"
         f"settings = Settings(data_dir={str(settings.data)!r}, port=1)\n"
         "found = doctor.examine(settings, Path(sys.argv[1]))\n"
         "print(doctor._as_json(found))"
@@ -321,7 +321,7 @@ def test_a_user_who_sees_nothing_of_the_data_gets_sentences(tmp_path: Path) -> N
     tmp_path.chmod(0o755)
     program = (
         "import encodings.idna, os, pwd, sys; from pathlib import Path\n"
-        "from app.settings import Settings; from app.watching import doctor\n"
+        "from app.settings import Settings; from app.watching.doctor import command as doctor\n"
         "os.getuid() or os.setuid(65534)\n"
         "settings = Settings(data_dir=Path(sys.argv[1]), port=1)\n"
         "report = doctor.Report({'storage': dict(doctor._storage(settings))})\n"
@@ -374,8 +374,8 @@ def test_the_text_has_everything_that_was_found() -> None:
 
 
 def test_it_loads_nothing_that_only_training_needs() -> None:
-    program = "import sys, app.watching.doctor; print(*sorted(sys.modules))"
+    program = "import sys, app.watching.doctor.command; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     loaded = set(done.stdout.split())
-    assert "app.watching.doctor" in loaded
+    assert "app.watching.doctor.command" in loaded
     assert not loaded & {"torch", "anomalib", "onnx", "uvicorn", "pycuda", "tensorrt", "openvino"}
