@@ -28,7 +28,7 @@ def main() -> None:
         _keys(sys.argv[2:])
         return
     if sys.argv[1:2] == ["doctor"]:
-        from app.watching.doctor import command
+        from app.watching.doctor.command import command
 
         sys.exit(command(sys.argv[2:]))
     _parser().parse_args()

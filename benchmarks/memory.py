@@ -1,4 +1,4 @@
-"""Peak memory of retrain.py and convtrt.py, beside what `engines.machine.memory` predicts.
+"""Peak memory of retrain.py and convtrt.py, beside what `engines.machine.memory_needs` predicts.
 
     python -m benchmarks.memory [--kinds padim,vae]
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, phase, print_load, print_machine, print_table
-from engines.machine.memory import MIB, Learning, to_convert, to_learn
+from engines.machine.memory import MIB
+from engines.machine.memory_needs import Learning, to_convert, to_learn
 from engines.meta import Meta
 
 RESNET = {"backbone": "resnet18", "image_size": 256}

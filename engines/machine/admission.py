@@ -8,19 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.errors import OutOfMemory
-from engines.machine.memory import (
-    Free,
-    Gpu,
-    Learning,
-    Need,
-    Short,
-    free_bytes,
-    size,
-    to_build,
-    to_convert,
-    to_learn,
-    total_bytes,
-)
+from engines.machine.memory import Free, Gpu, Need, Short, free_bytes, total_bytes
+from engines.machine.memory_needs import Learning, size, to_build, to_convert, to_learn
 from engines.meta import Meta
 from engines.queue.requests import ConvertRequest, RetrainRequest
 from engines.store.bundle import ONNX

@@ -68,14 +68,14 @@ def meminfo(root: Path) -> dict[str, int]:
 def power_modes(root: Path) -> dict[int, str]:
     """The modes that a Jetson has, by their numbers; empty elsewhere."""
     found = re.findall(
-        r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(root / POWER_MODES) or "", re.M
+        r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", read_text(root / POWER_MODES) or "", re.M
     )
     return {int(number): name for number, name in found}
 
 
 def power_mode(root: Path) -> tuple[int | None, str | None]:
     """Number and name of the mode that a Jetson is in."""
-    found = re.search(r"pmode:(\d+)", _text(root / POWER_MODE) or "")
+    found = re.search(r"pmode:(\d+)", read_text(root / POWER_MODE) or "")
     if found is None:
         return None, None
     number = int(found[1])
@@ -86,7 +86,7 @@ def _throttled(root: Path) -> dict[str, bool]:
     """The parts that a Jetson slows down when they are too hot, and whether it does."""
     found = {}
     for folder in sorted((root / "sys/class/thermal").glob("cooling_device*")):
-        name, state = _text(folder / "type") or "", _number(folder / "cur_state")
+        name, state = read_text(folder / "type") or "", _number(folder / "cur_state")
         if name.endswith(THROTTLES) and state is not None:
             found[name.removesuffix(THROTTLES)] = state > 0
     return found
@@ -100,7 +100,7 @@ def _over_currents(root: Path) -> int | None:
 
 
 def _memory(root: Path) -> Iterator[tuple[str, int]]:
-    for line in (_text(root / "proc/meminfo") or "").splitlines():
+    for line in (read_text(root / "proc/meminfo") or "").splitlines():
         name, _, size = line.partition(":")
         number, _, unit = size.strip().partition(" ")
         if unit == "kB" and number.isdecimal():
@@ -117,7 +117,7 @@ def _gpu_load(root: Path) -> float | None:
 
 def _processors(root: Path) -> tuple[int | None, float | None]:
     """How many there are, and the seconds that they worked, all together."""
-    lines = (_text(root / "proc/stat") or "").splitlines()
+    lines = (read_text(root / "proc/stat") or "").splitlines()
     cpus = sum(line.startswith("cpu") and line[3:4].isdecimal() for line in lines)
     if not cpus or not lines[0].startswith("cpu "):
         return None, None
@@ -130,7 +130,7 @@ def _temperatures(root: Path) -> dict[str, float]:
     """By the names of the zones; of two with the same name the hotter one."""
     found: dict[str, float] = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        name, thousandths = _text(zone / "type"), _number(zone / "temp")
+        name, thousandths = read_text(zone / "type"), _number(zone / "temp")
         if name and thousandths is not None:  # a zone that is switched off cannot be read
             found[name] = max(thousandths / 1000, found.get(name, -273.15))
     return found
@@ -138,12 +138,13 @@ def _temperatures(root: Path) -> dict[str, float]:
 
 def _number(path: Path) -> int | None:
     try:
-        return int(_text(path) or "")
+        return int(read_text(path) or "")
     except ValueError:
         return None
 
 
-def _text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """What stands in a file; None where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -18,7 +18,7 @@ import openvino.opset13 as ops
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle, RuntimeFailed
-from engines.machine.memory import BANK_FACTOR, FIXED, GRAPH_FACTOR
+from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches
 from engines.runtimes.openvino_search import Search
 from engines.store.bundle import Bundle

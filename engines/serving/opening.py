@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, NoTensorRT, RuntimeFailed, StalePlan
 from engines.files import sha256
-from engines.machine.memory import Gpu, Need, bytes_needed, free_bytes, plan_needs
+from engines.machine.memory import Gpu, Need, free_bytes
+from engines.machine.memory_needs import bytes_needed, plan_needs
 from engines.runtimes import Runtime
 from engines.runtimes.compiled_cache import seal_cache
 from engines.serving.batching import choose_batches

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadMeta, BadRequest, BadWeights, NoTensorRT
 from engines.files import sha256, staged
-from engines.machine import memory
+from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import (
@@ -95,7 +95,8 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
     if not kind.knows(model):
         raise BadWeights(f"{request.weights_pth} has learned nothing yet: run retrain.py first.")
     bank = read_bank(learned) if learned is not None and meta.memory_bank is not None else None
-    if short := memory.warning(memory.to_convert(meta, bank.nbytes if bank is not None else 0)):
+    needed = memory_needs.to_convert(meta, bank.nbytes if bank is not None else 0)
+    if short := memory.warning(needed):
         progress.say(short)
     golden = Golden.read(request.weights_pth.parent, meta.image_size)
     images = golden.images if golden else sample_parts(meta.image_size)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadMeta
 from engines.files import sha256, staged
-from engines.machine import memory
+from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.store.bundle import REPORT, check_hash, write_report
 from engines.store.golden import Golden
@@ -65,7 +65,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     category = Category.find(request.data_root, request.category)
     if meta.bit_depth is None:
         meta = meta.with_(bit_depth=measure_bit_depth(category.train))
-    if short := memory.warning(memory.to_learn(_learning(request, meta, category))):
+    if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):
         progress.say(short)
     model = kind.build(meta, request.pretrained_pth)
     if learned_before is not None:
@@ -92,15 +92,15 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     return report
 
 
-def _learning(request: Retrain, meta: Meta, category: Category) -> memory.Learning:
+def _learning(request: Retrain, meta: Meta, category: Category) -> memory_needs.Learning:
     """What is to be done, as far as memory goes."""
     known = request.load_bank or request.load_stats
-    return memory.Learning(
+    return memory_needs.Learning(
         meta,
         len(category.train),
         len(category.test_normal) + len(category.test_anomaly),
         request.batch,
-        memory.size(known) if known is not None else 0,
+        memory_needs.size(known) if known is not None else 0,
     )
 
 

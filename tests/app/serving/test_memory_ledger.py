@@ -24,7 +24,8 @@ from PIL import Image
 
 from engines.files import sha256
 from engines.machine import memory
-from engines.machine.memory import MIB, Free, Gpu, Learning, Need, plan_needs, to_convert, to_learn
+from engines.machine.memory import MIB, Free, Gpu, Need
+from engines.machine.memory_needs import Learning, plan_needs, to_convert, to_learn
 from engines.meta import Meta
 from engines.store.bundle import write_bank
 from engines.store.golden import Golden

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadMeta
 from engines.machine import memory
-from engines.machine.memory import MIB, bytes_needed, free_bytes
+from engines.machine.memory import MIB, free_bytes
+from engines.machine.memory_needs import bytes_needed
 from engines.meta import Meta
 from engines.serving.gate import GROUPS, Group, Replay, Replayed, flipped, replays, weigh
 from engines.store.bundle import write_bank

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from app.settings import Settings
-from app.watching import doctor
-from app.watching.doctor import Finding, as_text, examine
+from app.watching.doctor import disks
+from app.watching.doctor.command import _give_back, as_text, examine
+from app.watching.doctor.findings import Finding, Fit, Report
 from engines.machine import memory
 from engines.machine.memory import MIB
 from engines.store import plan
@@ -59,15 +60,15 @@ def nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def wrong(report: doctor.Report) -> list[str]:
+def wrong(report: Report) -> list[str]:
     return [one.what for one in report.findings if one.level == "wrong"]
 
 
-def notes(report: doctor.Report) -> list[str]:
+def notes(report: Report) -> list[str]:
     return [one.what for one in report.findings if one.level == "note"]
 
 
-def typed(report: doctor.Report, what: str) -> str:
+def typed(report: Report, what: str) -> str:
     (found,) = [one.do for one in report.findings if what in one.what]
     return found
 
@@ -80,7 +81,7 @@ def test_a_jetson_in_order_is_described_and_nothing_is_wrong(
 ) -> None:
     with doubled():
         report = examine(settings, nano)
-        doctor._give_back()
+        _give_back()
     assert wrong(report) == []
     machine, software = report.facts["machine"], report.facts["software"]
     assert machine["board"] == "NVIDIA Jetson Orin Nano Developer Kit"
@@ -137,7 +138,7 @@ def test_what_is_wrong_with_a_machine_is_said_with_what_to_do(
     laid_down(nano, files)
     with doubled():
         report = examine(settings, nano)
-        doctor._give_back()
+        _give_back()
     (found,) = [one for one in report.findings if what in one.what]
     assert found.level == level
     assert do in found.do
@@ -150,7 +151,7 @@ def examined(settings: Settings, root: Path, missing: str) -> dict[str, Any]:
     """The same in a process of its own, which finds nothing that another one has loaded."""
     program = (
         "import sys; from pathlib import Path\n"
-        "from app.settings import *; from app.watching import doctor\n"
+        "from app.settings import *; from app.watching.doctor import command as doctor\n"
         f"settings = Settings(data_dir={str(settings.data)!r}, port=1)\n"
         "found = doctor.examine(settings, Path(sys.argv[1]))\n"
         "print(doctor._as_json(found))"
@@ -237,7 +238,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_wrong(
 ) -> None:
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and may(path, mode))
-    monkeypatch.setattr(doctor, "LOW_DISK", 1 << 62)
+    monkeypatch.setattr(disks, "LOW_DISK", 1 << 62)
     report = examine(settings, tmp_path / "no such root")
     full, closed = wrong(report)
     assert full.startswith(f"The disk of {settings.data} has ")
@@ -286,12 +287,12 @@ def test_a_plan_is_good_or_stale_or_of_no_use_here(
     record.write(folder)
     with doubled():
         good = examine(settings, nano)
-        doctor._give_back()
+        _give_back()
     assert good.models[0].plan == "good"
     assert good.models[0].needs_mib > 300
     with doubled("10.16.1.11"):
         stale = examine(settings, nano)
-        doctor._give_back()
+        _give_back()
     assert stale.models[0].plan == "stale"
     assert "it builds one" in typed(stale, "was built for TensorRT 10.3.0 (here 10.16.1.11)")
     absent = examine(settings, nano)
@@ -321,14 +322,14 @@ def test_a_user_who_sees_nothing_of_the_data_gets_sentences(tmp_path: Path) -> N
     tmp_path.chmod(0o755)
     program = (
         "import encodings.idna, os, pwd, sys; from pathlib import Path\n"
-        "from app.settings import Settings; from app.watching import doctor\n"
+        "from app.settings import Settings; from app.watching.doctor.command import *\n"
         "os.getuid() or os.setuid(65534)\n"
         "settings = Settings(data_dir=Path(sys.argv[1]), port=1)\n"
-        "report = doctor.Report({'storage': dict(doctor._storage(settings))})\n"
-        "report.findings += doctor._about_storage(settings)\n"
-        "free = doctor.Free(1 << 40)\n"
-        "doctor._look_at_models(report, settings, doctor.Opening(), None, free)\n"
-        "print(doctor.as_text(report))"
+        "report = Report({'storage': dict(disk_facts(settings))})\n"
+        "report.findings += disk_findings(settings)\n"
+        "free = Free(1 << 40)\n"
+        "look_at_models(report, settings, Opening(), None, free)\n"
+        "print(as_text(report))"
     )
     if os.getuid():
         closed.chmod(0)
@@ -363,8 +364,8 @@ def test_the_command_prints_for_people_and_for_programs(tmp_path: Path) -> None:
 
 
 def test_the_text_has_everything_that_was_found() -> None:
-    report = doctor.Report(
-        {"machine": {"board": "X"}}, [doctor.Fit("bolt", "0001-a", "vae", "good", 84, True)],
+    report = Report(
+        {"machine": {"board": "X"}}, [Fit("bolt", "0001-a", "vae", "good", 84, True)],
         [Finding("wrong", "It is broken.", "mend it"), Finding("note", "It rains.")],
     )  # fmt: skip
     text = as_text(report)
@@ -374,8 +375,8 @@ def test_the_text_has_everything_that_was_found() -> None:
 
 
 def test_it_loads_nothing_that_only_training_needs() -> None:
-    program = "import sys, app.watching.doctor; print(*sorted(sys.modules))"
+    program = "import sys, app.watching.doctor.command; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     loaded = set(done.stdout.split())
-    assert "app.watching.doctor" in loaded
+    assert "app.watching.doctor.command" in loaded
     assert not loaded & {"torch", "anomalib", "onnx", "uvicorn", "pycuda", "tensorrt", "openvino"}

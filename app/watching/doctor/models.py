@@ -1,0 +1,108 @@
+"""The models of the store: which version would serve, and whether they fit into the memory."""
+
+from __future__ import annotations
+
+import socket
+
+from app.settings import Settings
+from app.watching.doctor.findings import Fit, Report, note, wrong
+from engines.errors import KensaError
+from engines.machine.memory import MIB, Free, Need
+from engines.meta import Meta
+from engines.serving.opening import Opening, memory_needed
+from engines.store.bundle import ONNX
+from engines.store.plan import Fingerprint, Machine
+from engines.store.versions import META, Store
+
+
+def look_at_models(
+    report: Report, settings: Settings, opening: Opening, tensorrt: Machine | None, free: Free
+) -> None:
+    serving = _is_served(settings)
+    if serving:
+        report.facts["storage"]["server"] = (
+            f"answers on port {settings.port}: what its models take is not free any more"
+        )
+    if limit := settings.model_memory_mib * MIB:
+        free = free.at_most(limit)
+    store = Store(settings.data / "models")
+    needs: list[Need] = []
+    try:
+        names = store.names()
+    except OSError as error:
+        report.findings.append(wrong(f"The models cannot be read: {error}."))
+        return
+    for name in names:
+        try:
+            found = _look_at(store, name, opening, tensorrt, report)
+        except KensaError as error:
+            report.findings.append(wrong(f"{name}: {error}"))
+            continue
+        if found is None:
+            continue
+        version, meta, plan, need = found
+        needs.append(need)
+        short = need.short_of(free)
+        fits = None if serving else short is None
+        report.models.append(Fit(name, version, meta.model, plan, need.all // MIB, fits))
+        if short is not None and not serving:
+            report.findings.append(
+                wrong(
+                    f"{name} needs {short.needed}, and {short.free}.",
+                    "End other programs, or give the model a smaller memory bank.",
+                )
+            )
+    together = Need(sum(need.host for need in needs), sum(need.device for need in needs))
+    short = together.short_of(free)
+    if short is not None and not serving and all(one.fits for one in report.models):
+        report.findings.append(
+            note(
+                f"Each model fits, but all together need {short.needed}, and {short.free}.",
+                "KENSA_REST=on lets them take turns; KENSA_PINNED=NAME keeps one in memory.",
+            )
+        )
+
+
+def _look_at(
+    store: Store, name: str, opening: Opening, tensorrt: Machine | None, report: Report
+) -> tuple[str, Meta, str, Need] | None:
+    """The version that would serve, and what it takes; None where none can.
+
+    Raises:
+        KensaError: its files are damaged.
+    """
+    versions = [*store.candidates(name), *reversed(store.versions(name))]
+    if not versions:
+        return None
+    folder = store.folder(name, versions[0])
+    meta = Meta.read(folder / META)
+    if not (folder / ONNX).is_file():
+        report.findings.append(
+            note(
+                f"{name} {versions[0]} is trained, but not converted.",
+                f"curl -X POST localhost:8000/convert -H 'Content-Type: application/json' -d"
+                f' \'{{"model": "{name}"}}\'',
+            )
+        )
+        return None
+    record = Fingerprint.read(folder)
+    plan = "none"
+    if record is not None:
+        plan = f"for TensorRT {record.machine.tensorrt}, which does not run here"
+    if tensorrt is not None:
+        why = record.stale(folder, tensorrt) if record else "it has no plan for TensorRT."
+        plan = ("stale" if record else "none") if why else "good"
+        if why:
+            do = "Start the server: it builds one, and says so in GET /jobs."
+            report.findings.append(note(f"{name}: {why}", do))
+    return versions[0], meta, plan, memory_needed(folder, opening)
+
+
+def _is_served(settings: Settings) -> bool:
+    """Whether something listens where the server would."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    try:
+        with socket.create_connection((host, settings.port), timeout=0.5):
+            return settings.port != 0
+    except OSError:
+        return False
