@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 import cv2
 
 from app.serving.inspection import Inspector
+from app.serving.second_look import SecondLook
 from app.serving.stale_plans import Plans
 from app.settings import Settings
 from engines.errors import (
@@ -134,6 +135,7 @@ class Keeper:
             async with self._change(name):
                 await self._load_where_it_fits(name, exchange=False)
         self._begin(self._look_out())
+        self._begin(SecondLook(self._inspector, self._load, lambda: not self._promised).run())
 
     async def close(self) -> None:
         for task in self._tasks:
