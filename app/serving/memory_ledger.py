@@ -81,6 +81,10 @@ class MemoryLedger:
         """What was promised to a model is taken, or no longer needed."""
         self._promised.pop(name, None)
 
+    def owes_nothing(self) -> bool:
+        """Whether no memory is promised to a version that is about to be opened."""
+        return not self._promised
+
     async def job_short_of(self, request: admission.Request) -> Short | None:
         """What a job would be short of that began now, beside all that is in memory."""
         data, promised = self._settings.data, [*self._promised.values()]

@@ -21,6 +21,7 @@ from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
 from app.serving.loader import Loader
 from app.serving.memory_ledger import MemoryLedger
+from app.serving.second_look import SecondLook
 from app.serving.stale_plans import StalePlans
 from app.serving.trials import Trials
 from app.settings import Settings
@@ -102,6 +103,8 @@ class Rollout:
             async with self._change(name):
                 await self._load_where_it_fits(name, exchange=False)
         self._loader.begin(self._look_out())
+        second_look = SecondLook(self._inspector, self._loader.do, self.memory.owes_nothing)
+        self._loader.begin(second_look.run())
 
     async def close(self) -> None:
         """Give up what is under way."""
