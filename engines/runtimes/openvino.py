@@ -1,7 +1,7 @@
 """OpenVINO on a CPU: the runtime of every machine without TensorRT.
 
 A PatchCore graph is cut at its tensor `embedding`. What is before runs as exported; what is after,
-the search in the memory bank, is `engines.runtimes.openvino_search`.
+the search in the memory bank, is `engines.runtimes.openvino_bank_search`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, RuntimeFailed
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches
-from engines.runtimes.openvino_search import Search
+from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
 
 # bf16 is for the search where there is a memory bank, because there it changes no score (a backbone

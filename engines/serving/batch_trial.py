@@ -5,7 +5,7 @@ PatchCore, whose search in the memory bank gains nothing.
 
 A trial is a row of steps, each no longer than one call of `infer`. When a model is opened they
 follow each other (`choose_batches`). Where other work had the CPU meanwhile, the outcome is
-provisional, and `app.serving.second_look` takes the same steps again in gaps of the line.
+provisional, and `app.serving.batch_retrial` takes the same steps again in gaps of the line.
 """
 
 from __future__ import annotations

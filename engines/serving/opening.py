@@ -20,7 +20,7 @@ from engines.runtimes.compiled_cache import seal_cache
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import Bundle
-from engines.store.plan import Fingerprint, Machine, has_tensorrt
+from engines.store.plan_record import Fingerprint, Machine, has_tensorrt
 from engines.verdict import Scale
 
 log = logging.getLogger("kensa")

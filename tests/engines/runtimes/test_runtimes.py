@@ -27,7 +27,7 @@ from engines.files import sha256
 from engines.runtimes import ALONE, Batches, Runtime, cuda
 from engines.runtimes.cuda import gpu
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
-from engines.runtimes.openvino_search import TILE
+from engines.runtimes.openvino_bank_search import TILE
 from engines.runtimes.tensorrt import TensorRTRuntime
 from engines.store.bundle import Bundle
 from support.double import doubled

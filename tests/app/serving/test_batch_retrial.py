@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from app.main import create_app
-from app.serving import second_look
+from app.serving import batch_retrial as second_look
+from app.serving.batch_retrial import PAUSES_S, BatchRetrial
 from app.serving.inspection import Inspector
-from app.serving.second_look import PAUSES_S, SecondLook
 from app.settings import Settings
 from engines.errors import RuntimeFailed
 from engines.meta import Meta
@@ -52,7 +52,7 @@ class Place:
         self.gaps: list[int] = []  # how many images each of them took
         self.in_a_gap = self.inspector.in_a_gap
         self.inspector.in_a_gap = self._in_a_gap  # type: ignore[method-assign]
-        self.looks = SecondLook(
+        self.looks = BatchRetrial(
             self.inspector,
             self.load,
             lambda: not self.promised,
@@ -339,7 +339,7 @@ def test_a_server_that_was_started_on_a_busy_machine_looks_again_by_itself(
     monkeypatch.setattr(
         "engines.serving.opening.choose_batches", lambda one: one.take_together(FOR_NOW)
     )
-    monkeypatch.setattr("app.serving.rollout.SecondLook", partial(SecondLook, watch=even))
+    monkeypatch.setattr("app.serving.rollout.BatchRetrial", partial(BatchRetrial, watch=even))
     monkeypatch.setattr(second_look, "EVERY_S", 0.01)
     monkeypatch.setattr(second_look, "PAUSES_S", (0.0,))
     app = create_app(Settings(data_dir=tmp_path, worker="off", model_dir=kensa_model))

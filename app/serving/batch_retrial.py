@@ -1,4 +1,4 @@
-"""`SecondLook`: a batch size that was chosen while the machine was busy is looked at again.
+"""`BatchRetrial`: a batch size that was chosen while the machine was busy is looked at again.
 
 What a model is opened beside, such as a job or a machine that starts, may decide wrongly for as
 long as the model stays in memory, and the next version takes over what was found. So the trial is
@@ -35,7 +35,7 @@ class _Looks:
     made: int = 0
 
 
-class SecondLook:
+class BatchRetrial:
     """Tries provisional batch sizes again. Its methods belong to the event loop's thread."""
 
     def __init__(
