@@ -133,10 +133,17 @@ LEAST_WORKSPACE = 256 * MIB
 def to_build(onnx: int, workspace_mib: int, free: int) -> int:
     """Bytes that TensorRT takes at most while it builds a plan of a graph; estimated.
 
-    The weights are in the parser, in the builder and in the plan; the workspace is clamped to what
-    `workers.converting.plan.build` allows it.
+    The weights are in the parser, in the builder and in the plan.
     """
-    return 3 * onnx + min(workspace_mib * MIB, max(LEAST_WORKSPACE, free // 4))
+    return 3 * onnx + workspace(workspace_mib * MIB, free)
+
+
+def workspace(asked: int, free: int) -> int:
+    """Bytes that TensorRT may take for trying kernels, of those that are free.
+
+    A quarter, but never under 256 MiB, unless less was asked for.
+    """
+    return min(asked, max(free // 4, LEAST_WORKSPACE))
 
 
 def _backbone(meta: Meta) -> _Backbone:

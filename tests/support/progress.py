@@ -7,17 +7,28 @@ from collections.abc import Callable
 from workers.progress import Progress, Tick
 
 
-class Heard(Progress):
-    """Keeps what is said, and how far it was."""
+class Said(Progress):
+    """Shows nothing, and keeps every line."""
 
-    def __init__(self, at: Callable[[int], None] = lambda done: None) -> None:
+    def __init__(self) -> None:
         super().__init__(quiet=True)
         self.lines: list[str] = []
-        self.percent: list[int] = []
-        self._at = at
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+class Heard(Said):
+    """Keeps also how far the build of a plan was."""
+
+    def __init__(self, at: Callable[[int], None] = lambda done: None) -> None:
+        super().__init__()
+        self.percent: list[int] = []
+        self._at = at
 
     def phase(self, name: str) -> Tick:
         assert name == "build"
@@ -28,7 +39,3 @@ class Heard(Progress):
             self._at(done)
 
         return tick
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)

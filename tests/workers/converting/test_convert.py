@@ -36,7 +36,7 @@ from engines.store.plan_record import Fingerprint
 from engines.store.versions import Store
 from support import double as doubles
 from support.double import BUILDING, DOUBLES, doubled, environment, reports
-from support.progress import Heard
+from support.progress import Said
 from support.project import ROOT, run
 from support.waiting import until
 from workers import models
@@ -59,13 +59,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "padim": {"backbone": "resnet18", "layers": ["layer1"], "n_features": 8},
     "vae": {"latent_dim": 8, "learning_rate": 1e-3},
 }
-
-
-class Said(Heard):
-    """All phases are quiet; what is said is kept."""
-
-    def phase(self, name: str) -> Any:
-        return lambda done, total: None
 
 
 def train(kind: str, data: Path, out: Path, before: Path | None = None) -> Path:

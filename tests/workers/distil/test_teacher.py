@@ -17,6 +17,7 @@ from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
 from sklearn.metrics import roc_auc_score
 
 from engines.meta import Meta
+from support.progress import Said
 from support.project import ROOT
 from workers.distil.__main__ import main
 from workers.distil.teacher import Distil, _Backbone, _own_size, distil
@@ -24,21 +25,9 @@ from workers.learning.dataset import Category, Images
 from workers.models import Training, efficientad
 from workers.models.backbone import extractor
 from workers.models.efficientad import CHANNELS
-from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
 SIZE = 256  # pixels: the least that the networks take
-
-
-class Said(Progress):
-    """A progress that shows nothing and remembers every line."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def settings(**changes: Any) -> Meta:

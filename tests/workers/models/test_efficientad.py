@@ -17,6 +17,7 @@ from engines import image
 from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
+from support.progress import Said
 from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, efficientad, efficientad_weights
@@ -31,17 +32,6 @@ ONCE = Training(epochs=1, batch=4)
 
 Pictures = NDArray[np.uint8]
 State = dict[str, torch.Tensor]
-
-
-class Said(Progress):
-    """A progress that shows nothing and remembers every line."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def settings(**changes: Any) -> Meta:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadRequest, BuildFailed, KensaError, OutOfMemory
 from engines.files import sha256
+from engines.machine import memory_needs
 from engines.machine.memory import MIB
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, read_report
@@ -43,7 +44,6 @@ from workers.progress import Progress
 MAX_BATCH = 4
 BANK_ROOM = 1.5  # a memory bank may grow by half before the plan must be built again
 NEIGHBOURS = 9  # of PatchCore's graph: a bank of fewer rows has no use for it
-LEAST_WORKSPACE = 256  # MiB
 
 T = TypeVar("T")
 
@@ -351,12 +351,8 @@ class _Making:
 
 
 def memory_limits(asked: int, free: int) -> tuple[int, int]:
-    """MiB for the workspace, and for trying a kernel with its tensors around it.
-
-    A quarter of what is free, and half of it; the workspace never under 256 MiB, unless less was
-    asked for.
-    """
-    workspace = min(asked, max(free // 4, LEAST_WORKSPACE))
+    """MiB for the workspace, and for trying a kernel with its tensors: half of what is free."""
+    workspace = memory_needs.workspace(asked * MIB, free * MIB) // MIB
     return workspace, max(free // 2, workspace)
 
 
