@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
-        from workers.converting.import_anomalib import Import, import_anomalib, summarise_import
+        from workers.importing.import_anomalib import Import, import_anomalib, summarise_import
 
         report = import_anomalib(Import(**flags), progress)
         print("\n".join(summarise_import(report, flags["out_dir"])))

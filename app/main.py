@@ -17,15 +17,15 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from app.http.openapi import describe, operation_id
-from app.http.request_log import CLIENT_LEFT, Watch, request_id
+from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
 from app.http.security import Access, BodyLimit, KnownHosts
-from app.learning.job_queue import Jobs
-from app.learning.worker_process import Worker
+from app.learning.job_queue import JobQueue
+from app.learning.worker_process import WorkerProcess
 from app.routes import datasets, infer, models, oip, system
 from app.routes import jobs as jobs_routes
 from app.serving.inspection import Inspection, Inspector
-from app.serving.rollout import Keeper
-from app.serving.stale_plans import Plans
+from app.serving.rollout import Rollout
+from app.serving.stale_plans import StalePlans
 from app.settings import Settings
 from app.watching.health import Health
 from app.watching.metrics import Metrics
@@ -53,16 +53,16 @@ def create_app(settings: Settings) -> FastAPI:
     """The application. Models are opened when the server starts it, and closed when it ends."""
     inspector = Inspector(settings)
     store = Store(settings.data / "models")
-    jobs = Jobs(settings.data, store, settings.fleet)
-    plans = Plans(jobs, inspector.residents, settings.worker)
-    keeper = Keeper(store, inspector, settings, plans)
-    jobs.answering = keeper.answering
-    worker = Worker(settings.data, settings)
+    jobs = JobQueue(settings.data, store, settings.fleet)
+    plans = StalePlans(jobs, inspector.residents, settings.worker)
+    rollout = Rollout(store, inspector, settings, plans)
+    jobs.answering = rollout.answering
+    worker = WorkerProcess(settings.data, settings)
     metrics = Metrics(version())
     inspector.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
-    keeper.on_swap = metrics.swapped
-    keeper.on_rest = metrics.rested
+    rollout.on_swap = metrics.swapped
+    rollout.on_rest = metrics.rested
     metrics.queue_length = lambda: inspector.under_way
 
     def on_inspection(done: Inspection) -> None:
@@ -74,12 +74,12 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.datasets.sweep)
-        await keeper.open()
+        await rollout.open()
         opening = asyncio.create_task(asyncio.to_thread(jobs.open))  # parts need no queue
         worker.start(after=opening)
         yield
         await worker.close()
-        await keeper.close()
+        await rollout.close()
         await inspector.close()
         await asyncio.to_thread(jobs.close)
 
@@ -96,7 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.inspector = inspector
-    app.state.keeper = keeper
+    app.state.rollout = rollout
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.metrics = metrics
@@ -120,7 +120,7 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=everything,
         )
     app.add_middleware(KnownHosts, settings=settings, answer=answer_error)
-    app.add_middleware(Watch, metrics=metrics)  # the last one is the outermost
+    app.add_middleware(RequestLog, metrics=metrics)  # the last one is the outermost
     return app
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,22 @@ from engines import errors
 from engines.errors import KensaError
 from support.project import ROOT
 
+# The floors of each package, the lowest first. What stands on one may import what lies below it and
+# what is in its own room; never what is beside it or above.
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "engines": (
+        ("errors", "files", "logs"), ("image", "meta"), ("verdict",), ("store",), ("queue",),
+        ("machine",), ("runtimes",), ("serving", "command"),
+    ),
+    "workers": (
+        ("progress",), ("commands",), ("models", "sample_parts"), ("distil", "learning"),
+        ("converting",), ("evaluation", "importing", "jobs", "demo"),
+    ),
+    "app": (
+        ("settings",), ("learning",), ("serving",), ("watching",), ("http",), ("oip",), ("routes",),
+        ("main",), ("__main__",),
+    ),
+}  # fmt: skip
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}
 # Where somebody works on it, not where it runs: /work and the homes of people.
 SOMEBODYS_PATH = re.compile(r"(?<![\w.:/-])/(?:work|home/\w+|Users/\w+)/")
@@ -29,14 +46,50 @@ def modules(package: str) -> list[str]:
     return [name.removesuffix(".__init__") for name in names]
 
 
-def imports(path: Path) -> Iterator[str]:
-    """The top-level packages that a file imports, wherever the statement stands."""
+def imported(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, wherever the statement stands."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where an arrow goes"
-            yield str(node.module).split(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level packages of these."""
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def arrows() -> dict[str, set[str]]:
+    """Each module of ours, and those of ours that it imports."""
+    found = {module: path for package in FLOORS for module, path in zip(
+        modules(package), files(package), strict=True)}  # fmt: skip
+
+    def ours(name: str) -> str | None:
+        """The module that a dotted name is, or is a name in."""
+        return next((one for one in (name, name.rpartition(".")[0]) if one in found), None)
+
+    return {
+        module: {to for name in imported(path) if (to := ours(name)) not in (None, module)}
+        for module, path in found.items()
+    }
+
+
+def against_the_order(known: dict[str, set[str]], package: str) -> list[str]:
+    """The arrows of a package that lead to a room beside or above the one they come from."""
+    height = {room: number for number, floor in enumerate(FLOORS[package]) for room in floor}
+
+    def room(module: str) -> str:
+        return module.split(".")[1]
+
+    return [
+        f"{module} -> {to}"
+        for module, targets in sorted(known.items())
+        for to in sorted(targets)
+        if {module.split(".")[0], to.split(".")[0]} == {package} and "." in module and "." in to
+        if room(module) != room(to) and height[room(to)] >= height[room(module)]
+    ]
 
 
 def files(package: str) -> list[Path]:
@@ -76,6 +129,37 @@ def test_the_server_and_its_engines_never_load_what_only_training_needs_and_neve
 def test_no_import_of_training_stands_in_what_serves(path: Path) -> None:
     """Not even inside a function that the test above does not call."""
     assert not set(imports(path)) & TRAINING
+
+
+def test_every_room_has_its_floor() -> None:
+    for package, floors in FLOORS.items():
+        there = {
+            path.stem
+            for path in (ROOT / package).iterdir()
+            if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.stem != "__init__"
+        }
+        assert there == {room for floor in floors for room in floor}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_arrows_between_rooms_lead_down(package: str) -> None:
+    assert not against_the_order(arrows(), package)
+
+
+def test_an_arrow_that_leads_up_or_aside_would_be_found() -> None:
+    up = {"engines.store.bundle": {"engines.serving.resident", "engines.files"}}
+    assert against_the_order(up, "engines") == ["engines.store.bundle -> engines.serving.resident"]
+    aside = {"workers.models.padim": {"workers.sample_parts.drawing", "workers.models.backbone"}}
+    assert len(against_the_order(aside, "workers")) == 1
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not even inside functions, or for types alone."""
+    known = arrows()
+    assert sum(map(len, known.values())) > 200
+    TopologicalSorter(known).prepare()  # raises CycleError, which names the circle
+    with pytest.raises(CycleError):
+        TopologicalSorter({**known, "engines.errors": {"app.main"}}).prepare()
 
 
 def test_engines_know_neither_the_server_nor_the_workers() -> None:

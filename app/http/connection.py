@@ -62,7 +62,7 @@ def room_for_connections(wanted: int) -> int:
 
 
 class Connection(HttpToolsProtocol):
-    """One client. Every change to uvicorn's behaviour has a test in tests/test_connections.py."""
+    """One client. Each change to uvicorn has a test in tests/app/http/test_connection.py."""
 
     def __init__(self, *arguments: Any, settings: Settings, most: int, **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -15,7 +15,7 @@ LONGEST_MS = 3_600_000  # for a request that leaves it to the server
 Result = TypeVar("Result")
 
 
-async def while_wanted(
+async def within_deadline(
     request: Request, work: Coroutine[Any, Any, Result], within_ms: int
 ) -> Result:
     """The result of `work`, which is cancelled once nobody wants it any more.

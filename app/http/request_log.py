@@ -1,4 +1,4 @@
-"""`Watch`: what every request gets besides its answer, namely an id, a count, a line in the log."""
+"""`RequestLog`: what every request gets besides its answer: an id, a count, a line in the log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PROBES = {
 log = logging.getLogger("kensa.http")
 
 
-class Watch:
+class RequestLog:
     """ASGI middleware, around all others, so that whatever answers is counted and logged."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""`Jobs`: the queue as the server sees it. What is done stands in `workers`."""
+"""`JobQueue`: the queue as the server sees it. What is done stands in `workers`."""
 
 from __future__ import annotations
 
@@ -6,35 +6,27 @@ import logging
 import re
 import secrets
 import shutil
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import psycopg
-
+from app.learning.queue_database import connect, reach
 from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
 from engines.queue.fleet import Fleet
+from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import (
     ACTIVE,
-    APPLICATION,
     DATABASE,
-    JobFolder,
-    JobKind,
-    JobRequest,
-    JsonSerializer,
-    Schedules,
-    database_url,
     enqueue_options,
-    last_due,
     scheduled_id,
     training_of,
 )
+from engines.queue.requests import JobKind, JobRequest
+from engines.queue.schedules import Schedules, last_due
 from engines.store.versions import NAME, Store
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
@@ -63,7 +55,7 @@ _CRON = re.compile(
 log = logging.getLogger("kensa")
 
 
-class Jobs:
+class JobQueue:
     """Jobs of one data folder. Its methods block: call them in a thread."""
 
     def __init__(self, data: Path, store: Store, fleet: Fleet | None = None) -> None:
@@ -105,30 +97,16 @@ class Jobs:
             self._try_to_reach(self._fleet)
             return
         try:
-            self._data.mkdir(parents=True, exist_ok=True)
-            self._put_aside_if_damaged()
-            self._client = self._connect()
+            self._client = connect(self._data)
             self._problem = None
         except Exception as error:  # DBOS and SQLAlchemy raise what they like
             log.exception("The queue cannot be opened")
             self._problem = f"The queue in {self._data / DATABASE} cannot be opened: {error}."
 
-    def _connect(self) -> Any:
-        from dbos import DBOS, DBOSClient
-
-        logging.getLogger("dbos").setLevel(logging.WARNING)
-        url = database_url(self._data)
-        DBOS.migrate(url)
-        with closing(sqlite3.connect(self._data / DATABASE, timeout=30)) as database:
-            database.execute("PRAGMA journal_mode=WAL")  # who reads waits for nobody
-        return DBOSClient(
-            system_database_url=url, serializer=JsonSerializer(), application_name=APPLICATION
-        )
-
     def _try_to_reach(self, fleet: Fleet) -> None:
         """Connect to the database that several machines share, and look after the connection."""
         try:
-            self._client = _reach(fleet)
+            self._client = reach(fleet)
             self._answered = time.monotonic()
             self._problem = None
         except Exception as error:  # noqa: BLE001 (DBOS and SQLAlchemy raise what they like)
@@ -153,30 +131,6 @@ class Jobs:
         if problem != self._problem:
             log.error("%s", problem)
         self._problem = problem
-
-    def _put_aside_if_damaged(self) -> None:
-        """Without the queue that it had the server still serves.
-
-        A database that is locked, or cannot be read at the moment, is not a damaged one.
-        """
-        path = self._data / DATABASE
-        if not path.exists():
-            return
-        try:
-            with closing(sqlite3.connect(path, timeout=30)) as database:
-                found = database.execute("PRAGMA quick_check").fetchone()[0]
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            found = str(error)
-        if found != "ok":
-            aside = path.with_name(f"{DATABASE}.damaged-{secrets.token_hex(3)}")
-            for suffix in ("", "-wal", "-shm"):
-                part = path.with_name(path.name + suffix)
-                if part.exists():
-                    part.rename(aside.with_name(aside.name + suffix))
-            log.error("The queue was damaged (%s): it is now %s, and a new one is begun",
-                      found, aside.name)  # fmt: skip
 
     def close(self) -> None:
         self._closing.set()
@@ -445,42 +399,6 @@ class Jobs:
         if self._client is None or (self._fleet and self.problem):
             raise NoWorker(self.problem or "The queue is being opened; try again in a few seconds.")
         return self._client
-
-
-class _Reaching:
-    """A DBOSClient far away: where its database does not answer, every method raises NoWorker."""
-
-    def __init__(self, client: Any, fleet: Fleet) -> None:
-        self._client = client
-        self._fleet = fleet
-
-    def __getattr__(self, name: str) -> Any:
-        from sqlalchemy import exc
-
-        method = getattr(self._client, name)
-
-        def ask(*arguments: Any, **options: Any) -> Any:
-            try:
-                return method(*arguments, **options)
-            except (exc.DBAPIError, exc.TimeoutError) as error:
-                why = self._fleet.shown(error)
-                raise NoWorker(f"The queue's database does not answer: {why}.") from error
-
-        return ask
-
-
-def _reach(fleet: Fleet) -> _Reaching:
-    from dbos import DBOS, DBOSClient
-
-    logging.getLogger("dbos").setLevel(logging.CRITICAL)  # `problem` says it, once
-    with psycopg.connect(fleet.database_url):
-        pass  # which says best what is wrong
-    DBOS.migrate(fleet.database_url)
-    client = DBOSClient(
-        system_database_url=fleet.database_url, serializer=JsonSerializer(),
-        application_name=APPLICATION, retry_connection_errors=False,
-    )  # fmt: skip
-    return _Reaching(client, fleet)
 
 
 def _time(epoch_ms: int | None) -> str | None:

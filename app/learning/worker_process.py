@@ -28,7 +28,7 @@ STEADY_S = 60  # a worker that ran so long begins with the shortest pause again
 log = logging.getLogger("kensa")
 
 
-class Worker:
+class WorkerProcess:
     """Starts `workers.jobs`, again when it ends, and stops its job while a part is inspected."""
 
     def __init__(self, data: Path, settings: Settings) -> None:

@@ -10,17 +10,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
+from pydantic import Field
 
-from app.http.bodies import (
-    CategoryBody,
-    DatasetsBody,
-    ImageFileBody,
-    ImagesBody,
-    RefusedBody,
-    SkippedBody,
-    UploadBody,
-    error_response,
-)
+from app.http.bodies import Body, error_response
 from app.http.security import needs
 from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
@@ -29,6 +21,67 @@ from engines.image import ImageLimits
 from engines.store.datasets import CATEGORY, Datasets, Split, read_file
 from engines.store.image_names import checked_name
 from engines.store.image_zip import is_zip, unzip
+
+
+class CategoryBody(Body):
+    """A category of training images, and how many it has."""
+
+    category: str
+    train: int = Field(description="Images to learn from.")
+    normal: int = Field(description="Normal images to test with.")
+    anomaly: int = Field(description="Anomalous images to test with.")
+
+
+class DatasetsBody(Body):
+    """All training images, counted."""
+
+    datasets: list[CategoryBody] = Field(description="Sorted by name.")
+
+
+class ImageFileBody(Body):
+    """A training image."""
+
+    name: str
+    bytes: int
+
+
+class ImagesBody(Body):
+    """A page of the images of a split."""
+
+    category: str
+    split: Split
+    total: int = Field(description="Images in the split, on this page or not.")
+    offset: int = Field(description="Images before this page.")
+    images: list[ImageFileBody] = Field(description="Sorted by name.")
+
+
+class RefusedBody(Body):
+    """An image that was not taken."""
+
+    name: str = Field(description="As it was sent; in a zip, with its folders where they matter.")
+    error: str = Field(description="One sentence that a person can act on.")
+    code: str = Field(description="What programs may rely on; it does not change.")
+
+
+class SkippedBody(Body):
+    """Files of a zip that are no images."""
+
+    reason: str
+    count: int
+    names: list[str] = Field(description="The first ten.")
+
+
+class UploadBody(Body):
+    """What became of an upload."""
+
+    category: str
+    split: Split
+    added: list[str] = Field(description="Images that are stored now.")
+    already_there: list[str] = Field(description="Images that were there with the same bytes.")
+    refused: list[RefusedBody]
+    skipped: list[SkippedBody]
+    images: int = Field(description="Images in the split now.")
+
 
 router = APIRouter(tags=["datasets"])
 

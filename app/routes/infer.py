@@ -9,15 +9,56 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.http.bodies import HeatmapBody, InspectionBody, TimingBody, error_response
-from app.http.deadlines import LONGEST_MS, while_wanted
+from app.http.bodies import Body, error_response
+from app.http.deadlines import LONGEST_MS, within_deadline
 from app.http.request_log import request_id
 from app.http.security import body_of, needs
 from app.serving.inspection import Drawing, Inspection, Inspector
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
+from engines.verdict import Label
+
+
+class TimingBody(Body):
+    """Where the time went, milliseconds. The upload is not in it."""
+
+    queue_ms: float = Field(description="Waiting for a free decoder and for the engine.")
+    decode_ms: float = Field(description="From the file to the pixels that the model sees.")
+    infer_ms: float = Field(description="In the engine.")
+    total_ms: float = Field(description="From the last byte of the request to the answer.")
+
+
+class HeatmapBody(Body):
+    """Where the part differs, stretched over the whole picture."""
+
+    width: int = Field(description="Pixels.")
+    height: int = Field(description="Pixels.")
+    png: str = Field(
+        description=(
+            "A grey 8-bit PNG, base64. A pixel's value / 255 is the normalised score of its place:"
+            " compare it with `threshold`."
+        )
+    )
+
+
+class InspectionBody(Body):
+    """The verdict on one part."""
+
+    id: str = Field(description="The X-Request-ID of the request, or a new one.")
+    model_name: str
+    model_version: str = Field(description="Changes whenever a file of the model changes.")
+    label: Label
+    is_anomalous: bool = Field(description="True when `raw_score` is above `raw_threshold`.")
+    raw_score: float = Field(description="What the model measured, in units of its own.")
+    score: float = Field(description="`raw_score` scaled to 0 ... 1 by the model's calibration.")
+    threshold: float = Field(description="The limit for `score`.")
+    raw_threshold: float = Field(description="The same limit for `raw_score`.")
+    heatmap: HeatmapBody | None = Field(description="Null unless asked for with `heatmap=true`.")
+    timing: TimingBody
+
 
 router = APIRouter(tags=["inspection"], dependencies=[needs("line")])
 
@@ -161,7 +202,7 @@ async def infer(
             data = await read_image(request, inspector.limits.max_bytes, hold)
             with inspector.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
-                inspection = await while_wanted(request, inspecting, deadline_ms)
+                inspection = await within_deadline(request, inspecting, deadline_ms)
     except BadImage:
         inspector.counts.refused += 1
         raise

@@ -14,18 +14,106 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ConfigDict, Field
 
-from app.http.bodies import JobBody, JobsBody, ScheduleBody, ScheduleRequest, SchedulesBody
+from app.http.bodies import Body
 from app.http.bodies import error_response as problem
 from app.http.security import KeyFirst, needs
-from app.learning.job_queue import ENDED, Jobs
-from app.serving.rollout import Keeper
+from app.learning.job_queue import ENDED, JobQueue
+from app.serving.rollout import Rollout
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import admission
 from engines.meta import Meta
-from engines.queue.protocol import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.queue.requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.store.datasets import Datasets
 from engines.store.versions import NAME
+
+
+class ProgressBody(Body):
+    """How far a job is."""
+
+    phase: str = Field(
+        description="images, coreset, epochs, verify, convert, publish, gate ..., or what it waits"
+        " for."
+    )
+    done: int = Field(0, description="Images or epochs of this phase.")
+    total: int = 0
+    fraction: float = Field(0.0, description="Of the whole job, 0 to 1.")
+    seconds_left: float | None = None
+    held_back: float = Field(
+        0.0, description="Share of the last seconds that it was stopped, because the line was busy."
+    )
+
+
+class JobBody(Body):
+    """A job that learns or converts."""
+
+    id: str
+    kind: str = Field(description="retrain or convert.")
+    model: str
+    state: str = Field(
+        description="queued, running, succeeded, failed, cancelled, or interrupted: its process"
+        " died three times."
+    )
+    created: str | None
+    ended: str | None
+    attempts: int = Field(description="How often it was begun.")
+    request: dict[str, Any]
+    progress: ProgressBody | None
+    version: str | None = Field(description="What it published.")
+    outcome: str | None = Field(
+        description="What became of that: live, held by the gate, refused, published, or replaced"
+        " by a later one."
+    )
+    error: str | None
+    code: str | None
+    machine: str | None = Field(
+        None, description="Which machine learns or learned, where several share a queue."
+    )
+
+
+class JobsBody(Body):
+    """Jobs, newest first."""
+
+    jobs: list[JobBody]
+
+
+class ScheduleRequest(Body):
+    """Retrain again and again."""
+
+    model_config = ConfigDict(
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "cron": "0 2 * * *",
+                    "timezone": "Asia/Tokyo",
+                    "retrain": {"model": "bracket", "category": "bracket"},
+                }
+            ]
+        },
+    )
+
+    cron: str = Field(
+        max_length=100,
+        description="Minute, hour, day, month, weekday: `0 2 * * *` is 2 at night.",
+    )
+    timezone: str = Field("UTC", max_length=100, description="Such as Asia/Tokyo.")
+    retrain: RetrainRequest = Field(description="The body of POST /retrain.")
+
+
+class ScheduleBody(ScheduleRequest):
+    """A schedule."""
+
+    name: str
+    last: str | None = Field(description="When it last began a job.")
+
+
+class SchedulesBody(Body):
+    """All schedules."""
+
+    schedules: list[ScheduleBody]
+
 
 router = APIRouter(tags=["jobs"], route_class=KeyFirst)
 Result = TypeVar("Result")
@@ -169,7 +257,7 @@ async def events(request: Request, job_id: JobId) -> StreamingResponse:
                              headers={"Cache-Control": "no-store"})  # fmt: skip
 
 
-async def _follow(found: Jobs, job_id: str, stopping: asyncio.Event) -> AsyncIterator[str]:
+async def _follow(found: JobQueue, job_id: str, stopping: asyncio.Event) -> AsyncIterator[str]:
     after, before, silent = 0, None, 0.0
     while not stopping.is_set():
         try:
@@ -272,7 +360,7 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             f"The category {body.category} has no training images:"
             f" POST some to /datasets/{body.category}/train."
         )
-    store = request.app.state.keeper.store
+    store = request.app.state.rollout.store
     if body.model not in store.names() or not store.versions(body.model):
         if body.kind is None:
             raise BadMeta(
@@ -285,11 +373,11 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
 
 
 def _check_version(request: Request, body: JobRequest) -> None:
-    keeper: Keeper = request.app.state.keeper
+    rollout: Rollout = request.app.state.rollout
     if isinstance(body, ConvertRequest):
-        keeper.store.must_know(body.model)
+        rollout.store.must_know(body.model)
     if body.version is not None:
-        keeper.store.folder(body.model, body.version)
+        rollout.store.folder(body.model, body.version)
 
 
 async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> None:
@@ -297,11 +385,11 @@ async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> 
 
     While another job runs it is not known what will be free; the job looks when it begins.
     """
-    keeper: Keeper = request.app.state.keeper
+    rollout: Rollout = request.app.state.rollout
     settings = request.app.state.settings
     if settings.job_memory == "off":
         return
-    found = await keeper.job_short_of(body)
+    found = await rollout.memory.job_short_of(body)
     if found is None:
         return
     waits = settings.job_memory == "wait" or await _ask(_jobs(request).active)
@@ -330,6 +418,6 @@ def _body(request: Request, found: dict[str, Any]) -> JobBody:
     return body
 
 
-def _jobs(request: Request) -> Jobs:
-    found: Jobs = request.app.state.jobs
+def _jobs(request: Request) -> JobQueue:
+    found: JobQueue = request.app.state.jobs
     return found

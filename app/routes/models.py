@@ -8,27 +8,107 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from app.http.bodies import (
-    GateBody,
-    ModelsBody,
-    StoredModelBody,
-    TakenInBody,
-    VersionBody,
-    error_response,
-)
+from app.http.bodies import Body, error_response
 from app.http.model_zip import unpack_model
 from app.http.security import needs
 from app.http.uploads import receive, upload_folder
 from app.serving.inspection import Inspector
-from app.serving.rollout import Keeper
+from app.serving.rollout import Rollout
 from app.settings import Settings
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
 from engines.meta import Meta
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, Store
+from engines.verdict import Label
+
+
+class FlipBody(Body):
+    """A part that the new version judges otherwise."""
+
+    number: int = Field(description="Of its picture, at /models/{name}/versions/{version}/flips/.")
+    group: str = Field(description="`normal` or `defect`, known from training; `recent`: unknown.")
+    was: Label
+    becomes: Label
+    old_score: float
+    new_score: float
+    old_raw_score: float
+    new_raw_score: float
+
+
+class GroupBody(Body):
+    """How many images of a group were shown to both versions, and how many verdicts changed."""
+
+    images: int
+    flips: int = Field(description="Of known parts only those that became wrong.")
+
+
+class GateBody(Body):
+    """What the gate found when it showed images to the live version and the new one."""
+
+    ok: bool = Field(description="False: held, until a person makes it live.")
+    reasons: list[str] = Field(description="Why it is held.")
+    against: str | None = Field(None, description="The version that was live.")
+    limit: float | None = Field(None, description="The share of each group that may flip.")
+    groups: dict[str, GroupBody] = Field(default_factory=dict)
+    flips: list[FlipBody] = Field(default_factory=list)
+    seconds: float | None = None
+    by_hand: bool = Field(False, description="A person made it live.")
+
+
+class VersionBody(Body):
+    """A version of a model, on the disk."""
+
+    version: str
+    state: str = Field(
+        description="`live`, `previous`, `held` by the gate, `at the gate`, `kept` or `damaged`."
+    )
+    created: str | None = None
+    kind: str | None = Field(default=None, description="patchcore, padim, efficientad or vae.")
+    origin: dict[str, Any] = Field(
+        default_factory=dict, description="The job, the folder or the upload that it came from."
+    )
+    files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each.")
+    threshold: float | None = Field(default=None, description="The limit for `score`.")
+    raw_threshold: float | None = Field(default=None, description="Found by verification.")
+    gate: GateBody | None = None
+    problem: str | None = Field(None, description="What is wrong with it.")
+
+
+class StoredModelBody(Body):
+    """A model and its versions."""
+
+    name: str
+    live: str | None = Field(description="The version in memory, which judges.")
+    previous: str | None = Field(description="What a rollback goes to.")
+    problem: str | None = Field(description="Why none is in memory.")
+    at_rest: bool = Field(description="It made room for another model, until a part comes for it.")
+    resident_bytes: int | None = Field(
+        description="What the version in memory takes: of the GPU with TensorRT, else reckoned."
+    )
+    stale: str | None = Field(
+        description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
+        " judges in its place, or nobody; and what is done about it. Else null."
+    )
+    versions: list[VersionBody] = Field(description="Newest first.")
+    refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
+
+
+class ModelsBody(Body):
+    """All models of this server."""
+
+    models: list[StoredModelBody]
+
+
+class TakenInBody(Body):
+    """A model that was taken in."""
+
+    name: str
+    version: str
+    needs_conversion: bool = Field(description="It has no model.onnx: POST /convert makes one.")
+
 
 router = APIRouter(tags=["models"])
 
@@ -68,8 +148,8 @@ _CHANGE: dict[int | str, dict[str, Any]] = {
 @router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
 async def models(request: Request) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
-    keeper = _keeper(request)
-    names = await asyncio.to_thread(keeper.store.names)
+    rollout = _rollout(request)
+    names = await asyncio.to_thread(rollout.store.names)
     return ModelsBody(models=[await _described(request, name) for name in names])
 
 
@@ -123,7 +203,7 @@ async def take_in(
 
     A plan is not taken: it holds machine code. It is made on the device that runs it.
     """
-    store, settings = _keeper(request).store, _settings(request)
+    store, settings = _rollout(request).store, _settings(request)
 
     def publish(zipped: Path) -> str:
         with store.staging() as folder:
@@ -151,7 +231,7 @@ async def take_in(
 )
 async def model(request: Request, name: Name) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
-    await asyncio.to_thread(_keeper(request).store.must_know, name)
+    await asyncio.to_thread(_rollout(request).store.must_know, name)
     return await _described(request, name)
 
 
@@ -163,10 +243,10 @@ async def model(request: Request, name: Name) -> StoredModelBody:
 )
 async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
-    keeper = _keeper(request)
+    rollout = _rollout(request)
 
     def look() -> VersionBody:
-        return _version(keeper.store, name, version, keeper.answering(name))
+        return _version(rollout.store, name, version, rollout.answering(name))
 
     return await asyncio.to_thread(look)
 
@@ -180,7 +260,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
 )
 async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
     """The picture of a part that the new version judges otherwise, as the model sees it."""
-    store = _keeper(request).store
+    store = _rollout(request).store
     await asyncio.to_thread(store.folder, name, version)
     path = store.gate_folder(name, version) / f"{number}.jpg"
     try:
@@ -198,7 +278,7 @@ async def flip(request: Request, name: Name, version: Version, number: Number) -
 )
 async def activate(request: Request, name: Name, version: Version) -> StoredModelBody:
     """Whatever the gate said of it. Parts keep coming; no request is lost."""
-    await _keeper(request).activate(name, version)
+    await _rollout(request).activate(name, version)
     return await _described(request, name)
 
 
@@ -216,12 +296,12 @@ async def activate(request: Request, name: Name, version: Version) -> StoredMode
 )
 async def rollback(request: Request, name: Name) -> StoredModelBody:
     """At once. A second call goes forward again."""
-    await _keeper(request).roll_back(name)
+    await _rollout(request).roll_back(name)
     return await _described(request, name)
 
 
 async def _described(request: Request, name: str) -> StoredModelBody:
-    keeper: Keeper = request.app.state.keeper
+    rollout: Rollout = request.app.state.rollout
     inspector: Inspector = request.app.state.inspector
     resident = name in inspector.residents.names()
     found = inspector.residents.get(name) if resident else None
@@ -229,7 +309,7 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
-        store, answers = keeper.store, keeper.answering(name)
+        store, answers = rollout.store, rollout.answering(name)
         pointer, versions = store.pointer(name), reversed(store.versions(name))
         return StoredModelBody(
             name=name,
@@ -290,9 +370,9 @@ def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | Non
         return None, f"What the gate found cannot be read: {where}: {problem['msg']}."
 
 
-def _keeper(request: Request) -> Keeper:
-    keeper: Keeper = request.app.state.keeper
-    return keeper
+def _rollout(request: Request) -> Rollout:
+    rollout: Rollout = request.app.state.rollout
+    return rollout
 
 
 def _settings(request: Request) -> Settings:

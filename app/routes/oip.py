@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2, as Triton speaks it: `tritonclient[http]` works with Kensa.
 
-app/oip.py has the tensors.
+app/oip/ has their bodies and tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel
 
-from app.http.bodies import (
+from app.http.bodies import error_response
+from app.http.deadlines import LONGEST_MS, within_deadline
+from app.http.request_log import request_id
+from app.http.security import body_of, needs
+from app.oip.bodies import (
     MAX_IMAGES,
     InferBody,
     InferenceStatisticsBody,
@@ -30,11 +34,7 @@ from app.http.bodies import (
     ServerReadyBody,
     StatisticsBody,
     TensorBody,
-    error_response,
 )
-from app.http.deadlines import LONGEST_MS, while_wanted
-from app.http.request_log import request_id
-from app.http.security import body_of, needs
 from app.oip.tensors import (
     HEADER_LENGTH,
     INPUTS,
@@ -47,7 +47,7 @@ from app.oip.tensors import (
     write_answer,
 )
 from app.serving.inspection import Image, Inspection, Inspector
-from app.serving.rollout import Keeper
+from app.serving.rollout import Rollout
 from engines.errors import (
     BadImage,
     BadRequest,
@@ -308,7 +308,7 @@ async def infer(request: Request, model: Called) -> Response:
         with inspector.residents.use(live) as held, inspector.admitted():
             inspecting = _inspect_all(inspector, held, wanted.images, wanted.tensor)
             within_ms = math.ceil(wanted.timeout_us / 1000) or LONGEST_MS
-            inspections = await while_wanted(request, inspecting, within_ms)
+            inspections = await within_deadline(request, inspecting, within_ms)
     content, json_length = await asyncio.to_thread(write_answer, wanted, inspections)
     headers = {"X-Request-ID": request_id(request)}
     if json_length is None:
@@ -354,7 +354,7 @@ async def _inspect_all(
 async def index(request: Request) -> list[RepositoryModelBody]:
     """Every model, its live version, and whether it is in memory."""
     wanted = await _repository_body(request)
-    residents, store = _inspector(request).residents, _keeper(request).store
+    residents, store = _inspector(request).residents, _rollout(request).store
     names = await asyncio.to_thread(store.names)
     found = [await _entry(request, name) for name in sorted({*names, *residents.problems})]
     return [one for one in found if one.state == "READY" or not wanted.ready]
@@ -383,7 +383,7 @@ async def load(request: Request, model: Name) -> RepositoryModelBody:
         raise BadRequest(
             "Kensa loads models without parameters: POST their files to /models, as a zip."
         )
-    await _keeper(request).load(model)
+    await _rollout(request).load(model)
     return await _entry(request, model)
 
 
@@ -400,12 +400,12 @@ async def unload(request: Request, model: Name) -> RepositoryModelBody:
     server is started again. Versions that are published wait.
     """
     await _repository_body(request)
-    await _keeper(request).unload(model)
+    await _rollout(request).unload(model)
     return await _entry(request, model)
 
 
 async def _entry(request: Request, name: str) -> RepositoryModelBody:
-    residents, store = _inspector(request).residents, _keeper(request).store
+    residents, store = _inspector(request).residents, _rollout(request).store
     if name in residents.names():
         version = residents.get(name).version
         return RepositoryModelBody(name=name, version=version, state="READY", reason="")
@@ -501,6 +501,6 @@ def _inspector(request: Request) -> Inspector:
     return inspector
 
 
-def _keeper(request: Request) -> Keeper:
-    keeper: Keeper = request.app.state.keeper
-    return keeper
+def _rollout(request: Request) -> Rollout:
+    rollout: Rollout = request.app.state.rollout
+    return rollout

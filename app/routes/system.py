@@ -9,22 +9,95 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
+from pydantic import Field
 
-from app.http.bodies import (
-    DeviceBody,
-    DiskBody,
-    HealthBody,
-    InspectionsBody,
-    ModelBody,
-    StatusBody,
-    error_response,
-)
+from app.http.bodies import Body, error_response
 from app.http.security import needs
 from app.serving.inspection import Inspector
 from app.watching.health import Health
 from app.watching.metrics import Metrics
 from engines.errors import NotReady
 from engines.serving.resident import NO_MODEL, Resident
+
+
+class StatusBody(Body):
+    """A state in one word."""
+
+    status: str
+
+
+class ModelBody(Body):
+    """The model that is held in memory."""
+
+    name: str
+    version: str
+    kind: str = Field(description="patchcore, padim, efficientad or vae.")
+    runtime: str = Field(description="What computes it.")
+    precision: str = Field(description="What is computed in: f32, bf16, f16 or int8.")
+    image_size: int = Field(
+        description="Side of the square that pictures are stretched to, pixels."
+    )
+    bank_rows: int | None = Field(description="Patches in the memory bank; null for other kinds.")
+    resident_bytes: int = Field(description="About what it takes where it runs.")
+    stale: str | None = Field(description="As in /models/{name}.")
+
+
+class InspectionsBody(Body):
+    """Images since the start of the process."""
+
+    normal: int
+    anomaly: int
+    refused: int = Field(description="Damaged, too large, or of a kind that is not read.")
+
+
+class DiskBody(Body):
+    """The disk of the data folder; null where it does not say."""
+
+    free_bytes: int | None
+    size_bytes: int | None
+
+
+class DeviceBody(Body):
+    """The machine; null where it does not say."""
+
+    memory_total: int | None = Field(description="Bytes; a Jetson's GPU has its share in them.")
+    memory_available: int | None = Field(description="Bytes that could be taken.")
+    gpu_memory: int | None = Field(description="Bytes taken for a Jetson's GPU.")
+    gpu_load: float | None = Field(description="Of a Jetson's GPU, 0 to 1.")
+    cpus: int | None
+    temperatures: dict[str, float] = Field(description="Degrees Celsius of each thermal zone.")
+    power_mode: str | None = Field(description="Of a Jetson, as nvpmodel calls it.")
+    throttled: dict[str, bool] = Field(
+        description="Parts of a Jetson, and whether each is slowed down now because it is hot."
+    )
+    over_currents: int | None = Field(
+        description="How often a Jetson's power supply ran short since it was started."
+    )
+
+
+class HealthBody(Body):
+    """What is running, for people and dashboards."""
+
+    status: str = Field(description="`ok` or `not_ready`.")
+    error: str | None = Field(None, description="Only when not ready: what is wrong.")
+    code: str | None = Field(None, description="Only when not ready: `not_ready`.")
+    version: str = Field(description="Of Kensa.")
+    uptime_s: float
+    models: list[ModelBody] = Field(description="In memory.")
+    problems: dict[str, str] = Field(description="Models that should be in memory, and why not.")
+    unloaded: list[str] = Field(description="Models that were unloaded by hand.")
+    resting: list[str] = Field(description="Models that made room for others, until a part comes.")
+    degraded: list[str] = Field(description="What is wrong at the moment, in sentences.")
+    worker: str = Field(description="running, starting, off, or why there is none.")
+    queue: str = Field(description="ok, or what is wrong with it.")
+    jobs: dict[str, int] | None = Field(
+        description="How many are in each state; null while the queue does not answer."
+    )
+    resident_bytes: int | None = Field(description="Memory of the process; null where unknown.")
+    disk: DiskBody
+    device: DeviceBody
+    inspections: InspectionsBody
+
 
 router = APIRouter(tags=["system"])
 

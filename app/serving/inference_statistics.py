@@ -1,17 +1,22 @@
-"""What the Open Inference Protocol calls statistics: how many images, and where the time went."""
+"""How many images a version saw, and where the time went: what GET /v2/models/stats says."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from engines.serving.resident import Resident
 
-if TYPE_CHECKING:
-    from app.serving.inspection import Inspection
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of one inspection went, milliseconds."""
+
+    queue_ms: float
+    decode_ms: float
+    infer_ms: float
+    total_ms: float
 
 
 @dataclass
@@ -38,8 +43,18 @@ class Counted:
     compute_output: Duration = field(default_factory=Duration)  # judging, drawing, and the rest
     last_inference: int = 0  # milliseconds since 1970
 
+    def add(self, timing: Timing) -> None:
+        """Count an image that got its verdict."""
+        self.success.add(timing.total_ms)
+        self.queue.add(timing.queue_ms)
+        self.compute_input.add(timing.decode_ms)
+        self.compute_infer.add(timing.infer_ms)
+        rest = timing.total_ms - timing.queue_ms - timing.decode_ms - timing.infer_ms
+        self.compute_output.add(rest)
+        self.last_inference = int(time.time() * 1000)
 
-class Statistics:
+
+class InferenceStatistics:
     """Counters for each version in memory; those of a version that is closed go with it."""
 
     def __init__(self) -> None:
@@ -47,21 +62,3 @@ class Statistics:
 
     def of(self, model: Resident) -> Counted:
         return self._counted.setdefault(model, Counted())
-
-    async def count(self, model: Resident, inspecting: Awaitable[Inspection]) -> Inspection:
-        """Wait for an inspection, and count it whether it succeeds or not."""
-        counted, began = self.of(model), time.perf_counter()
-        try:
-            inspection = await inspecting
-        except Exception:
-            counted.fail.add((time.perf_counter() - began) * 1000)
-            raise
-        timing = inspection.timing
-        counted.success.add(timing.total_ms)
-        counted.queue.add(timing.queue_ms)
-        counted.compute_input.add(timing.decode_ms)
-        counted.compute_infer.add(timing.infer_ms)
-        rest = timing.total_ms - timing.queue_ms - timing.decode_ms - timing.infer_ms
-        counted.compute_output.add(rest)
-        counted.last_inference = int(time.time() * 1000)
-        return inspection

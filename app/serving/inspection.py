@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from app.serving.inference_statistics import Statistics
+from app.serving.inference_statistics import InferenceStatistics, Timing
 from app.settings import Settings
 from engines.errors import Overloaded
 from engines.image import ImageLimits, decode, resize
@@ -29,16 +29,6 @@ LINE_SHARE = 100  # the gate takes at most one part in so many of a line that ha
 Drawing = Literal["heatmap", "overlay"]
 Image = bytes | NDArray[np.uint8]
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Where the time of one inspection went, milliseconds."""
-
-    queue_ms: float
-    decode_ms: float
-    infer_ms: float
-    total_ms: float
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Inspector:
         self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         self.residents = Residents()
         self.counts = Counts()
-        self.statistics = Statistics()
+        self.statistics = InferenceStatistics()
         self.started = time.monotonic()
         self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
         self.on_inspection: Callable[[Inspection], None] = lambda _: None
@@ -184,8 +174,14 @@ class Inspector:
             NotReady, UnknownModel: as `Residents.get`.
         """
         with self.residents.use(name) as model:
-            inspecting = self._inspect(image, model, drawing)
-            return await self.statistics.count(model, inspecting)
+            counted, began = self.statistics.of(model), time.perf_counter()
+            try:
+                inspection = await self._inspect(image, model, drawing)
+            except Exception:
+                counted.fail.add((time.perf_counter() - began) * 1000)
+                raise
+            counted.add(inspection.timing)
+            return inspection
 
     async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
         """Decode, run, judge, draw if asked."""

@@ -1,4 +1,4 @@
-"""`Plans`: what becomes of versions that TensorRT here has no plan for.
+"""`StalePlans`: what becomes of versions that TensorRT here has no plan for.
 
 After an update of JetPack every plan is stale, and a model that came from another machine has none.
 So a job builds it from the version's own model.onnx, and what it publishes goes live through the
@@ -15,9 +15,9 @@ from typing import Literal
 from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.learning.job_queue import KEPT, Jobs
+from app.learning.job_queue import KEPT, JobQueue
 from engines.errors import Conflict, KensaError, NoWorker
-from engines.queue.protocol import ConvertRequest
+from engines.queue.requests import ConvertRequest
 from engines.serving.resident import Residents
 
 AGAIN_AFTER_S = 2.0  # a model that has a job, a queue that does not answer
@@ -25,11 +25,11 @@ AGAIN_AFTER_S = 2.0  # a model that has a job, a queue that does not answer
 log = logging.getLogger("kensa")
 
 
-class Plans:
+class StalePlans:
     """Has a plan built, once for each version. Its methods belong to the event loop's thread."""
 
     def __init__(
-        self, jobs: Jobs, residents: Residents, worker: Literal["on", "convert", "off"]
+        self, jobs: JobQueue, residents: Residents, worker: Literal["on", "convert", "off"]
     ) -> None:
         self._jobs = jobs
         self._residents = residents

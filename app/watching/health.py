@@ -17,8 +17,8 @@ from pathlib import Path
 from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.learning.job_queue import Jobs
-from app.learning.worker_process import Worker
+from app.learning.job_queue import JobQueue
+from app.learning.worker_process import WorkerProcess
 from app.serving.inspection import Inspector
 from engines.errors import KensaError
 from engines.machine.device import Device
@@ -60,11 +60,13 @@ class State:
 class Health:
     """Looks at everything. Its methods belong to the event loop's thread."""
 
-    def __init__(self, inspector: Inspector, jobs: Jobs, worker: Worker, data: Path) -> None:
+    def __init__(
+        self, inspector: Inspector, jobs: JobQueue, worker: WorkerProcess, data: Path
+    ) -> None:
         self._residents = inspector.residents
         self._worker = worker
         self._data = data
-        self._queue = Queue(jobs)
+        self._queue = JobCounts(jobs)
 
     async def look(self) -> State:
         """As it is now, within a fraction of a second."""
@@ -118,10 +120,10 @@ class Health:
         return await asyncio.to_thread(read)
 
 
-class Queue:
+class JobCounts:
     """How many jobs there are, asked in a thread of its own, and never twice at a time."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, jobs: JobQueue) -> None:
         self._jobs = jobs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="count")
         self._since = time.monotonic()

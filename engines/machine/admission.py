@@ -11,7 +11,7 @@ from engines.errors import OutOfMemory
 from engines.machine.memory import Free, Gpu, Need, Short, free_bytes, total_bytes
 from engines.machine.memory_needs import Learning, size, to_build, to_convert, to_learn
 from engines.meta import Meta
-from engines.queue.protocol import ConvertRequest, RetrainRequest
+from engines.queue.requests import ConvertRequest, RetrainRequest
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets
 from engines.store.plan import L4T_RELEASE, has_tensorrt
@@ -44,7 +44,8 @@ def short_of(data: Path, request: Request, free: Free) -> Short | None:
 def needs(data: Path, request: Request, free: Free) -> Need:
     """What a job takes at its peak."""
     store = Store(data / "models")
-    folder = _start(store, request)
+    version = store.to_start_from(request.model, request.version)
+    folder = store.folder(request.model, version) if version else None
     if isinstance(request, ConvertRequest):
         return _to_convert(folder, request, free)
     meta = _meta(folder, request)
@@ -102,14 +103,3 @@ def _meta(folder: Path | None, request: RetrainRequest) -> Meta:
     if folder is None:
         return Meta.parse({"model": request.kind, **request.meta})
     return Meta.read(folder / META).with_(**request.meta)
-
-
-def _start(store: Store, request: Request) -> Path | None:
-    """The version that a job starts from, as the job itself chooses it; None for a first one."""
-    name, known = request.model, store.versions(request.model)
-    if request.version is not None:
-        return store.folder(name, request.version)
-    pointer = store.pointer(name)
-    if pointer is not None and pointer.live in known:
-        return store.folder(name, pointer.live)
-    return store.folder(name, known[-1]) if known else None

@@ -134,7 +134,7 @@ def to_build(onnx: int, workspace_mib: int, free: int) -> int:
     """Bytes that TensorRT takes at most while it builds a plan of a graph; estimated.
 
     The weights are in the parser, in the builder and in the plan; the workspace is clamped to what
-    `workers.converting.build` allows it.
+    `workers.converting.plan.build` allows it.
     """
     return 3 * onnx + min(workspace_mib * MIB, max(LEAST_WORKSPACE, free // 4))
 

@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -164,6 +164,30 @@ class Store:
         before = [version for version in named[1:] if version in once]
         order = dict.fromkeys([*named[:1], *before, *once, *named])
         return [version for version in order if version in known]
+
+    def to_start_from(self, name: str, version: str | None = None) -> str | None:
+        """The version that a job starts from: the one it names, else the live one, else the newest.
+
+        None where there is none.
+
+        Raises:
+            UnknownModel, UnknownVersion: the one that is named is not there.
+        """
+        if version is not None:
+            self.folder(name, version)
+            return version
+        known, pointer = self.versions(name), self.pointer(name)
+        if pointer is not None and pointer.live in known:
+            return pointer.live
+        return known[-1] if known else None
+
+    def made_by(self, name: str, job_id: str) -> str | None:
+        """The version that a job published, also where it was killed before it could say so."""
+        for version in self.versions(name):
+            with suppress(BadBundle):  # a damaged version is not this job's affair
+                if self.manifest(name, version).origin.get("job") == job_id:
+                    return version
+        return None
 
     def activate(self, name: str, version: str) -> None:
         """Make a version the live one; the live one becomes the one before it.

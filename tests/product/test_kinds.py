@@ -1,6 +1,6 @@
 """Every kind of model through every command, as SPEC.md writes them, and served over HTTP.
 
-PatchCore's are in test_commands.py.
+PatchCore's are in tests/product/test_commands.py.
 """
 
 from __future__ import annotations

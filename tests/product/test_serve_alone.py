@@ -20,7 +20,7 @@ import pytest
 
 from app.serving.rollout import _behind_the_line
 from engines.errors import NoWorker
-from engines.queue.protocol import JobFolder
+from engines.queue.job_folder import JobFolder
 from support import double
 from support.containers import INSTALLED, JETSON, environment, health_check
 from support.installed import NOBODY, interpreter, lay_out, shut_in, tiny_model, why_not

@@ -39,8 +39,8 @@ from support.project import ROOT
 
 PASSWORD = "s3cr3t-pa55w0rd"
 # Everything ten times as fast; that GIVE_UP_S < DEAD_S stays.
-QUICK = ["jobs.POLL_S=0.1", "fleet.LOOK_EVERY_S=0.1", "jobs.LOOK_EVERY_S=0.1",
-         "fleet.WATCH_EVERY_S=0.3", "fleet.RELAY_EVERY_S=0.2", "lease.BEAT_S=0.2",
+QUICK = ["worker.POLL_S=0.1", "processes.LOOK_EVERY_S=0.1", "worker.WATCH_EVERY_S=0.3",
+         "exchange.RELAY_EVERY_S=0.2", "lease.BEAT_S=0.2",
          "lease.SILENT_S=1", "lease.GIVE_UP_S=2", "lease.DEAD_S=3"]  # fmt: skip
 
 
@@ -213,15 +213,16 @@ def noted(ledger: Path) -> list[list[str]]:
 
 
 def work(is_cheap: bool, data: Path, *settings: str) -> int:
-    from workers.jobs import worker
+    from workers.jobs import attempts
+    from workers.jobs.__main__ import main as run_worker
 
     if is_cheap:
-        worker.CHILD[:] = [sys.executable, __file__, "child"]
+        attempts.CHILD[:] = [sys.executable, __file__, "child"]
     for setting in settings:
         name, value = setting.split("=")
         module, constant = name.split(".")
-        setattr(importlib.import_module(f"workers.{module}"), constant, float(value))
-    return worker.main(["--data_dir", str(data)])
+        setattr(importlib.import_module(f"workers.jobs.{module}"), constant, float(value))
+    return run_worker(["--data_dir", str(data)])
 
 
 def child(data: Path, job_id: str, kind: str) -> int:

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.extend(str(Path(__file__).resolve().parents[n]) for n in (2, 1))
 
 if TYPE_CHECKING:
-    from app.learning.job_queue import Jobs
-    from engines.queue.protocol import RetrainRequest
+    from app.learning.job_queue import JobQueue
+    from engines.queue.requests import RetrainRequest
 
 LEDGER = "ledger.txt"  # what children did: begun, published or met, and the job
 ACCEPTED = "accepted.txt"  # whose submit returned, and the job
@@ -41,11 +41,11 @@ HELD = "held"  # there while the database is locked
 CLOCK = "clock"  # seconds that the worker's clock is ahead
 
 
-def opened(data: Path) -> Jobs:
-    from app.learning.job_queue import Jobs
+def opened(data: Path) -> JobQueue:
+    from app.learning.job_queue import JobQueue
     from engines.store.versions import Store
 
-    jobs = Jobs(data, Store(data / "models"))
+    jobs = JobQueue(data, Store(data / "models"))
     jobs.open()
     assert jobs.problem is None, jobs.problem
     return jobs
@@ -53,7 +53,7 @@ def opened(data: Path) -> Jobs:
 
 def asked(model: str, *, queue: bool = False, **what: Any) -> RetrainRequest:
     """A request whose job does `what`."""
-    from engines.queue.protocol import RetrainRequest
+    from engines.queue.requests import RetrainRequest
 
     content = {"model": model, "category": "any", "meta": what, "queue": queue}
     return RetrainRequest.model_validate(content)
@@ -72,9 +72,10 @@ def noted(path: Path) -> list[list[str]]:
 
 def work(data: Path, *settings: str) -> int:
     """The real worker; its children, the clock and what `settings` name are the test's."""
-    from workers.jobs import worker
+    from workers.jobs import attempts, worker
+    from workers.jobs.__main__ import main as run_worker
 
-    worker.CHILD[:] = [sys.executable, __file__, "child"]
+    attempts.CHILD[:] = [sys.executable, __file__, "child"]
     worker.POLL_S = 0.1
     system, _, *rest = os.uname()
     here = os.uname_result((system, f"host{os.getpid()}", *rest))
@@ -89,7 +90,7 @@ def work(data: Path, *settings: str) -> int:
         return true_time() + (float(ahead.read_text()) if ahead.exists() else 0.0)
 
     time.time = shifted
-    return worker.main(["--data_dir", str(data)])
+    return run_worker(["--data_dir", str(data)])
 
 
 def child(data: Path, job_id: str) -> int:

@@ -24,11 +24,12 @@ def main(cgroup: str, what: str, *rest: str) -> int:
         serve()
         return 0
     if what == "worker":
-        from workers.jobs import worker as jobs
+        from workers.jobs import attempts, worker
+        from workers.jobs.__main__ import main as work
 
-        jobs.CHILD[:] = [sys.executable, __file__, cgroup, "job"]
-        jobs.POLL_S = 0.1
-        return jobs.main(["--data_dir", rest[0]])
+        attempts.CHILD[:] = [sys.executable, __file__, cgroup, "job"]
+        worker.POLL_S = 0.1
+        return work(["--data_dir", rest[0]])
     from workers.jobs import job_process as job
 
     return job.main(Path(rest[0]), rest[1], rest[2])

@@ -33,7 +33,7 @@ from engines.store.golden import Golden
 from engines.store.plan import L4T_RELEASE, Machine, Precision, has_tensorrt
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.rebuild import DLA_IS_NOT_FOR_FLOAT32, builder_for, sample_parts
+from workers.converting.plan.rebuild import DLA_IS_NOT_FOR_FLOAT32, builder_for, sample_parts
 from workers.learning.dataset import Category, Images
 from workers.progress import Progress
 
@@ -130,7 +130,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         if golden is not None:
             report["golden_scores"] = [float(one) for one in expected]  # for who has no torch
         if machine is not None:
-            from workers.converting.build import Wanted, make_plan
+            from workers.converting.plan.build import Wanted, make_plan
 
             wanted = Wanted(
                 meta, precision, request.workspace, request.use_dla, bank, images, expected,

@@ -27,35 +27,29 @@ import psycopg
 from dbos import DBOS
 from sqlalchemy.exc import SQLAlchemyError
 
-from engines.errors import EXIT_CODE, BadBundle, BadSettings, KensaError, NoShared
+from engines.errors import EXIT_CODE, BadSettings, KensaError, NoShared
 from engines.files import write_atomically
 from engines.queue.fleet import Fleet
+from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import (
     ACTIVE,
     QUEUE,
     TRAINING,
     WORKFLOW,
-    JobFolder,
-    RetrainRequest,
     enqueue_options,
     job_of,
     training_of,
 )
+from engines.queue.requests import RetrainRequest
 from engines.store.plan import has_tensorrt
 from engines.store.shared import Shared
-from workers.jobs import worker
+from workers.jobs import exchange, processes, worker
+from workers.jobs.attempts import attend, attended, children, was_cancelled
+from workers.jobs.exchange import Relay, mirror, needed, patiently
 from workers.jobs.lease import Lease
-from workers.jobs.worker import (
-    LOOK_EVERY_S,
-    WATCH_EVERY_S,
-    attend,
-    attended,
-    children,
-    was_cancelled,
-)
+from workers.jobs.starting_point import start_version
 
 OWN_AT_ONCE = 32  # jobs of this machine that other machines learn for
-RELAY_EVERY_S = 1.0  # progress and log, through the shared store
 LOST_LOOKS = 30  # so often a job must be seen that runs, says the queue, and nobody attends
 INTERNAL_QUEUE = "_dbos_internal_queue"  # DBOS's, for rows that have lost the name of theirs
 
@@ -191,11 +185,9 @@ def prepare(
     while is_behind(fleet, job_id, request["model"]):
         if was_cancelled(job_id):
             return {"state": "cancelled"}
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(processes.LOOK_EVERY_S)
     if kind != "retrain":
         return {}
-    from workers.jobs.job_process import start_version  # reads models; only needed from here on
-
     folder.root.mkdir(parents=True, exist_ok=True)
     wanted = {"device": fleet.device, "model": request["model"], "retrain": request}
     parent = start_version(data, RetrainRequest(**request))
@@ -233,35 +225,6 @@ def is_behind(fleet: Fleet, job_id: str, model: str) -> bool:
     return own is not None and any(place < own for place in places.values())
 
 
-def needed(data: Path, request: RetrainRequest, parent: str | None) -> dict[str, Path]:
-    """The files that learning needs: images, the version to start from, weights.
-
-    Raises:
-        BadDataset, BadBundle, BadWeights: something is missing or damaged.
-    """
-    from engines.store.bundle import ONNX, PLAN
-    from engines.store.versions import Store
-    from workers.jobs.job_process import named_weights
-    from workers.learning.dataset import Category
-
-    datasets = data / "datasets"
-    images = Category.find(datasets, request.category)
-    files = {
-        f"datasets/{path.relative_to(datasets).as_posix()}": path
-        for path in (*images.train, *images.test_normal, *images.test_anomaly)
-        if path.resolve().is_relative_to(datasets.resolve())
-    }
-    if parent is not None:
-        store = Store(data / "models")
-        folder = store.check(request.model, parent)
-        names = set(store.manifest(request.model, parent).files) - {ONNX, PLAN}
-        files |= {f"start/{name}": folder / name for name in names}
-    weights = named_weights(data, request)
-    if weights is not None and weights != "untrained":
-        files[f"weights/{request.pretrained}"] = Path(weights)
-    return files
-
-
 def follow(data: Path, fleet: Fleet, shared: Shared, job_id: str) -> Ended:
     """Show progress and log of the machine that learns as this job's own; how that ended."""
     training_id, folder = training_of(job_id), JobFolder(data, job_id)
@@ -280,28 +243,7 @@ def follow(data: Path, fleet: Fleet, shared: Shared, job_id: str) -> Ended:
         if was_cancelled(job_id):
             DBOS.cancel_workflow(training_id)
             return {"state": "cancelled"}
-        time.sleep(RELAY_EVERY_S)
-
-
-def mirror(
-    fleet: Fleet, shared: Shared, job_id: str, folder: JobFolder, said: dict[str, str]
-) -> None:
-    """Make progress and log of the machine that learns this job's own. Raises NoShared."""
-    place = f"{fleet.device}/progress/{job_id}"
-    attempts = sorted(shared.names(place), key=lambda name: (len(name), name))
-    for attempt in attempts:
-        if attempt in said and attempt != attempts[-1]:
-            continue  # it says nothing more
-        content = shared.read(f"{place}/{attempt}")
-        with suppress(ValueError, KeyError, TypeError):
-            found = json.loads(content or b"")
-            said[attempt] = str(found["log"])
-            if attempt == attempts[-1] and found["progress"]:
-                folder.root.mkdir(parents=True, exist_ok=True)
-                folder.write_progress(found["progress"])
-    if said:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        folder.go_on_with("".join(said[attempt] for attempt in attempts if attempt in said))
+        time.sleep(exchange.RELAY_EVERY_S)
 
 
 def sweep(data: Path, fleet: Fleet, shared: Shared) -> None:
@@ -376,40 +318,6 @@ class CountedInTheQueue(JobFolder):
         return attempts
 
 
-class Relay:
-    """Sends progress and log of a job to the shared store, when they changed, until `end`."""
-
-    def __init__(self, shared: Shared, place: str, folder: CountedInTheQueue) -> None:
-        self._shared, self._place, self._folder = shared, place, folder
-        self._sent = b""
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """Send the last of it."""
-        self._ending.set()
-        self._thread.join()
-        self._send()
-
-    def _run(self) -> None:
-        while not self._ending.wait(RELAY_EVERY_S):
-            self._send()
-
-    def _send(self) -> None:
-        lines, _ = self._folder.lines()
-        content = {"progress": self._folder.progress(), "log": "".join(f"{x}\n" for x in lines)}
-        text = json.dumps(content).encode()
-        if text == self._sent or not (content["progress"] or lines):
-            return
-        try:
-            attempt = max(1, self._folder.attempts())
-            self._shared.write(f"{self._place}/{attempt}", text)
-            self._sent = text
-        except (NoShared, SQLAlchemyError) as error:  # it is only news
-            log.warning("How the job goes cannot be told: %s", error)
-
-
 # ---- both -------------------------------------------------------------------------------------
 
 
@@ -417,12 +325,12 @@ def watch(data: Path, fleet: Fleet, lease: Lease, dbos: DBOS) -> None:
     """Begin what is scheduled, take over from machines that died, and what fell through."""
     lost: dict[str, int] = {}
     while True:
-        time.sleep(WATCH_EVERY_S)
+        time.sleep(worker.WATCH_EVERY_S)
         try:
             worker.begin_scheduled(data, time.time(), fleet)
             running = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
             machines = {str(one.executor_id) for one in running} - {fleet.device}
-            for machine in lease.dead(machines, WATCH_EVERY_S):
+            for machine in lease.dead(machines, worker.WATCH_EVERY_S):
                 with lease.instead_of(machine) as is_dead:
                     if is_dead:
                         take_over(dbos, machine, [x.workflow_id for x in running
@@ -445,30 +353,6 @@ def take_over(dbos: DBOS, machine: str, job_ids: list[str]) -> None:
             log.warning("%s does not attend to job %s any more: it waits again", machine, job_id)
 
 
-def patiently(
-    work: Callable[[], Result], folder: JobFolder, stop: Callable[[], bool] = lambda: False
-) -> Result | None:
-    """What `work` returns, however long the shared store does not answer; None where told to stop.
-
-    Why it waits stands in the job's log.
-    """
-    pause, said = 1.0, ""
-    while True:
-        try:
-            return work()
-        except NoShared as error:
-            if str(error) != said:
-                said = str(error)
-                folder.say(f"{said} Trying again.")
-                log.warning("%s Trying again.", said)
-        end = time.monotonic() + pause
-        while time.monotonic() < end:
-            if stop():
-                return None
-            time.sleep(LOOK_EVERY_S)
-        pause = min(2 * pause, 30.0)
-
-
 def named(work: Callable[[], Ended]) -> Ended:
     """How a job ended whose step raised an error that has a name."""
     try:
@@ -479,26 +363,12 @@ def named(work: Callable[[], Ended]) -> Ended:
         return {"state": "failed", "code": "os_error", "error": f"It cannot be begun: {error}."}
 
 
-def checked(wanted: dict[str, Any]) -> tuple[str, str]:
-    """The names of machine and model out of the queue, as they may stand in a path.
-
-    Raises:
-        BadBundle: they may not.
-    """
-    from engines.store.versions import NAME
-
-    for key in ("device", "model"):
-        if not re.fullmatch(NAME, str(wanted.get(key))):
-            raise BadBundle(f"The queue names a {key} {wanted.get(key)!r}, which is no name.")
-    return wanted["device"], wanted["model"]
-
-
 def _shown(folder: JobFolder, phase: str) -> Callable[[int, int], None]:
     """Progress of what this process does itself, at most a few times a second."""
     last = [-1.0]
 
     def tick(done: int, total: int) -> None:
-        if done >= total or time.monotonic() - last[0] > RELAY_EVERY_S:
+        if done >= total or time.monotonic() - last[0] > exchange.RELAY_EVERY_S:
             last[0] = time.monotonic()
             folder.write_progress({"phase": phase, "done": done, "total": total, "fraction": 0.0})
 

@@ -13,25 +13,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engines.errors import BadBundle, BadMeta, BadWeights, KensaError, NoWorker, UnknownVersion
+from engines.errors import BadBundle, BadWeights, KensaError, NoWorker, UnknownVersion
 from engines.logs import FORMAT, set_up
 from engines.machine import admission
 from engines.meta import Meta
 from engines.queue.fleet import Fleet
-from engines.queue.protocol import (
-    PACE,
-    RUNNING,
-    ConvertRequest,
-    JobFolder,
-    RetrainRequest,
-    job_of,
-    training_of,
-)
+from engines.queue.job_folder import JobFolder
+from engines.queue.protocol import RUNNING, job_of, training_of
+from engines.queue.requests import ConvertRequest, RetrainRequest
 from engines.store.bundle import ONNX, PLAN, read_report
 from engines.store.shared import Shared
 from engines.store.versions import META, Store
 from workers.commands import hush_libraries
-from workers.jobs.worker import DISK_FULL, FULL, die_with_parent, published
+from workers.jobs.exchange import checked, patiently
+from workers.jobs.processes import DISK_FULL, FULL, die_with_parent, give_way
+from workers.jobs.starting_point import named_weights, start_version
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
@@ -95,7 +91,7 @@ def do(
         )
     if kind == "train":
         return _train_for_another(data, job_id, request, progress)
-    if (version := published(data, job_id, request["model"])) is not None:
+    if (version := store.made_by(request["model"], job_id)) is not None:
         return {"state": "succeeded", "version": version}
     if kind == "retrain":
         wait_for_memory(data, RetrainRequest(**request), progress)
@@ -115,7 +111,7 @@ def do(
         "activate": bool(request.get("activate", True)) and (made / ONNX).is_file(),
         "max_flips": request.get("max_flips"),
         "category": request.get("category"),
-        "parent": request.get("version") or _start(store, request["model"], None),
+        "parent": request.get("version") or store.to_start_from(request["model"]),
     }
     version = store.publish(request["model"], made, origin)
     progress.say(f"published as {version}")
@@ -214,8 +210,6 @@ def _train_for_another(
     data: Path, training_id: str, wanted: dict[str, Any], progress: JobProgress
 ) -> dict[str, Any]:
     """Learn what the queue of several machines asks for, and leave it for the one that asked."""
-    from workers.jobs.fleet_worker import checked, patiently
-
     fleet = Fleet.read(os.environ)
     assert fleet is not None
     shared = Shared.open(fleet.shared_url)
@@ -250,8 +244,6 @@ def _finish(
     store: Store, data: Path, job_id: str, learned: dict[str, Any], progress: JobProgress
 ) -> Path:
     """What another machine learned, or a training of this one, made ready to be published."""
-    from workers.jobs.fleet_worker import patiently
-
     fleet = Fleet.read(os.environ)
     assert fleet is not None
     folder = JobFolder(data, job_id)
@@ -278,7 +270,7 @@ def _finish(
 def _convert(
     store: Store, data: Path, request: ConvertRequest, work: Path, progress: JobProgress
 ) -> Path:
-    version = _start(store, request.model, request.version)
+    version = store.to_start_from(request.model, request.version)
     if version is None:
         raise UnknownVersion(f"{request.model} has no version to convert.")
     source = store.check(request.model, version)
@@ -300,7 +292,7 @@ def _convert(
 def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
     """Without torch: this may be a machine that only serves."""
     from workers.commands import summarise_plan
-    from workers.converting.rebuild import rebuild
+    from workers.converting.plan.rebuild import rebuild
 
     progress.phase("convert")
     report = rebuild(source, target, progress, **how)
@@ -339,43 +331,6 @@ def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]
 def _live(store: Store, name: str) -> Path | None:
     pointer = store.pointer(name)
     return store.folder(name, pointer.live) if pointer and pointer.live else None
-
-
-def start_version(data: Path, request: RetrainRequest) -> str | None:
-    """The version to start from; None for a first training.
-
-    Raises:
-        UnknownModel, UnknownVersion: there is no such version.
-        BadMeta: there is none, and the request does not say what to make.
-    """
-    parent = _start(Store(data / "models"), request.model, request.version)
-    if parent is None and request.kind is None:
-        raise BadMeta(
-            f"{request.model} was never trained: say its kind and, in meta, its"
-            " hyper-parameters, such as backbone, layers and image_size."
-        )
-    return parent
-
-
-def _start(store: Store, name: str, version: str | None) -> str | None:
-    """The version to start from: the one that is named, else the live one, else the newest."""
-    if version is not None:
-        store.folder(name, version)  # raises where it is not there
-        return version
-    known, pointer = store.versions(name), store.pointer(name)
-    if pointer is not None and pointer.live in known:
-        return pointer.live
-    return known[-1] if known else None
-
-
-def named_weights(data: Path, request: RetrainRequest) -> str | None:
-    """The weights that a request names, in a data folder. Raises BadWeights where they are not."""
-    if request.pretrained in (None, "untrained"):
-        return request.pretrained
-    path = data / "weights" / str(request.pretrained)
-    if not path.is_file():
-        raise BadWeights(f"{path} does not exist: put the weights there, or leave pretrained out.")
-    return str(path)
 
 
 def _failed_on_disk(folder: JobFolder, error: OSError) -> dict[str, Any]:
@@ -435,13 +390,6 @@ class JobProgress(Progress):
                 "pid": os.getpid(),
             }
         )
-
-
-def give_way() -> None:
-    """Run when nothing else wants to: the line comes first."""
-    if os.environ.get(PACE) != "full":
-        os.nice(19)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from app.http.bodies import ScheduleRequest
 from app.http.openapi import operations
 from app.main import create_app
+from app.routes.jobs import ScheduleRequest
 from app.settings import Settings
 from engines.errors import KensaError
-from engines.queue.protocol import ConvertRequest, RetrainRequest
+from engines.queue.requests import ConvertRequest, RetrainRequest
 from support.damage import seeds
 from support.server import Server, agreed, serving
 

@@ -564,7 +564,7 @@ def test_the_page_names_every_code_of_an_error(server: Server) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_curl_lines_of_the_page_work(kensa_model: Path, photo: bytes, tmp_path: Path) -> None:
-    """All but those of "Learn on the line", which tests/test_jobs.py goes through."""
+    """All but those of "Learn on the line", which test_job_queue.py goes through."""
     before, _, rest = DOCS.partition("## Learn on the line")
     blocks = re.findall(r"```sh\n(.*?)```", before + rest.partition("\n## ")[2], re.DOTALL)
     lines = [line for line in "".join(blocks).splitlines() if line.startswith("curl")]

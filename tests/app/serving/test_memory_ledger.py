@@ -447,14 +447,14 @@ def worker(data: Path, cgroup: Path, how: str) -> Iterator[None]:
 def test_a_job_waits_for_memory_visibly_until_there_is_some_or_it_is_cancelled(
     limits: Callable[[int, int], Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    from app.learning.job_queue import Jobs
-    from engines.queue.protocol import ConvertRequest
+    from app.learning.job_queue import JobQueue
+    from engines.queue.requests import ConvertRequest
 
     data = tmp_path / "data"
     store = Store(data / "models")
     for name in ("bolt", "nut", "rod"):
         store.activate(name, store.take_in(name, models[name], {}))
-    jobs = Jobs(data, store)
+    jobs = JobQueue(data, store)
     jobs.open()
     cgroup = limits(4000, 3000)
 
@@ -507,7 +507,7 @@ from engines.meta import Meta
 from workers.converting.export import export_onnx
 from workers.models import efficientad
 from workers.progress import Progress
-from workers.converting.rebuild import rebuild
+from workers.converting.plan.rebuild import rebuild
 
 small, *pairs = map(Path, sys.argv[1:])
 meta = Meta.parse({"model": "efficientad", "model_size": "small", "image_size": 256,

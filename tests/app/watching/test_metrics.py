@@ -26,7 +26,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as text_metrics
 from sqlalchemy.exc import OperationalError
 
-from app.http.request_log import Watch
+from app.http.request_log import RequestLog
 from app.main import create_app
 from app.serving.inspection import Timing
 from app.settings import Settings
@@ -180,7 +180,7 @@ def test_an_answer_of_an_inner_middleware_is_counted_and_has_an_id() -> None:
         sent.append(message)
 
     scope: Any = {"type": "http", "method": "POST", "path": "/infer", "headers": []}
-    asyncio.run(Watch(refuse, metrics)(scope, None, keep))  # type: ignore[arg-type]
+    asyncio.run(RequestLog(refuse, metrics)(scope, None, keep))  # type: ignore[arg-type]
     assert [name for name, _ in sent[0]["headers"]] == [b"x-request-id"]
     now = {
         (one.name, *one.labels.values()): one.value
@@ -674,7 +674,7 @@ def test_what_counting_costs_is_little() -> None:
     def least(app: Any) -> float:
         return min(asyncio.run(took_us(app)) for _ in range(10))
 
-    cost = least(Watch(counted, metrics)) - least(bare)
+    cost = least(RequestLog(counted, metrics)) - least(bare)
     print(f"an id, a line that is not logged, and 8 metrics: {cost:.1f} µs")
     assert cost < 100
 

@@ -3,7 +3,7 @@
 Where there is no TensorRT, copies on the device take the place of the engine. What is marked real
 runs only where pycuda is installed and finds a GPU that nobody else uses meanwhile:
 
-    python -m pytest -m 'soak or not soak' tests/test_cuda.py -k real
+    python -m pytest -m 'soak or not soak' tests/engines/runtimes/test_cuda.py -k real
 """
 
 from __future__ import annotations

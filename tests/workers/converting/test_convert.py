@@ -26,7 +26,9 @@ from pydantic import ValidationError
 
 from engines.errors import BadBundle, BadRequest, NoTensorRT, NoWorker
 from engines.meta import Meta
-from engines.queue.protocol import PACE, ConvertRequest, JobFolder
+from engines.queue.job_folder import JobFolder
+from engines.queue.protocol import PACE
+from engines.queue.requests import ConvertRequest
 from engines.store import plan as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.store.golden import GOLDEN, Golden
@@ -371,7 +373,7 @@ def test_a_disk_that_fills_up_leaves_the_old_engine(
     with doubled(users=USERS) as double:
         convert(request(few("vae"), engine), QUIET)
         before = files_of(engine)
-        build = importlib.import_module("workers.converting.build")
+        build = importlib.import_module("workers.converting.plan.build")
 
         def full(path: Path, plan: Any) -> None:
             path.write_bytes(bytes(plan)[:100])

@@ -140,7 +140,7 @@ def test_tensorrt_builds_a_plan_of_it_that_scores_the_same(
     quantised: Path, plain: Path, tmp_path: Path, version: str
 ) -> None:
     with doubled(version, users=BUILDING) as double:
-        build = importlib.import_module("workers.converting.build")
+        build = importlib.import_module("workers.converting.plan.build")
         wanted = build.Wanted(META, "int8", 512, False, None, IMAGES, scores(plain))
         report = build.make_plan(quantised.parent, Machine.read(), wanted, None, Heard())
         assert report["parity"]["ok"]

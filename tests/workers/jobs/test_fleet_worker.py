@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from app.learning.job_queue import Jobs
+from app.learning.job_queue import JobQueue
 from engines.errors import Conflict, NoWorker, UnknownJob
 from engines.files import sha256
 from engines.queue.fleet import Fleet
-from engines.queue.protocol import RetrainRequest
+from engines.queue.requests import RetrainRequest
 from engines.store.versions import Store
 from support.fleet import PASSWORD, Machine, Network, Postgres, bin_folder, noted, running_postgres
 from support.jobs import AGAIN, CATEGORY, ENDED, FIRST
@@ -51,7 +51,7 @@ class Line(Machine):
             for number in range(3):
                 (images / f"{number}.png").write_bytes(os.urandom(1000))
         fleet = Fleet.read(self.variables)
-        self.jobs = Jobs(self.data, Store(self.data / "models"), fleet)
+        self.jobs = JobQueue(self.data, Store(self.data / "models"), fleet)
         self.jobs.open()
         assert self.jobs.problem is None
 

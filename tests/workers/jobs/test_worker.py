@@ -24,14 +24,17 @@ from typing import Any
 
 import pytest
 
-from app.http.bodies import ScheduleRequest
 from app.learning import job_queue as app_jobs
+from app.routes.jobs import ScheduleRequest
 from engines.errors import BadRequest, Conflict, DiskFull, NoWorker, UnknownJob
-from engines.queue.protocol import ATTEMPTS, DATABASE, PARENT, JobFolder, last_due
+from engines.queue.job_folder import JobFolder
+from engines.queue.protocol import DATABASE, PARENT
+from engines.queue.schedules import last_due
 from engines.store.versions import Store
 from support.project import ROOT
 from support.queued import ACCEPTED, CLOCK, HELD, LEDGER, asked, fill, noted, opened
 from support.waiting import alive, until
+from workers.jobs.attempts import ATTEMPTS
 
 TEN_YEARS_S = 315_576_000
 ENDED = {"succeeded", "failed", "cancelled", "interrupted"}
@@ -379,7 +382,9 @@ def test_a_job_that_the_queue_calls_running_and_nobody_attends_is_taken_up(line:
 
 
 def test_a_process_whose_parent_died_before_it_looked_ends_itself() -> None:
-    program = "from workers.jobs import die_with_parent; die_with_parent(); print('lives')"
+    program = (
+        "from workers.jobs.processes import die_with_parent; die_with_parent(); print('lives')"
+    )
     for parent, lives in ((os.getpid(), True), (2**22 + 1, False)):
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -558,7 +563,7 @@ def test_a_database_locked_for_longer_than_anybody_waits_delays_a_job(line: Line
     job = line.submit(seconds=1)
     line.start()
     until(lambda: line.begun(job), "it was not begun")
-    late = app_jobs.Jobs(line.data, Store(line.data / "models"))
+    late = app_jobs.JobQueue(line.data, Store(line.data / "models"))
     with ThreadPoolExecutor() as threads, line.locked():
         submitted = threads.submit(line.submit, "bolt")
         opening = threads.submit(late.open)
@@ -630,7 +635,7 @@ def test_a_queue_that_cannot_be_read_now_is_not_put_aside(
 
     job = line.submit()
     monkeypatch.setattr(sqlite3, "connect", unreadable)
-    jobs = app_jobs.Jobs(line.data, Store(line.data / "models"))
+    jobs = app_jobs.JobQueue(line.data, Store(line.data / "models"))
     jobs.open()
     assert "disk I/O error" in str(jobs.problem)
     with pytest.raises(NoWorker, match="disk I/O error"):

@@ -186,7 +186,7 @@ def test_the_graph_gives_the_scores_of_torch_alone_and_in_a_batch(
 
 
 def test_in_half_precision_only_the_networks_are(model: EfficientAd) -> None:
-    """How well such a graph agrees is told in test_kinds.py."""
+    """How well such a graph agrees is told in tests/product/test_kinds.py."""
     efficientad.graph(model, half=True)
     assert {tensor.dtype for tensor in model.networks.student.parameters()} == {torch.float16}
     rest = [*model.networks.quantiles.values(), *model.networks.mean_std.values()]

@@ -19,9 +19,9 @@ from engines.meta import Kind, Meta
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
 from workers import models
-from workers.converting.anomalib_checkpoint import Checkpoint
-from workers.converting.anomalib_preparation import DEFAULT_SIZE, preparation
 from workers.converting.parity import FLOAT32_LIMIT
+from workers.importing.checkpoint import Checkpoint
+from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import calibrate
 from workers.learning.dataset import Images, measure_bit_depth
 from workers.models.patchcore import NEIGHBOURS

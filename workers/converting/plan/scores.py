@@ -1,6 +1,6 @@
 """The scores that a plan gives for images, to be compared with those of its graph.
 
-Only loaded where TensorRT is, by `workers.converting.build`.
+Only loaded where TensorRT is, by `workers.converting.plan.build`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pycuda.driver as cuda
 import tensorrt as trt
 from numpy.typing import NDArray
 
-from workers.converting.build_log import failure, logger
+from workers.converting.plan.log import failure, logger
 
 Scores = NDArray[np.float32]
 

@@ -32,12 +32,12 @@ from engines.machine.memory import MIB
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, read_report
 from engines.store.plan import Fingerprint, Machine, Precision
-from workers.converting.build_log import Log, failure, last_line, logger, memory_sentence
-from workers.converting.build_progress import Monitor
 from workers.converting.graphs import difference
 from workers.converting.parity import compare_in
-from workers.converting.plan_scores import Scores, score_images
-from workers.converting.timing_cache import TimingCache
+from workers.converting.plan.log import Log, failure, last_line, logger, memory_sentence
+from workers.converting.plan.progress import Monitor
+from workers.converting.plan.scores import Scores, score_images
+from workers.converting.plan.timing_cache import TimingCache
 from workers.progress import Progress
 
 MAX_BATCH = 4

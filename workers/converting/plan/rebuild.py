@@ -45,7 +45,7 @@ def rebuild(
     meta, report, bank = bundle.meta, bundle.report(), bundle.memory_bank()
     precision = _precision(report)
     machine = builder_for(precision, use_dla)
-    from workers.converting.build import Wanted, make_plan
+    from workers.converting.plan.build import Wanted, make_plan
 
     golden = Golden.read(source, meta.image_size)
     images = golden.images if golden else sample_parts(meta.image_size)
@@ -78,7 +78,7 @@ def builder_for(precision: Precision, use_dla: bool) -> Machine:
         raise BadRequest(DLA_IS_NOT_FOR_FLOAT32)
     machine = Machine.read()
     if use_dla:
-        from workers.converting.build import check_dla
+        from workers.converting.plan.build import check_dla
 
         check_dla()
     return machine

@@ -9,7 +9,7 @@ import numpy as np
 
 from engines.errors import BadWeights
 from engines.meta import Kind
-from workers.converting.anomalib_checkpoint import Checkpoint
+from workers.importing.checkpoint import Checkpoint
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 
 DEFAULT_SIZE = 256  # pixels: anomalib's own pre-processor of all three kinds

@@ -1,6 +1,6 @@
 """What TensorRT says while a plan is made, and the errors with sentences that come of it.
 
-Only loaded where TensorRT is, by `workers.converting.build`.
+Only loaded where TensorRT is, by `workers.converting.plan.build`.
 """
 
 from __future__ import annotations

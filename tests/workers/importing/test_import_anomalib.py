@@ -36,10 +36,10 @@ from engines.store.bundle import Bundle
 from engines.verdict import Scale, judge
 from support.project import ROOT
 from workers import models
-from workers.converting import import_anomalib as worker
 from workers.converting.convert import Convert, convert
-from workers.converting.import_anomalib import Import, import_anomalib
 from workers.converting.parity import FLOAT32_LIMIT
+from workers.importing import import_anomalib as worker
+from workers.importing.import_anomalib import Import, import_anomalib
 from workers.models import Training
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part

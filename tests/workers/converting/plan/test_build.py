@@ -46,7 +46,7 @@ class Bench:
 
     double: Double
     root: Path
-    build: Any  # the module workers.converting.build, on this double
+    build: Any  # the module workers.converting.plan.build, on this double
     heard: Heard = field(default_factory=Heard)
 
     def folder(self, name: str, data: bytes) -> Path:
@@ -74,7 +74,7 @@ class Bench:
 
 
 def bench(double: Double, root: Path) -> Bench:
-    return Bench(double, root, importlib.import_module("workers.converting.build"))
+    return Bench(double, root, importlib.import_module("workers.converting.plan.build"))
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_the_workspace_is_said_where_it_is_less_than_was_asked_for(nano: Bench) 
 
 
 def test_dla_is_refused_where_there_is_none(nano: Bench) -> None:
-    from workers.converting.rebuild import builder_for
+    from workers.converting.plan.rebuild import builder_for
 
     with pytest.raises(BadRequest, match=r"has no DLA core \(an Orin Nano has none\): leave out"):
         builder_for("f16", use_dla=True)
@@ -507,7 +507,7 @@ def test_progress_goes_up_to_the_end(each: Bench) -> None:
 
 
 def test_phases_within_phases_are_one_share(nano: Bench) -> None:
-    from workers.converting.build_progress import Phases
+    from workers.converting.plan.progress import Phases
 
     phases = Phases()
     assert phases.fraction() == 0
@@ -573,7 +573,7 @@ def test_what_fails_while_progress_is_shown_ends_the_build(nano: Bench) -> None:
 
 def steps(it: Bench, name: str) -> int:
     """How many steps a build had."""
-    from workers.converting.build_progress import Phases
+    from workers.converting.plan.progress import Phases
 
     count, step = [0], Phases.step
 

@@ -1,6 +1,6 @@
 """TensorRT's phases within phases as one bar, and the way to stop a build.
 
-Only loaded where TensorRT is, by `workers.converting.build`.
+Only loaded where TensorRT is, by `workers.converting.plan.build`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""`GateReplay`: images that the live version and a new one are shown, in the gaps of the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from app.serving.inspection import Inspector
+from engines.errors import BadBundle
+from engines.meta import Meta
+from engines.serving import gate
+from engines.serving.gate import Replay, Replayed
+from engines.serving.resident import Resident
+from engines.store.bundle import read_report
+from engines.store.golden import Golden
+from engines.store.versions import META, Store
+from engines.verdict import Verdict, judge
+
+
+class GateReplay:
+    """Finds the images, asks a version about them, and keeps what the parts look like."""
+
+    def __init__(self, store: Store, inspector: Inspector) -> None:
+        self._store = store
+        self._inspector = inspector
+
+    def find(
+        self, name: str, old: Resident | None, version: str
+    ) -> tuple[list[Replay], dict[str, Any]]:
+        """What to show to both, and the report of the new one. Blocks."""
+        folder = self._store.folder(name, version)
+        report = read_report(folder)
+        if old is None or Meta.read(folder / META).image_size != old.runtime.image_size:
+            return [], report  # nothing to compare with, or no image that both could see
+        size = old.runtime.image_size
+        folders = self._store.folder(name, old.version), folder
+        goldens = [_golden(one, size) for one in folders]
+        return list(gate.replays(goldens, self._inspector.recent(name), size)), report
+
+    async def ask(self, model: Resident, one: Replay) -> Verdict:
+        """What a version says of an image, once no part is being inspected."""
+        pixels = one.image[None]
+        scores, _ = await self._inspector.in_a_gap(lambda: model.runtime.infer(pixels))
+        return judge(float(scores[0]), model.scale)
+
+    def keep_pictures(self, name: str, version: str, replayed: list[Replayed]) -> None:
+        """What the parts look like whose verdict changes, for the person who decides. Blocks."""
+        folder = self._store.gate_folder(name, version)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.jpg"):
+            old.unlink()
+        for number, one in enumerate(gate.flipped(replayed)):
+            _, data = cv2.imencode(".jpg", one.replay.image[..., ::-1])
+            (folder / f"{number}.jpg").write_bytes(data.tobytes())
+
+
+def _golden(folder: Path, size: int) -> Golden | None:
+    try:
+        return Golden.read(folder, size)
+    except BadBundle:  # of another size: the version before was trained otherwise
+        return None

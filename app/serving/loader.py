@@ -1,0 +1,137 @@
+"""`Loader`: the thread that opens and closes versions, behind the line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from app.serving.inspection import Inspector
+from app.settings import Settings
+from engines.errors import BadBundle, BadMeta, DiskFull
+from engines.machine.memory import give_back
+from engines.runtimes.compiled_cache import usable_cache
+from engines.serving.opening import Opening, open_model
+from engines.serving.resident import Resident, describe
+from engines.store.versions import Store
+
+log = logging.getLogger("kensa")
+Result = TypeVar("Result")
+
+
+class Loader:
+    """Works with disks and engines beside the line. Its methods belong to the event loop's thread.
+
+    There is one thread, so two versions are never opened at once.
+    """
+
+    def __init__(self, store: Store, inspector: Inspector, settings: Settings) -> None:
+        self.opening = Opening(
+            settings.precision,
+            settings.threads,
+            batching=settings.batching == "on",
+            runtime=settings.runtime,
+            fallback=settings.fallback,
+            keep_warm_s=settings.keep_warm_s,
+        )
+        self._store = store
+        self._inspector = inspector
+        self._compiled_dir = settings.compiled_dir
+        self._thread = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # the version that was replaced last
+
+    async def start(self) -> None:
+        """Find out where compiled networks may be kept."""
+        cache = await self.do(lambda: usable_cache(self._compiled_dir))
+        self.opening = replace(self.opening, cache_dir=cache)
+
+    async def close(self) -> None:
+        """Give up what was begun, and let what runs in the thread end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+
+    # ---- how work is done ---------------------------------------------------------------------
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do work that nobody waits for; `close` gives it up."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def do(self, work: Callable[[], Result]) -> Result:
+        """Do work in the thread; its errors are raised here."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def write(self, work: Callable[[], Result]) -> Result:
+        """The same for writing to the store, where a full disk gets its name."""
+        try:
+            return await self.do(work)
+        except OSError as error:
+            raise DiskFull(f"Nothing was changed: {error.strerror}. Free some space.") from error
+
+    # ---- a version comes, and goes ------------------------------------------------------------
+
+    async def open(self, name: str, version: str, beside: Resident | None) -> Resident:
+        """Check and open a version; one that cannot be used is put aside.
+
+        Args:
+            beside: the live version, whose engine may be shared.
+
+        Raises:
+            BadBundle, BadMeta, StalePlan, NoTensorRT, OutOfMemory: as `open_model`.
+        """
+
+        def work() -> Resident:
+            try:
+                folder = self._store.check(name, version)
+                return open_model(folder, name, version, self.opening, beside)
+            except (BadBundle, BadMeta) as error:
+                self._store.refuse(name, version, str(error))
+                raise
+
+        began = time.perf_counter()
+        model = await self.do(work)
+        log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
+        return model
+
+    async def let_go(self, model: Resident) -> None:
+        """Close a version once the last request that it has to answer is answered."""
+        await self._inspector.residents.until_unused(model)
+        await self.shut(model)
+
+    def let_go_soon(self, model: Resident) -> None:
+        """The same, and `until_gone` waits for it."""
+        self._leaving[model.name] = self.begin(self.let_go(model))
+
+    async def until_gone(self, name: str) -> None:
+        """Wait until the version of a model that was replaced last has given its memory back."""
+        if name in self._leaving:
+            await asyncio.wait([self._leaving.pop(name)])
+
+    async def shut(self, model: Resident) -> None:
+        """Close a version that nobody uses."""
+
+        def close() -> None:
+            model.runtime.close()
+            give_back()
+
+        # A request that was given up counts no longer, and its image may still be in the engine.
+        await self._inspector.batcher.call(lambda: None)
+        await self.do(close)
+        log.debug("Closed %s %s", model.name, model.version)
+
+
+def _behind_the_line() -> None:
+    thread = threading.get_native_id()
+    already = os.getpriority(os.PRIO_PROCESS, thread)  # only root may go back to less
+    os.setpriority(os.PRIO_PROCESS, thread, max(already, 10))

@@ -1,0 +1,121 @@
+"""What a job is asked for: the bodies of POST /retrain and POST /convert."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from engines.meta import Kind
+from engines.store.versions import NAME
+
+META_LEVELS = 8  # of lists and objects in each other; a meta.json has two
+
+JobKind = Literal["retrain", "convert"]
+
+
+class JobRequest(BaseModel):
+    """What jobs have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    model: str = Field(pattern=NAME, description="The model's name in this server.")
+    version: str | None = Field(
+        None, description="The version to start from; without it, the live one, or the newest."
+    )
+    activate: bool = Field(
+        True, description="Let the result go live when it passes the gate; else it is only kept."
+    )
+    max_flips: float | None = Field(
+        None, ge=0, le=1, description="Instead of KENSA_GATE_FLIPS, for this job."
+    )
+    queue: bool = Field(
+        False, description="Wait behind a job of the same model, rather than be refused with 409."
+    )
+
+
+class RetrainRequest(JobRequest):
+    """Learn from the images of a category, and put the result in the place of the live version."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "bracket", "category": "bracket"}]}
+    )
+
+    category: str = Field(pattern=NAME, description="The dataset, as in /datasets.")
+    kind: Kind | None = Field(None, description="Needed for the first training of a model.")
+    meta: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of meta.json: all hyper-parameters for a first training, else those that"
+        " change.",
+    )
+    update: bool = Field(
+        True,
+        description="Keep what the model knows, and add to it; false learns anew. An EfficientAD or"
+        " VAE goes on from its weights.",
+    )
+    pretrained: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="For a first training: a file in the folder weights of the data folder, or the"
+        " word untrained. Without it, timm's weights.",
+    )
+    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the images.")
+    batch: int = Field(4, ge=1, le=256, description="Images at once.")
+    convert: bool = Field(True, description="Make an engine of it; without one it cannot go live.")
+
+    @field_validator("meta")
+    @classmethod
+    def _can_be_sent_back(cls, meta: dict[str, Any]) -> dict[str, Any]:
+        if not _is_plain(meta, META_LEVELS):
+            raise ValueError(
+                f"it may hold what JSON has, in UTF-8, at most {META_LEVELS} levels deep, and no"
+                " NaN or Infinity"
+            )
+        return meta
+
+
+class ConvertRequest(JobRequest):
+    """Make an engine of a version that has weights, as convtrt.py does."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bracket"}]})
+
+    opset: Literal[17, 18] = Field(17, description="Of the ONNX graph.")
+    fp16: bool = Field(False, description="The backbone in half precision.")
+    int8: bool = Field(
+        False,
+        description="Convolutions in int8, with ranges from the golden images, and from those of"
+        " category; refused where it scores or judges otherwise.",
+    )
+    category: str | None = Field(
+        None, pattern=NAME, description="For int8: the dataset to measure ranges and AUROC on."
+    )
+    workspace: int = Field(4096, ge=1, le=1_048_576, description="MiB for building a plan.")
+    use_dla: bool = Field(False, description="Use the accelerator of a Jetson that has one.")
+    from_onnx: bool = Field(
+        False,
+        description="Build the plan again from the version's own model.onnx: needs no training"
+        " packages.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ConvertRequest:
+        if self.fp16 and self.int8:
+            raise ValueError("either fp16 or int8: what is not in int8 stays in float32")
+        if self.category is not None and not self.int8:
+            raise ValueError("category is for int8")
+        if self.from_onnx and (self.fp16 or self.int8):
+            raise ValueError("from_onnx takes the graph as it is: leave out fp16 and int8")
+        return self
+
+
+def _is_plain(value: Any, levels: int) -> bool:
+    """Whether a value that a client sent can be sent back, inside another one, as JSON in UTF-8."""
+    if isinstance(value, dict):
+        keys = all(_is_plain(key, 0) for key in value)
+        return keys and levels > 0 and all(_is_plain(one, levels - 1) for one in value.values())
+    if isinstance(value, list):
+        return levels > 0 and all(_is_plain(one, levels - 1) for one in value)
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,1 @@
+"""model.onnx -> model.plan, by TensorRT: built, refitted or kept, and always proved."""

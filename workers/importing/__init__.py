@@ -1,0 +1,1 @@
+"""A checkpoint of anomalib -> the files that retrain.py would have left."""
