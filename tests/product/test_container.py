@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from setuptools import find_packages
 
 import convtrt
 from app.__main__ import main
@@ -102,11 +103,15 @@ def test_the_image_that_serves_has_no_torch_and_the_full_one_has() -> None:
     assert {"jetson", "train"} <= PROJECT["project"]["optional-dependencies"].keys()
 
 
-def test_the_packages_stage_has_the_folders_that_pyproject_lists() -> None:
-    (made,) = re.findall(r"mkdir -p (app[^&]*)", "\n".join(of("RUN", "packages")))
-    wanted = {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
-    has = {str(place) for one in made.split() for place in (Path(one), *Path(one).parents)}
-    assert has - {"."} == wanted
+def test_every_folder_of_ours_is_a_package_and_pyproject_finds_nothing_else() -> None:
+    found = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    ours = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ("app", "engines", "workers")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert len(ours) > 15
+    assert set(find_packages(str(ROOT), **found)) == ours
 
 
 def test_the_image_s_user_is_nobody_in_particular_and_owns_just_the_volumes() -> None:

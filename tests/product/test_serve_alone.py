@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.serving.rollout import _behind_the_line
+from app.serving.loader import _behind_the_line
 from engines.errors import NoWorker
 from engines.queue.job_folder import JobFolder
 from support import double

@@ -31,7 +31,7 @@ from app.main import create_app
 from app.serving.inspection import Timing
 from app.settings import Settings
 from app.watching import health
-from app.watching.health import Queue, State
+from app.watching.health import JobCounts, State
 from app.watching.metrics import Metrics
 from engines.logs import note
 from engines.machine.device import Device
@@ -351,7 +351,7 @@ def test_a_queue_that_hangs_is_asked_once_and_named(monkeypatch: pytest.MonkeyPa
     jobs: Any = SlowJobs()
 
     async def go() -> None:
-        queue = Queue(jobs)
+        queue = JobCounts(jobs)
         jobs.may_answer.set()
         assert await queue.look() == ({"queued": 1}, None)
         assert await queue.look() == ({"queued": 1}, None)  # fresh, so it is not asked again
@@ -390,7 +390,7 @@ def test_a_queue_that_cannot_be_read_is_named_until_it_can(
     jobs.count = fail_once
 
     async def go() -> None:
-        queue = Queue(jobs)
+        queue = JobCounts(jobs)
         known, problem = await queue.look()
         assert known is None
         assert problem is not None
@@ -405,7 +405,7 @@ def test_a_queue_that_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch)
     jobs.is_open = False
 
     async def go() -> None:
-        queue = Queue(jobs)
+        queue = JobCounts(jobs)
         assert await queue.look() == (None, None)  # it is being opened
         monkeypatch.setattr(health, "OPENING_S", 0.0)
         _, problem = await queue.look()

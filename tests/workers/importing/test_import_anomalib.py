@@ -612,7 +612,7 @@ def test_a_kill_leaves_what_was_there_and_the_next_import_clears_up(
 ) -> None:
     script = (
         "import os, signal, sys; import import_anomalib as command;"
-        " from workers.converting import import_anomalib as worker;"
+        " from workers.importing import import_anomalib as worker;"
         " worker.write_report = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
         " command.main(sys.argv[1:])"
     )

@@ -100,9 +100,9 @@ def test_the_same_image_scores_the_same_every_time(model: Vae) -> None:
 
 def test_the_same_image_scores_the_same_in_another_process(model: Vae, weights: Path) -> None:
     script = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+import sys; sys.path[:0] = {[str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]!r}
 from pathlib import Path
-from tests.test_vae import as_ever, parts, vae
+from test_vae import as_ever, parts, vae
 print(*vae.scores(as_ever(Path({str(weights)!r})), [parts(21, 22)]).tolist())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
