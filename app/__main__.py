@@ -42,7 +42,7 @@ def main() -> None:
         settings = Settings.read()
         settings.data  # noqa: B018 (raises where there is no place for it)
         _log_lines(settings)
-        from app.http.security import Access
+        from app.http.access import Access
 
         Access(settings).must_be_safe()
         listener = listen(settings.host, settings.port)

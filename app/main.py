@@ -16,12 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from app.http.access import Access
+from app.http.body_limit import BodyLimit
+from app.http.known_hosts import KnownHosts
 from app.http.openapi import describe, operation_id
 from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
-from app.http.security import Access, BodyLimit, KnownHosts
-from app.learning.job_queue import JobQueue
-from app.learning.worker_process import WorkerProcess
-from app.routes import datasets, infer, models, oip, system
+from app.jobs.job_queue import JobQueue
+from app.jobs.worker_process import WorkerProcess
+from app.routes import datasets, infer, models, open_inference, system
 from app.routes import jobs as jobs_routes
 from app.serving.inspection import Inspection, Inspector
 from app.serving.rollout import Rollout
@@ -44,8 +46,8 @@ _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
-    infer.router, models.router, jobs_routes.router, datasets.router, system.router, oip.router,
-    oip.control, oip.health,
+    infer.router, models.router, jobs_routes.router, datasets.router, system.router,
+    open_inference.router, open_inference.control, open_inference.health,
 )  # fmt: skip
 
 
@@ -59,11 +61,11 @@ def create_app(settings: Settings) -> FastAPI:
     jobs.answering = rollout.answering
     worker = WorkerProcess(settings.data, settings)
     metrics = Metrics(version())
-    inspector.on_busy = worker.on_busy
+    inspector.admission.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     rollout.on_swap = metrics.swapped
     rollout.on_rest = metrics.rested
-    metrics.queue_length = lambda: inspector.under_way
+    metrics.queue_length = lambda: inspector.admission.under_way
 
     def on_inspection(done: Inspection) -> None:
         metrics.inspected(done)

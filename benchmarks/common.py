@@ -51,7 +51,7 @@ def find_subject(folder: Path) -> Subject:
     from engines.meta import Meta
     from workers.learning.dataset import Category
     from workers.models.backbone import UNTRAINED
-    from workers.sample_parts.dataset import CATEGORY, write_dataset
+    from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
     known = {"backbone": BACKBONE, "layers": LAYERS, "coreset_ratio": RATIO, "image_size": SIDE}
     meta = Meta.model_validate({"model": "patchcore", "bit_depth": 8, **known})

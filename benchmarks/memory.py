@@ -99,7 +99,7 @@ def measured(
 
 
 def _draw(folder: Path, images: int) -> None:
-    from workers.sample_parts.dataset import write_dataset
+    from workers.sample_parts.write_dataset import write_dataset
 
     write_dataset(folder, train=images, normal=2, per_kind=1, size=320)
 

@@ -79,7 +79,7 @@ def once(pytestconfig: pytest.Config) -> Once:
 @pytest.fixture(scope="session")
 def sample_data(once: Once) -> Path:
     """Drawn sample parts in the layout that retrain.py reads; category sample_bracket."""
-    from workers.sample_parts.dataset import write_dataset
+    from workers.sample_parts.write_dataset import write_dataset
 
     return once("data", partial(write_dataset, train=16, normal=6, per_kind=2, size=320))
 

@@ -22,15 +22,15 @@ from support.project import ROOT
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "files", "logs"), ("image", "meta"), ("verdict",), ("store",), ("queue",),
-        ("machine",), ("runtimes",), ("serving", "command"),
+        ("machine",), ("runtimes",), ("serving", "inference_command"),
     ),
     "workers": (
         ("progress",), ("commands",), ("models", "sample_parts"), ("distil", "learning"),
         ("converting",), ("evaluation", "importing", "jobs", "demo"),
     ),
     "app": (
-        ("settings",), ("learning",), ("serving",), ("watching",), ("http",), ("oip",), ("routes",),
-        ("main",), ("__main__",),
+        ("settings",), ("jobs",), ("serving",), ("watching",), ("http",), ("open_inference",),
+        ("routes",), ("main",), ("__main__",),
     ),
 }  # fmt: skip
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}
@@ -109,7 +109,12 @@ def test_the_server_and_its_engines_never_load_what_only_training_needs_and_neve
     OpenVINO would fork, and tell others that it is used, unless it is kept from that.
     """
     wanted = modules("app") + modules("engines")
-    assert {"app.main", "app.__main__", "engines.command", "engines.runtimes.openvino"} <= {*wanted}
+    assert {
+        "app.main",
+        "app.__main__",
+        "engines.inference_command",
+        "engines.runtimes.openvino",
+    } <= {*wanted}
     program = (
         "import importlib, os, sys\n"
         "os.register_at_fork(before=lambda: print('forked'))\n"
@@ -183,7 +188,7 @@ def test_the_server_does_not_know_the_workers() -> None:
 def test_only_one_runtime_knows_openvino_and_only_its_files_import_it() -> None:
     serving = files("app") + files("engines")
     users = [path for path in serving if "openvino" in set(imports(path))]
-    assert [path.name for path in users] == ["openvino.py", "openvino_search.py"]
+    assert [path.name for path in users] == ["openvino.py", "openvino_bank_search.py"]
 
 
 # Paths

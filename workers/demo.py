@@ -19,7 +19,7 @@ from engines.errors import BadWeights, RuntimeFailed
 from engines.meta import Meta
 from workers.commands import run, summarise_conversion, summarise_training
 from workers.progress import Progress
-from workers.sample_parts.dataset import CATEGORY, write_dataset
+from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
 HYPER_PARAMETERS = {
     "model": "patchcore",

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from app.http.bodies import error_response
+from app.http.base_body import error_response
 
 Answers = dict[int, dict[str, Any]]
 Operation = dict[str, Any]  # of an OpenAPI document

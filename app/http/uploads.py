@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.http.security import body_of
+from app.http.body_limit import body_of
 from engines.errors import BadRequest, UnsupportedBody, UploadTooLarge
 from engines.store.datasets import Datasets, room
 from engines.store.image_names import readable

@@ -12,8 +12,8 @@ from fastapi import Path as InPath
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from pydantic import Field
 
-from app.http.bodies import Body, error_response
-from app.http.security import needs
+from app.http.access import needs
+from app.http.base_body import Body, error_response
 from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
 from engines.errors import BadRequest, Conflict, KensaError

@@ -13,10 +13,11 @@ from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.http.bodies import Body, error_response
+from app.http.access import needs
+from app.http.base_body import Body, error_response
+from app.http.body_limit import body_of
 from app.http.deadlines import LONGEST_MS, within_deadline
 from app.http.request_log import request_id
-from app.http.security import body_of, needs
 from app.serving.inspection import Drawing, Inspection, Inspector
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 from engines.verdict import Label
@@ -192,15 +193,15 @@ async def infer(
     """
     inspector: Inspector = request.app.state.inspector
     inspector.residents.call(model or None)  # before the image is read
-    inspector.check_room()
+    inspector.admission.check_room()
     answer = wanted(request.headers.get("accept", ""))
     drawing: Drawing | None = "overlay" if answer == "image/png" else None
     if heatmap and answer == "application/json":
         drawing = "heatmap"
     try:
-        with inspector.holding() as hold:
+        with inspector.admission.holding() as hold:
             data = await read_image(request, inspector.limits.max_bytes, hold)
-            with inspector.admitted():
+            with inspector.admission.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
                 inspection = await within_deadline(request, inspecting, deadline_ms)
     except BadImage:

@@ -16,15 +16,15 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ConfigDict, Field
 
-from app.http.bodies import Body
-from app.http.bodies import error_response as problem
-from app.http.security import KeyFirst, needs
-from app.learning.job_queue import ENDED, JobQueue
+from app.http.access import KeyFirst, needs
+from app.http.base_body import Body
+from app.http.base_body import error_response as problem
+from app.jobs.job_queue import ENDED, JobQueue
 from app.serving.rollout import Rollout
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
-from engines.machine import admission
+from engines.machine import job_memory
 from engines.meta import Meta
-from engines.queue.requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.queue.job_requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.store.datasets import Datasets
 from engines.store.versions import NAME
 
@@ -393,8 +393,8 @@ async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> 
     if found is None:
         return
     waits = settings.job_memory == "wait" or await _ask(_jobs(request).active)
-    if not waits or admission.never(found):
-        raise admission.refusal(body, found)
+    if not waits or job_memory.never(found):
+        raise job_memory.refusal(body, found)
 
 
 async def _ask(work: Callable[[], Result]) -> Result:

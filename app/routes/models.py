@@ -10,9 +10,9 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from pydantic import Field, ValidationError
 
-from app.http.bodies import Body, error_response
+from app.http.access import needs
+from app.http.base_body import Body, error_response
 from app.http.model_zip import unpack_model
-from app.http.security import needs
 from app.http.uploads import receive, upload_folder
 from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout

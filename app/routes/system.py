@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from pydantic import Field
 
-from app.http.bodies import Body, error_response
-from app.http.security import needs
+from app.http.access import needs
+from app.http.base_body import Body, error_response
 from app.serving.inspection import Inspector
 from app.watching.health import Health
 from app.watching.metrics import Metrics

@@ -6,25 +6,23 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.serving.admission import Admission
 from app.serving.inference_statistics import InferenceStatistics, Timing
 from app.settings import Settings
-from engines.errors import Overloaded
 from engines.image import ImageLimits, decode, resize
 from engines.runtimes import cuda
 from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
 from engines.verdict import Verdict, heatmap, judge, overlay_png, png
 
-INBOX = 16  # bodies in memory at once, of the largest size allowed
 LINE_SHARE = 100  # the gate takes at most one part in so many of a line that has no gaps
 Drawing = Literal["heatmap", "overlay"]
 Image = bytes | NDArray[np.uint8]
@@ -59,23 +57,18 @@ class Inspector:
 
     def __init__(self, settings: Settings) -> None:
         self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self.admission = Admission(settings.queue_size, settings.max_image_bytes)
         self.residents = Residents()
         self.counts = Counts()
         self.statistics = InferenceStatistics()
         self.started = time.monotonic()
-        self.on_busy: Callable[[bool], None] = lambda _: None  # a part came, or the last one went
         self.on_inspection: Callable[[Inspection], None] = lambda _: None
         self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
         self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
         self._keep = settings.gate_recent
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self.batcher = Batcher()
-        self._queue_size = settings.queue_size
-        self._inbox_bytes = 0
-        self._under_way = 0
         self._patience_s = 1.0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     async def close(self) -> None:
         """Drop what waits, let what runs end, give the memory back."""
@@ -99,62 +92,10 @@ class Inspector:
         A line without gaps is not waited for longer than the work may take up of it, a hundredth.
         """
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self._patience_s)
+            await asyncio.wait_for(self.admission.idle.wait(), self._patience_s)
         done = await self.batcher.call(work)
         self._patience_s = done.worked_ms / 1000 * LINE_SHARE
         return done.result
-
-    # ---- what is let in -----------------------------------------------------------------------
-
-    @property
-    def under_way(self) -> int:
-        """Requests that wait for their verdict."""
-        return self._under_way
-
-    def check_room(self) -> None:
-        """Raise Overloaded where a request would not be let in now."""
-        if self._under_way >= self._queue_size:
-            raise Overloaded(
-                f"{self._under_way} parts wait for their verdict already, as many as"
-                " KENSA_QUEUE_SIZE allows: send this one again a little later."
-            )
-
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A request waits for its verdict in this block. Raises Overloaded, as `check_room`."""
-        self.check_room()
-        self._under_way += 1
-        if self._under_way == 1:
-            self._idle.clear()
-            self.on_busy(True)
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if self._under_way == 0:
-                self._idle.set()
-                self.on_busy(False)
-
-    @contextmanager
-    def holding(self) -> Iterator[Callable[[int], None]]:
-        """Count the bytes of a body that is in memory for as long as this block.
-
-        What it yields is called with the size of each chunk, and raises Overloaded when all bodies
-        together are too much, such as hundreds of large ones that arrive at the same time.
-        """
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            if self._inbox_bytes + size > INBOX * self.limits.max_bytes:
-                raise Overloaded("Too many large images arrive at once: send them one by one.")
-            held += size
-            self._inbox_bytes += size
-
-        try:
-            yield hold
-        finally:
-            self._inbox_bytes -= held
 
     # ---- one image ----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from app.serving.loader import Loader
 from app.settings import Settings
 from engines.errors import OutOfMemory
-from engines.machine import admission
+from engines.machine import job_memory
 from engines.machine.memory import MIB, Free, Need, Short
 from engines.serving.opening import gpu_memory, memory_needed
 from engines.serving.resident import Residents
@@ -81,13 +81,17 @@ class MemoryLedger:
         """What was promised to a model is taken, or no longer needed."""
         self._promised.pop(name, None)
 
-    async def job_short_of(self, request: admission.Request) -> Short | None:
+    def owes_nothing(self) -> bool:
+        """Whether no memory is promised to a version that is about to be opened."""
+        return not self._promised
+
+    async def job_short_of(self, request: job_memory.Request) -> Short | None:
         """What a job would be short of that began now, beside all that is in memory."""
         data, promised = self._settings.data, [*self._promised.values()]
 
         def look() -> Short | None:
-            free = admission.free_for_jobs(gpu_memory(self._loader.opening)).without(*promised)
-            return admission.short_of(data, request, free)
+            free = job_memory.free_for_jobs(gpu_memory(self._loader.opening)).without(*promised)
+            return job_memory.short_of(data, request, free)
 
         return await self._loader.do(look)
 

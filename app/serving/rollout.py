@@ -17,12 +17,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Literal
 
+from app.serving.batch_retrial import BatchRetrial
 from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
 from app.serving.loader import Loader
 from app.serving.memory_ledger import MemoryLedger
+from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
-from app.serving.trials import Trials
 from app.settings import Settings
 from engines.errors import (
     BadBundle,
@@ -70,7 +71,7 @@ class Rollout:
             put_to_rest=self._put_to_rest,
         )
         self._replay = GateReplay(store, inspector)
-        self._trials = Trials(settings)
+        self._probation = Probation(settings)
         self._changing: dict[str, asyncio.Lock] = {}
         self._changes: Counter[str] = Counter()  # those under way, and those that wait
         self._waking: set[str] = set()  # models that rest and are being brought back
@@ -102,6 +103,8 @@ class Rollout:
             async with self._change(name):
                 await self._load_where_it_fits(name, exchange=False)
         self._loader.begin(self._look_out())
+        retrial = BatchRetrial(self._inspector, self._loader.do, self.memory.owes_nothing)
+        self._loader.begin(retrial.run())
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -277,7 +280,7 @@ class Rollout:
             await self._loader.write(lambda: self._replay.keep_pictures(name, version, replayed))
             if found["ok"]:
                 await self._go_live(model, found)
-                self._trials.begin(name, version)
+                self._probation.begin(name, version)
         return found
 
     # ---- one in another's place ---------------------------------------------------------------
@@ -293,7 +296,7 @@ class Rollout:
             live = self._live(name)
             if live is not None and live.version == version:
                 return
-            self._trials.end(name)
+            self._probation.end(name)
             async with self._opened(name, version) as (model, _):
                 found = await self._loader.do(lambda: self.store.gate(name, version))
                 found = found or {"ok": True, "reasons": []}
@@ -309,7 +312,7 @@ class Rollout:
             await self._roll_back(name, None)
 
     async def _roll_back(self, name: str, reason: str | None) -> None:
-        self._trials.end(name)
+        self._probation.end(name)
         back = await self._loader.do(lambda: self.store.pointer_back(name))
 
         def write() -> None:
@@ -501,7 +504,7 @@ class Rollout:
     # ---- the first parts of a new version -----------------------------------------------------
 
     def _on_verdict(self, model: Resident, verdict: Verdict) -> None:
-        if reason := self._trials.count(model, verdict):
+        if reason := self._probation.count(model, verdict):
             self._loader.begin(self._roll_back_by_itself(model, reason))
 
     async def _roll_back_by_itself(self, model: Resident, reason: str) -> None:

@@ -15,9 +15,9 @@ from typing import Literal
 from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.learning.job_queue import KEPT, JobQueue
+from app.jobs.job_queue import KEPT, JobQueue
 from engines.errors import Conflict, KensaError, NoWorker
-from engines.queue.requests import ConvertRequest
+from engines.queue.job_requests import ConvertRequest
 from engines.serving.resident import Residents
 
 AGAIN_AFTER_S = 2.0  # a model that has a job, a queue that does not answer

@@ -17,12 +17,12 @@ from pathlib import Path
 from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.learning.job_queue import JobQueue
-from app.learning.worker_process import WorkerProcess
+from app.jobs.job_queue import JobQueue
+from app.jobs.worker_process import WorkerProcess
 from app.serving.inspection import Inspector
 from engines.errors import KensaError
-from engines.machine.device import Device
 from engines.machine.memory import MIB, free_bytes
+from engines.machine.sensors import Device
 from engines.serving.resident import Resident
 
 FRESH_S = 2.0  # the jobs are not counted more often

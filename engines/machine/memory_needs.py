@@ -12,7 +12,7 @@ from pathlib import Path
 from engines.machine.memory import MIB, Need
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN
-from engines.store.plan import Fingerprint
+from engines.store.plan_record import Fingerprint
 
 # Above what the four kinds took at most while they were opened with OpenVINO at 256 pixels, MiB of
 # memory for MiB of graph: VAE 84 for 4, PatchCore 158 for 10 and a bank of 15, EfficientAD 152 for

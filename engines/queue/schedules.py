@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 from pydantic import ValidationError
 
 from engines.files import read_object, write_atomically
-from engines.queue.requests import RetrainRequest
+from engines.queue.job_requests import RetrainRequest
 
 
 class Schedules:

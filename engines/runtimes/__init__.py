@@ -15,6 +15,7 @@ class Batches:
 
     size: int = 1  # at most
     least: int = 2  # fewer are faster one by one
+    provisional: bool = False  # was timed while the machine was busy, and is looked at again
 
 
 ALONE = Batches()
@@ -25,8 +26,11 @@ class Runtime(Protocol):
 
     name: str  # "openvino" or "tensorrt"
     precision: str  # "f32", "bf16", "f16" or "int8"
-    batches: Batches  # at first ALONE
     pads: bool  # whether fewer images than `batches.size` are filled up, and cost as much as these
+
+    @property
+    def batches(self) -> Batches:
+        """At first ALONE."""
 
     @property
     def image_size(self) -> int:
@@ -38,17 +42,20 @@ class Runtime(Protocol):
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """What may be tried, see `engines.serving.batching`; rising."""
+        """What may be tried, see `engines.serving.batch_trial`; rising."""
 
     @property
     def nbytes(self) -> int:
         """About how many bytes it takes where it runs, the memory bank included."""
 
-    def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def infer(
+        self, images: NDArray[np.uint8], size: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Score images.
 
         Args:
-            images: (N, S, S, 3) RGB, S = `image_size`; as one batch up to `batches.size`.
+            images: (N, S, S, 3) RGB, S = `image_size`; as one batch up to `size`.
+            size: `batches.size` where it is not given; another one must have been prepared.
 
         Returns:
             Raw scores (N,) and raw anomaly maps (N, h, w), float32, owned by the caller.
@@ -57,8 +64,17 @@ class Runtime(Protocol):
             RuntimeFailed: the device or the runtime gave up.
         """
 
+    def prepare(self, size: int) -> None:
+        """Be ready for so many images at once, too, in place of what was prepared before.
+
+        May take seconds, and be done while another thread calls `infer`.
+        """
+
     def take_together(self, batches: Batches) -> None:
-        """Be ready for so many images at once, and give back what served another number."""
+        """Run so many images at once from now on, and give back what served another number.
+
+        May be done while another thread calls `infer`, and takes no time for what was prepared.
+        """
 
     def with_bank(self, bank: NDArray[np.float32], precision: str) -> Runtime | None:
         """The same engine with another memory bank (M, C).

@@ -1,7 +1,7 @@
 """OpenVINO on a CPU: the runtime of every machine without TensorRT.
 
 A PatchCore graph is cut at its tensor `embedding`. What is before runs as exported; what is after,
-the search in the memory bank, is `engines.runtimes.openvino_search`.
+the search in the memory bank, is `engines.runtimes.openvino_bank_search`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,25 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, RuntimeFailed
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches
-from engines.runtimes.openvino_search import Search
+from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
 
 # bf16 is for the search where there is a memory bank, because there it changes no score (a backbone
 # in bf16 moved one of 78 photos by more than 1 %), and for the whole graph where there is none.
 Precision = Literal["f32", "bf16"]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What runs so many images at once; one object, to be exchanged while another thread runs."""
+
+    batches: Batches
+    compiled: ov.CompiledModel
+    request: ov.InferRequest
+
+    @classmethod
+    def of(cls, compiled: ov.CompiledModel, batches: Batches) -> _Ready:
+        return cls(batches, compiled, compiled.create_infer_request())
 
 
 class OpenVINORuntime:
@@ -64,7 +78,6 @@ class OpenVINORuntime:
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
         }
-        self.batches = ALONE
         model = _read(core, onnx)
         self._image_size, self._map_size = _sizes(model, onnx)
         _check_finite(model, onnx)
@@ -81,10 +94,8 @@ class OpenVINORuntime:
             config["CACHE_DIR"] = str(cache_dir)
         self._onnx, self._compiling = onnx, config
         self._graph_bytes = onnx.stat().st_size
-        self._compiled = self._compile(model, 1)
-        self._request = self._compiled.create_infer_request()
-        self._together: ov.CompiledModel | None = None
-        self._request_together: ov.InferRequest | None = None
+        self._alone = self._together = _Ready.of(self._compile(model, 1), ALONE)
+        self._prepared: _Ready | None = None
 
     def _compile(self, model: ov.Model, batch: int) -> ov.CompiledModel:
         """For a fixed number of images: one that may change costs 2 ms for each image."""
@@ -94,16 +105,27 @@ class OpenVINORuntime:
         except RuntimeError as error:
             raise BadBundle(f"OpenVINO cannot compile {self._onnx}: {error}.") from error
 
+    @property
+    def batches(self) -> Batches:
+        return self._together.batches
+
+    def prepare(self, size: int) -> None:
+        if self._ready_for(size) is None:
+            self._prepared = None  # before the next one takes memory
+            model = _read(self._core, self._onnx)  # again: to keep it would take memory
+            if self._search is not None:
+                model = _cut_at_embedding(model, self._onnx, self._channels)
+            self._prepared = _Ready.of(self._compile(model, size), Batches(size))
+
     def take_together(self, batches: Batches) -> None:
-        if batches.size != self.batches.size:
-            self._together = self._request_together = None  # before the next one takes memory
-            if batches.size > 1:
-                model = _read(self._core, self._onnx)  # again: to keep it would take memory
-                if self._search is not None:
-                    model = _cut_at_embedding(model, self._onnx, self._channels)
-                self._together = self._compile(model, batches.size)
-                self._request_together = self._together.create_infer_request()
-        self.batches = batches
+        self.prepare(batches.size)
+        ready = self._ready_for(batches.size)
+        assert ready is not None
+        self._together, self._prepared = replace(ready, batches=batches), None
+
+    def _ready_for(self, size: int) -> _Ready | None:
+        known = (self._alone, self._together, self._prepared)
+        return next((one for one in known if one is not None and one.batches.size == size), None)
 
     def _new_search(self, bank: NDArray[np.float32]) -> Search:
         patches, in_bf16 = math.prod(self._map_size), self.precision == "bf16"
@@ -141,25 +163,30 @@ class OpenVINORuntime:
         fixed = FIXED * (self._image_size / 256) ** 2
         return int(self._graph_bytes * GRAPH_FACTOR + bank * BANK_FACTOR + fixed)
 
-    def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        size = self.batches.size
+    def infer(
+        self, images: NDArray[np.uint8], size: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        ready = self._together if size is None else self._ready_for(size)
+        assert ready is not None, f"prepare({size}) comes first"
+        size = ready.batches.size
         try:
             found = [
                 one
                 for start in range(0, len(images), size)
-                for one in self._infer_some(images[start : start + size])
+                for one in self._infer_some(images[start : start + size], ready)
             ]
         except RuntimeError as error:
             raise RuntimeFailed(f"OpenVINO failed: {error}.") from error
         scores, maps = zip(*found, strict=True)
         return np.array(scores, np.float32), np.stack(maps)
 
-    def _infer_some(self, images: NDArray[np.uint8]) -> Iterator[tuple[float, NDArray[np.float32]]]:
-        """Up to `batches.size` images (n, S, S, 3) -> raw score and raw map (h, w) of each."""
-        request, count = self._request, len(images)
+    def _infer_some(
+        self, images: NDArray[np.uint8], ready: _Ready
+    ) -> Iterator[tuple[float, NDArray[np.float32]]]:
+        """As many images (n, S, S, 3) as are ready -> raw score and raw map (h, w) of each."""
+        request, count = self._alone.request, len(images)
         if count > 1:
-            assert self._request_together is not None
-            request, padding = self._request_together, self.batches.size - count
+            request, padding = ready.request, ready.batches.size - count
             images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
         # Never share_inputs: with it OpenVINO 2026.4 now and then scored the image before.
         outputs = request.infer({"image": images}, share_outputs=True)
@@ -174,16 +201,18 @@ class OpenVINORuntime:
         if self._search is None or precision != self.precision or bank.shape[1] != self._channels:
             return None
         other = copy.copy(self)  # the compiled backbone is the same object, and kept by both
-        other._request = self._compiled.create_infer_request()
-        if self._together is not None:
-            other._request_together = self._together.create_infer_request()
+        together = self._together  # once: another thread may exchange it
+        other._alone = _Ready.of(self._alone.compiled, ALONE)
+        other._together = replace(other._alone, batches=together.batches)
+        if together.batches.size > 1:
+            other._together = _Ready.of(together.compiled, together.batches)
+        other._prepared = None
         other._search = self._new_search(bank)
         other._rows = len(bank)
         return other
 
     def close(self) -> None:
-        del self._request, self._search, self._compiled
-        del self._request_together, self._together
+        del self._alone, self._together, self._prepared, self._search
 
 
 def cpu_has_bf16() -> bool:

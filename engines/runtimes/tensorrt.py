@@ -12,6 +12,7 @@ import re
 import threading
 import weakref
 from collections import deque
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,16 @@ class TensorRTRuntime:
     def nbytes(self) -> int:
         return self._session.nbytes
 
-    def infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def infer(
+        self, images: NDArray[np.uint8], size: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         side = self.image_size
         if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8 or not len(images):
             raise RuntimeFailed(
                 f"The engine takes images (N, {side}, {side}, 3) of uint8, not {images.shape} of"
                 f" {images.dtype}."
             )
-        session, size = self._session, self.batches.size
+        session, size = self._session, size or self.batches.size
         parts = [images[start : start + size] for start in range(0, len(images), size)]
         found = [self._gpu.call(lambda part=part: session.run(part)) for part in parts]  # type: ignore[misc]
         scores, maps = (np.concatenate(one) for one in zip(*found, strict=True))
@@ -114,9 +117,12 @@ class TensorRTRuntime:
             raise RuntimeFailed("The engine gives scores that are no numbers.")
         return scores, maps
 
+    def prepare(self, size: int) -> None:
+        """Nothing: memory for the largest batch was taken when it was opened."""
+
     def take_together(self, batches: Batches) -> None:
         most = self._session.engine.max_batch
-        self.batches = Batches(min(batches.size, most), batches.least)
+        self.batches = replace(batches, size=min(batches.size, most))
 
     def with_bank(self, bank: NDArray[np.float32], precision: str) -> TensorRTRuntime | None:
         engine = self._session.engine

@@ -4,15 +4,12 @@ One thread, `Batcher`, owns all engines. It never waits for a batch to fill up: 
 others arrive, and what then waits for the same engine is the next batch. So a part that comes
 alone is never delayed, and under load batches form by themselves.
 
-Whether a batch is faster is measured when a model is opened (`choose_batches`): on two cores of an
-EPYC four images at once take 0.65 of the time with PaDiM, and 0.97 with PatchCore, whose search in
-the memory bank gains nothing.
+Whether a batch is faster is measured when a model is opened, see `engines.serving.batch_trial`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
@@ -25,66 +22,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.runtimes import ALONE, Batches, Runtime
-
-GAIN = 0.9  # a batch must take less than this share of the time that its images take alone
-ROUNDS = 5  # of the measurement, fewer where images take long
-PATIENCE_S = 0.5  # after which no further round begins
-LONG_S = 0.1  # an image that takes this long has work enough for all cores by itself
-AGREE = 1e-3  # by how much scores in a batch may differ from scores alone, relative
+from engines.runtimes import Runtime
 
 Result = TypeVar("Result")
-
-
-def choose_batches(runtime: Runtime) -> None:
-    """Run images together and one by one, and let the runtime keep what is faster.
-
-    Where the runtime pads, a batch costs the same with any number of images in it, and pays from
-    `least` on. Scores must be the same to `AGREE`: in bf16 another batch size may be another order
-    of sums.
-
-    Raises:
-        RuntimeFailed: the device gave up.
-    """
-    best, share = ALONE, GAIN
-    image = _noise(1, runtime.image_size)
-    if min(_seconds(lambda: runtime.infer(image)) for _ in range(2)) > LONG_S:
-        return
-    for size in runtime.batch_sizes:
-        runtime.take_together(Batches(size))
-        taken = _share(runtime, _noise(size, runtime.image_size))
-        if taken < share:
-            # From here on one more image alone takes longer than the whole batch.
-            least = max(2, math.ceil(taken * size)) if runtime.pads else 2
-            best, share = Batches(size, least), taken
-    runtime.take_together(best)
-
-
-def _share(runtime: Runtime, images: NDArray[np.uint8]) -> float:
-    """The time of a batch by that of its images one by one; infinity where scores differ."""
-
-    def one_by_one() -> list[NDArray[np.float32]]:
-        return [runtime.infer(image[None])[0] for image in images]
-
-    if not np.allclose(runtime.infer(images)[0], np.concatenate(one_by_one()), AGREE, 0):
-        return math.inf
-    together: list[float] = []
-    alone: list[float] = []
-    until = time.perf_counter() + PATIENCE_S
-    while len(alone) < ROUNDS and (not alone or time.perf_counter() < until):
-        together.append(_seconds(lambda: runtime.infer(images)))
-        alone.append(_seconds(one_by_one))
-    return min(together) / min(alone)
-
-
-def _noise(count: int, side: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -125,7 +65,8 @@ class _Waiting:
 class Batcher:
     """The thread of the engines. What was cancelled while it waited is never computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.on_batch: Callable[[str, int], None] = lambda *_: (
             None
         )  # whose, how many; in the thread
@@ -167,7 +108,7 @@ class Batcher:
 
     async def _wait(self, **what: Any) -> Any:
         loop = asyncio.get_running_loop()
-        one = _Waiting(loop, loop.create_future(), time.perf_counter(), **what)
+        one = _Waiting(loop, loop.create_future(), self._clock(), **what)
         with self._changed:
             if self._closed:
                 raise asyncio.CancelledError
@@ -180,14 +121,14 @@ class Batcher:
 
     def _run(self) -> None:
         while batch := self._next():
-            began = time.perf_counter()
+            began = self._clock()
             try:
                 results = self._work(batch)
             except BaseException as error:  # noqa: BLE001 (whoever asked must hear of it)
                 for one in batch:
                     one.end(one.future.set_exception, error)
                 continue
-            worked = (time.perf_counter() - began) * 1000
+            worked = (self._clock() - began) * 1000
             for one, result in zip(batch, results, strict=True):
                 done = Done(result, (began - one.asked) * 1000, worked)
                 one.end(one.future.set_result, done)
@@ -208,7 +149,8 @@ class Batcher:
         """Those that run together with the first one, taken out of the queue in their order."""
         if first.runtime is None:
             return []
-        size, least = first.runtime.batches.size, first.runtime.batches.least
+        batches = first.runtime.batches  # once: another thread may exchange it
+        size, least = batches.size, batches.least
         wanted = (one for one in self._queue if one.runtime is first.runtime)
         same = list(islice((one for one in wanted if not one.future.done()), size - 1))
         if 1 + len(same) < least:

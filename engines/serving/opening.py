@@ -17,10 +17,10 @@ from engines.machine.memory import Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs
 from engines.runtimes import Runtime
 from engines.runtimes.compiled_cache import seal_cache
-from engines.serving.batching import choose_batches
+from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import Bundle
-from engines.store.plan import Fingerprint, Machine, has_tensorrt
+from engines.store.plan_record import Fingerprint, Machine, has_tensorrt
 from engines.verdict import Scale
 
 log = logging.getLogger("kensa")

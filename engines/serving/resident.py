@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from engines.errors import NotReady, UnknownModel
 from engines.meta import Meta
-from engines.runtimes import Runtime
+from engines.runtimes import Batches, Runtime
 from engines.verdict import Scale
 
 
@@ -36,13 +36,18 @@ def describe(model: Resident) -> str:
     """A model in one line, for the log."""
     rows = model.runtime.bank_rows
     bank = "no memory bank" if rows is None else f"memory bank of {rows:,}"
-    size = model.runtime.batches.size
     return (
         f"{model.name} {model.version}: {model.meta.model}, {model.runtime.image_size} pixels,"
         f" {bank}, {model.runtime.name} {model.runtime.precision},"
-        f" {f'up to {size} at once' if size > 1 else 'one at a time'}"
+        f" {at_once(model.runtime.batches)}"
         f"{', the bank alone' if model.bank_alone else ''}"
     )
+
+
+def at_once(batches: Batches) -> str:
+    """How many images run together, in words for the log."""
+    number = f"up to {batches.size} at once" if batches.size > 1 else "one at a time"
+    return f"{number} for now" if batches.provisional else number
 
 
 class Residents:
@@ -82,6 +87,10 @@ class Residents:
         """Which version of a model answers; None where none does. In any thread."""
         model = self._models.get(name)
         return model.version if model else None
+
+    def is_live(self, model: Resident) -> bool:
+        """Whether this very one answers. In any thread."""
+        return self._models.get(model.name) is model
 
     def call(self, name: str | None = None) -> Resident:
         """The same for a part: a model that rests is brought back for those that come later.

@@ -17,7 +17,7 @@ from engines.meta import Meta
 
 ONNX = "model.onnx"
 PLAN = "model.plan"
-PLAN_RECORD = "model.plan.json"  # what the plan is good for; see engines.store.plan
+PLAN_RECORD = "model.plan.json"  # what the plan is good for; see engines.store.plan_record
 REPORT = "report.json"
 
 

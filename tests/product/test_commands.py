@@ -29,7 +29,7 @@ from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.store.bundle import Bundle, check_hash, read_bank, write_bank
 from support.project import ROOT, run, write_meta
-from workers.sample_parts.dataset import write_dataset
+from workers.sample_parts.write_dataset import write_dataset
 
 CATEGORY = "VisA_pipe_fryum"
 # As SPEC.md writes them, word for word.

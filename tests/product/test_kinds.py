@@ -24,7 +24,7 @@ from engines.store.bundle import Bundle
 from support.project import ROOT, run
 from support.server import serving
 from workers import models
-from workers.sample_parts.dataset import write_dataset
+from workers.sample_parts.write_dataset import write_dataset
 
 CATEGORY = "VisA_pipe_fryum"
 DIRECTORIES = {"padim": "PaDiM", "efficientad": "EfficientAD", "vae": "VAE"}

@@ -29,11 +29,14 @@ class FakeRuntime:
         self.score = score
         self.threads: set[str] = set()
 
-    def infer(self, images: Any) -> tuple[Any, Any]:
+    def infer(self, images: Any, size: int | None = None) -> tuple[Any, Any]:
         self.threads.add(threading.current_thread().name)
         if self.score < 0:
             raise ZeroDivisionError("a secret")
         return np.full(len(images), self.score, np.float32), np.zeros((len(images), 8, 8), "f4")
+
+    def prepare(self, size: int) -> None:
+        raise AssertionError("nobody measures it")
 
     def take_together(self, batches: Batches) -> None:
         raise AssertionError("nobody measures it")

@@ -39,9 +39,9 @@ from support.project import ROOT
 
 PASSWORD = "s3cr3t-pa55w0rd"
 # Everything ten times as fast; that GIVE_UP_S < DEAD_S stays.
-QUICK = ["worker.POLL_S=0.1", "processes.LOOK_EVERY_S=0.1", "worker.WATCH_EVERY_S=0.3",
-         "exchange.RELAY_EVERY_S=0.2", "lease.BEAT_S=0.2",
-         "lease.SILENT_S=1", "lease.GIVE_UP_S=2", "lease.DEAD_S=3"]  # fmt: skip
+QUICK = ["single_worker.POLL_S=0.1", "single_worker.WATCH_EVERY_S=0.3",
+         "parent_and_child.LOOK_EVERY_S=0.1", "exchange.RELAY_EVERY_S=0.2",
+         "lease.BEAT_S=0.2", "lease.SILENT_S=1", "lease.GIVE_UP_S=2", "lease.DEAD_S=3"]  # fmt: skip
 
 
 class Postgres:

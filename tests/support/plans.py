@@ -15,7 +15,7 @@ from engines.errors import BadBundle
 from engines.files import sha256
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, write_bank, write_report
-from engines.store.plan import PLAN_RECORD, Fingerprint, Machine
+from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
 from support.double import Double, doubled
 
 MAX_BATCH, MAX_ROWS = 8, 5_000

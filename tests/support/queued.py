@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.extend(str(Path(__file__).resolve().parents[n]) for n in (2, 1))
 
 if TYPE_CHECKING:
-    from app.learning.job_queue import JobQueue
-    from engines.queue.requests import RetrainRequest
+    from app.jobs.job_queue import JobQueue
+    from engines.queue.job_requests import RetrainRequest
 
 LEDGER = "ledger.txt"  # what children did: begun, published or met, and the job
 ACCEPTED = "accepted.txt"  # whose submit returned, and the job
@@ -42,7 +42,7 @@ CLOCK = "clock"  # seconds that the worker's clock is ahead
 
 
 def opened(data: Path) -> JobQueue:
-    from app.learning.job_queue import JobQueue
+    from app.jobs.job_queue import JobQueue
     from engines.store.versions import Store
 
     jobs = JobQueue(data, Store(data / "models"))
@@ -53,7 +53,7 @@ def opened(data: Path) -> JobQueue:
 
 def asked(model: str, *, queue: bool = False, **what: Any) -> RetrainRequest:
     """A request whose job does `what`."""
-    from engines.queue.requests import RetrainRequest
+    from engines.queue.job_requests import RetrainRequest
 
     content = {"model": model, "category": "any", "meta": what, "queue": queue}
     return RetrainRequest.model_validate(content)
@@ -72,7 +72,8 @@ def noted(path: Path) -> list[list[str]]:
 
 def work(data: Path, *settings: str) -> int:
     """The real worker; its children, the clock and what `settings` name are the test's."""
-    from workers.jobs import attempts, worker
+    from workers.jobs import attempts
+    from workers.jobs import single_worker as worker
     from workers.jobs.__main__ import main as run_worker
 
     attempts.CHILD[:] = [sys.executable, __file__, "child"]

@@ -24,7 +24,8 @@ def main(cgroup: str, what: str, *rest: str) -> int:
         serve()
         return 0
     if what == "worker":
-        from workers.jobs import attempts, worker
+        from workers.jobs import attempts
+        from workers.jobs import single_worker as worker
         from workers.jobs.__main__ import main as work
 
         attempts.CHILD[:] = [sys.executable, __file__, cgroup, "job"]

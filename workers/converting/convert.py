@@ -30,7 +30,7 @@ from engines.store.bundle import (
     write_report,
 )
 from engines.store.golden import Golden
-from engines.store.plan import L4T_RELEASE, Machine, Precision, has_tensorrt
+from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tensorrt
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.plan.rebuild import DLA_IS_NOT_FOR_FLOAT32, builder_for, sample_parts

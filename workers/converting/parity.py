@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.meta import Meta
-from engines.store.plan import Precision
+from engines.store.plan_record import Precision
 from engines.verdict import Scale, decide
 
 # Largest relative difference of raw scores from the float32 torch model that is accepted.

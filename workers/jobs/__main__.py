@@ -19,8 +19,8 @@ from pathlib import Path
 from engines.errors import EXIT_CODE, BadSettings
 from engines.logs import FORMAT, set_up
 from engines.queue.fleet import Fleet
-from workers.jobs.processes import die_with_parent, has_lock
-from workers.jobs.worker import stopping, work
+from workers.jobs.parent_and_child import die_with_parent, has_lock
+from workers.jobs.single_worker import stopping, work
 
 log = logging.getLogger("kensa.worker")
 

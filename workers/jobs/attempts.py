@@ -20,8 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import PARENT, job_of
 from engines.store.versions import Store
-from workers.jobs import processes
-from workers.jobs.processes import DISK_FULL, FULL, has_lock
+from workers.jobs import parent_and_child
+from workers.jobs.parent_and_child import DISK_FULL, FULL, has_lock
 
 ATTEMPTS = 3  # the first, and twice more when its process died
 CHILD = [sys.executable, "-m", "workers.jobs.job_process"]  # and the data folder, the job, its kind
@@ -61,7 +61,7 @@ def wait_for_the_last(lock: IO[str], job_id: str) -> bool:
     while not has_lock(lock):
         if was_cancelled(job_id):
             return False
-        time.sleep(processes.LOOK_EVERY_S)
+        time.sleep(parent_and_child.LOOK_EVERY_S)
     return True
 
 
@@ -117,7 +117,7 @@ def run_child(
             child.stdin.close()
         while True:
             try:
-                return child.wait(timeout=processes.LOOK_EVERY_S)
+                return child.wait(timeout=parent_and_child.LOOK_EVERY_S)
             except subprocess.TimeoutExpired:  # noqa: PERF203
                 if was_cancelled(job_id):
                     log.info("Job %s is cancelled", job_id)

@@ -17,11 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from engines.errors import BadBundle, NoShared
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
-from engines.queue.requests import RetrainRequest
+from engines.queue.job_requests import RetrainRequest
 from engines.store.bundle import ONNX, PLAN
 from engines.store.shared import Shared
 from engines.store.versions import NAME, Store
-from workers.jobs import processes
+from workers.jobs import parent_and_child
 from workers.jobs.starting_point import named_weights
 
 RELAY_EVERY_S = 1.0  # progress and log, through the shared store
@@ -131,7 +131,7 @@ def patiently(
         while time.monotonic() < end:
             if stop():
                 return None
-            time.sleep(processes.LOOK_EVERY_S)
+            time.sleep(parent_and_child.LOOK_EVERY_S)
         pause = min(2 * pause, 30.0)
 
 

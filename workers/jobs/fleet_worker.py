@@ -31,6 +31,7 @@ from engines.errors import EXIT_CODE, BadSettings, KensaError, NoShared
 from engines.files import write_atomically
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
+from engines.queue.job_requests import RetrainRequest
 from engines.queue.protocol import (
     ACTIVE,
     QUEUE,
@@ -40,10 +41,9 @@ from engines.queue.protocol import (
     job_of,
     training_of,
 )
-from engines.queue.requests import RetrainRequest
-from engines.store.plan import has_tensorrt
+from engines.store.plan_record import has_tensorrt
 from engines.store.shared import Shared
-from workers.jobs import exchange, processes, worker
+from workers.jobs import exchange, parent_and_child, single_worker
 from workers.jobs.attempts import attend, attended, children, was_cancelled
 from workers.jobs.exchange import Relay, mirror, needed, patiently
 from workers.jobs.lease import Lease
@@ -71,10 +71,10 @@ def work_with_others(data: Path, fleet: Fleet) -> None:
     if not can_learn and not has_tensorrt():
         raise BadSettings("Nothing can be learned or converted here: pip install 'kensa[train]'.")
     shared, lease = Shared.open(fleet.shared_url), Lease(fleet)
-    if not lease.take(worker.stopping):
+    if not lease.take(single_worker.stopping):
         return
     lease.keep(end_at_once)
-    dbos = worker.configured(data, fleet)
+    dbos = single_worker.configured(data, fleet)
     logging.getLogger("dbos").addFilter(lambda record: not _TOLD.search(record.getMessage()))
     register(data, fleet, shared)
     learns = can_learn and fleet.worker != "convert"
@@ -83,16 +83,16 @@ def work_with_others(data: Path, fleet: Fleet) -> None:
         DBOS.launch()  # which takes back what this machine had before
         for queue, at_once in ((fleet.own_queue, OWN_AT_ONCE), (QUEUE, 1)):
             DBOS.register_queue(
-                queue, worker_concurrency=at_once, polling_interval_sec=worker.POLL_S,
+                queue, worker_concurrency=at_once, polling_interval_sec=single_worker.POLL_S,
                 on_conflict="always_update",
             )  # fmt: skip
-        worker.sweep(data)
+        single_worker.sweep(data)
     except SQLAlchemyError as error:
         log.error("The queue's database is lost: %s", fleet.shown(error))
         os._exit(EXIT_CODE)
     threading.Thread(target=watch, args=[data, fleet, lease, dbos], daemon=True).start()
     log.info("Waiting for jobs, as %s%s", fleet.device, "" if learns else ", to convert")
-    worker.stopping.wait()
+    single_worker.stopping.wait()
     os._exit(0)  # as a worker alone does
 
 
@@ -185,7 +185,7 @@ def prepare(
     while is_behind(fleet, job_id, request["model"]):
         if was_cancelled(job_id):
             return {"state": "cancelled"}
-        time.sleep(processes.LOOK_EVERY_S)
+        time.sleep(parent_and_child.LOOK_EVERY_S)
     if kind != "retrain":
         return {}
     folder.root.mkdir(parents=True, exist_ok=True)
@@ -325,12 +325,12 @@ def watch(data: Path, fleet: Fleet, lease: Lease, dbos: DBOS) -> None:
     """Begin what is scheduled, take over from machines that died, and what fell through."""
     lost: dict[str, int] = {}
     while True:
-        time.sleep(worker.WATCH_EVERY_S)
+        time.sleep(single_worker.WATCH_EVERY_S)
         try:
-            worker.begin_scheduled(data, time.time(), fleet)
+            single_worker.begin_scheduled(data, time.time(), fleet)
             running = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
             machines = {str(one.executor_id) for one in running} - {fleet.device}
-            for machine in lease.dead(machines, worker.WATCH_EVERY_S):
+            for machine in lease.dead(machines, single_worker.WATCH_EVERY_S):
                 with lease.instead_of(machine) as is_dead:
                     if is_dead:
                         take_over(dbos, machine, [x.workflow_id for x in running

@@ -15,18 +15,18 @@ from typing import Any
 
 from engines.errors import BadBundle, BadWeights, KensaError, NoWorker, UnknownVersion
 from engines.logs import FORMAT, set_up
-from engines.machine import admission
+from engines.machine import job_memory
 from engines.meta import Meta
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
+from engines.queue.job_requests import ConvertRequest, RetrainRequest
 from engines.queue.protocol import RUNNING, job_of, training_of
-from engines.queue.requests import ConvertRequest, RetrainRequest
 from engines.store.bundle import ONNX, PLAN, read_report
 from engines.store.shared import Shared
 from engines.store.versions import META, Store
 from workers.commands import hush_libraries
 from workers.jobs.exchange import checked, patiently
-from workers.jobs.processes import DISK_FULL, FULL, die_with_parent, give_way
+from workers.jobs.parent_and_child import DISK_FULL, FULL, die_with_parent, give_way
 from workers.jobs.starting_point import named_weights, start_version
 from workers.progress import Progress, Tick
 
@@ -126,14 +126,14 @@ def wait_for_memory(
     Raises:
         OutOfMemory: it does not, and may not wait, or would wait for ever.
     """
-    how = os.environ.get(admission.JOB_MEMORY, "refuse")
+    how = os.environ.get(job_memory.JOB_MEMORY, "refuse")
     said = ""
     while how != "off":
-        found = admission.short_of(data, request, admission.free_for_jobs())
+        found = job_memory.short_of(data, request, job_memory.free_for_jobs())
         if found is None:
             break
-        if how == "refuse" or admission.never(found):
-            raise admission.refusal(request, found)
+        if how == "refuse" or job_memory.never(found):
+            raise job_memory.refusal(request, found)
         sentence = f"waiting for memory: needs {found.needed}, {found.free}"
         if not said:
             progress.say(sentence)

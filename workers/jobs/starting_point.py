@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.errors import BadMeta, BadWeights
-from engines.queue.requests import RetrainRequest
+from engines.queue.job_requests import RetrainRequest
 from engines.store.versions import Store
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engines.errors import EXIT_CODE, KensaError
-from workers.sample_parts.dataset import CATEGORY, draw_sheet, write_dataset, write_png
 from workers.sample_parts.defects import DEFECTS
+from workers.sample_parts.write_dataset import CATEGORY, draw_sheet, write_dataset, write_png
 
 
 def main(argv: Sequence[str] | None = None) -> int:

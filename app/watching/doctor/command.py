@@ -19,8 +19,8 @@ from app.watching.doctor.machine import is_jetson, machine_facts, machine_findin
 from app.watching.doctor.models import look_at_models
 from app.watching.doctor.software import software_facts, tensorrt_findings, tensorrt_here
 from engines.errors import BadSettings
-from engines.machine.device import Device
 from engines.machine.memory import Free
+from engines.machine.sensors import Device
 from engines.serving.opening import Opening, gpu_memory
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from app.watching.doctor.findings import Finding, free_of_total, note, wrong
-from engines.machine import device
-from engines.machine.device import Device, read_text
+from engines.machine import sensors
 from engines.machine.memory import MIB
+from engines.machine.sensors import Device, read_text
 
 LOW_MEMORY = 256 * MIB
 MUCH_SWAP = 256 * MIB
@@ -43,13 +43,13 @@ def machine_facts(root: Path, found: Device) -> Iterator[tuple[str, Any]]:
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield "processors", found.cpus
     yield "memory", free_of_total(found.memory_available, found.memory_total)
-    info = device.meminfo(root)
+    info = sensors.meminfo(root)
     if info.get("SwapTotal"):
         kind = "zram" if "zram" in (read_text(root / "proc/swaps") or "") else "disk"
         yield "swap", f"{free_of_total(info.get('SwapFree'), info['SwapTotal'])}, on {kind}"
-    number, name = device.power_mode(root)
+    number, name = sensors.power_mode(root)
     if name is not None:
-        yield "power mode", f"{name} ({number}), of {', '.join(device.power_modes(root).values())}"
+        yield "power mode", f"{name} ({number}), of {', '.join(sensors.power_modes(root).values())}"
     yield from _clocks(root)
     if found.temperatures:
         hottest = max(found.temperatures, key=lambda zone: found.temperatures[zone])
@@ -93,7 +93,7 @@ def machine_findings(root: Path, found: Device) -> Iterator[Finding]:
             "End what is not needed; on a Jetson the desktop:"
             " sudo systemctl set-default multi-user.target && sudo reboot",
         )
-    info = device.meminfo(root)
+    info = sensors.meminfo(root)
     used = info.get("SwapTotal", 0) - info.get("SwapFree", 0)
     if used > MUCH_SWAP:
         yield note(
@@ -106,7 +106,7 @@ def machine_findings(root: Path, found: Device) -> Iterator[Finding]:
             f"Too hot, and slowed down for it: {', '.join(hot)}.",
             "See to the fan and the air around it, or take a lower power mode.",
         )
-    modes, (number, name) = device.power_modes(root), device.power_mode(root)
+    modes, (number, name) = sensors.power_modes(root), sensors.power_mode(root)
     best = max(modes, key=lambda one: _watts(modes[one]), default=None)
     if best is not None and name is not None and _watts(name) < _watts(modes[best]):
         yield note(

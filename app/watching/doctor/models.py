@@ -11,7 +11,7 @@ from engines.machine.memory import MIB, Free, Need
 from engines.meta import Meta
 from engines.serving.opening import Opening, memory_needed
 from engines.store.bundle import ONNX
-from engines.store.plan import Fingerprint, Machine
+from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import META, Store
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from app.settings import Settings
 from app.watching.doctor.findings import Finding, free_of_total, note, wrong
 from engines.errors import NoTensorRT
-from engines.machine.device import read_text
 from engines.machine.memory import Gpu
-from engines.store.plan import Machine
+from engines.machine.sensors import read_text
+from engines.store.plan_record import Machine
 
 NODES = ("nvmap", "nvhost-gpu", "nvgpu/igpu0/ctrl", "nvidia0")  # of a GPU, below /dev
 BINDINGS = "usr/lib/python3*/dist-packages/tensorrt"  # where apt puts them

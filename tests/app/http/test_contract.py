@@ -36,7 +36,7 @@ from app.main import create_app
 from app.routes.jobs import ScheduleRequest
 from app.settings import Settings
 from engines.errors import KensaError
-from engines.queue.requests import ConvertRequest, RetrainRequest
+from engines.queue.job_requests import ConvertRequest, RetrainRequest
 from support.damage import seeds
 from support.server import Server, agreed, serving
 

@@ -29,7 +29,7 @@ from engines.machine.memory_needs import Learning, plan_needs, to_convert, to_le
 from engines.meta import Meta
 from engines.store.bundle import write_bank
 from engines.store.golden import Golden
-from engines.store.plan import Fingerprint, Machine
+from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import Store
 from support.damage import picture, saved
 from support.double import environment
@@ -447,8 +447,8 @@ def worker(data: Path, cgroup: Path, how: str) -> Iterator[None]:
 def test_a_job_waits_for_memory_visibly_until_there_is_some_or_it_is_cancelled(
     limits: Callable[[int, int], Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    from app.learning.job_queue import JobQueue
-    from engines.queue.requests import ConvertRequest
+    from app.jobs.job_queue import JobQueue
+    from engines.queue.job_requests import ConvertRequest
 
     data = tmp_path / "data"
     store = Store(data / "models")

@@ -29,7 +29,7 @@ from engines.runtimes import cuda
 from engines.runtimes.cuda import LOST_EXIT_CODE
 from engines.serving.opening import Opening, open_model
 from engines.store.bundle import ONNX, PLAN
-from engines.store.plan import PLAN_RECORD
+from engines.store.plan_record import PLAN_RECORD
 from engines.store.versions import Store
 from support.damage import saved
 from support.double import doubled, environment, reports

@@ -34,7 +34,7 @@ from app.watching import health
 from app.watching.health import JobCounts, State
 from app.watching.metrics import Metrics
 from engines.logs import note
-from engines.machine.device import Device
+from engines.machine.sensors import Device
 from engines.meta import Meta
 from support.damage import picture, saved, seeds
 from support.fake_model import fake_model

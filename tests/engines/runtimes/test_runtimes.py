@@ -9,7 +9,9 @@ import gc
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from engines.files import sha256
 from engines.runtimes import ALONE, Batches, Runtime, cuda
 from engines.runtimes.cuda import gpu
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
-from engines.runtimes.openvino_search import TILE
+from engines.runtimes.openvino_bank_search import TILE
 from engines.runtimes.tensorrt import TensorRTRuntime
 from engines.store.bundle import Bundle
 from support.double import doubled
@@ -291,6 +293,54 @@ def test_a_batch_of_any_size_is_scored_whatever_size_the_runtime_is_ready_for(
                 np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     finally:
         runtime.take_together(before)
+
+
+def test_what_is_prepared_runs_beside_what_is_in_use_and_changes_nothing_there(
+    kind: Kind, graph: Path, images: Images, bank: Bank
+) -> None:
+    runtime = kind.open(graph, bank)
+    before, some = runtime.batches, images[:4]
+    expected = runtime.infer(some)
+    for size in (2, 4):
+        runtime.prepare(size)
+        for at_once in (size, 1, None):
+            for found, known in zip(runtime.infer(some, at_once), expected, strict=True):
+                np.testing.assert_allclose(found, known, rtol=1e-3, atol=1e-3)
+        assert runtime.batches == before
+    other = runtime.with_bank(bank, runtime.precision)  # and is not handed on
+    assert other is not None
+    assert other.batches == before
+    runtime.take_together(Batches(4, provisional=True))
+    assert (runtime.batches, other.batches) == (Batches(4, provisional=True), before)
+    for one in (runtime, other):
+        np.testing.assert_allclose(one.infer(some)[0], expected[0], rtol=1e-3)
+        one.close()
+
+
+def test_sizes_may_be_exchanged_while_another_thread_infers(
+    kind: Kind, graph: Path, images: Images, bank: Bank
+) -> None:
+    runtime = kind.open(graph, bank)
+    expected, done = runtime.infer(images)[0], threading.Event()
+
+    def infer() -> int:
+        turns = 0
+        while not done.is_set() or turns < 3:
+            np.testing.assert_allclose(runtime.infer(images)[0], expected, rtol=1e-3)
+            turns += 1
+        return turns
+
+    with ThreadPoolExecutor(1) as pool:
+        inferring = pool.submit(infer)
+        try:
+            for size in (2, 1, 3, 2, 1):
+                runtime.prepare(size)
+                runtime.take_together(Batches(size))
+        finally:
+            done.set()
+        assert inferring.result() >= 3
+    assert runtime.batches == ALONE
+    runtime.close()
 
 
 def test_an_image_always_scores_the_same_whatever_came_before(

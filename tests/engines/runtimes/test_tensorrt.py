@@ -6,6 +6,7 @@ fast TensorRT is.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, GpuLost, OutOfMemory, RuntimeFailed, StalePlan
 from engines.runtimes import ALONE, Batches, cuda
 from engines.runtimes.tensorrt import TensorRTRuntime
-from engines.serving.batching import choose_batches
+from engines.serving.batch_trial import Stopwatch, choose_batches
 from support.double import Double, doubled, environment, reports
 from support.plans import SIDE, build, tiny_bank, tiny_onnx, tiny_score
 from support.project import ROOT
@@ -325,18 +326,15 @@ def test_a_plan_that_leaves_the_sides_of_the_map_open_runs(each: Machine) -> Non
 def test_a_plan_for_one_image_runs_one_at_a_time(jetson: Machine) -> None:
     runtime = TensorRTRuntime(jetson.plan("one", max_batch=1))
     assert runtime.batch_sizes == ()
-    choose_batches(runtime)
+    choose_batches(runtime, Stopwatch(delays=dict))
     assert runtime.batches == ALONE
     right(runtime, some_images(3))
 
 
-def test_two_parts_run_together_where_a_batch_is_faster(
-    jetson: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is filled up, so from two on it pays."""
-    runtime = jetson.open()
-    monkeypatch.setattr("engines.serving.batching._share", lambda runtime, images: 1 / len(images))
-    choose_batches(runtime)
+def test_two_parts_run_together_where_a_batch_is_faster(jetson: Machine) -> None:
+    """Nothing is filled up, so from two on it pays. Here any number of images takes one second."""
+    runtime, calls = jetson.open(), itertools.count()
+    choose_batches(runtime, Stopwatch(lambda: next(calls) / 1024, dict))
     assert runtime.batches == Batches(8, least=2)
 
 

@@ -27,12 +27,12 @@ from pydantic import ValidationError
 from engines.errors import BadBundle, BadRequest, NoTensorRT, NoWorker
 from engines.meta import Meta
 from engines.queue.job_folder import JobFolder
+from engines.queue.job_requests import ConvertRequest
 from engines.queue.protocol import PACE
-from engines.queue.requests import ConvertRequest
-from engines.store import plan as plans
+from engines.store import plan_record as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.store.golden import GOLDEN, Golden
-from engines.store.plan import Fingerprint
+from engines.store.plan_record import Fingerprint
 from engines.store.versions import Store
 from support import double as doubles
 from support.double import BUILDING, DOUBLES, doubled, environment, reports
@@ -48,7 +48,7 @@ from workers.converting.graphs import difference
 from workers.jobs import job_process as jobs
 from workers.learning.retrain import Retrain, retrain
 from workers.progress import Progress
-from workers.sample_parts.dataset import write_dataset
+from workers.sample_parts.write_dataset import write_dataset
 
 QUIET = Progress(quiet=True)
 USERS = (*BUILDING, "engines.runtimes.tensorrt", "engines.runtimes.cuda")
@@ -515,7 +515,7 @@ def test_requests_that_contradict_themselves_are_refused(
 def test_a_machine_that_cannot_learn_has_a_worker_where_it_can_build(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from app.learning import worker_process as worker
+    from app.jobs import worker_process as worker
 
     monkeypatch.setattr(worker, "find_spec", lambda name: None)
     assert not worker._can_work()

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle
 from engines.meta import Meta
-from engines.store.plan import Machine
+from engines.store.plan_record import Machine
 from support.double import BUILDING, doubled
 from support.progress import Heard
 from workers.converting import quantise as module

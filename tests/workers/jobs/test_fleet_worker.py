@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from app.learning.job_queue import JobQueue
+from app.jobs.job_queue import JobQueue
 from engines.errors import Conflict, NoWorker, UnknownJob
 from engines.files import sha256
 from engines.queue.fleet import Fleet
-from engines.queue.requests import RetrainRequest
+from engines.queue.job_requests import RetrainRequest
 from engines.store.versions import Store
 from support.fleet import PASSWORD, Machine, Network, Postgres, bin_folder, noted, running_postgres
 from support.jobs import AGAIN, CATEGORY, ENDED, FIRST

@@ -5,7 +5,7 @@ graph and nowhere else. TF32 is off: it would round the distances in a memory ba
 in float32. A plan is refittable, so that a retraining need not build it again, and no plan is kept
 whose scores of real images are not those of the graph.
 
-Only loaded where TensorRT is: see `engines.store.plan.Machine.read`.
+Only loaded where TensorRT is: see `engines.store.plan_record.Machine.read`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from engines.files import sha256
 from engines.machine.memory import MIB
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, read_report
-from engines.store.plan import Fingerprint, Machine, Precision
+from engines.store.plan_record import Fingerprint, Machine, Precision
 from workers.converting.graphs import difference
 from workers.converting.parity import compare_in
-from workers.converting.plan.log import Log, failure, last_line, logger, memory_sentence
-from workers.converting.plan.progress import Monitor
+from workers.converting.plan.build_progress import Monitor
 from workers.converting.plan.scores import Scores, score_images
+from workers.converting.plan.tensorrt_log import Log, failure, last_line, logger, memory_sentence
 from workers.converting.plan.timing_cache import TimingCache
 from workers.progress import Progress
 

@@ -16,7 +16,7 @@ from engines.files import sha256
 from engines.image import resize
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle, write_report
 from engines.store.golden import Golden
-from engines.store.plan import Machine, Precision
+from engines.store.plan_record import Machine, Precision
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 

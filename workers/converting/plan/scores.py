@@ -12,7 +12,7 @@ import pycuda.driver as cuda
 import tensorrt as trt
 from numpy.typing import NDArray
 
-from workers.converting.plan.log import failure, logger
+from workers.converting.plan.tensorrt_log import failure, logger
 
 Scores = NDArray[np.float32]
 

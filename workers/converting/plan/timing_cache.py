@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.files import write_atomically
-from engines.store.plan import Machine
+from engines.store.plan_record import Machine
 from workers.progress import Progress
 
 

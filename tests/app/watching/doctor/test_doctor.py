@@ -17,8 +17,8 @@ from app.watching.doctor.command import _give_back, as_text, examine
 from app.watching.doctor.findings import Finding, Fit, Report
 from engines.machine import memory
 from engines.machine.memory import MIB
-from engines.store import plan
-from engines.store.plan import Fingerprint, Machine
+from engines.store import plan_record as plan
+from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import Store
 from support.double import doubled, environment
 from support.jetson import ORIN, laid_down

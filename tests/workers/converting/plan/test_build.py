@@ -23,7 +23,7 @@ from engines.errors import BadBundle, BadRequest, BuildFailed, OutOfMemory
 from engines.files import sha256
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, write_report
-from engines.store.plan import Fingerprint, Machine
+from engines.store.plan_record import Fingerprint, Machine
 from support.double import BUILDING, Double, doubled
 from support.graphs import WEIGHTS, expected, graph, some_images
 from support.progress import Heard
@@ -507,7 +507,7 @@ def test_progress_goes_up_to_the_end(each: Bench) -> None:
 
 
 def test_phases_within_phases_are_one_share(nano: Bench) -> None:
-    from workers.converting.plan.progress import Phases
+    from workers.converting.plan.build_progress import Phases
 
     phases = Phases()
     assert phases.fraction() == 0
@@ -573,7 +573,7 @@ def test_what_fails_while_progress_is_shown_ends_the_build(nano: Bench) -> None:
 
 def steps(it: Bench, name: str) -> int:
     """How many steps a build had."""
-    from workers.converting.plan.progress import Phases
+    from workers.converting.plan.build_progress import Phases
 
     count, step = [0], Phases.step
 

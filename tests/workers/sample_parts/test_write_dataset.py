@@ -12,11 +12,11 @@ import pytest
 
 from engines.errors import EXIT_CODE, BadRequest
 from support.project import ROOT
-from workers.sample_parts import dataset
+from workers.sample_parts import write_dataset as dataset
 from workers.sample_parts.__main__ import main
-from workers.sample_parts.dataset import CATEGORY, draw_sheet, write_dataset, write_png
 from workers.sample_parts.defects import DEFECTS
 from workers.sample_parts.drawing import draw_part
+from workers.sample_parts.write_dataset import CATEGORY, draw_sheet, write_dataset, write_png
 
 
 def run_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

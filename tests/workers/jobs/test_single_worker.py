@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from app.learning import job_queue as app_jobs
+from app.jobs import job_queue as app_jobs
 from app.routes.jobs import ScheduleRequest
 from engines.errors import BadRequest, Conflict, DiskFull, NoWorker, UnknownJob
 from engines.queue.job_folder import JobFolder
@@ -383,7 +383,8 @@ def test_a_job_that_the_queue_calls_running_and_nobody_attends_is_taken_up(line:
 
 def test_a_process_whose_parent_died_before_it_looked_ends_itself() -> None:
     program = (
-        "from workers.jobs.processes import die_with_parent; die_with_parent(); print('lives')"
+        "from workers.jobs.parent_and_child import die_with_parent\n"
+        "die_with_parent(); print('lives')"
     )
     for parent, lives in ((os.getpid(), True), (2**22 + 1, False)):
         done = subprocess.run(

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from app.settings import Settings
 from engines.logs import FORMAT
-from engines.machine.admission import JOB_MEMORY
+from engines.machine.job_memory import JOB_MEMORY
 from engines.queue.protocol import PACE, PARENT, RUNNING
-from engines.store.plan import has_tensorrt
+from engines.store.plan_record import has_tensorrt
 
 LOOK_EVERY_S = 0.1  # for the job's process
 STOPPED_S = 1.0  # at most, at a stretch: then it runs for a moment, so that a busy line ...

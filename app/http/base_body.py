@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+
+Answer = Callable[[Request, Exception], Awaitable[Response]]  # how errors leave
 
 
 class Body(BaseModel):

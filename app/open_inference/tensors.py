@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from app.oip.bodies import MAX_IMAGES, InferBody, InferTensorBody
+from app.open_inference.bodies import MAX_IMAGES, InferBody, InferTensorBody
 from app.serving.inspection import Image, Inspection
 from engines.errors import BadRequest, ImageTooLarge, RuntimeFailed
 from engines.image import ImageLimits, check_size

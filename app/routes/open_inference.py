@@ -15,11 +15,12 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel
 
-from app.http.bodies import error_response
+from app.http.access import needs
+from app.http.base_body import error_response
+from app.http.body_limit import body_of
 from app.http.deadlines import LONGEST_MS, within_deadline
 from app.http.request_log import request_id
-from app.http.security import body_of, needs
-from app.oip.bodies import (
+from app.open_inference.bodies import (
     MAX_IMAGES,
     InferBody,
     InferenceStatisticsBody,
@@ -35,7 +36,7 @@ from app.oip.bodies import (
     StatisticsBody,
     TensorBody,
 )
-from app.oip.tensors import (
+from app.open_inference.tensors import (
     HEADER_LENGTH,
     INPUTS,
     OUTPUTS,
@@ -297,15 +298,15 @@ async def infer(request: Request, model: Called) -> Response:
     One image that cannot be read is named, and the request gets no verdict at all.
     """
     inspector = _inspector(request)
-    inspector.check_room()
-    with inspector.holding() as hold:
+    inspector.admission.check_room()
+    with inspector.admission.holding() as hold:
         body = await _body(request, most_bytes(inspector.limits), hold)
         wanted = await asyncio.to_thread(
             read_request, body, request.headers.get(HEADER_LENGTH), inspector.limits
         )
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
-        with inspector.residents.use(live) as held, inspector.admitted():
+        with inspector.residents.use(live) as held, inspector.admission.admitted():
             inspecting = _inspect_all(inspector, held, wanted.images, wanted.tensor)
             within_ms = math.ceil(wanted.timeout_us / 1000) or LONGEST_MS
             inspections = await within_deadline(request, inspecting, within_ms)
@@ -451,7 +452,7 @@ async def _body(
 ) -> bytearray:
     """A body of up to `most` bytes, whether or not it says its length beforehand.
 
-    `hold` is told how many bytes have come, see `Inspector.holding`.
+    `hold` is told how many bytes have come, see `Admission.holding`.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from app.http.bodies import Body
+from app.http.base_body import Body
 
 MAX_IMAGES = 64  # of one request
 

@@ -18,7 +18,7 @@ from engines.files import write_atomically
 from engines.meta import Kind, Meta
 from engines.runtimes import Runtime
 from engines.store.bundle import ONNX, PLAN, read_bank, read_report
-from engines.store.plan import PLAN_RECORD, Fingerprint, Machine
+from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
 from engines.verdict import decide
 
 NOT_ALL_JUDGED = 1  # exit code when some images could not be read; the others are in the CSV

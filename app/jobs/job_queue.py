@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from app.learning.queue_database import connect, reach
+from app.jobs.queue_database import connect, reach
 from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
+from engines.queue.job_requests import JobKind, JobRequest
 from engines.queue.protocol import (
     ACTIVE,
     DATABASE,
@@ -25,7 +26,6 @@ from engines.queue.protocol import (
     scheduled_id,
     training_of,
 )
-from engines.queue.requests import JobKind, JobRequest
 from engines.queue.schedules import Schedules, last_due
 from engines.store.versions import NAME, Store
 

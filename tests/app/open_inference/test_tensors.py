@@ -25,7 +25,7 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from app.oip.tensors import InferRequest, read_request, write_answer
+from app.open_inference.tensors import InferRequest, read_request, write_answer
 from app.serving.inspection import Inspection
 from engines.errors import BadImage, BadRequest, RuntimeFailed
 from engines.image import ImageLimits, decode

@@ -1,4 +1,4 @@
-"""Claims about engines.store.plan: what a plan is good for, and what a machine lacks, in words."""
+"""What a plan is good for, and what a machine lacks, in words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from engines.errors import BadBundle, NoTensorRT
 from engines.files import sha256
-from engines.store import plan
+from engines.store import plan_record as plan
 from engines.store.bundle import ONNX, PLAN
-from engines.store.plan import PLAN_RECORD, Fingerprint, Machine, has_tensorrt
+from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine, has_tensorrt
 from support import double as doubles
 from support.double import VERSIONS, doubled
 from support.project import ROOT
@@ -83,7 +83,7 @@ def test_what_a_machine_lacks_is_said_with_what_to_type(
 
 def test_without_the_packages_there_is_no_tensorrt() -> None:
     program = (
-        "from engines.store.plan import Machine, has_tensorrt\n"
+        "from engines.store.plan_record import Machine, has_tensorrt\n"
         "print(has_tensorrt())\n"
         "try: Machine.read()\n"
         "except Exception as error: print(type(error).__name__)"

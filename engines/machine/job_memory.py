@@ -11,10 +11,10 @@ from engines.errors import OutOfMemory
 from engines.machine.memory import Free, Gpu, Need, Short, free_bytes, total_bytes
 from engines.machine.memory_needs import Learning, size, to_build, to_convert, to_learn
 from engines.meta import Meta
-from engines.queue.requests import ConvertRequest, RetrainRequest
+from engines.queue.job_requests import ConvertRequest, RetrainRequest
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets
-from engines.store.plan import L4T_RELEASE, has_tensorrt
+from engines.store.plan_record import L4T_RELEASE, has_tensorrt
 from engines.store.versions import META, Store
 
 JOB_MEMORY = "KENSA_JOB_MEMORY"  # the server's setting, which its worker inherits

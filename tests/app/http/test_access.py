@@ -19,8 +19,9 @@ import httpx
 import pytest
 
 from app.http import security
+from app.http.access import Access
+from app.http.body_limit import MAX_BODY
 from app.http.keys import ROLES, Role, add_key, command, fingerprint, read_keys, remove_key
-from app.http.security import MAX_BODY, Access
 from app.main import create_app
 from app.settings import Settings
 from engines.errors import (
