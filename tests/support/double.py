@@ -17,9 +17,8 @@ from typing import Any
 DOUBLES = Path(__file__).parents[1] / "doubles"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")  # JetPack 6.2, JetPack 7.2, the newest
 OURS = ("tensorrt", "pycuda", "double_gpu")
-BUILDING = tuple(  # what imports TensorRT to make a plan
-    f"workers.converting.{name}" for name in ("build", "build_log", "build_progress", "plan_scores")
-)
+PLAN = Path(__file__).parents[2] / "workers/converting/plan"  # what imports TensorRT to make one
+BUILDING = tuple(f"workers.converting.plan.{path.stem}" for path in PLAN.glob("[a-z]*.py"))
 
 
 @dataclass(frozen=True)
