@@ -26,6 +26,7 @@ from app.jobs.worker_process import WorkerProcess
 from app.routes import datasets, infer, models, open_inference, system
 from app.routes import jobs as jobs_routes
 from app.serving.inspection import Inspection, Inspector
+from app.serving.model_manager import ModelManager
 from app.serving.rollout import Rollout
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings
@@ -57,14 +58,15 @@ def create_app(settings: Settings) -> FastAPI:
     store = Store(settings.data / "models")
     jobs = JobQueue(settings.data, store, settings.fleet)
     plans = StalePlans(jobs, inspector.residents, settings.worker)
-    rollout = Rollout(store, inspector, settings, plans)
+    manager = ModelManager(store, inspector, settings, plans)
+    rollout = Rollout(store, manager, inspector, settings, plans)
     jobs.answering = rollout.answering
     worker = WorkerProcess(settings.data, settings)
     metrics = Metrics(version())
     inspector.admission.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     rollout.on_swap = metrics.swapped
-    rollout.on_rest = metrics.rested
+    manager.on_rest = metrics.rested
     metrics.queue_length = lambda: inspector.admission.under_way
 
     def on_inspection(done: Inspection) -> None:
@@ -98,6 +100,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.inspector = inspector
+    app.state.store = store
+    app.state.models = manager
     app.state.rollout = rollout
     app.state.jobs = jobs
     app.state.worker = worker

@@ -20,13 +20,13 @@ from app.http.access import KeyFirst, needs
 from app.http.base_body import Body
 from app.http.base_body import error_response as problem
 from app.jobs.job_queue import ENDED, JobQueue
-from app.serving.rollout import Rollout
+from app.serving.model_manager import ModelManager
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import job_memory
 from engines.meta import Meta
 from engines.queue.job_requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.store.datasets import Datasets
-from engines.store.versions import NAME
+from engines.store.versions import NAME, Store
 
 
 class ProgressBody(Body):
@@ -360,7 +360,7 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             f"The category {body.category} has no training images:"
             f" POST some to /datasets/{body.category}/train."
         )
-    store = request.app.state.rollout.store
+    store: Store = request.app.state.store
     if body.model not in store.names() or not store.versions(body.model):
         if body.kind is None:
             raise BadMeta(
@@ -373,11 +373,11 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
 
 
 def _check_version(request: Request, body: JobRequest) -> None:
-    rollout: Rollout = request.app.state.rollout
+    store: Store = request.app.state.store
     if isinstance(body, ConvertRequest):
-        rollout.store.must_know(body.model)
+        store.must_know(body.model)
     if body.version is not None:
-        rollout.store.folder(body.model, body.version)
+        store.folder(body.model, body.version)
 
 
 async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> None:
@@ -385,11 +385,11 @@ async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> 
 
     While another job runs it is not known what will be free; the job looks when it begins.
     """
-    rollout: Rollout = request.app.state.rollout
+    models: ModelManager = request.app.state.models
     settings = request.app.state.settings
     if settings.job_memory == "off":
         return
-    found = await rollout.memory.job_short_of(body)
+    found = await models.memory.job_short_of(body)
     if found is None:
         return
     waits = settings.job_memory == "wait" or await _ask(_jobs(request).active)

@@ -148,8 +148,7 @@ _CHANGE: dict[int | str, dict[str, Any]] = {
 @router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
 async def models(request: Request) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
-    rollout = _rollout(request)
-    names = await asyncio.to_thread(rollout.store.names)
+    names = await asyncio.to_thread(_store(request).names)
     return ModelsBody(models=[await _described(request, name) for name in names])
 
 
@@ -203,7 +202,7 @@ async def take_in(
 
     A plan is not taken: it holds machine code. It is made on the device that runs it.
     """
-    store, settings = _rollout(request).store, _settings(request)
+    store, settings = _store(request), _settings(request)
 
     def publish(zipped: Path) -> str:
         with store.staging() as folder:
@@ -231,7 +230,7 @@ async def take_in(
 )
 async def model(request: Request, name: Name) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
-    await asyncio.to_thread(_rollout(request).store.must_know, name)
+    await asyncio.to_thread(_store(request).must_know, name)
     return await _described(request, name)
 
 
@@ -246,7 +245,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
     rollout = _rollout(request)
 
     def look() -> VersionBody:
-        return _version(rollout.store, name, version, rollout.answering(name))
+        return _version(_store(request), name, version, rollout.answering(name))
 
     return await asyncio.to_thread(look)
 
@@ -260,7 +259,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
 )
 async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
     """The picture of a part that the new version judges otherwise, as the model sees it."""
-    store = _rollout(request).store
+    store = _store(request)
     await asyncio.to_thread(store.folder, name, version)
     path = store.gate_folder(name, version) / f"{number}.jpg"
     try:
@@ -309,7 +308,7 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
-        store, answers = rollout.store, rollout.answering(name)
+        store, answers = _store(request), rollout.answering(name)
         pointer, versions = store.pointer(name), reversed(store.versions(name))
         return StoredModelBody(
             name=name,
@@ -368,6 +367,11 @@ def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | Non
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         return None, f"What the gate found cannot be read: {where}: {problem['msg']}."
+
+
+def _store(request: Request) -> Store:
+    store: Store = request.app.state.store
+    return store
 
 
 def _rollout(request: Request) -> Rollout:

@@ -48,7 +48,7 @@ from app.open_inference.tensors import (
     write_answer,
 )
 from app.serving.inspection import Image, Inspection, Inspector
-from app.serving.rollout import Rollout
+from app.serving.model_manager import ModelManager
 from engines.errors import (
     BadImage,
     BadRequest,
@@ -58,6 +58,7 @@ from engines.errors import (
     UnsupportedBody,
 )
 from engines.serving.resident import Resident
+from engines.store.versions import Store
 
 _TAG = "Open Inference Protocol"
 router = APIRouter(tags=[_TAG], dependencies=[needs("line")])
@@ -355,7 +356,7 @@ async def _inspect_all(
 async def index(request: Request) -> list[RepositoryModelBody]:
     """Every model, its live version, and whether it is in memory."""
     wanted = await _repository_body(request)
-    residents, store = _inspector(request).residents, _rollout(request).store
+    residents, store = _inspector(request).residents, _store(request)
     names = await asyncio.to_thread(store.names)
     found = [await _entry(request, name) for name in sorted({*names, *residents.problems})]
     return [one for one in found if one.state == "READY" or not wanted.ready]
@@ -384,7 +385,7 @@ async def load(request: Request, model: Name) -> RepositoryModelBody:
         raise BadRequest(
             "Kensa loads models without parameters: POST their files to /models, as a zip."
         )
-    await _rollout(request).load(model)
+    await _models(request).load(model)
     return await _entry(request, model)
 
 
@@ -401,12 +402,12 @@ async def unload(request: Request, model: Name) -> RepositoryModelBody:
     server is started again. Versions that are published wait.
     """
     await _repository_body(request)
-    await _rollout(request).unload(model)
+    await _models(request).unload(model)
     return await _entry(request, model)
 
 
 async def _entry(request: Request, name: str) -> RepositoryModelBody:
-    residents, store = _inspector(request).residents, _rollout(request).store
+    residents, store = _inspector(request).residents, _store(request)
     if name in residents.names():
         version = residents.get(name).version
         return RepositoryModelBody(name=name, version=version, state="READY", reason="")
@@ -502,6 +503,11 @@ def _inspector(request: Request) -> Inspector:
     return inspector
 
 
-def _rollout(request: Request) -> Rollout:
-    rollout: Rollout = request.app.state.rollout
-    return rollout
+def _models(request: Request) -> ModelManager:
+    models: ModelManager = request.app.state.models
+    return models
+
+
+def _store(request: Request) -> Store:
+    store: Store = request.app.state.store
+    return store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ class GateReplay:
         goldens = [_golden(one, size) for one in folders]
         return list(gate.replays(goldens, self._inspector.recent(name), size)), report
 
-    async def ask(self, model: Resident, one: Replay) -> Verdict:
-        """What a version says of an image, once no part is being inspected."""
-        pixels = one.image[None]
-        scores, _ = await self._inspector.in_a_gap(lambda: model.runtime.infer(pixels))
-        return judge(float(scores[0]), model.scale)
+    async def ask(self, model: Resident, images: list[Replay]) -> list[Verdict]:
+        """What a version says of images, each while no part is being inspected."""
+        verdicts = []
+        for one in images:
+            infer = partial(model.runtime.infer, one.image[None])
+            scores, _ = await self._inspector.in_a_gap(infer)
+            verdicts.append(judge(float(scores[0]), model.scale))
+        return verdicts
 
     def keep_pictures(self, name: str, version: str, replayed: list[Replayed]) -> None:
         """What the parts look like whose verdict changes, for the person who decides. Blocks."""

@@ -311,7 +311,7 @@ def test_instead_of_a_damaged_live_version_the_one_before_it_is_loaded(tight: Se
         assert client.is_server_ready()
 
 
-# The rollout alone, where it must be caught at one moment
+# The model manager alone, where it must be caught at one moment
 
 
 def own_store(folder: Path, bundle: Path) -> tuple[Store, Settings]:
@@ -361,7 +361,7 @@ def test_a_restart_loads_what_was_unloaded(kensa_model: Path, tmp_path: Path) ->
     async def go_through() -> None:
         app = create_app(settings)
         async with app.router.lifespan_context(app):
-            await app.state.rollout.unload("bolt")
+            await app.state.models.unload("bolt")
             assert app.state.inspector.residents.names() == []
         app = create_app(settings)
         async with app.router.lifespan_context(app):
@@ -379,7 +379,7 @@ def test_a_trial_is_not_forgotten_when_the_model_is_unloaded(
     old = store.versions("bolt")[0]
     new = store.take_in("bolt", strict, {"activate": True, "max_flips": 1.0})
     app = create_app(settings)
-    rollout, inspector = app.state.rollout, app.state.inspector
+    models, inspector = app.state.models, app.state.inspector
     residents, part = inspector.residents, photo_file()
 
     def live() -> str | None:
@@ -394,20 +394,20 @@ def test_a_trial_is_not_forgotten_when_the_model_is_unloaded(
             if last_part == "before it is unloaded":
                 await inspector.inspect(part, "bolt")
             with residents.use("bolt") as held:
-                unloading = asyncio.create_task(rollout.unload("bolt"))
+                unloading = asyncio.create_task(models.unload("bolt"))
                 await until(lambda: not residents.names())
                 if last_part == "while it is":
                     await inspector.inspect(part, held)
             await unloading
             if last_part == "afterwards":
                 assert live() == new
-                await rollout.load("bolt")
+                await models.load("bolt")
                 await inspector.inspect(part, "bolt")
                 await until(lambda: residents.get("bolt").version == old)
             else:
                 await until(lambda: live() == old)
                 assert residents.names() == [], "nobody wanted it in memory"
-                await rollout.load("bolt")
+                await models.load("bolt")
                 assert residents.get("bolt").version == old
 
     asyncio.run(go_through())

@@ -1,0 +1,299 @@
+"""`ModelManager`: which version of each model is in memory; how one comes there, and goes.
+
+Which one it is to be, the store's pointer says, and `Rollout` decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from app.serving.inspection import Inspector
+from app.serving.loader import Loader
+from app.serving.memory_ledger import MemoryLedger
+from app.serving.stale_plans import StalePlans
+from app.settings import Settings
+from engines.errors import (
+    BadBundle,
+    BadMeta,
+    Conflict,
+    KensaError,
+    NotReady,
+    OutOfMemory,
+    StalePlan,
+)
+from engines.serving.resident import Resident
+from engines.store.versions import Store
+
+log = logging.getLogger("kensa")
+
+
+class ModelManager:
+    """Loads, exchanges and lets go. Its methods belong to the event loop's thread."""
+
+    def __init__(
+        self, store: Store, inspector: Inspector, settings: Settings, stale_plans: StalePlans
+    ) -> None:
+        self.loader = Loader(store, inspector, settings)
+        self.memory = MemoryLedger(
+            inspector.residents,
+            settings,
+            self.loader,
+            store.folder,
+            is_changing=lambda name: self._changes[name] > 0,
+            put_to_rest=self._put_to_rest,
+        )
+        self.on_refused: Callable[[str], None] = lambda _: None  # a version that cannot be used
+        self.on_rest: Callable[[str], None] = lambda _: None
+        self._store = store
+        self._inspector = inspector
+        self._residents = inspector.residents
+        self._residents.on_call = self._wake
+        self._settings = settings
+        self._stale_plans = stale_plans
+        self._changing: dict[str, asyncio.Lock] = {}
+        self._changes: Counter[str] = Counter()  # those under way, and those that wait
+        self._waking: set[str] = set()  # models that rest and are being brought back
+        self._unloaded: set[str] = set()  # models whose live version had to go first
+
+    # ---- at the start -------------------------------------------------------------------------
+
+    async def load_all(self) -> None:
+        """Bring the live version of every model into memory that fits; pinned ones come first."""
+        try:
+            names = await self.loader.do(self._store.names)
+        except OSError as error:
+            names = []
+            self._residents.problems["models"] = f"The models cannot be read: {error}."
+            log.error("The models cannot be read: %s", error)
+        pinned = self._settings.pinned_names
+        for name in sorted(pinned.difference(names)):
+            log.warning("KENSA_PINNED names %s, and there is no such model", name)
+        for name in sorted(names, key=lambda name: (name not in pinned, name)):
+            async with self.change(name):
+                await self._load_where_it_fits(name, exchange=False)
+
+    async def _load_where_it_fits(self, name: str, *, exchange: bool = True) -> None:
+        """Bring the live version into memory beside the others; alone it is always tried.
+
+        Args:
+            exchange: whether others may be put to rest for it.
+        """
+        candidates = await self.loader.do(lambda: self._store.candidates(name))
+        try:
+            if candidates and self._residents.names():
+                with contextlib.suppress(BadMeta, BadBundle):  # `_load_live` puts it aside
+                    await self.memory.must_fit(name, candidates[0], exchange=exchange)
+        except OutOfMemory as error:
+            refused = f"{name} rests: "
+            told = (self._residents.why_not(name) or "").startswith(refused)
+            if self._settings.rest == "on":
+                self._residents.put_to_rest(name, f"{refused}{error}")
+            else:
+                self._residents.take(name, str(error))
+            log.log(  # a line for each part would wear out flash memory
+                logging.DEBUG if told else logging.WARNING, "%s is not in memory: %s", name, error
+            )
+            return
+        await self._load_live(name)
+
+    async def _load_live(self, name: str) -> None:
+        """Bring the live version into memory; the one before where it cannot be used."""
+        pointer = await self.loader.do(lambda: self._store.pointer(name))
+        problem = self._residents.problems.get(name)
+        for version in await self.loader.do(lambda: self._store.candidates(name)):
+            try:
+                model = await self._open(name, version, None)
+            except (StalePlan, OutOfMemory) as error:  # the one before would be another model
+                problem = str(error)
+                break
+            except (KensaError, OSError) as error:
+                problem = f"{name} {version} cannot be used: {error}"
+                continue
+            except Exception:
+                log.exception("%s %s cannot be opened", name, version)
+                problem = f"{name} {version} cannot be opened, for a reason that the log shows."
+                continue
+            self._residents.put(model)
+            self._note_plan(model)
+            if pointer is None or version != pointer.live:
+                log.warning("%s is served from %s", name, version)
+                try:
+                    await self.loader.do(partial(self._store.activate, name, version))
+                except OSError as error:
+                    log.error("That cannot be written down: %s", error.strerror)
+            return
+        if problem is None and pointer is not None:
+            problem = f"{name} has no version {pointer.live}, and none before it."
+        if problem is not None:
+            self._residents.take(name, problem)
+            log.error("Not ready: %s", problem)
+
+    # ---- because a person says so -------------------------------------------------------------
+
+    async def load(self, name: str) -> None:
+        """Bring the live version of a model into memory, if it is not there.
+
+        Raises:
+            UnknownModel: there is no such model.
+            Conflict: none of its versions was ever live.
+            OutOfMemory: there is no room for it.
+            NotReady: no version of it that was live can be used.
+        """
+        async with self.change(name):
+            await self.loader.do(lambda: self._store.must_know(name))
+            if self.live(name) is not None:
+                return
+            candidates = await self.loader.do(lambda: self._store.candidates(name))
+            if not candidates:
+                raise Conflict(
+                    f"{name} has no live version: POST /models/{name}/versions/VERSION/activate"
+                    " makes one live."
+                )
+            with contextlib.suppress(BadMeta, BadBundle):  # put aside, and the one before judges
+                await self.memory.must_fit(name, candidates[0])
+            await self._load_live(name)
+            if self.live(name) is None:
+                raise NotReady(self._residents.problems[name])
+
+    async def unload(self, name: str) -> None:
+        """Answer no more requests for a model, and give its memory back when the last one ended.
+
+        It stays so until a person loads it, activates a version or goes back to one, or the server
+        is started again. Versions that are published wait.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        async with self.change(name):
+            await self.loader.do(lambda: self._store.must_know(name))
+            model = self.live(name)
+            self._residents.put_away(
+                name, f"{name} is unloaded: POST /v2/repository/models/{name}/load loads it again."
+            )
+            if model is not None:
+                await asyncio.shield(self.loader.begin(self.loader.let_go(model)))
+                self._inspector.forget(name)
+                log.info("%s %s is unloaded, because somebody wanted it so", name, model.version)
+
+    # ---- one in another's place ---------------------------------------------------------------
+
+    @asynccontextmanager
+    async def change(self, name: str) -> AsyncIterator[None]:
+        """One change of a model at a time. One that failed after unloading is made good."""
+        self._changes[name] += 1
+        try:
+            async with self._changing.setdefault(name, asyncio.Lock()):
+                try:
+                    yield
+                finally:
+                    self.memory.settle(name)
+                    if name in self._unloaded:
+                        self._unloaded.discard(name)
+                        await self._load_live(name)
+        finally:
+            self._changes[name] -= 1
+
+    def is_away(self, name: str) -> bool:
+        """Whether a model is not in memory because a person, or another model, wants it so."""
+        return name in self._residents.unloaded or name in self._residents.resting
+
+    def live(self, name: str) -> Resident | None:
+        """The version in memory; None where there is none."""
+        return self._residents.get(name) if name in self._residents.names() else None
+
+    def put(self, model: Resident) -> None:
+        """Let a version answer from now on; the one that did is closed when nobody uses it."""
+        self._unloaded.discard(model.name)
+        before = self._residents.put(model)
+        self._note_plan(model)
+        if before is not None and before is not model:
+            self.loader.let_go_soon(before)
+
+    def _note_plan(self, model: Resident) -> None:
+        if model.stale is None:
+            self._stale_plans.settle(model.name)
+        else:
+            self._stale_plans.note(model.name, model.version, model.stale)
+
+    @asynccontextmanager
+    async def opened(
+        self, name: str, version: str, first: Callable[[Resident], Awaitable[None]] | None = None
+    ) -> AsyncIterator[Resident]:
+        """A version beside the live one.
+
+        Unless it has taken the live one's place when the block ends, it is closed.
+
+        Args:
+            first: what is done with the live version before it may have to go.
+
+        Raises:
+            BadBundle, BadMeta: it cannot be used, and is put aside.
+            OutOfMemory: it does not fit, and the live one may not go first.
+        """
+        old = self.live(name)
+        if self.is_away(name) or (old is None and self._residents.names()):
+            await self.memory.must_fit(name, version)
+        beside = old is None or await self.memory.fits(name, version)
+        if old is not None and first is not None:
+            await first(old)
+        if not beside:
+            await self._unload(name, version)
+        model = await self._open(name, version, old if beside else None)
+        try:
+            yield model
+        finally:
+            if self.live(name) is not model:
+                await self.loader.shut(model)
+
+    async def _open(self, name: str, version: str, beside: Resident | None) -> Resident:
+        """Open a version; one that cannot be used is put aside."""
+        try:
+            return await self.loader.open(name, version, beside)
+        except (BadBundle, BadMeta):
+            self.on_refused(name)
+            raise
+        except StalePlan as error:
+            self._stale_plans.note(name, version, str(error))
+            raise
+        finally:
+            self.memory.settle(name)
+
+    async def _unload(self, name: str, version: str) -> None:
+        """Let the live version go, because another does not fit beside it."""
+        old = self._residents.get(name)
+        log.warning("%s is unloaded, because %s does not fit beside it", name, version)
+        self._unloaded.add(name)
+        self._residents.take(name, f"{name} is being exchanged; try again in a few seconds.")
+        await self.loader.let_go(old)
+
+    # ---- models that take turns ---------------------------------------------------------------
+
+    async def _put_to_rest(self, name: str, reason: str) -> None:
+        """Take a model out of memory, because another one needs it."""
+        async with self.change(name):  # at once: nobody has it
+            model = self._residents.put_to_rest(name, reason)
+            assert model is not None
+            self.on_rest(name)
+            await asyncio.shield(self.loader.begin(self.loader.let_go(model)))
+
+    def _wake(self, name: str) -> None:
+        """A part came for a model that rests: bring it back for those that come later."""
+        if name not in self._waking:
+            self._waking.add(name)
+            self.loader.begin(self._bring_back(name))
+
+    async def _bring_back(self, name: str) -> None:
+        try:
+            async with self.change(name):
+                if name in self._residents.resting:
+                    await self._load_where_it_fits(name)
+        except (KensaError, OSError) as error:
+            log.error("%s cannot be brought back: %s", name, error)
+        finally:
+            self._waking.discard(name)
