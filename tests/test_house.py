@@ -151,6 +151,21 @@ def test_arrows_between_rooms_lead_down(package: str) -> None:
     assert not against_the_order(arrows(), package)
 
 
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_first_screen_of_the_architecture_shows_the_rooms_from_the_top_down(
+    package: str,
+) -> None:
+    screen = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    assert len(screen.splitlines()) < 45
+    own = screen.split(f"\n{package}/", 1)[1].split("\nworkers/")[0].split("\nengines/")[0]
+    shown = re.findall(r"^  ((?:\w+/?(?:, )?)+)", own.split("\ntests/")[0], re.MULTILINE)
+    rooms = [room.strip("/") for names in shown for room in names.split(", ")]
+    height = {room: number for number, floor in enumerate(FLOORS[package]) for room in floor}
+    assert set(rooms) == set(height)
+    heights = [height[room] for room in rooms]
+    assert heights == sorted(heights, reverse=True)
+
+
 def test_an_arrow_that_leads_up_or_aside_would_be_found() -> None:
     up = {"engines.store.bundle": {"engines.serving.resident", "engines.files"}}
     assert against_the_order(up, "engines") == ["engines.store.bundle -> engines.serving.resident"]

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from engines.errors import DeadlineExceeded
 
-LONGEST_MS = 3_600_000  # for a request that leaves it to the server
+LEFT_TO_THE_SERVER_MS = 3_600_000  # for a request that leaves it to the server
 Result = TypeVar("Result")
 
 

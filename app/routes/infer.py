@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from app.http.access import needs
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
-from app.http.deadlines import LONGEST_MS, within_deadline
+from app.http.deadlines import LEFT_TO_THE_SERVER_MS, within_deadline
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
@@ -184,7 +184,7 @@ async def infer(
     ] = False,
     deadline_ms: Annotated[
         int, Query(ge=1, description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS.")
-    ] = LONGEST_MS,
+    ] = LEFT_TO_THE_SERVER_MS,
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
 

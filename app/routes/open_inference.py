@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from app.http.access import needs
 from app.http.base_body import error_response
 from app.http.body_limit import body_of
-from app.http.deadlines import LONGEST_MS, within_deadline
+from app.http.deadlines import LEFT_TO_THE_SERVER_MS, within_deadline
 from app.http.request_log import request_id
 from app.open_inference.bodies import (
     MAX_IMAGES,
@@ -309,7 +309,7 @@ async def infer(request: Request, model: Called) -> Response:
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admission.admitted():
             inspecting = _inspect_all(inspector, held, wanted.images, wanted.tensor)
-            within_ms = math.ceil(wanted.timeout_us / 1000) or LONGEST_MS
+            within_ms = math.ceil(wanted.timeout_us / 1000) or LEFT_TO_THE_SERVER_MS
             inspections = await within_deadline(request, inspecting, within_ms)
     content, json_length = await asyncio.to_thread(write_answer, wanted, inspections)
     headers = {"X-Request-ID": request_id(request)}
