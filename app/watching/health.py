@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -123,10 +124,10 @@ class Health:
 class JobCounts:
     """How many jobs there are, asked in a thread of its own, and never twice at a time."""
 
-    def __init__(self, jobs: JobQueue) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: JobQueue, clock: Callable[[], float] = time.monotonic) -> None:
+        self._jobs, self._clock = jobs, clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="count")
-        self._since = time.monotonic()
+        self._since = clock()
         self._asking: asyncio.Future[dict[str, int] | str | None] | None = None
         self._asked = -STALE_S
         self._counted: dict[str, int] | None = None
@@ -135,8 +136,8 @@ class JobCounts:
 
     async def look(self) -> tuple[dict[str, int] | None, str | None]:
         """The jobs by their state, as far as known, and what is wrong with the queue."""
-        if self._asking is None and time.monotonic() - self._asked > FRESH_S:
-            self._asked = time.monotonic()
+        if self._asking is None and self._clock() - self._asked > FRESH_S:
+            self._asked = self._clock()
             self._asking = asyncio.get_running_loop().run_in_executor(self._thread, self._count)
         if self._asking is not None:
             asking = self._asking
@@ -144,7 +145,7 @@ class JobCounts:
             if asking.done() and self._asking is asking:
                 self._asking = None
                 self._take(asking.result())
-        now = time.monotonic()
+        now = self._clock()
         waited = 0.0 if self._asking is None else now - self._asked
         problem = self._jobs.problem or self._problem
         if problem is None and not self._jobs.is_open and now - self._since > OPENING_S:
@@ -156,7 +157,7 @@ class JobCounts:
     def _take(self, answer: dict[str, int] | str | None) -> None:
         self._problem = answer if isinstance(answer, str) else None
         if isinstance(answer, dict):
-            self._counted, self._counted_at = answer, time.monotonic()
+            self._counted, self._counted_at = answer, self._clock()
 
     def _count(self) -> dict[str, int] | str | None:
         """In the thread: the counts, or why there are none; None while the queue is opened."""

@@ -412,10 +412,10 @@ def bombs() -> dict[str, bytes]:
 def test_a_bomb_costs_nothing(kind: str, data: bytes) -> None:
     peak_rss = high_water_mark()
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ImageTooLarge):
         decode(data)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 0.05, kind

@@ -78,7 +78,7 @@ class Line:
 
     def wait(self, version: str, *states: str, name: str = NAME) -> str:
         """Until the version is in one of these states."""
-        for _ in range(300):
+        for _ in range(600):
             if (state := self.state(version, name)) in states:
                 return state
             time.sleep(0.1)

@@ -35,12 +35,22 @@ class Server:
     def send_form(self, data: bytes, **headers: str) -> httpx.Response:
         return self.client.post("/infer", files={"file": ("part", data)}, headers=headers)
 
+    def cpu_seconds(self) -> float:
+        """What all its threads have computed until now, however long that took."""
+        return cpu_seconds(self.process.pid)
+
     def memory(self, line: str) -> int:
         """VmRSS (memory now) or VmHWM (its highest), bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(rf"{line}:\s+(\d+) kB", status)
         assert found
         return int(found[1]) * 1024
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time that a process has used until now."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 def until(
     true: Callable[[], object],
     otherwise: str | Callable[[], str] = "it does not come true",
-    within_s: float = 30.0,
+    within_s: float = 60.0,
 ) -> None:
     end = time.monotonic() + within_s
     while not true():

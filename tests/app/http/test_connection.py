@@ -11,13 +11,12 @@ import re
 import resource
 import signal
 import socket
-import statistics
 import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,7 +121,7 @@ def refusal(answer: bytes) -> tuple[int, str]:
     return statuses(answer)[0], found["code"]
 
 
-def eventually(is_so: Callable[[], bool], within_s: float = 10) -> bool:
+def eventually(is_so: Callable[[], bool], within_s: float = 60) -> bool:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         if is_so():
@@ -153,51 +152,48 @@ def trickle(server: Server, start: bytes, rest: bytes, stop: threading.Event) ->
         return answer + b"still open"
 
 
-def measure(server: Server, photo: bytes) -> tuple[float, float]:
-    """Median milliseconds of /livez and /infer."""
-    lives, verdicts = [], []
-    for _ in range(15):
-        began = time.perf_counter()
+def cost(server: Server, photo: bytes) -> float:
+    """CPU seconds of the server for ten times /livez and /infer, each answered before the next."""
+    began = server.cpu_seconds()
+    for _ in range(10):
         assert server.client.get("/livez").status_code == 200
-        lives.append((time.perf_counter() - began) * 1000)
-        answer = server.infer(photo)
-        assert answer.status_code == 200, answer.text
-        verdicts.append(answer.json()["timing"]["total_ms"])
-    return statistics.median(lives), statistics.median(verdicts)
+        assert server.infer(photo).status_code == 200
+    return server.cpu_seconds() - began
 
 
-def test_20_idle_and_20_trickling_connections_change_nothing(server: Server, photo: bytes) -> None:
-    measure(server, photo)
-    before = measure(server, photo)
-    stop = threading.Event()
+def test_20_idle_and_20_trickling_connections_change_nothing(
+    kensa_model: Path, tmp_path: Path, photo: bytes
+) -> None:
+    """What comes meanwhile is answered before the first of them has had its time."""
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_RECEIVE_S": "10"}
+    with serving(tmp_path, **settings) as server:
+        cost(server, photo)
+        before, stop = cost(server, photo), threading.Event()
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(20) as pool:
+            stack.callback(stop.set)
+            idle, slow = idle_and_slow(server, stack, pool, stop)
+            during = cost(server, photo)
+            assert not any(one.done() for one in slow)
+            assert eventually(lambda: all(one.done() for one in slow))
+            assert [refusal(one.result()) for one in slow] == [(408, "too_slow")] * 20
+            for connection in idle:
+                connection.settimeout(60)
+                assert connection.recv(1) == b""  # nothing was asked, so nothing is said
+    print(f"\nCPU seconds before: {before:.2f}, with 40 idle and slow clients: {during:.2f}")
+    assert during < 3 * before + 0.2
+
+
+def idle_and_slow(
+    server: Server, stack: contextlib.ExitStack, pool: ThreadPoolExecutor, stop: threading.Event
+) -> tuple[list[socket.socket], list[Future[bytes]]]:
+    """20 connections that say nothing, and 20 that send a byte now and then."""
     head = LIVEZ[:10], LIVEZ[10:-4] + b"x" * 1000
     body = post("/infer", bytes(1000), JPEG)
     body = body[: body.index(b"\r\n\r\n") + 4], bytes(1000)
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(20) as pool:
-        idle = [stack.enter_context(connect(server)) for _ in range(20)]
-        slow = [pool.submit(trickle, server, *(head, body)[n % 2], stop) for n in range(20)]
-        time.sleep(0.2)
-        during = measure(server, photo)
-        stopped = eventually(lambda: all(one.done() for one in slow), RECEIVE_S + 3)
-        stop.set()
-        assert stopped
-        assert [refusal(one.result()) for one in slow] == [(408, "too_slow")] * 20
-        for connection in idle:
-            assert connection.recv(1) == b""  # nothing was asked, so nothing is said
-    print(f"\nms of /livez and /infer before: {before}, with 40 idle and slow clients: {during}")
-    for was, now in zip(before, during, strict=True):
-        assert now < 3 * was + 20
-
-
-def test_an_answer_on_a_kept_connection_is_not_held_back(server: Server) -> None:
-    """By 40 ms: Nagle's algorithm on this side, delayed acknowledgements on the other."""
-    server.client.get("/livez")
-    waits = []
-    for _ in range(25):
-        began = time.perf_counter()
-        assert server.client.get("/livez").status_code == 200
-        waits.append((time.perf_counter() - began) * 1000)
-    assert statistics.median(waits) < 30
+    idle = [stack.enter_context(connect(server)) for _ in range(20)]
+    slow = [pool.submit(trickle, server, *(head, body)[n % 2], stop) for n in range(20)]
+    time.sleep(0.2)
+    return idle, slow
 
 
 def test_a_slow_upload_that_moves_is_waited_for(server: Server) -> None:
@@ -207,8 +203,11 @@ def test_a_slow_upload_that_moves_is_waited_for(server: Server) -> None:
     assert len(request) / (2 * SLOWEST) > 2 * RECEIVE_S
     began = time.monotonic()
     with connect(server) as connection:
-        for start in range(0, len(request), SLOWEST // 5):
-            connection.sendall(request[start : start + SLOWEST // 5])
+        sent = 0
+        while sent < len(request):  # by the clock: a machine that stops for a moment catches up
+            due = int((time.monotonic() - began) * 2 * SLOWEST) + 1000
+            connection.sendall(request[sent:due])
+            sent = min(due, len(request))
             time.sleep(0.1)
         assert time.monotonic() - began > 2 * RECEIVE_S
         assert statuses(read_one(connection)) == [201]
@@ -221,7 +220,7 @@ def test_an_upload_that_stands_still_leaves_no_file(server: Server) -> None:
         connection.sendall(head)
         assert eventually(lambda: any(uploads.rglob("0")))
         assert refusal(read_all(connection)) == (408, "too_slow")
-        assert eventually(lambda: not any(uploads.iterdir()), 2)
+        assert eventually(lambda: not any(uploads.iterdir()))
 
 
 def test_a_client_that_waits_to_be_asked_for_its_body_is_not_slow(
@@ -238,15 +237,17 @@ def test_a_client_that_waits_to_be_asked_for_its_body_is_not_slow(
 
 def test_what_is_left_of_a_refused_body_is_read_for_a_while_only(server: Server) -> None:
     head = b"POST /infer HTTP/1.1\r\n" + HOST + JPEG + b"Content-Length: %d\r\n\r\n" % (10**12)
-    began = time.monotonic()
     with connect(server) as connection:
         connection.sendall(head)
         assert statuses(read_one(connection)) == [413]
-        with contextlib.suppress(ConnectionError):
-            while time.monotonic() - began < 10:
+
+        def go_on() -> None:
+            for _ in range(20 * 100 * RECEIVE_S):
                 connection.sendall(bytes(65536))
                 time.sleep(0.01)
-    assert time.monotonic() - began < RECEIVE_S + 3
+
+        with pytest.raises(ConnectionError):  # it hangs up
+            go_on()
 
 
 def test_a_line_end_after_a_body_is_no_request(server: Server, photo: bytes) -> None:
@@ -295,7 +296,7 @@ def test_a_client_that_never_reads_its_answers_is_closed(server: Server) -> None
     with slow_reader(server) as connection:
         connection.sendall(PAGE * 8)
         assert eventually(lambda: sockets(server) > before)
-        assert eventually(lambda: sockets(server) <= before, 3 * RECEIVE_S + 2)
+        assert eventually(lambda: sockets(server) <= before)
 
 
 # Half closed
@@ -318,11 +319,12 @@ def test_a_client_that_has_shut_down_its_side_gets_its_answer(server: Server, ph
 
 
 @pytest.mark.parametrize("sent", [1, 20, -1])
-def test_an_end_in_mid_request_closes_at_once(server: Server, photo: bytes, sent: int) -> None:
+def test_an_end_in_mid_request_closes_at_once(small: Server, photo: bytes, sent: int) -> None:
+    """And not when its time is up, which is half a minute here."""
     began = time.monotonic()
-    for data in (LIVEZ, post("/infer", photo, JPEG)):
-        assert ask(server, data[:sent], shut=True) == b""
-    assert time.monotonic() - began < RECEIVE_S
+    for data in (LIVEZ, post("/datasets/bolt/train?name=a.jpg", photo, JPEG)):
+        assert ask(small, data[:sent], shut=True) == b""
+    assert time.monotonic() - began < 20
 
 
 @dataclass
@@ -330,10 +332,12 @@ class Patient:
     """An application that waits, then answers, and notes what it was told meanwhile."""
 
     wait_s: float
+    began: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
+        self.began.set()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(receive(), self.wait_s)
             self.left.set()
@@ -351,15 +355,36 @@ def within(application: Any) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
-        yield listener.getsockname()[1]
-        running.should_exit = True
-        thread.join()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = running.force_exit = True
+            thread.join()
+
+
+def test_an_answer_on_a_kept_connection_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By 40 ms: Nagle's algorithm on this side, delayed acknowledgements on the other."""
+    undelayed: list[int] = []
+    made = Connection.connection_made
+
+    def noted(self: Connection, transport: Any) -> None:
+        made(self, transport)
+        at = transport.get_extra_info("socket")
+        undelayed.append(at.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Connection, "connection_made", noted)
+    with within(Patient(wait_s=0)) as port:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        connection.sendall(LIVEZ)
+        assert statuses(read_one(connection)) == [204]
+        connection.close()
+    assert undelayed == [1]
 
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_one_that_waits_is_told_from_one_that_left(is_there: bool) -> None:
     """Both have sent the same: a request, and that there is no more to come."""
-    application = Patient(wait_s=2.0 if not is_there else 0.8)
+    application = Patient(wait_s=60 if not is_there else 0.8)
     with within(application) as port:
         connection = socket.create_connection(("127.0.0.1", port), timeout=10)
         connection.sendall(LIVEZ)
@@ -368,18 +393,19 @@ def test_one_that_waits_is_told_from_one_that_left(is_there: bool) -> None:
             assert statuses(read_all(connection)) == [100, 204]
             assert not application.left.is_set()
         connection.close()
-        assert is_there or application.left.wait(1.5)
+        assert is_there or application.left.wait(30)
 
 
 def test_every_request_of_a_connection_that_is_lost_hears_of_it() -> None:
     """uvicorn tells the last one alone."""
-    application = Patient(wait_s=5)
+    application = Patient(wait_s=60)
     with within(application) as port:
         connection = socket.create_connection(("127.0.0.1", port), timeout=10)
         connection.sendall(LIVEZ * 3)
-        time.sleep(0.2)
+        assert application.began.wait(30)
+        time.sleep(0.2)  # the others arrive
         reset(connection)
-        assert application.left.wait(1)
+        assert application.left.wait(30)
 
 
 # What is no request
@@ -509,7 +535,8 @@ def test_the_connection_that_is_idle_longest_makes_room(small: Server) -> None:
         for connection in more:
             connection.sendall(LIVEZ)
             assert statuses(read_one(connection)) == [200]
-        assert [is_open(one) for one in first] == [True] * 5 + [False] * 3
+        assert eventually(lambda: not any(is_open(one) for one in first[5:]))
+        assert all(is_open(one) for one in first[:5])
 
 
 def test_when_all_are_at_work_one_more_is_refused(small: Server) -> None:
@@ -518,7 +545,8 @@ def test_when_all_are_at_work_one_more_is_refused(small: Server) -> None:
         busy = [stack.enter_context(connect(small)) for _ in range(8)]
         for connection in busy:
             connection.sendall(upload)
-        time.sleep(0.3)
+        uploads = small.log.parent / "data" / "datasets" / "uploads"
+        assert eventually(lambda: len([*uploads.rglob("0")]) == 8)
         answer = ask(small, LIVEZ)
         assert refusal(answer) == (503, "too_many_connections")
         assert b"\r\nretry-after: " in answer
@@ -533,7 +561,7 @@ def test_a_flood_of_connections_does_not_use_up_the_files(small: Server) -> None
         for _ in range(300):
             stack.enter_context(connect(small))
         most = 8 + connections.SPARE + 60
-        assert eventually(lambda: len(list(files.iterdir())) < most, 5)
+        assert eventually(lambda: len(list(files.iterdir())) < most)
         answer = ask(small, LIVEZ, shut=True)
     assert statuses(answer) == [200]
 
@@ -555,9 +583,10 @@ def test_the_limit_of_open_files_is_raised_to_fit(
 # Stopping
 
 
-def test_it_stops_within_5_seconds_and_answers_what_it_can(
+def test_it_stops_within_its_time_and_answers_what_it_can(
     kensa_model: Path, tmp_path: Path, photo: bytes
 ) -> None:
+    """Within KENSA_SHUTDOWN_GRACE_S, 5 unless it is set, and the moment that the rest takes."""
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "part"}
     large = cv2.imencode(".png", np.zeros((3000, 3000, 3), np.uint8))[1].tobytes()
     upload = post("/datasets/bolt/train?name=a.jpg", photo, JPEG)
@@ -575,7 +604,10 @@ def test_it_stops_within_5_seconds_and_answers_what_it_can(
         follower.sendall(b"GET /jobs/%s/events HTTP/1.1\r\n%s\r\n" % (job.encode(), HOST))
         assert statuses(read_one(follower)) == [200]
         engine.sendall(post("/infer", large, b"Content-Type: image/png\r\n"))
-        time.sleep(0.1)
+        uploads = tmp_path / "data" / "datasets" / "uploads"
+        assert eventually(lambda: len([*uploads.rglob("0")]) == 2)
+        running.client.get("/livez")  # what came before has arrived as well
+        running.client.close()
         began = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
@@ -585,10 +617,10 @@ def test_it_stops_within_5_seconds_and_answers_what_it_can(
         assert read_all(follower).endswith(b"0\r\n\r\n")
         assert read_all(idle) == read_all(head) == b""
         assert refusal(read_all(never)) == (503, "not_ready")
-        assert running.process.wait(timeout=10) == 0
+        assert running.process.wait(timeout=60) == 0
         took = time.monotonic() - began
     print(f"\nstopped after {took:.2f} s")
-    assert took < 5
+    assert took < 15  # three times as long as it may
     assert "Traceback" not in running.log.read_text()
 
 
@@ -843,13 +875,13 @@ def mix(server: Server, photo: bytes, count: int) -> None:
             request = LIVEZ.replace(b"/livez", path)
             list(pool.map(lambda data: ask(server, data, shut=True), [request] * 48))
     mixture.run(8 * len(mixture.kinds), seed=0, threads=16)
-    before, memory = settled(server, 15), server.memory("VmRSS")
+    before, memory = settled(server, 60), server.memory("VmRSS")
     mixture.counts.clear()
     seed = random.randrange(1, 10**6)
     began = time.monotonic()
     mixture.run(count, seed)
     took = time.monotonic() - began
-    after = settled(server, 15)
+    after = settled(server, 60)
     print(
         f"\n{count} requests, seed {seed}, in {took:.1f} s: {sum(mixture.counts.values())} answers"
     )

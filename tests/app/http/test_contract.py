@@ -423,10 +423,10 @@ def test_a_cron_expression_is_read_in_no_time(server: Server, known: dict[str, A
     send_images(server)
     retrain = {"model": "bracket", "category": "bolt"}
     for cron in ("L" * 90 + "!", "LMONL" * 18, "* " * 45, "1," * 45, "*/1" * 30):
-        began = time.monotonic()
+        began = server.cpu_seconds()
         answer = server.client.put("/schedules/x", json={"cron": cron, "retrain": retrain})
         assert (answer.status_code, agreed(answer)) == (422, "bad_request"), cron
-        assert time.monotonic() - began < 1
+        assert server.cpu_seconds() - began < 1
     for cron in ("0 2 * * *", "*/5 0-6,22 1,L * mon-FRI", "0 0 * JAN L5", " 0  2 * * sun "):
         answer = server.client.put("/schedules/x", json={"cron": cron, "retrain": retrain})
         assert answer.status_code == 200, f"{cron}: {answer.text}"

@@ -18,6 +18,7 @@ from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.meta import Meta
 from engines.store.versions import Store
+from support import waiting
 from support.fake_model import fake_model
 from support.line import variant
 from support.oip_client import (
@@ -185,14 +186,17 @@ def test_unloading_waits_for_the_last_request_and_drops_none(
     threads = [threading.Thread(target=send) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(2):
-        time.sleep(0.2)
-        client.unload_model("bolt")
-        time.sleep(0.1)
-        client.load_model("bolt")
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(2):
+            so_far = len(seen)
+            waiting.until(lambda: "verdicts" in seen[so_far:])  # noqa: B023
+            client.unload_model("bolt")
+            waiting.until(lambda: UNLOADED in seen[so_far:])  # noqa: B023
+            client.load_model("bolt")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert wrong == []
     assert set(seen) == {"verdicts", UNLOADED}
     assert "Traceback" not in server.log.read_text()
@@ -255,7 +259,7 @@ def test_a_version_published_meanwhile_waits_until_the_model_is_loaded(
     states = server.client.get("/models/bolt").json()["versions"]
     assert {one["version"]: one["state"] for one in states}[new] == "at the gate"
     client.load_model("bolt")
-    for _ in range(100):
+    for _ in range(600):
         if (version := score(client)[0]) == new:
             break
         assert version == before
@@ -331,7 +335,7 @@ def strict(kensa_model: Path, tmp_path: Path) -> Path:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    for _ in range(400):
+    for _ in range(3000):
         if holds():
             return
         await asyncio.sleep(0.02)

@@ -649,9 +649,9 @@ def test_a_zip_bomb_takes_neither_memory_nor_time(place: Place, name: str, form:
     data = make()
     assert len(data) < UPLOAD_LIMIT
     place.send_zip(zipped({"1.png": image()}))
-    highest, began = place.server.memory("VmHWM"), time.monotonic()
+    highest, began = place.server.memory("VmHWM"), place.server.cpu_seconds()
     answer = place.send(("all.zip", data)) if form else place.send_zip(data)
-    assert time.monotonic() - began < 5
+    assert place.server.cpu_seconds() - began < 5
     assert place.server.memory("VmHWM") - highest < 30 * MB
     assert (answer.status_code, agreed(answer)) == (status, code), answer.text
     assert set(place.stored()) == {"1.png"}
@@ -1228,7 +1228,7 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_all_images(tmp_path: Pa
             client.submit(_send_quietly, running, place, zipped(large))
             until(lambda: place.count() > 3)
             running.process.send_signal(signal.SIGTERM)
-            assert running.process.wait(timeout=5) == 0
+            assert running.process.wait(timeout=60) == 0
     assert len(place.stored()) < 5000
     assert place.arriving() == []
 

@@ -272,9 +272,9 @@ def test_a_png_bomb_is_refused_at_once(server: Server) -> None:
     header = png_chunk(b"IHDR", (30_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00")
     rows = png_chunk(b"IDAT", bytes(100_000))
     bomb = b"\x89PNG\r\n\x1a\n" + header + rows + png_chunk(b"IEND", b"")
-    began = time.monotonic()
+    began = server.cpu_seconds()
     answer = server.infer(bomb)
-    assert time.monotonic() - began < 1
+    assert server.cpu_seconds() - began < 1
     assert (answer.status_code, agreed(answer)) == (413, "image_too_large")
 
 
@@ -409,10 +409,11 @@ def test_memory_stays_below_400_mb(server: Server, photo: bytes) -> None:
 def test_sigterm_ends_it_in_order_despite_an_open_connection(
     kensa_model: Path, tmp_path: Path
 ) -> None:
-    with serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model)) as running, connected_socket(running):
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_SHUTDOWN_GRACE_S": "300"}
+    with serving(tmp_path, **settings) as running, connected_socket(running):
         assert running.client.get("/readyz").status_code == 200  # and keeps its connection
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(timeout=5) == 0
+        assert running.process.wait(timeout=60) == 0  # without waiting for either
     assert "Traceback" not in running.log.read_text()
 
 
@@ -422,7 +423,7 @@ def test_a_stuck_upload_does_not_keep_it_from_ending(kensa_model: Path, tmp_path
         connection.sendall(b"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         time.sleep(0.2)
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(timeout=5) == 0
+        assert running.process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("damage", ["no model_dir", "no folder", "no meta.json", "wrong graph"])

@@ -34,6 +34,7 @@ from support.line import NAME, SLOW_DISK, Line, line, variant
 from support.plans import tiny_bank, tiny_bundle, with_bank, with_plan
 from support.project import run, write_meta
 from support.server import RAW, Server, agreed, serving
+from support.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -521,10 +522,7 @@ def test_unloaded_first_the_old_one_comes_back_where_the_new_one_cannot_be_used(
         before = running.score(photos[0])
         version = running.publish(broken)
         running.wait(version, "refused")
-        for _ in range(50):
-            if running.server.client.get("/readyz").status_code == 200:
-                break
-            time.sleep(0.1)
+        until(lambda: running.server.client.get("/readyz").status_code == 200)
         assert running.score(photos[0]) == before
 
 

@@ -31,6 +31,7 @@ from engines.serving.batch_trial import Stopwatch, choose_batches
 from support.double import Double, doubled, environment, reports
 from support.plans import SIDE, build, tiny_bank, tiny_onnx, tiny_score
 from support.project import ROOT
+from support.waiting import until
 
 MIB = 1024 * 1024
 Images = NDArray[np.uint8]
@@ -146,13 +147,13 @@ def test_a_part_does_not_wait_while_another_version_is_deserialised(jetson: Mach
 
     def slowly(self: Any, data: Any) -> Any:
         reading.set()
-        assert may_end.wait(10), "the part waited"
+        assert may_end.wait(60), "the part waited"
         return deserialise(self, data)
 
     jetson.double.trt.Runtime.deserialize_cuda_engine = slowly
     with ThreadPoolExecutor(1) as loader:
         opened = loader.submit(jetson.open)
-        assert reading.wait(10)
+        assert reading.wait(60)
         right(runtime, some_images(2))
         may_end.set()
         right(opened.result(), some_images(2))
@@ -475,8 +476,7 @@ def test_a_gpu_that_is_idle_is_kept_awake_and_scores_stay_right(each: Machine) -
     runtime = each.open(keep_warm_s=0.02)
     right(runtime, some_images(3))
     before = each.gpu.counts["executions"]
-    time.sleep(0.3)
-    assert each.gpu.counts["executions"] - before >= 3
+    until(lambda: each.gpu.counts["executions"] - before >= 3)
     right(runtime, some_images(2, seed=5))
     runtime.close()
     before = each.gpu.counts["executions"]
@@ -498,7 +498,7 @@ def test_a_gpu_that_is_lost_while_idle_is_told_of(jetson: Machine) -> None:
     runtime = jetson.open(keep_warm_s=0.02)
     right(runtime, some_images(1))
     jetson.gpu.fail()
-    assert told.wait(5)
+    assert told.wait(30)
     with pytest.raises(GpuLost):
         runtime.infer(some_images(1))
 

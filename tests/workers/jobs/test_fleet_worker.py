@@ -63,7 +63,7 @@ class Line(Machine):
     def state(self, job: str) -> str:
         return str(self.jobs.get(job)["state"])
 
-    def ended(self, job: str, within_s: float = 30) -> dict[str, Any]:
+    def ended(self, job: str, within_s: float = 60) -> dict[str, Any]:
         until(lambda: self.state(job) in ENDED, lambda: self.says()[-3000:], within_s)
         return self.jobs.get(job)
 
@@ -256,7 +256,7 @@ def test_a_machine_that_is_cut_off_stops_before_another_takes_over(fleet: Fleets
     fleet.learner("two")
     network.cut()
     assert one.worker is not None
-    assert one.worker.wait(10) == 2
+    assert one.worker.wait(60) == 2
     assert "is lost for too long" in one.says()
     assert fleet.begun(job) == ["one"], "another took over before"
     assert line.ended(job)["machine"] == "two"
@@ -279,7 +279,7 @@ def test_a_worker_that_was_frozen_cannot_end_what_another_took_over(fleet: Fleet
     fleet.learner("two")
     until(lambda: len(fleet.begun(job)) == 2, "nobody took over")
     one.worker.send_signal(signal.SIGCONT)
-    assert one.worker.wait(10) == 2
+    assert one.worker.wait(60) == 2
     ended = line.ended(job)
     assert (ended["state"], ended["machine"], fleet.published(job)) == ("succeeded", "two", 1)
 
@@ -342,7 +342,7 @@ def test_a_cancel_kills_the_job_on_another_machine(fleet: Fleets) -> None:
     until(lambda: fleet.begun(job), "it was not begun")
     child = int(noted(fleet.ledger)[-1][4])
     assert line.jobs.cancel(job)["state"] == "cancelled"
-    until(lambda: not alive(child), "its process goes on", 5)
+    until(lambda: not alive(child), "its process goes on")
     after = line.ended(line.submit())
     assert (after["state"], line.state(job), fleet.published(job)) == ("succeeded", "cancelled", 0)
 
@@ -388,7 +388,7 @@ def test_a_worker_that_waits_for_its_database_ends_when_it_is_told_to(tmp_path: 
     until(lambda: "cannot be reached: connection" in machine.says(), machine.says)
     assert machine.worker is not None
     machine.worker.terminate()
-    assert machine.worker.wait(5) == 0
+    assert machine.worker.wait(60) == 0
 
 
 @pytest.mark.soak

@@ -294,7 +294,7 @@ def test_a_job_whose_worker_dies_is_run_again_and_its_process_dies_with_the_work
     line.start()
     until(lambda: line.begun(job), "it was not begun")
     line.kill()
-    until(lambda: not alive(line.begun(job)[0]), "the job's process outlives its worker", 2)
+    until(lambda: not alive(line.begun(job)[0]), "the job's process outlives its worker")
     assert line.state(job) == "running"
     line.start()
     ended = line.ended(job)
@@ -375,7 +375,7 @@ def test_a_job_that_the_queue_calls_running_and_nobody_attends_is_taken_up(line:
     line.says("Waiting for jobs")
     line.sql("UPDATE workflow_status SET status = 'PENDING', executor_id = 'worker'")
     assert line.worker is not None
-    assert line.worker.wait(20) != 0
+    assert line.worker.wait(60) != 0
     line.sql("UPDATE queues SET polling_interval_sec = 0.1")
     line.start()
     assert line.ended(job)["state"] == "succeeded"
@@ -417,7 +417,7 @@ def test_a_job_waits_for_the_process_that_a_dead_worker_left(line: Line) -> None
 def test_a_second_worker_on_the_same_folder_ends_and_the_first_goes_on(line: Line) -> None:
     line.start()
     line.says("Waiting for jobs")
-    assert script("worker", line.data).wait(20) == 2
+    assert script("worker", line.data).wait(60) == 2
     line.says("Another worker has")
     assert line.ended(line.submit())["state"] == "succeeded"
 
@@ -442,7 +442,7 @@ def test_a_worker_whose_queue_was_put_aside_ends(line: Line) -> None:
     line.says("Waiting for jobs")
     line.jobs.close()
     (line.data / DATABASE).rename(line.data / "aside")
-    assert worker.wait(20) != 0
+    assert worker.wait(60) != 0
     line.says("The queue was put aside")
 
 
@@ -546,14 +546,15 @@ def test_of_two_that_ask_at_once_for_a_model_one_is_accepted(line: Line) -> None
 
 def test_a_locked_database_delays_a_job_and_hides_none(line: Line) -> None:
     before = line.submit("bolt")
-    locker = script("lock", line.data, 0, 3)
+    locker = script("lock", line.data, 0, 600)
     until((line.data / HELD).exists, "it was not locked")
-    began = time.monotonic()
-    assert line.state(before) == "queued"
-    assert time.monotonic() - began < 0.3, "who only reads waits for the lock"
-    job = line.submit()
-    locker.kill()
-    locker.wait()
+    with ThreadPoolExecutor() as threads:
+        asked, submitted = threads.submit(line.state, before), threads.submit(line.submit)
+        assert asked.result(20) == "queued", "who only reads waits for the lock"  # SQLite for 30
+        assert (line.data / HELD).exists()
+        locker.kill()
+        locker.wait()
+        job = submitted.result(60)
     line.start()
     assert line.ended(job)["state"] == line.ended(before)["state"] == "succeeded"
 
@@ -679,7 +680,7 @@ def test_a_disk_that_others_fill_costs_a_job_nothing_but_time(small: Line) -> No
     small.says("database or disk is full")
     assert small.state(job) == "running"
     (small.data / "others").unlink()
-    assert worker.wait(30) != 0
+    assert worker.wait(60) != 0
     small.start()
     assert small.ended(job)["state"] == "succeeded"
     assert small.ended(small.submit("bolt"))["state"] == "succeeded"
@@ -794,7 +795,9 @@ def test_a_clock_that_jumps_begins_no_schedule_that_is_not_due(line: Line) -> No
         set_clock(line, moment)
         time.sleep(0.5)
     assert begun_by_schedules(line) == []
-    for moment in ("2040-06-02T02:00:01", "2040-06-01T12:00:00", "2040-06-02T02:00:10"):
+    set_clock(line, "2040-06-02T02:00:01")
+    until(lambda: begun_by_schedules(line), "it was not begun")
+    for moment in ("2040-06-01T12:00:00", "2040-06-02T02:00:10"):
         set_clock(line, moment)
         time.sleep(1)
     assert begun_by_schedules(line) == ["scheduled-nightly-20400602T0200"]
