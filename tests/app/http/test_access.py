@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pytest
 
-from app.http import security
 from app.http.access import Access
 from app.http.body_limit import MAX_BODY
 from app.http.keys import ROLES, Role, add_key, command, fingerprint, read_keys, remove_key
@@ -262,7 +261,7 @@ def test_the_comparison_takes_the_same_time_for_known_and_unknown_ids(
         compared.append((len(one), len(other)))
         return one == other
 
-    monkeypatch.setattr(security.hmac, "compare_digest", compare)
+    monkeypatch.setattr("app.http.access.hmac.compare_digest", compare)
     access = Access(Settings(data_dir=tmp_path))
     assert access.check(key, "line") is not None
     for wrong in (key[:-1] + "x", "kensa_ffffffff_" + key[15:], "x"):
@@ -277,7 +276,9 @@ def test_the_file_is_read_when_it_changes_and_not_at_each_request(
     path = tmp_path / "keys.json"
     key = add_key(path, "one", "line")
     reads = []
-    monkeypatch.setattr(security, "read_keys", lambda path: reads.append(path) or read_keys(path))
+    monkeypatch.setattr(
+        "app.http.access.read_keys", lambda path: reads.append(path) or read_keys(path)
+    )
     access = Access(Settings(data_dir=tmp_path))
     for _ in range(100):
         access.check(key, "line")

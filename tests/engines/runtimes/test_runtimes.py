@@ -588,7 +588,7 @@ def test_the_second_start_reads_what_the_first_one_compiled(
     for turn in range(2):
         runtime = OpenVINORuntime.open(bundle, precision="f32", cache_dir=tmp_path)
         files = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
-        compiled = runtime._request.get_compiled_model()
+        compiled = runtime._alone.compiled
         assert compiled.get_property("LOADED_FROM_CACHE") == bool(turn)
         scores.append([runtime.infer(image[None])[0][0] for image in images])
         runtime.close()
