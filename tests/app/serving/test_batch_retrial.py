@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from app.main import create_app
-from app.serving import batch_retrial as second_look
+from app.serving import batch_retrial
 from app.serving.batch_retrial import PAUSES_S, BatchRetrial
 from app.serving.inspection import Inspector
 from app.settings import Settings
@@ -82,7 +82,7 @@ class Place:
         return engine
 
     async def close(self, name: str = "part") -> None:
-        """Take a model away as the keeper does."""
+        """Take a model away as the model manager does."""
         model = self.residents.take(name, "It has gone.")
         assert model is not None
         await self.residents.until_unused(model)
@@ -297,7 +297,7 @@ def test_nothing_is_tried_while_memory_is_promised_or_short(
             await place.look_when_due()
             place.promised = False
             with monkeypatch.context() as patched:
-                patched.setattr(second_look, "free_bytes", lambda: 2 * engine.nbytes)
+                patched.setattr(batch_retrial, "free_bytes", lambda: 2 * engine.nbytes)
                 await place.look_when_due()
             assert (engine.ran, engine.prepared_by) == ([], set())
             for _ in PAUSES_S:  # nor does that count as a look
@@ -340,8 +340,8 @@ def test_a_server_that_was_started_on_a_busy_machine_looks_again_by_itself(
         "engines.serving.opening.choose_batches", lambda one: one.take_together(FOR_NOW)
     )
     monkeypatch.setattr("app.serving.rollout.BatchRetrial", partial(BatchRetrial, watch=even))
-    monkeypatch.setattr(second_look, "EVERY_S", 0.01)
-    monkeypatch.setattr(second_look, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(batch_retrial, "EVERY_S", 0.01)
+    monkeypatch.setattr(batch_retrial, "PAUSES_S", (0.0,))
     app = create_app(Settings(data_dir=tmp_path, worker="off", model_dir=kensa_model))
 
     async def serve() -> Batches:
