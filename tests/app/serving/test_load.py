@@ -124,16 +124,18 @@ def test_two_minutes_beyond_capacity_change_nothing(server: Server, photo: bytes
 
 def test_health_is_answered_beyond_capacity(server: Server, photo: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
-        loading, waits = pool.submit(under_load, server, photo, 32, 2), []
+        loading = pool.submit(under_load, server, photo, 32, 2)
+        waits: dict[str, list[float]] = {"/livez": [], "/readyz": []}
         while not loading.done():
-            for path in ("/livez", "/readyz"):
+            for path, waited in waits.items():
                 began = time.perf_counter()
                 assert server.client.get(path).status_code == 200
-                waits.append((time.perf_counter() - began) * 1000)
+                waited.append((time.perf_counter() - began) * 1000)
             time.sleep(0.05)
     load = loading.result()
     assert load.statuses[503] > 0
-    assert statistics.median(waits) < statistics.median(load.waits[200]) / 3  # not in the queue
+    for waited in waits.values():  # not behind those that wait for a verdict
+        assert statistics.median(waited) < statistics.median(load.waits[200]) / 3
 
 
 def test_a_request_may_ask_for_a_deadline_of_its_own(server: Server, photo: bytes) -> None:
@@ -157,10 +159,14 @@ def inspected(server: Server) -> int:
     return int(counts["normal"] + counts["anomaly"])
 
 
+def counted(server: Server, metric: str) -> int:
+    said = server.client.get("/metrics").text
+    return int(sum(float(one) for one in re.findall(rf"^{metric}(?:{{.*}})? (\S+)$", said, re.M)))
+
+
 def computed(server: Server) -> int:
     """Images that the engine took, also for those who have gone."""
-    found = re.findall(r"^kensa_batch_size_sum\S* (\S+)$", server.client.get("/metrics").text, re.M)
-    return int(sum(map(float, found)))
+    return counted(server, "kensa_batch_size_sum")
 
 
 def test_what_nobody_waits_for_any_more_is_not_computed(server: Server, photo: bytes) -> None:
@@ -169,13 +175,15 @@ def test_what_nobody_waits_for_any_more_is_not_computed(server: Server, photo: b
         connections = [_connect(server) for _ in range(QUEUE)]
         for connection in connections:
             connection.sendall(_request(photo))
+        # What has not been read goes with its connection: all of them must be in the queue.
+        until(lambda: computed(server) - before + counted(server, "kensa_queue_length") >= QUEUE)  # noqa: B023
         for connection in connections:  # a reset, as from a program that was killed
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
         until(lambda: server.infer(photo).status_code == 200)  # what came before is done with
-        if (taken := computed(server) - before - 1) < QUEUE:
+        if (taken := computed(server) - before - 1) <= QUEUE // 2:
             break
-    assert taken < QUEUE
+    assert taken <= QUEUE // 2
     assert not _errors(server)
 
 
