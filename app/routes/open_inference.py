@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2, as Triton speaks it: `tritonclient[http]` works with Kensa.
 
-app/oip/ has their bodies and tensors.
+app/open_inference/ has their bodies and tensors.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -91,20 +91,36 @@ class BatchRetrial:
             after = before if trial.found.provisional else trial.found
             model.runtime.take_together(after)  # also gives back what was prepared
             if after.size != before.size:
+                was = at_once(replace(before, provisional=False))
                 log.info(
                     "%s %s: %s from now on; that it was %s was found while the machine was busy",
-                    *(model.name, model.version, at_once(after), at_once(before)),
+                    *(model.name, model.version, at_once(after), was),
                 )
 
-        try:
+        is_there = True
+
+        async def make() -> None:
+            nonlocal is_there
             for step in trial.steps():
-                if not await self._step(model, step):
+                # A batch is prepared some gaps later, and memory may have been promised meanwhile.
+                if step.beside and not self._fits(model):
                     return
+                is_there = await self._step(model, step)
+                if not is_there:
+                    return
+
+        await self._told(model, make())
+        if is_there:
+            await self._told(model, self._step(model, Step(settle, beside=True)))
+
+    async def _told(self, model: Resident, work: Awaitable[object]) -> None:
+        """Wait for work. What goes wrong is said, and other models are looked at all the same."""
+        try:
+            await work
         except KensaError as error:
             log.warning("%s %s: batches cannot be tried: %s", model.name, model.version, error)
         except Exception:
             log.exception("%s %s: batches cannot be tried", model.name, model.version)
-        await self._step(model, Step(settle, beside=True))
 
     async def _step(self, model: Resident, step: Step) -> bool:
         """Whether it was done: a version that has been replaced may be closed at any time.

@@ -131,7 +131,7 @@ def test_on_a_quiet_machine_it_is_decided_and_one_line_says_what_changed(
     assert engine.batches == FOUND
     (line,) = lines(caplog)
     assert "part 0001: up to 4 at once from now on" in line
-    assert "one at a time for now was found while the machine was busy" in line
+    assert "that it was one at a time was found while the machine was busy" in line
 
 
 def test_what_was_right_stays_without_a_line(
@@ -284,6 +284,30 @@ def test_a_version_that_goes_at_whatever_step_is_never_touched_again(place: Plac
     if at < STEPS + 1:
         gc.collect()
         assert gone() is None  # nor is it remembered
+
+
+def test_no_batch_is_prepared_where_memory_was_promised_since_the_look_began(place: Place) -> None:
+    engine = place.model()
+
+    def promise() -> None:
+        place.promised = len(engine.ran) == 2  # to prepare a batch comes next
+
+    async def look() -> None:
+        async with closed(place):
+            place.before_a_step = promise
+            in_a_gap = place.inspector.in_a_gap
+
+            async def gap(work: Callable[[], Any]) -> Any:
+                done = await in_a_gap(work)
+                promise()
+                return done
+
+            place.inspector.in_a_gap = gap  # type: ignore[method-assign]
+            await place.look_when_due()
+            assert (len(engine.ran), engine.prepared_by) == (2, set())
+            assert engine.batches == FOR_NOW
+
+    asyncio.run(look())
 
 
 def test_nothing_is_tried_while_memory_is_promised_or_short(
