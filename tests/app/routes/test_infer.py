@@ -418,7 +418,8 @@ def test_sigterm_ends_it_in_order_despite_an_open_connection(
 
 
 def test_a_stuck_upload_does_not_keep_it_from_ending(kensa_model: Path, tmp_path: Path) -> None:
-    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_SHUTDOWN_GRACE_S": "1"}
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_SHUTDOWN_GRACE_S": "1",
+                "KENSA_RECEIVE_S": "300"}  # fmt: skip
     with serving(tmp_path, **settings) as running, connected_socket(running) as connection:
         connection.sendall(b"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         time.sleep(0.2)

@@ -144,11 +144,13 @@ def test_closing_drops_what_waits_and_lets_what_runs_end() -> None:
         asked = [asyncio.ensure_future(batcher.infer(engine, part(n))) for n in range(3)]
         await asyncio.to_thread(engine.running.wait, 10)
         closing = asyncio.ensure_future(asyncio.to_thread(batcher.close))
-        while not all(one.done() for one in asked[1:]):
+        for _ in range(3000):
+            if all(one.done() for one in asked[1:]):
+                break
             await asyncio.sleep(0.01)
         engine.may_run.set()
         await closing
-        return await asyncio.gather(*asked, return_exceptions=True)
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
 
     done = asyncio.run(close())
     assert done[0].result[0] == 0
