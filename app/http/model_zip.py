@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from engines.errors import BadBundle, BadMeta, BadRequest, UploadTooLarge
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, REPORT
-from engines.store.careful_zip import DAMAGED, PIECE, opened_zip, unusual_compression
 from engines.store.golden import GOLDEN
 from engines.store.versions import META
+from engines.store.zip_guards import DAMAGED, PIECE, opened_zip, unusual_compression
 
 MAX_ENTRIES = 1000
 MAX_META = 1 << 20  # bytes; a meta.json has about a thousand

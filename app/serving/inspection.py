@@ -23,7 +23,7 @@ from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
 from engines.verdict import Verdict, heatmap, judge, overlay_png, png
 
-LINE_SHARE = 100  # the gate takes at most one part in so many of a line that has no gaps
+LINE_SHARE = 100  # what is done in gaps takes one part in so many of a line that has none
 Drawing = Literal["heatmap", "overlay"]
 Image = bytes | NDArray[np.uint8]
 Result = TypeVar("Result")

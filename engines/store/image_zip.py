@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from engines.errors import BadImage, BadRequest, ImageTooLarge, KensaError, UploadTooLarge
 from engines.image import ImageLimits
-from engines.store.careful_zip import DAMAGED, PIECE, opened_zip, unusual_compression
 from engines.store.image_names import is_image, readable
+from engines.store.zip_guards import DAMAGED, PIECE, opened_zip, unusual_compression
 
 MAX_FILES = 10_000  # in one upload
 

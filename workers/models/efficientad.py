@@ -27,8 +27,8 @@ from engines.meta import Meta
 from engines.runtimes.openvino import cpu_has_bf16
 from workers.models import Training
 from workers.models.backbone import UNTRAINED, read_weights
+from workers.models.efficientad_penalty_images import penalty_images
 from workers.models.efficientad_weights import cached_teacher, copy_weights
-from workers.models.penalty_images import penalty_images
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]

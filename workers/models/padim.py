@@ -23,8 +23,8 @@ from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
 from workers.models import Training
 from workers.models.backbone import Normalise, extractor, write_weights
-from workers.models.gaussians import Stats
-from workers.models.stats_file import read_stats, write_stats
+from workers.models.padim_gaussians import Stats
+from workers.models.padim_stats_file import read_stats, write_stats
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]

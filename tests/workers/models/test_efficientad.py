@@ -23,7 +23,7 @@ from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, efficientad, efficientad_weights
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd
-from workers.models.penalty_images import LUMA
+from workers.models.efficientad_penalty_images import LUMA
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 

@@ -20,8 +20,8 @@ from support.project import ROOT, run
 from workers.converting.export import export_onnx
 from workers.learning.dataset import Category
 from workers.models import Training, padim
-from workers.models.gaussians import RIDGE, Stats
 from workers.models.padim import LARGEST_MIB, PaDiM, smoothing
+from workers.models.padim_gaussians import RIDGE, Stats
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle
 from engines.files import write_atomically
 from engines.store.bundle import read_array
-from workers.models.gaussians import RIDGE, Stats
+from workers.models.padim_gaussians import RIDGE, Stats
 
 
 def read_stats(
