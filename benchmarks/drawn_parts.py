@@ -286,7 +286,7 @@ def _hair(scene: Scene, rng: np.random.Generator) -> Scene:
     step = rng.uniform(0.35, 0.6) / len(t)
     u, v = step * np.cumsum(np.cos(heading)), step * np.cumsum(np.sin(heading))
     u, v = u - u.mean() + rng.uniform(-0.1, 0.1), v - v.mean() + rng.uniform(-0.1, 0.1)
-    hair = rng.uniform(0.7, 1.0) * _line(scene, u, v, rng.uniform(0.8, 1.4))
+    hair = rng.uniform(0.6, 1.0) * _line(scene, u, v, rng.uniform(0.8, 1.4))
     return _covered(scene, f32(hair), f32(0.7) * CHOCOLATE, 0.0)
 
 
@@ -294,7 +294,7 @@ def _burnt(scene: Scene, rng: np.random.Generator) -> Scene:
     """A scorched spot whose edge is sharp, where browning fades."""
     at = _polar(rng.uniform(0.0, 0.24), rng.uniform(0.0, 2.0 * np.pi))
     spot = ramp(_blob(scene, rng, at, rng.uniform(0.03, 0.07), 0.25), 0.0, 0.06)
-    scorched = 1.0 - rng.uniform(0.5, 0.85) * spot
+    scorched = 1.0 - rng.uniform(0.4, 0.8) * spot
     return replace(scene, colour=f32(scene.colour * scorched[..., None]))
 
 
@@ -310,7 +310,7 @@ def _bare(scene: Scene, rng: np.random.Generator) -> Scene:
     """A patch that the glaze missed: dull, smooth and floury."""
     at = _polar(rng.uniform(0.0, 0.22), rng.uniform(0.0, 2.0 * np.pi))
     patch = ramp(_blob(scene, rng, at, rng.uniform(0.08, 0.13), 0.3), 0.0, 0.15)
-    floury = _covered(scene, f32(rng.uniform(0.3, 0.8) * patch), FLOUR, 0.0)
+    floury = _covered(scene, f32(rng.uniform(0.15, 0.6) * patch), FLOUR, 0.0)
     smooth = scene.height + patch * (soften(scene.height, 0.02 * scene.size) - scene.height)
     return replace(floury, height=f32(smooth), gloss=f32(scene.gloss * (1.0 - patch)))
 
@@ -327,10 +327,11 @@ def _blob(
 ) -> Field:
     """How deep a pixel lies in an uneven ellipse: 1 in its middle, 0 on its outline."""
     turn, squeeze = rng.uniform(0.0, np.pi), rng.uniform(0.65, 1.0)
-    u, v = scene.u - at[0], scene.v - at[1]
-    along, beside = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+    u, v = scene.u - float(at[0]), scene.v - float(at[1])  # float: the fields stay float32
+    cos, sin = float(np.cos(turn)), float(np.sin(turn))
+    along, beside = u * cos + v * sin, (v * cos - u * sin) / squeeze
     uneven = ragged * clouds(rng, scene.size, max(4, round(1.2 / reach)))
-    return f32(1.0 - np.hypot(along, beside / squeeze) / reach + uneven)
+    return f32(1.0 - np.sqrt(along * along + beside * beside) / reach + uneven)
 
 
 def _covered(scene: Scene, film: Field, colour: Field, raised: float) -> Scene:
