@@ -23,10 +23,10 @@ Number = TypeVar("Number", np.uint8, np.float32)
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SIDES = (0.01, 0.03, 0.08)
-CONTRAST: dict[Strength, float] = {"faint": 12.0, "strong": 60.0}  # grey levels
+CONTRAST: dict[Strength, float] = {"faint": 12.0, "strong": 90.0}  # grey levels
 CENTRAL = 0.8  # share of the side where parts are looked for when nothing tells where they lie
 
-_LENGTH, _WIDTH = 3.0, 0.12  # of a scratch, shares of its `side`
+_LENGTH, _WIDTH = 3.0, 0.15  # of a scratch, shares of its `side`
 _SMALLEST_PX = 1.3  # radius; what is smaller falls between two pixels
 _TINTS = ((0.6, 1.0, 1.4), (1.3, 1.0, 0.7), (1.0, 1.0, 1.0))  # of R, G, B: coffee, ink, soot
 _OPAQUE = 0.95  # the most of the light that a stain takes
@@ -123,7 +123,7 @@ def _scratch(place: _Place) -> Field:
 def _stain(place: _Place) -> Field:
     """A blurred blob that takes a share of the light; on what is dark, it gives light instead."""
     away = _away(place, ragged=0.4, waves=7)
-    soft = max(0.6 * place.radius, 1.0)  # pixels
+    soft = max(0.35 * place.radius, 1.0)  # pixels
     patches = place.rng.uniform(0.55, 1.0, (5, 5)).astype(np.float32)
     height, width = away.shape
     thick = cv2.resize(patches, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -141,7 +141,7 @@ def _dent(place: _Place) -> Field:
     away = _away(place, ragged=0.12, waves=3)
     lamp = place.rng.uniform(0, 2 * math.pi)
     towards = (place.dx * math.cos(lamp) + place.dy * math.sin(lamp)) / place.radius
-    slope = towards * np.maximum(1.3 - away, 0) ** 1.5  # flat outside, steep inside
+    slope = towards * np.maximum(1.2 - away, 0)  # flat outside, steep inside
     return _f32(place.pixels + place.contrast * _peak_at_one(slope)[..., None])
 
 
@@ -172,8 +172,7 @@ def _behind(place: _Place, cover: Field) -> Field:
         if gap >= _SEEN_THROUGH:
             return place.background
     around = np.median(place.pixels.reshape(-1, 3), axis=0)
-    dark = 0.25 * around
-    return _f32(dark if (around - dark).mean() >= CONTRAST["strong"] else around + 100)
+    return _f32(0.25 * around if around.mean() >= 80 else around + 100)
 
 
 def _away(place: _Place, ragged: float, waves: int) -> Field:
@@ -189,10 +188,10 @@ def _away(place: _Place, ragged: float, waves: int) -> Field:
 
 
 def _direction(place: _Place, weight: Field, prefers: int) -> int:
-    """1 for lighter, -1 for darker: where the contrast has room; `prefers` where it has in both."""
+    """1 for lighter, -1 for darker: as preferred, if most of the contrast has room there."""
     darker = _mean_at(np.minimum(place.pixels, place.contrast), weight)
     lighter = _mean_at(np.minimum(255 - place.pixels, place.contrast), weight)
-    if abs(darker - lighter) < 0.1 * place.contrast:
+    if (lighter if prefers > 0 else darker) >= 0.7 * place.contrast:
         return prefers
     return 1 if lighter > darker else -1
 
@@ -265,12 +264,12 @@ def _stands_out(picture: Picture) -> NDArray[np.bool_]:
     border = _border(picture)
     colour = np.median(border, axis=0)
     blurred = cv2.GaussianBlur(picture, (0, 0), 0.006 * size).astype(np.float32)
-    colours = np.abs(blurred - colour).max(axis=2) > max(15.0, 4 * _strays(border, colour))
+    colours = np.abs(blurred - colour).max(axis=2) > max(15.0, 3 * _strays(border, colour))
     edges = _structure(picture)
     structured = edges > max(8.0, 3 * float(np.quantile(_border(edges), 0.9)))
     closed = cv2.morphologyEx(structured.astype(np.uint8), cv2.MORPH_CLOSE, _disc(0.015 * size))
     inside = cv2.erode(closed, _disc(0.02 * size))  # blurring made it wider than the part
-    found = inside | colours
+    found = cv2.morphologyEx(inside | colours, cv2.MORPH_CLOSE, _disc(0.025 * size))
     return np.asarray(cv2.morphologyEx(found, cv2.MORPH_OPEN, _disc(0.01 * size)), bool)
 
 

@@ -21,6 +21,8 @@ from workers.learning.drawn_defects import (
 )
 from workers.sample_parts.drawing import draw_part
 
+Moved = NDArray[np.float64]
+
 SIZE = 256
 GREY = np.full((SIZE, SIZE, 3), 128, np.uint8)
 BLACK, WHITE = np.zeros_like(GREY), np.full_like(GREY, 255)
@@ -36,13 +38,14 @@ def at(y: int, x: int) -> NDArray[np.bool_]:
     return where
 
 
-def change(picture: Picture, what: Drawn, seed: int = 0, y: int = 128, x: int = 128) -> Picture:
+def change(picture: Picture, what: Drawn, seed: int = 0, y: int = 128, x: int = 128) -> Moved:
     """How many grey levels each pixel moves when a defect is drawn at a place (S, S)."""
     drawn = draw(picture, what, seed, at(y, x)).astype(float)
-    return np.abs(drawn - picture).mean(axis=2)
+    moved: Moved = np.abs(drawn - picture).mean(axis=2)
+    return moved
 
 
-def length(moved: Picture) -> float:
+def length(moved: Moved) -> float:
     """The longer side of what moved by half of the most, pixels."""
     points = np.argwhere(moved >= moved.max() / 2).astype(np.float32)
     return float(max(cv2.minAreaRect(points)[1])) + 1
