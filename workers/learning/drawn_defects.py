@@ -85,7 +85,7 @@ def draw(
     places = np.flatnonzero(_middle(size) if where is None else where)
     y, x = divmod(int(places[rng.integers(len(places))]), size)
     radius = max(what.side * size / 2, _SMALLEST_PX)
-    reach = math.ceil((_LENGTH if what.kind == "scratch" else 1.6) * radius) + 3
+    reach = math.ceil((1.1 * _LENGTH if what.kind == "scratch" else 1.9) * radius) + 3
     rows = slice(max(y - reach, 0), y + reach + 1)
     columns = slice(max(x - reach, 0), x + reach + 1)
     pixels = picture[rows, columns].astype(np.float32)
@@ -171,8 +171,8 @@ def _behind(place: _Place, cover: Field) -> Field:
         gap = _mean_at(np.abs(place.background - place.pixels), cover)
         if gap >= _SEEN_THROUGH:
             return place.background
-    around = np.median(place.pixels.reshape(-1, 3), axis=0)
-    return _f32(0.25 * around if around.mean() >= 80 else around + 100)
+    here = np.median(place.pixels[cover >= 0.5], axis=0)
+    return _f32(0.25 * here if here.mean() >= 80 else here + 100)
 
 
 def _away(place: _Place, ragged: float, waves: int) -> Field:

@@ -158,6 +158,15 @@ def test_where_there_is_no_plain_background_a_missing_piece_is_dark() -> None:
     assert drawn[127:134, 127:134].mean() < 60
 
 
+@pytest.mark.parametrize("dot", [0, 50, 100, 255])
+def test_a_piece_may_be_missing_where_its_surroundings_look_otherwise(dot: int) -> None:
+    picture = np.full_like(GREY, 200)
+    picture[110:146, 110:146] = dot
+    for strength, most in CONTRAST.items():
+        moved = change(picture, Drawn("missing piece", 0.03, strength))
+        assert moved.max() >= 0.6 * most
+
+
 def test_a_dent_has_a_light_and_a_dark_side() -> None:
     drawn = draw(GREY, Drawn("dent", 0.08, "strong"), 0, at(128, 128)).astype(int) - 128
     assert drawn.max() > 40
