@@ -17,6 +17,7 @@ from workers.progress import Progress
 # It has to be said before torch is loaded, and the commands load torch after this file.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+FEW_PARTS = 20  # under so many a threshold says little
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 
@@ -63,14 +64,26 @@ def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
     """What was learned and measured, for a person."""
     images, seconds = report["images"], report["seconds"]
     skipped = f", {len(images['skipped'])} broken ones skipped" if images["skipped"] else ""
+    skipped += f", {images['known']} known already" if images.get("known") else ""
     return [
         "",
         f"learned      {images['learned']} images{skipped} in {seconds['learn']:.1f} s",
+        *_strange_lines(images.get("strange", [])),
         *_knowledge_lines(report, report.get("before", {})),
         *_calibration_lines(report["calibration"]),
         f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
         f" verify {seconds['verify']:.1f}",
         f"written to   {out_dir}",
+    ]
+
+
+def _strange_lines(strange: list[str]) -> list[str]:
+    if not strange:
+        return []
+    names = ", ".join(Path(name).name for name in strange)
+    return [
+        f"not learned  {len(strange)} unlike the others and unlike what is known: {names}",
+        "             (if these parts are good, learn them with --keep_strange)",
     ]
 
 
@@ -89,23 +102,70 @@ def _knowledge_lines(report: dict[str, Any], before: dict[str, Any]) -> list[str
 def _calibration_lines(found: dict[str, Any]) -> list[str]:
     if found["method"] == "kept":
         kept = f"threshold    {found['threshold']:.4f} on the raw score, as before"
-        return [f"{kept} (too few images that it has not learned)"]
-    if found["defects"]:
-        how = f"best F1 over {found['normals']} normal and {found['defects']} defective images"
-        if found["method"] != "best_f1":
-            how = "from normal images alone: the model cannot tell the defective ones well enough"
-        measured = [
-            f"measured     AUROC {found['auroc']:.4f}, best F1 {found['f1']:.4f},"
-            f" {found['false_rejects']} false rejects, {found['misses']} misses"
-        ]
-    else:
-        how = f"limit for the next normal part, from {found['normals']} normal images"
-        measured = ["measured     no defective test images: AUROC and F1 are not known"]
+        return [f"{kept} (nothing says how other normal parts score)"]
     return [
-        *measured,
-        f"threshold    {found['threshold']:.4f} on the raw score ({how})",
+        f"threshold    {found['threshold']:.4f} on the raw score, {_source(found)}",
         f"score range  {found['raw_min']:.4f} to {found['raw_max']:.4f}",
+        *_promise(found),
+        *_defect_lines(found),
+        *_warnings(found),
     ]
+
+
+def _source(found: dict[str, Any]) -> str:
+    """Where the scores of normal parts come from."""
+    how = {
+        "left_out": "each judged by a model that had not learned it",
+        "held_out": "held out of the training",
+        "test": "of the test images",
+    }[found["method"]]
+    pictures, parts = found["normals"], found["parts"]
+    count = f"{pictures} pictures" if pictures == parts else f"{pictures} pictures of {parts} parts"
+    return f"from {count}, {how}"
+
+
+def _promise(found: dict[str, Any]) -> list[str]:
+    """What the number of parts can promise."""
+    promised = (
+        f"promise      at most {found['at_most']:.1%} false rejects, 95 % sure"
+        f" ({found['rejected']} of {found['parts']} parts lie above the threshold)"
+    )
+    if found["at_most"] <= found["false_rejects"]:
+        return [promised]
+    return [f"{promised}; for {found['false_rejects']:.2g} show it {found['parts_needed']} parts"]
+
+
+def _defect_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if found["defects"]:
+        caught = found["defects"] - found["misses"]
+        lines.append(
+            f"defects      {caught} of {found['defects']} known ones found at this threshold;"
+            f" AUROC {found['auroc']:.4f}, best F1 at any threshold {found['best_f1']:.4f}"
+        )
+        if found["misses"]:
+            lines.append(
+                f"             {found['misses']} score so low that finding them would reject over"
+                f" {found['cap']:.2g} of the good parts"
+            )
+    if drawn := found.get("drawn"):
+        lines.append(
+            f"drawn ones   {drawn['found']} of {drawn['of']} found: scratches, stains, dents and"
+            " missing pieces drawn onto good parts"
+        )
+    return lines
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    warnings = []
+    if found["parts"] < FEW_PARTS:
+        warnings.append(f"only {found['parts']} parts: show it {FEW_PARTS} or more")
+    if abs(found.get("moved", 0)) > 1:
+        warnings.append(
+            f"the threshold moved from {found['before']:.4f}, by {abs(found['moved']):.1f} standard"
+            " deviations of normal scores: look at what was learned"
+        )
+    return [f"note         {warning}" for warning in warnings]
 
 
 def summarise_conversion(report: dict[str, Any], out_dir: Path) -> list[str]:

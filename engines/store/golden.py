@@ -33,12 +33,7 @@ class Golden:
         defective_scores: NDArray[np.float32],
     ) -> Golden:
         """From the lowest to the highest score of each group, evenly: both ends are in it."""
-        chosen = [
-            group[np.argsort(scores)[np.linspace(0, len(group) - 1, EACH).round().astype(int)]]
-            if len(group) > EACH
-            else group
-            for group, scores in ((normal, normal_scores), (defective, defective_scores))
-        ]
+        chosen = [normal[evenly(normal_scores)], defective[evenly(defective_scores)]]
         defective_ones = np.repeat([False, True], [len(group) for group in chosen])
         return cls(np.concatenate(chosen), defective_ones)
 
@@ -72,3 +67,11 @@ class Golden:
         if defective is not None and (defective.dtype, defective.shape) != (bool, images.shape[:1]):
             raise BadBundle(f"{path} does not say of each image whether it is defective.")
         return cls(images, defective)
+
+
+def evenly(scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """Which of scores (n,) to keep the images of: `EACH`, or all where there are not more."""
+    if len(scores) <= EACH:
+        return np.arange(len(scores))
+    chosen = np.linspace(0, len(scores) - 1, EACH).round().astype(int)
+    return np.asarray(np.argsort(scores)[chosen], np.int64)

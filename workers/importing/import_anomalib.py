@@ -18,11 +18,12 @@ from engines.image import files_in
 from engines.meta import Kind, Meta
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
+from engines.store.known_scores import KnownScores
 from workers import models
 from workers.converting.parity import FLOAT32_LIMIT
 from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
-from workers.learning.calibrate import calibrate
+from workers.learning.calibrate import Budget, calibrate
 from workers.learning.dataset import Images, measure_bit_depth
 from workers.models.patchcore import NEIGHBOURS
 from workers.progress import Progress
@@ -237,7 +238,8 @@ def _with_threshold(
                 " a validation. Validate it in anomalib and save it again, or pass --images with"
                 " normal parts that it has not learned, to find them."
             )
-        return calibrate(scores, np.empty(0, np.float32)).write_to(meta)
+        shown = KnownScores(scores.astype(np.float64), np.arange(len(scores)))
+        return calibrate(shown, np.empty(0, np.float32), Budget(), "test").write_to(meta)
     threshold, low, high, sensitivity = scale
     return meta.with_(
         image_threshold_auto=threshold,

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit  # quantiles of Student's t; scipy.stats takes long to load
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 from engines.errors import BadDataset
 from engines.meta import Meta
+from engines.store.known_scores import KnownScores
+from workers.learning.limits import BUDGETS, NormalScores, at_most, parts_for
 
-FALSE_REJECTS = 0.01  # share of normal parts that may be rejected, where no defects are known
+FALSE_REJECTS = 0.01  # share of normal parts that may be rejected
+CAP = 0.05  # share that may be, where it finds more of the known defects
+
+# Where the limit lies between the lowest that is allowed and the lowest defect that it has to find:
+# near the defect, since there the false rejects are fewer.
+TOWARDS_THE_DEFECT = 0.9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many good parts may be rejected."""
+
+    false_rejects: float = FALSE_REJECTS
+    cap: float = CAP  # with known defects
+
+    @property
+    def most(self) -> float:
+        """The cap, which is never below the budget."""
+        return max(self.cap, self.false_rejects)
 
 
 @dataclass(frozen=True)
@@ -24,10 +42,20 @@ class Calibration:
     Attributes:
         threshold: raw score; above it is an anomaly. meta.json's `image_threshold_auto`.
         raw_min, raw_max: raw score range. meta.json's `raw_image_min` and `raw_image_max`.
-        method: "best_f1", "prediction_limit", or "kept" from before an update.
-        normals, defects: how many images it was found from.
-        auroc, f1: of the model on these images, f1 at its best; None where there are no defects.
-        false_rejects, misses: at the threshold.
+        method: whose scores: "left_out" one part after the other, "held_out" ones, those of
+            "test" images, or "kept" from before.
+        normals, parts: pictures of normal parts, and of how many parts they are.
+        defects: defective ones.
+        false_rejects, cap: the budget; the cap only where defects are known.
+        rejected: normal parts above the threshold.
+        at_most: the share of false rejects that is not exceeded, with 95 % confidence.
+        parts_needed: how many normal parts would promise the budget.
+        limits: the threshold for other budgets: false_rejects, raw and at_most of each.
+        auroc, best_f1: of the model on these images; None where there are no defects.
+        misses: defects at or below the threshold.
+        drawn: how many drawn defects are found, see `eyesight`.
+        before, moved: the threshold before an update, and how far it moved, in standard deviations
+            of the scores of normal parts.
     """
 
     threshold: float
@@ -36,10 +64,19 @@ class Calibration:
     method: str
     normals: int
     defects: int
+    parts: int = 0
+    false_rejects: float | None = None
+    cap: float | None = None
+    rejected: int | None = None
+    at_most: float | None = None
+    parts_needed: int | None = None
+    limits: list[dict[str, float]] = field(default_factory=list)
     auroc: float | None = None
-    f1: float | None = None
-    false_rejects: int | None = None
+    best_f1: float | None = None
     misses: int | None = None
+    drawn: dict[str, Any] | None = None
+    before: float | None = None
+    moved: float | None = None
 
     @classmethod
     def kept(cls, meta: Meta) -> Calibration | None:
@@ -49,9 +86,15 @@ class Calibration:
             return None
         return cls(auto, low, high, "kept", normals=0, defects=0)
 
+    def moved_from(self, before: float, normal: KnownScores) -> Calibration:
+        """The same, with how far it lies from the threshold before an update."""
+        spread = float(normal.scores.std())
+        moved = round((self.threshold - before) / spread, 2) if spread else 0.0
+        return replace(self, before=before, moved=moved)
+
     def record(self) -> dict[str, Any]:
         """As meta.json and report.json carry it."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value not in (None, [])}
 
     def write_to(self, meta: Meta) -> Meta:
         """meta.json with this calibration in it."""
@@ -63,86 +106,84 @@ class Calibration:
         )
 
 
-def calibrate(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Calibration:
+def calibrate(
+    normal: KnownScores, defective: NDArray[np.float32], budget: Budget, method: str
+) -> Calibration:
     """Find threshold and score range.
 
-    With defects: the threshold with the best F1, as anomalib's F1AdaptiveThreshold, but half way
-    to the next lower score: anomalib's lies on a defect's own score, which it then calls normal.
-    With normals only: the limit under which the next normal part lies with a probability of
-    1 - `FALSE_REJECTS`, if scores are normally distributed (one-sided prediction limit,
-    mean + t * s * sqrt(1 + 1/n)); the range is as wide above that limit as it is below.
-    The same with defects that the model cannot tell from normals, where the best F1 is that of
-    rejecting nearly everything: a threshold under which no line could run.
+    With normals only: the limit that the next normal part exceeds with the budget's probability
+    (`NormalScores`). The range is as wide above the limit as it is below, so that 0.5 is in its
+    middle. With defects as many of them are found as the cap on false rejects allows: the limit
+    goes down for those that it would find, and no lower than they need. One picture more or less
+    never makes a jump.
 
     Args:
-        normal: raw scores (n,) of normal images that the model did not learn.
+        normal: of images that the model did not learn.
         defective: raw scores (m,) of defective images, m may be 0.
 
     Raises:
         BadDataset: too few images, or images that all score alike.
     """
-    if not np.isfinite(normal).all() or not np.isfinite(defective).all():
+    if not np.isfinite(normal.scores).all() or not np.isfinite(defective).all():
         raise BadDataset("The model gives scores that are not finite: its weights are damaged.")
-    if not len(defective) or not len(normal):
-        return _prediction_limit(normal)
-    best = _best_f1(normal, defective)
-    if 2 * (best.false_rejects or 0) <= len(normal) or len(normal) < 2:
-        return best
-    limit = _prediction_limit(normal)
-    return replace(
-        best,
-        threshold=limit.threshold,
-        raw_min=min(best.raw_min, limit.raw_min),
-        raw_max=max(best.raw_max, limit.raw_max),
-        method=limit.method,
-        false_rejects=int((normal > limit.threshold).sum()),
-        misses=int((defective <= limit.threshold).sum()),
-    )
-
-
-def _best_f1(normal: NDArray[np.float32], defective: NDArray[np.float32]) -> Calibration:
-    scores = np.concatenate([normal, defective]).astype(np.float64)
-    truth = np.concatenate([np.zeros(len(normal)), np.ones(len(defective))])
-    precision, recall, thresholds = precision_recall_curve(truth, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    best = float(thresholds[f1[:-1].argmax()])
-    below = scores[scores < best]
-    threshold = float((best + below.max()) / 2) if len(below) else best - 1e-6 * abs(best)
-    if scores.min() == scores.max():
-        raise BadDataset("All images score alike, normal and defective: check that they differ.")
-    return Calibration(
-        threshold=threshold,
-        raw_min=float(scores.min()),
-        raw_max=float(scores.max()),
-        method="best_f1",
-        normals=len(normal),
-        defects=len(defective),
-        auroc=float(roc_auc_score(truth, scores)),
-        f1=float(f1.max()),
-        false_rejects=int((normal > threshold).sum()),
-        misses=int((defective <= threshold).sum()),
-    )
-
-
-def _prediction_limit(normal: NDArray[np.float32]) -> Calibration:
-    n = len(normal)
-    if n < 2:
-        raise BadDataset(
-            "A threshold needs at least 2 normal images that the model did not learn: add images to"
-            " train/, or put normal images into test/<category>/normal."
-        )
-    scores = normal.astype(np.float64)
-    spread = float(scores.std(ddof=1))
-    if scores.min() == scores.max():
-        raise BadDataset("All normal images score alike: check that they are not copies of one.")
-    factor = float(stdtrit(n - 1, 1 - FALSE_REJECTS)) * math.sqrt(1 + 1 / n)
-    threshold = float(scores.mean()) + factor * spread
-    low = float(scores.min())
+    usual = NormalScores.of(normal.scores)
+    threshold = _threshold(usual, defective.astype(np.float64), budget)
+    every = np.concatenate([normal.scores, defective])
+    low = float(min(every.min(), threshold))
+    high = float(max(every.max(), threshold + (threshold - low)))
+    rejected = normal.rejected(threshold)
     return Calibration(
         threshold=threshold,
         raw_min=low,
-        raw_max=threshold + (threshold - low),
-        method="prediction_limit",
-        normals=n,
-        defects=0,
+        raw_max=high,
+        method=method,
+        normals=len(normal),
+        parts=normal.count,
+        defects=len(defective),
+        false_rejects=budget.false_rejects,
+        cap=budget.most if len(defective) else None,
+        rejected=rejected,
+        at_most=round(at_most(rejected, normal.count), 4),
+        parts_needed=parts_for(budget.false_rejects),
+        limits=_table(usual, normal),
+        **_found(normal, defective, threshold),
     )
+
+
+def _threshold(usual: NormalScores, defective: NDArray[np.float64], budget: Budget) -> float:
+    """The raw score above which parts are rejected."""
+    limit, lowest_allowed = usual.limit(budget.false_rejects), usual.limit(budget.most)
+    findable = defective[defective > lowest_allowed]
+    if not len(findable):
+        return limit
+    room = float(findable.min()) - lowest_allowed
+    return min(limit, lowest_allowed + TOWARDS_THE_DEFECT * room)
+
+
+def _table(usual: NormalScores, normal: KnownScores) -> list[dict[str, float]]:
+    """The limits of other budgets, for who changes the threshold later."""
+    limits = ((budget, usual.limit(budget)) for budget in BUDGETS)
+    return [
+        {
+            "false_rejects": budget,
+            "raw": limit,
+            "at_most": round(at_most(normal.rejected(limit), normal.count), 4),
+        }
+        for budget, limit in limits
+    ]
+
+
+def _found(normal: KnownScores, defective: NDArray[np.float32], threshold: float) -> dict[str, Any]:
+    """What the known defects say; nothing where there are none."""
+    if not len(defective):
+        return {}
+    scores = np.concatenate([normal.scores, defective]).astype(np.float64)
+    truth = np.concatenate([np.zeros(len(normal)), np.ones(len(defective))])
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    misses = int((defective <= threshold).sum())
+    return {
+        "auroc": float(roc_auc_score(truth, scores)),
+        "best_f1": float(f1.max()),
+        "misses": misses,
+    }

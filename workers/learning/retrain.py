@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from engines.errors import BadMeta
 from engines.files import sha256, staged
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.store.bundle import REPORT, check_hash, write_report
-from engines.store.golden import Golden
+from engines.store.golden import Golden, evenly
+from engines.store.known_scores import KnownScores
 from workers import models
-from workers.learning.calibrate import Calibration, calibrate
-from workers.learning.dataset import Category, Images, measure_bit_depth
+from workers.learning.calibrate import CAP, FALSE_REJECTS, Budget, Calibration, calibrate
+from workers.learning.dataset import Category, measure_bit_depth
+from workers.learning.eyesight import eyesight
+from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.progress import Progress
 
-HELD_OUT = 0.2  # share of the training images that find the threshold where there are no others
+LEAST_PARTS = 4  # whose scores are enough for another threshold than the one that there is
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,14 @@ class Retrain:
     epochs: int = 1
     batch: int = 4
     penalty_dir: Path | None = None
+    false_rejects: float = FALSE_REJECTS
+    false_rejects_cap: float = CAP
+    keep_strange: bool = False
+
+    @property
+    def known(self) -> Path | None:
+        """What it goes on from: a bank, or statistics."""
+        return self.load_bank or self.load_stats
 
 
 def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
         )
     kind = models.module(meta.model)
-    learned_before = request.load_bank or request.load_stats
+    learned_before = request.known
     if learned_before is not None:
         _check_origin(learned_before, meta, kind, request.meta_json)
     category = Category.find(request.data_root, request.category)
@@ -78,7 +85,12 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": meta.model,
         "category": request.category,
-        "images": {"learned": len(learned.images), "skipped": learned.broken},
+        "images": {
+            "learned": len(learned.normals.learned),
+            "known": learned.normals.known,
+            "strange": [str(path) for path in learned.normals.strange],
+            "skipped": learned.broken,
+        },
         **({"before": known} if known else {}),
         **kind.summary(model),
         "calibration": learned.calibration.record(),
@@ -88,13 +100,13 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "verify": round(time.perf_counter() - loaded - learned.seconds, 2),
         },
     }
-    _write(request.out_dir, meta, kind, model, learned.golden, report)
+    _write(request.out_dir, meta, kind, model, learned, report)
     return report
 
 
 def _learning(request: Retrain, meta: Meta, category: Category) -> memory_needs.Learning:
     """What is to be done, as far as memory goes."""
-    known = request.load_bank or request.load_stats
+    known = request.known
     return memory_needs.Learning(
         meta,
         len(category.train),
@@ -107,8 +119,8 @@ def _learning(request: Retrain, meta: Meta, category: Category) -> memory_needs.
 @dataclass(frozen=True)
 class _Learned:
     calibration: Calibration
+    normals: Normals
     golden: Golden
-    images: list[Path]
     broken: dict[str, str]
     seconds: float  # spent on learning alone
 
@@ -117,69 +129,34 @@ def _learn(
     request: Retrain, meta: Meta, kind: Any, model: Any, category: Category, progress: Progress
 ) -> _Learned:
     """Train or update, and calibrate on images that the model has not learned at that time."""
-    seconds = 0.0
-    read: list[Images] = []
-    training = models.Training(request.epochs, request.batch, request.penalty_dir)
+    how = models.Training(request.epochs, request.batch, request.penalty_dir)
+    course = Course(kind, model, meta, how, progress)
+    if kind.INCREMENTAL:
+        known = (
+            KnownScores.none() if request.known is None else KnownScores.read(request.known.parent)
+        )
+        normals = leave_each_out(course, category, known, keep_strange=request.keep_strange)
+    else:
+        normals = hold_some_out(course, category)
+    defective = course.judge(category.test_anomaly)
+    calibration = _calibration(request, meta, normals, defective)
+    examples = course.judge([normals.paths[number] for number in evenly(normals.own)])
+    golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
+    return _Learned(calibration, normals, golden, course.broken(), course.seconds)
 
-    def images(paths: list[Path], phase: str) -> Images:
-        found = Images(paths, meta.image_size, request.batch, meta.bit_depth, progress)
-        found.tick = progress.phase(phase)
-        read.append(found)
+
+def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judged) -> Calibration:
+    """The threshold; as it was, where an update brought nothing to find another one from."""
+    before = Calibration.kept(meta) if request.known is not None else None
+    if before is not None and normals.scores.count < LEAST_PARTS:
+        return before
+    budget = Budget(request.false_rejects, request.false_rejects_cap)
+    found = calibrate(normals.scores, defective.scores, budget, normals.method)
+    if before is not None:
+        found = found.moved_from(before.threshold, normals.scores)
+    if not len(normals.on):
         return found
-
-    learned_images: set[Path] = set()
-
-    def learn(how: Any, paths: list[Path]) -> None:
-        nonlocal seconds
-        began = time.perf_counter()
-        how(model, meta, images(paths, "images"), training, progress)
-        seconds += time.perf_counter() - began
-        learned_images.update(read[-1].used)
-
-    def verify(paths: list[Path]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        pictures = _stack(images(paths, "verify"), meta.image_size)
-        return pictures, kind.scores(model, [pictures])
-
-    held = [] if len(category.test_normal) >= 2 else _held_out(category.train)
-    kept = None
-    if kind.INCREMENTAL and kind.knows(model) and len(category.test_normal) + len(held) < 2:
-        # A few new normals are no ground for a new threshold, and other scores stay as they were.
-        kept = Calibration.kept(meta)
-        held = [] if kept else held
-    first = [path for path in category.train if path not in held]
-    learn(kind.update if kind.knows(model) else kind.train, first)
-    normal, normal_scores = verify([*category.test_normal, *held])
-    defective, defective_scores = verify(category.test_anomaly)
-    calibration = kept or calibrate(normal_scores, defective_scores)
-    golden = Golden.choose(normal, normal_scores, defective, defective_scores)
-    if kept is not None:
-        golden = _golden_before(request, meta) or golden
-    if held and kind.INCREMENTAL:
-        learn(kind.update, held)
-    return _Learned(
-        calibration,
-        golden,
-        sorted(learned_images),
-        {str(path): why for source in read for path, why in source.broken.items()},
-        seconds,
-    )
-
-
-def _golden_before(request: Retrain, meta: Meta) -> Golden | None:
-    """The golden images that lie beside what is updated."""
-    learned = request.load_bank or request.load_stats
-    return None if learned is None else Golden.read(learned.parent, meta.image_size)
-
-
-def _held_out(train: list[Path]) -> list[Path]:
-    """A fifth of the training images, at least 4 and at most half, spread over the list."""
-    count = min(max(4, math.ceil(len(train) * HELD_OUT)), len(train) // 2)
-    return train[:: math.ceil(len(train) / count)][:count] if count else []
-
-
-def _stack(images: Images, size: int) -> NDArray[np.uint8]:
-    batches = list(images)
-    return np.concatenate(batches) if batches else np.empty((0, size, size, 3), np.uint8)
+    return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
 
 
 def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None:
@@ -194,12 +171,14 @@ def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None
 
 
 def _write(
-    out_dir: Path, meta: Meta, kind: Any, model: Any, golden: Golden, report: dict[str, Any]
+    out_dir: Path, meta: Meta, kind: Any, model: Any, learned: _Learned, report: dict[str, Any]
 ) -> None:
     with staged(out_dir) as folder:
         write_report(folder, report)
         names = [*kind.save(model, meta, folder), REPORT]
-        if len(golden.images):
-            names.append(golden.write(folder))
+        if len(learned.golden.images):
+            names.append(learned.golden.write(folder))
+        if len(learned.normals.learned_scores):
+            names.append(learned.normals.learned_scores.write(folder))
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import socket
 from pathlib import Path
@@ -11,16 +12,20 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
+import numpy as np
 import timm
 import torch
 from anomalib.models.components import TimmFeatureExtractor
+from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from engines.errors import BadMeta, BadWeights
 from engines.files import write_atomically
 from engines.meta import Meta
 
 HUB_TIMEOUT_S = 3.0
+FIELDS = 8  # on each side, of what describes a picture
 UNTRAINED = "untrained"  # asked for by this name, never by accident
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; what anomalib uses for every backbone
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -89,6 +94,15 @@ def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> T
         load_weights(module.feature_extractor, read_weights(Path(weights)), str(weights), backbone)
     module.eval().requires_grad_(False)
     return module
+
+
+def describe(embeddings: torch.Tensor) -> NDArray[np.float32]:
+    """What pictures look like, coarsely: embeddings (N, P, C) averaged over fields, (N, d)."""
+    n, patches, channels = embeddings.shape
+    side = math.isqrt(patches)  # images are square
+    maps = embeddings.permute(0, 2, 1).reshape(n, channels, side, side)
+    fields = functional.adaptive_avg_pool2d(maps, min(side, FIELDS))
+    return fields.flatten(1).numpy()
 
 
 def _check_layers(backbone: str, layers: list[str]) -> None:

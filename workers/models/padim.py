@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,10 @@ from torch.nn import functional
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
 from workers.models import Training
-from workers.models.backbone import Normalise, extractor, write_weights
-from workers.models.padim_gaussians import Stats
+from workers.models.backbone import Normalise, describe, extractor, write_weights
+from workers.models.padim_gaussians import LeftOut, Stats
 from workers.models.padim_stats_file import read_stats, write_stats
-from workers.progress import Progress
+from workers.progress import Progress, Tick
 
 Batches = Iterable[NDArray[np.uint8]]
 
@@ -34,6 +36,7 @@ LEARNED = "stats"
 INCREMENTAL = True
 
 DEAD = 1e-9  # variance of a channel that is the same everywhere, and so says nothing
+KEPT = 256  # images whose embeddings are kept, so that they can be left out again
 BLOCK = 32  # images whose embeddings are held before they are merged into the statistics
 LARGEST_MIB = 1024  # statistics of more than this fit neither a Jetson nor an ONNX file
 
@@ -88,6 +91,13 @@ class PaDiM(nn.Module):
         score = (rows @ distances @ columns.T).amax(dim=(1, 2))
         return score, _average(rows, height) @ distances @ _average(columns, width).T
 
+    def highest(self, distances: torch.Tensor) -> torch.Tensor:
+        """Raw scores (N,) of distances (N, P): as in `forward`."""
+        side = math.isqrt(distances.shape[1])  # images are square
+        rows = _smoothing(side, self.image_size)
+        smooth: torch.Tensor = rows @ distances.reshape(-1, side, side) @ rows.T
+        return smooth.amax(dim=(1, 2))
+
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> the chosen channels (N, h*w, n) float32, and (h, w).
 
@@ -115,6 +125,9 @@ def smoothing(side: int, image_size: int) -> torch.Tensor:
     enlarged = generator.up_sample(steps, (image_size, image_size))
     smooth: torch.Tensor = generator.smooth_anomaly_map(enlarged)  # (side, 1, S, S)
     return smooth[:, 0, :, image_size // 2].T.contiguous()
+
+
+_smoothing = lru_cache(maxsize=1)(smoothing)  # it takes longer than what it is for
 
 
 def _average(matrix: torch.Tensor, side: int) -> torch.Tensor:
@@ -237,7 +250,90 @@ def knows(model: PaDiM) -> bool:
     return model.stats is not None
 
 
-def train(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Lesson:
+    """What was learned from which picture, so that each can be judged as if it had not been.
+
+    Attributes:
+        embeddings: (K, P, n) of those that are kept: at the most `KEPT`, spread over all.
+        pictures: (K,) their numbers among all.
+        stats: of all of them, and of what was known before.
+        left_out: the same without some of them.
+    """
+
+    model: PaDiM
+    embeddings: torch.Tensor
+    pictures: NDArray[np.int64]
+    stats: Stats
+    left_out: LeftOut
+
+    def descriptors(self) -> NDArray[np.float32]:
+        """(K, d): what the pictures look like, coarsely."""
+        return describe(self.embeddings)
+
+    def describe(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n, d): the same of other pictures (n, S, S, 3)."""
+        with torch.inference_mode():
+            return describe(self.model.embed(torch.from_numpy(pictures))[0])
+
+    def can_spare(self, count: int) -> bool:
+        """Whether something is left to judge by without so many of the pictures."""
+        return self.stats.count - count > 1
+
+    def scores(self, parts: NDArray[np.int64], tick: Tick) -> NDArray[np.float64]:
+        """Raw scores (K,) by the statistics without the pictures of the same part.
+
+        Args:
+            parts: (K,) pictures with the same number are left out together.
+        """
+        found, done = np.empty(len(parts)), 0
+        names, sizes = np.unique(parts, return_counts=True)
+        for k in (int(size) for size in np.unique(sizes)):  # one inverse for each
+            for some in _blocks(names[sizes == k], BLOCK // k):
+                pictures = np.concatenate([np.flatnonzero(parts == part) for part in some])
+                whitened = self._whitened(self.embeddings[pictures], k)
+                for number, part in enumerate(torch.split(whitened, k, dim=2)):
+                    same = pictures[number * k : (number + 1) * k]
+                    found[same] = self._scores(part, part)
+                done += len(some)
+                tick(done, len(names))
+        return found
+
+    def judge(self, pictures: NDArray[np.uint8], without: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Raw scores (n,) of other pictures (n, S, S, 3) by the statistics without some."""
+        with torch.inference_mode():
+            embeddings = self.model.embed(torch.from_numpy(pictures))[0]
+        k = len(without)
+        return self._scores(
+            self._whitened(embeddings, k), self._whitened(self.embeddings[without], k)
+        )
+
+    def keeping(self, kept: NDArray[np.int64], progress: Progress) -> Lesson:
+        """Learn again, without the others of those that are kept."""
+        gone = np.setdiff1d(np.arange(len(self.pictures)), kept)
+        stats = self.stats.without(self.embeddings[gone])
+        self.model.learn(stats)
+        # Numbered anew, as if the others had never been there.
+        moved = self.pictures[kept] - np.searchsorted(self.pictures[gone], self.pictures[kept])
+        return Lesson(self.model, self.embeddings[kept], moved, stats, LeftOut(stats))
+
+    @torch.inference_mode()
+    def _whitened(self, embeddings: torch.Tensor, k: int) -> torch.Tensor:
+        return self.left_out.whitened(embeddings, k)
+
+    @torch.inference_mode()
+    def _scores(self, asked: torch.Tensor, without: torch.Tensor) -> NDArray[np.float64]:
+        distances = self.left_out.distances(asked, without)
+        return self.model.highest(distances).double().numpy()
+
+
+def _blocks(parts: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:
+    """Parts (n,) in pieces of so many, at least one."""
+    count = max(1, count)
+    return (parts[start : start + count] for start in range(0, len(parts), count))
+
+
+def train(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: Progress) -> Lesson:
     """Learn mean and covariance at each position, from nothing.
 
     Args:
@@ -251,14 +347,15 @@ def train(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: P
         first = _first_batches(batches, BLOCK)
         model.choose(steady_channels(model, first, _n_features(meta)))
         batches = chain(first, batches)
-    stats = _stats_of(model, batches)
+    stats, kept, numbers = _stats_of(model, batches)
     if stats.count < 2:
         raise BadDataset("PaDiM needs at least 2 usable training images: it learns how they vary.")
     progress.say("inverting the covariances")
     model.learn(stats)
+    return Lesson(model, kept, numbers, stats, LeftOut(stats))
 
 
-def update(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: Progress) -> None:
+def update(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: Progress) -> Lesson:
     """Add images, exactly as if they had been learned with the others.
 
     Raises:
@@ -266,20 +363,26 @@ def update(model: PaDiM, meta: Meta, batches: Batches, how: Training, progress: 
         BadBundle: the statistics do not say of how many images they are.
     """
     assert model.stats is not None, "load statistics, or train, first"
-    if model.stats.count < 2:
+    before = model.stats
+    if before.count < 2:
         raise BadBundle(
             "These statistics do not say of how many images they are (anomalib or an older tool"
             " made them), so none can be added: learn anew, without --load_stats."
         )
-    stats = _stats_of(model, batches)
+    stats, kept, numbers = _stats_of(model, batches)
     progress.say("inverting the covariances")
-    model.learn(model.stats.merged(stats))
+    stats = before.merged(stats)
+    model.learn(stats)
+    return Lesson(model, kept, numbers, stats, LeftOut(stats))
 
 
 @torch.inference_mode()
-def _stats_of(model: PaDiM, batches: Batches) -> Stats:
+def _stats_of(model: PaDiM, batches: Batches) -> tuple[Stats, torch.Tensor, NDArray[np.int64]]:
+    """Statistics of all images; embeddings and numbers of those that are kept."""
     stats: Stats | None = None
     waiting: list[torch.Tensor] = []
+    kept: dict[int, torch.Tensor] = {}
+    seen, every = 0, 1
 
     def merge() -> None:
         nonlocal stats
@@ -288,14 +391,22 @@ def _stats_of(model: PaDiM, batches: Batches) -> Stats:
         waiting.clear()
 
     for batch in batches:
-        waiting.append(model.embed(torch.from_numpy(batch))[0])
+        embeddings = model.embed(torch.from_numpy(batch))[0]
+        for embedding in embeddings:
+            if seen % every == 0:
+                kept[seen] = embedding.clone()  # not the batch that it lies in
+            seen += 1
+            if len(kept) > KEPT:  # every second one goes, and from now on fewer are kept
+                every *= 2
+                kept = {number: one for number, one in kept.items() if number % every == 0}
+        waiting.append(embeddings)
         if sum(map(len, waiting)) >= BLOCK:
             merge()
     if waiting:
         merge()
     if stats is None:
         raise BadDataset("There is no usable training image, so nothing can be learned.")
-    return stats
+    return stats, torch.stack(list(kept.values())), np.array(list(kept), np.int64)
 
 
 def scores(model: PaDiM, batches: Batches) -> NDArray[np.float32]:

@@ -36,6 +36,18 @@ class Stats:
         covariance.baddbmm_(between[:, :, None], between[:, None], alpha=weight)
         return Stats(count, self.mean + between * (other.count / count), covariance)
 
+    def without(self, embeddings: torch.Tensor) -> Stats:
+        """As if these (k, P, n), which were learned, had not been: `merged` backwards."""
+        k, rest = len(embeddings), self.count - len(embeddings)
+        assert rest > 1, "of one picture alone there is no covariance"
+        away = embeddings - self.mean
+        gap = away.mean(dim=0)  # (P, n)
+        scatter = self.covariance * (self.count - 1)
+        spread = away.permute(1, 2, 0)  # (P, n, k)
+        scatter.baddbmm_(spread, spread.transpose(1, 2), alpha=-1)
+        scatter.baddbmm_(gap[:, :, None], gap[:, None], alpha=-k * k / rest)
+        return Stats(rest, self.mean - gap * (k / rest), scatter.div_(rest - 1))
+
     def whitening(self) -> torch.Tensor:
         """W (P, n, n), lower triangular: |W (x - mean)| is the Mahalanobis distance of x.
 
@@ -48,3 +60,40 @@ class Stats:
             factor = torch.linalg.cholesky(self.covariance[positions] + RIDGE * identity)
             whitening[positions] = torch.linalg.solve_triangular(factor, identity, upper=False)
         return whitening
+
+
+class LeftOut:
+    """Distances to the statistics without some of the pictures that are in them.
+
+    Without k of n pictures the scatter loses U M U^T, where the columns of U are their differences
+    from the mean and M = 1 + 1/(n - k) in every place (+ 1 on the diagonal). So the inverse of the
+    covariance follows from that of the whole one (Woodbury, 1950), and nothing is inverted anew for
+    each picture: only once for each number k.
+    """
+
+    def __init__(self, stats: Stats) -> None:
+        self._stats = stats
+        self._whitening: dict[int, torch.Tensor] = {}  # by how many are left out; the newest only
+
+    def whitened(self, embeddings: torch.Tensor, k: int) -> torch.Tensor:
+        """Embeddings (q, P, n) as `distances` takes them where k are left out: (P, n, q)."""
+        return self._for(k) @ (embeddings - self._stats.mean).permute(1, 2, 0)
+
+    def distances(self, asked: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Mahalanobis distances (q, P) of whitened pictures (P, n, q), without those (P, n, k)."""
+        k = out.shape[2]
+        rest = self._stats.count - k
+        assert rest > 1, "of one picture alone there is no covariance"
+        asked = asked + out.mean(dim=2, keepdim=True) * (k / rest)  # the mean moves as well
+        inner = torch.linalg.inv(torch.eye(k) + 1 / rest) * (rest - 1) - out.transpose(1, 2) @ out
+        seen = out.transpose(1, 2) @ asked  # (P, k, q)
+        correction = (seen * torch.linalg.solve(inner, seen)).sum(dim=1)
+        square: torch.Tensor = asked.square().sum(dim=1) + correction  # (P, q)
+        return square.clamp_min(0).sqrt().T
+
+    def _for(self, k: int) -> torch.Tensor:
+        if k not in self._whitening:
+            whole, rest = self._stats, self._stats.count - k
+            covariance = whole.covariance * ((whole.count - 1) / (rest - 1))
+            self._whitening = {k: Stats(whole.count, whole.mean, covariance).whitening()}
+        return self._whitening[k]

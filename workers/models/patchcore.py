@@ -20,9 +20,9 @@ from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
 from engines.store.bundle import read_bank, read_coverage_radius, write_bank
 from workers.models import Training
-from workers.models.backbone import Normalise, extractor, write_weights
+from workers.models.backbone import Normalise, describe, extractor, write_weights
 from workers.models.coreset import k_centre_greedy
-from workers.progress import Progress
+from workers.progress import Progress, Tick
 
 Batches = Iterable[NDArray[np.uint8]]
 
@@ -74,6 +74,13 @@ class PatchCore(nn.Module):
             Raw scores (N,), raw maps (N, h, w), and the embeddings (N, h*w, C) they come from.
         """
         embedding, (height, width) = self.embed(image)
+        score, distance = self.judge(embedding, memory_bank)
+        return score, distance.reshape(len(embedding), height, width), embedding
+
+    def judge(
+        self, embedding: torch.Tensor, memory_bank: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (N, P, C) -> raw scores (N,) and the distance of each patch (N, P)."""
         n, patches, channels = embedding.shape
         # Distances do not change when both sides move by the mean; rounding errors shrink.
         mean = memory_bank.mean(dim=0)
@@ -92,8 +99,7 @@ class PatchCore(nn.Module):
         neighbours = (half_norm - near @ bank.T).topk(count, dim=1, largest=False).indices
         reach = (query[:, None] - bank[neighbours]).square().sum(dim=2).sqrt()  # (n, count)
         weight = 1 - torch.softmax(reach, dim=1)[:, 0]
-        score = weight * distance.amax(dim=1)
-        return score, distance.reshape(n, height, width), embedding
+        return weight * distance.amax(dim=1), distance
 
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w).
@@ -157,9 +163,82 @@ def knows(model: PatchCore) -> bool:
     return model.bank is not None
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What was learned from which picture, so that each can be judged as if it had not been.
+
+    Attributes:
+        embeddings: (N, P, C) of the pictures.
+        before: the bank that was added to, None where it was made from nothing.
+        rows: (K,) the patches, counted over all pictures, that are in the bank now.
+        pictures: the numbers of the pictures that can be left out: all of them.
+    """
+
+    model: PatchCore
+    meta: Meta
+    embeddings: torch.Tensor
+    before: Bank | None
+    rows: torch.Tensor
+
+    @property
+    def pictures(self) -> NDArray[np.int64]:
+        return np.arange(len(self.embeddings))
+
+    def descriptors(self) -> NDArray[np.float32]:
+        """(N, d): what the pictures look like, coarsely."""
+        return describe(self.embeddings)
+
+    def describe(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n, d): the same of other pictures (n, S, S, 3)."""
+        with torch.inference_mode():
+            return describe(self.model.embed(torch.from_numpy(pictures))[0])
+
+    def can_spare(self, count: int) -> bool:
+        """Whether something is left to judge by without so many of the pictures."""
+        return self.before is not None or len(self.embeddings) > count
+
+    def scores(self, parts: NDArray[np.int64], tick: Tick) -> NDArray[np.float64]:
+        """Raw scores (N,) by the bank without the rows of the pictures of the same part.
+
+        A bank made anew without them would have other rows where it covered patches of others with
+        these. It changes nothing: the patch that decides a score is far from all (measured in
+        docs/models.md).
+
+        Args:
+            parts: (N,) pictures with the same number are left out together.
+        """
+        found = np.empty(len(parts))
+        for part in np.unique(parts):
+            same = np.flatnonzero(parts == part)
+            found[same] = self._judge(self.embeddings[torch.from_numpy(same)], same)
+            tick(int(part) + 1, int(parts.max()) + 1)
+        return found
+
+    def judge(self, pictures: NDArray[np.uint8], without: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Raw scores (n,) of other pictures (n, S, S, 3) by the bank without some it learned."""
+        with torch.inference_mode():
+            return self._judge(self.model.embed(torch.from_numpy(pictures))[0], without)
+
+    def keeping(self, kept: NDArray[np.int64], progress: Progress) -> Lesson:
+        """Learn again, from these pictures only."""
+        return learn(
+            self.model, self.meta, self.embeddings[torch.from_numpy(kept)], self.before, progress
+        )
+
+    @torch.inference_mode()
+    def _judge(self, embeddings: torch.Tensor, without: NDArray[np.int64]) -> NDArray[np.float64]:
+        patches = self.embeddings.flatten(0, 1)
+        picture = self.rows // self.embeddings.shape[1]
+        bank = patches[self.rows[~torch.isin(picture, torch.from_numpy(without))]]
+        if self.before is not None:
+            bank = torch.cat([self.before.embeddings, bank])
+        # One by one: distances of a batch would not fit in the cache.
+        return np.array([float(self.model.judge(one[None], bank)[0]) for one in embeddings])
+
+
 def train(
     model: PatchCore, meta: Meta, batches: Batches, how: Training, progress: Progress
-) -> None:
+) -> Lesson:
     """Learn a bank from nothing: all patches of all images, thinned to `coreset_ratio`.
 
     Args:
@@ -168,15 +247,12 @@ def train(
     Raises:
         BadDataset: there was no image.
     """
-    patches = _embed_all(model, batches)
-    count = max(1, int(len(patches) * _ratio(meta)))
-    chosen, radius = k_centre_greedy(patches, count, report=progress.phase("coreset"))
-    model.bank = Bank(patches[chosen], radius)
+    return learn(model, meta, _embed_all(model, batches), None, progress)
 
 
 def update(
     model: PatchCore, meta: Meta, batches: Batches, how: Training, progress: Progress
-) -> None:
+) -> Lesson:
     """Keep what the bank knows and add the patches of new images that it does not cover yet.
 
     A patch is covered when it lies no farther from the bank than the farthest patch of the first
@@ -186,17 +262,27 @@ def update(
         BadDataset: there was no image.
     """
     assert model.bank is not None, "load a bank, or train one, first"
-    known, radius = model.bank.embeddings, model.bank.coverage_radius
-    patches = _embed_all(model, batches)
-    covered_to = torch.cat([_distance(chunk, known) for chunk in torch.split(patches, CHUNK)])
-    chosen, new_radius = k_centre_greedy(
-        patches,
-        max(1, int(len(patches) * _ratio(meta))),
-        covered_to=covered_to,
-        stop_radius=radius,
-        report=progress.phase("coreset"),
-    )
-    model.bank = Bank(torch.cat([known, patches[chosen]]), max(radius, new_radius))
+    return learn(model, meta, _embed_all(model, batches), model.bank, progress)
+
+
+def learn(
+    model: PatchCore, meta: Meta, embeddings: torch.Tensor, before: Bank | None, progress: Progress
+) -> Lesson:
+    """Give the model the bank that comes of embeddings (N, P, C), on top of one or of nothing."""
+    patches = embeddings.flatten(0, 1)
+    count = max(1, int(len(patches) * _ratio(meta)))
+    report = progress.phase("coreset")
+    if before is None:
+        rows, radius = k_centre_greedy(patches, count, report=report)
+        model.bank = Bank(patches[rows], radius)
+    else:
+        known, radius = before.embeddings, before.coverage_radius
+        covered_to = torch.cat([_distance(chunk, known) for chunk in torch.split(patches, CHUNK)])
+        rows, new_radius = k_centre_greedy(
+            patches, count, covered_to=covered_to, stop_radius=radius, report=report
+        )
+        model.bank = Bank(torch.cat([known, patches[rows]]), max(radius, new_radius))
+    return Lesson(model, meta, embeddings, before, rows)
 
 
 def scores(model: PatchCore, batches: Batches) -> NDArray[np.float32]:
@@ -238,8 +324,8 @@ def save(model: PatchCore, meta: Meta, folder: Path) -> list[str]:
 
 @torch.inference_mode()
 def _embed_all(model: PatchCore, batches: Batches) -> torch.Tensor:
-    """All patch embeddings of all images, (n, C)."""
-    embeddings = [model.embed(torch.from_numpy(batch))[0].flatten(0, 1) for batch in batches]
+    """All patch embeddings of all images, (N, P, C)."""
+    embeddings = [model.embed(torch.from_numpy(batch))[0] for batch in batches]
     if not embeddings:
         raise BadDataset("There is no usable training image, so nothing can be learned.")
     return torch.cat(embeddings)

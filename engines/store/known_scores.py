@@ -1,0 +1,95 @@
+"""The scores that a limit comes from, kept with the model, so that an update goes on from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BadBundle
+from engines.files import sha256, write_atomically
+
+SCORES = "scores.json"
+MOST = 500  # scores, the newest: enough for any budget that can be promised
+MOST_LEARNED = 20_000
+MARK = 16  # hexadecimal digits of a SHA-256
+
+
+@dataclass(frozen=True)
+class KnownScores:
+    """Raw scores of normal pictures, each by a model that had not learned it.
+
+    Attributes:
+        scores: (n,), in the order in which they became known.
+        parts: (n,) pictures with the same number show one part.
+        learned: what tells the files apart that were learned: no update learns them again.
+    """
+
+    scores: NDArray[np.float64]
+    parts: NDArray[np.int64]
+    learned: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls) -> KnownScores:
+        """Of a model that has none yet."""
+        return cls(np.empty(0), np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def count(self) -> int:
+        """How many parts they are of."""
+        return len(np.unique(self.parts))
+
+    def rejected(self, limit: float) -> int:
+        """How many parts have a picture above a raw score."""
+        return len(np.unique(self.parts[self.scores > limit]))
+
+    def followed_by(self, later: KnownScores) -> KnownScores:
+        """These and then others, whose parts are other ones; the oldest go where it is too many."""
+        first = int(self.parts.max()) + 1 if len(self) else 0
+        return KnownScores(
+            np.concatenate([self.scores, later.scores])[-MOST:],
+            np.concatenate([self.parts, later.parts + first])[-MOST:],
+            tuple(dict.fromkeys((*self.learned, *later.learned)))[-MOST_LEARNED:],
+        )
+
+    @staticmethod
+    def mark(path: Path) -> str:
+        """What tells a file from all others."""
+        return sha256(path)[:MARK]
+
+    def write(self, folder: Path) -> str:
+        """Write scores.json into a folder, and return its name."""
+        content = {
+            "scores": [float(f"{one:.7g}") for one in self.scores],
+            "parts": [int(one) for one in self.parts],
+            "learned": list(self.learned),
+        }
+        write_atomically(folder / SCORES, (json.dumps(content) + "\n").encode())
+        return SCORES
+
+    @classmethod
+    def read(cls, folder: Path) -> KnownScores:
+        """scores.json of a folder; none where there is no such file.
+
+        Raises:
+            BadBundle: it is damaged.
+        """
+        path = folder / SCORES
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            scores = np.asarray(content["scores"], np.float64)
+            parts = np.asarray(content["parts"], np.int64)
+            learned = tuple(str(one) for one in content["learned"])
+        except FileNotFoundError:
+            return cls.none()
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from None
+        if scores.ndim != 1 or scores.shape != parts.shape or not np.isfinite(scores).all():
+            raise BadBundle(f"{path} is damaged: it holds no list of scores. Run retrain.py again.")
+        return cls(scores, parts, learned)

@@ -1,0 +1,60 @@
+"""Whether a model sees at all: the share of drawn defects that it finds, on parts it does not know.
+
+A threshold from normal parts alone says nothing of defects. So some are drawn onto normal pictures,
+each judged by a model that has not learned the picture that it is drawn on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.learning.drawn_defects import DEFECTS, Drawn, draw, on_the_part
+from workers.progress import Tick
+
+# What any model has to find: faint and tiny ones are drawn as well, and reported, but good models
+# miss them, too (docs/models.md).
+STRONG, LEAST_SIDE = "strong", 0.02
+STRONG_TWICE = (*DEFECTS, *(what for what in DEFECTS if what.strength == STRONG))
+
+Judge = Callable[[NDArray[np.uint8], int], float]  # a picture (S, S, 3), and which it is drawn on
+
+
+def drawn_scores(
+    pictures: NDArray[np.uint8], judge: Judge, tick: Tick
+) -> list[tuple[Drawn, float]]:
+    """Draw defects onto normal pictures (n, S, S, 3) in turn, and judge them: raw scores."""
+    found = []
+    for number, what in enumerate(STRONG_TWICE):
+        on = number % len(pictures)
+        where = on_the_part(pictures[on][None])
+        found.append((what, judge(draw(pictures[on], what, number, where), on)))
+        tick(number + 1, len(STRONG_TWICE))
+    return found
+
+
+def eyesight(scores: list[tuple[Drawn, float]], threshold: float) -> dict[str, Any]:
+    """What is found at a threshold, as report.json and meta.json hold it.
+
+    `found` and `of` count those that any model has to find, `share` is the one by the other; `by`
+    has all, by strength and side: how many were found, and of how many.
+    """
+    by: dict[str, dict[str, list[int]]] = {}
+    for what, score in scores:
+        counts = by.setdefault(what.strength, {}).setdefault(f"{what.side:.0%}", [0, 0])
+        counts[0] += score > threshold
+        counts[1] += 1
+    plain = [score > threshold for what, score in scores if must_be_found(what)]
+    return {
+        "found": sum(plain),
+        "of": len(plain),
+        "share": round(sum(plain) / len(plain), 3),
+        "by": by,
+    }
+
+
+def must_be_found(what: Drawn) -> bool:
+    return what.strength == STRONG and what.side > LEAST_SIDE

@@ -1,0 +1,232 @@
+"""What is known of normal parts once a model has learned: scores of pictures that it had not."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.meta import Meta
+from engines.store.known_scores import KnownScores
+from workers.learning.dataset import Category, Images
+from workers.learning.drawn_defects import Drawn
+from workers.learning.eyesight import Judge, drawn_scores
+from workers.learning.same_part import same_part
+from workers.learning.strange import strange as find_strange
+from workers.models import Training
+from workers.progress import Progress
+
+HELD_OUT = 0.2  # share of the training images that find the threshold where there are no others
+DRAWN_ON = 7  # pictures
+
+
+@dataclass
+class Course:
+    """Learning, step by step: which images were read, and the seconds of learning alone."""
+
+    kind: Any
+    model: Any
+    meta: Meta
+    how: Training
+    progress: Progress
+    read: list[Images] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def learn(self, paths: list[Path]) -> tuple[Any, list[Path]]:
+        """Train, or update what it knows; what came of it, and the images that could be read."""
+        how = self.kind.update if self.kind.knows(self.model) else self.kind.train
+        began, images = time.perf_counter(), self._images(paths, "images")
+        lesson = how(self.model, self.meta, images, self.how, self.progress)
+        self.seconds += time.perf_counter() - began
+        return lesson, images.used
+
+    def judge(self, paths: list[Path]) -> Judged:
+        """Score images with the model as it is now."""
+        images = self._images(paths, "verify")
+        pictures, size = list(images), self.meta.image_size
+        stack = np.concatenate(pictures) if pictures else np.empty((0, size, size, 3), np.uint8)
+        return Judged(images.used, stack, self.kind.scores(self.model, [stack]))
+
+    def broken(self) -> dict[str, str]:
+        """The images that could not be read, and why."""
+        return {str(path): why for images in self.read for path, why in images.broken.items()}
+
+    def _images(self, paths: list[Path], phase: str) -> Images:
+        meta = self.meta
+        found = Images(paths, meta.image_size, self.how.batch, meta.bit_depth, self.progress)
+        found.tick = self.progress.phase(phase)
+        self.read.append(found)
+        return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Images that were read, and their raw scores."""
+
+    paths: list[Path]
+    pictures: NDArray[np.uint8]  # (n, S, S, 3)
+    scores: NDArray[np.float32]  # (n,)
+
+
+@dataclass(frozen=True)
+class Normals:
+    """What is known of normal parts.
+
+    Attributes:
+        learned: the images that were learned now.
+        known: how many were not, because the model had learned them before.
+        strange: those that were not, because they are unlike the others.
+        learned_scores: what an update can go on from.
+        scores: these and those of test images: what the threshold comes from.
+        paths, own: the images that were scored now, and their scores.
+        method: as `Calibration` has it.
+        on, judge: pictures to draw defects on, and how they are judged.
+    """
+
+    learned: list[Path]
+    known: int
+    strange: list[Path]
+    learned_scores: KnownScores
+    scores: KnownScores
+    paths: list[Path]
+    own: NDArray[np.float64]
+    method: str
+    on: NDArray[np.uint8]
+    judge: Judge
+    progress: Progress
+
+    def drawn(self) -> list[tuple[Drawn, float]]:
+        """Defects drawn onto normal pictures, and their scores."""
+        return drawn_scores(self.on, self.judge, self.progress.phase("drawn defects"))
+
+
+def leave_each_out(
+    course: Course, category: Category, before: KnownScores, *, keep_strange: bool
+) -> Normals:
+    """Learn all images, and score each by what was learned from the others.
+
+    Args:
+        before: the scores that lie beside what is updated.
+    """
+    is_update = course.kind.knows(course.model)
+    marks = {path: KnownScores.mark(path) for path in category.train}
+    new = [path for path in category.train if marks[path] not in before.learned]
+    if not new:
+        course.progress.say(f"all {len(category.train)} images were learned before")
+        return _nothing_new(course, category, before)
+    lesson, learned = course.learn(new)
+    parts = same_part(lesson.descriptors())
+    if not lesson.can_spare(int(np.bincount(parts).max())):
+        return _from_tests(course, course.judge(category.test_normal), learned, "test")
+    own = lesson.scores(parts, course.progress.phase("leave out"))
+    strange: list[Path] = []
+    if not keep_strange and len(found := find_strange(own, before)):
+        strange = [learned[number] for number in lesson.pictures[found]]
+        _say_strange(course.progress, strange, len(learned))
+        lesson = lesson.keeping(np.setdiff1d(np.arange(len(own)), found), course.progress)
+        learned = [path for path in learned if path not in strange]
+        parts = same_part(lesson.descriptors())
+        own = lesson.scores(parts, course.progress.phase("leave out"))
+    learned_scores = before.followed_by(
+        KnownScores(own, parts, tuple(marks[path] for path in learned))
+    )
+    tests = course.judge(category.test_normal)
+    tested = _of_tests(tests, lesson.describe)
+    # Pictures that a model of an older Kensa, or of another tool, knows already score far too low:
+    # nobody can tell which they are.
+    trusted = not is_update or len(before) > 0
+    on = _to_draw_on(parts)
+    return Normals(
+        learned,
+        len(category.train) - len(new),
+        strange,
+        learned_scores if trusted else KnownScores(own[:0], parts[:0], learned_scores.learned),
+        learned_scores.followed_by(tested) if trusted else tested,
+        [*(learned[number] for number in lesson.pictures), *tests.paths],
+        np.concatenate([own, tested.scores]),
+        "left_out" if trusted else "test",
+        course.judge([learned[lesson.pictures[number]] for number in on]).pictures,
+        lambda picture, number: float(
+            lesson.judge(picture[None], np.flatnonzero(parts == parts[on[number]]))[0]
+        ),
+        course.progress,
+    )
+
+
+def hold_some_out(course: Course, category: Category) -> Normals:
+    """Learn some images for many epochs, and score others: test images, where there are any."""
+    tested = len(category.test_normal) >= 2
+    held = [] if tested else _held_out(category.train)
+    _, learned = course.learn([path for path in category.train if path not in held])
+    tests = course.judge([*category.test_normal, *held])
+    return _from_tests(course, tests, learned, "test" if tested else "held_out")
+
+
+def _nothing_new(course: Course, category: Category, before: KnownScores) -> Normals:
+    tests = course.judge(category.test_normal)
+    found = _from_tests(course, tests, [], "left_out")
+    return replace(
+        found,
+        known=len(category.train),
+        learned_scores=before,
+        scores=before.followed_by(found.scores),
+    )
+
+
+def _from_tests(course: Course, tests: Judged, learned: list[Path], method: str) -> Normals:
+    scores = _of_tests(tests, None)
+    return Normals(
+        learned,
+        0,
+        [],
+        KnownScores.none(),
+        scores,
+        tests.paths,
+        scores.scores,
+        method,
+        tests.pictures[_spread(len(tests.pictures))],
+        lambda picture, _: float(course.kind.scores(course.model, [picture[None]])[0]),
+        course.progress,
+    )
+
+
+def _of_tests(
+    tests: Judged, describe: Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None
+) -> KnownScores:
+    """Scores of test images; each of a part of its own where nothing says what they look like."""
+    count = len(tests.scores)
+    parts = same_part(describe(tests.pictures)) if describe and count else np.arange(count)
+    return KnownScores(tests.scores.astype(np.float64), parts)
+
+
+def _to_draw_on(parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A few pictures, of parts that there are equally many pictures of: as much is left out."""
+    _, number, sizes = np.unique(parts, return_inverse=True, return_counts=True)
+    candidates = np.flatnonzero(sizes[number] == np.bincount(sizes).argmax())
+    return candidates[_spread(len(candidates))]
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    """Of so many, a few, spread over all."""
+    chosen = np.linspace(0, max(0, count - 1), min(DRAWN_ON, count))
+    return np.unique(chosen.round().astype(np.int64))
+
+
+def _say_strange(progress: Progress, strange: list[Path], count: int) -> None:
+    names = ", ".join(path.name for path in strange)
+    progress.say(
+        f"not learned: {len(strange)} of {count} new pictures are unlike the others and unlike what"
+        f" is known: {names}. If these parts are good, learn them with --keep_strange."
+    )
+
+
+def _held_out(train: list[Path]) -> list[Path]:
+    """A fifth of the training images, at least 4 and at most half, spread over the list."""
+    count = min(max(4, math.ceil(len(train) * HELD_OUT)), len(train) // 2)
+    return train[:: math.ceil(len(train) / count)][:count] if count else []

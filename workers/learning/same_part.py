@@ -1,0 +1,44 @@
+"""Which pictures show one part: a score of one says little once the model has learned another."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# As shares of the distance between pictures of different parts (docs/models.md has the figures).
+NEAR = 0.42  # nearly equal, wherever they stand
+NEAR_IN_A_ROW = 0.6  # taken one after the other: turned a little, or under other light
+DIFFERENT = 75  # percentile of all distances: what lies between different parts
+
+
+def same_part(descriptors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Number the parts that pictures show.
+
+    Pictures that lie near each other, and those that lie near one of these, are of one part.
+
+    Args:
+        descriptors: (n, d), one row per picture, in the order in which they were taken.
+
+    Returns:
+        (n,) numbers from 0, in the order of the first pictures.
+    """
+    n = len(descriptors)
+    if n < 3:  # nothing to compare a distance with
+        return np.arange(n)
+    distance = _distances(descriptors.astype(np.float64))
+    usual = np.percentile(distance[np.triu_indices(n, 1)], DIFFERENT)
+    near = distance <= NEAR * usual
+    rows = np.arange(n - 1)
+    near[rows, rows + 1] |= distance[rows, rows + 1] <= NEAR_IN_A_ROW * usual
+    parts = np.arange(n)
+    for first, second in zip(*np.nonzero(np.triu(near, 1)), strict=True):
+        parts[parts == parts[second]] = parts[first]
+    return np.unique(parts, return_inverse=True)[1].astype(np.int64)
+
+
+def _distances(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Between all rows (n, d): (n, n)."""
+    rows = rows - rows.mean(axis=0)
+    square = (rows**2).sum(axis=1)
+    squared: NDArray[np.float64] = np.maximum(square[:, None] + square - 2 * rows @ rows.T, 0)
+    return np.asarray(np.sqrt(squared))
