@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from engines.meta import Meta
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, Store
-from engines.verdict import Label
+from engines.verdict import Label, Scale
 
 
 class FlipBody(Body):
@@ -72,7 +73,7 @@ class VersionBody(Body):
     )
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each.")
     threshold: float | None = Field(default=None, description="The limit for `score`.")
-    raw_threshold: float | None = Field(default=None, description="Found by verification.")
+    raw_threshold: float | None = Field(default=None, description="The same limit for `raw_score`.")
     gate: GateBody | None = None
     problem: str | None = Field(None, description="What is wrong with it.")
 
@@ -83,7 +84,9 @@ class StoredModelBody(Body):
     name: str
     live: str | None = Field(description="The version in memory, which judges.")
     previous: str | None = Field(description="What a rollback goes to.")
-    problem: str | None = Field(description="Why none is in memory.")
+    problem: str | None = Field(
+        description="Why none is in memory, or which one judges in the place of which, and why."
+    )
     at_rest: bool = Field(description="It made room for another model, until a part comes for it.")
     resident_bytes: int | None = Field(
         description="What the version in memory takes: of the GPU with TensorRT, else reckoned."
@@ -245,7 +248,8 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
     rollout = _rollout(request)
 
     def look() -> VersionBody:
-        return _version(_store(request), name, version, rollout.answering(name))
+        answers = rollout.answering(name)
+        return _version(_store(request), name, version, answers, rollout.is_coming)
 
     return await asyncio.to_thread(look)
 
@@ -314,18 +318,24 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             name=name,
             live=live,
             previous=pointer.previous if pointer else None,
-            problem=inspector.residents.why_not(name),
+            problem=inspector.residents.problem(name),
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
-            versions=[_version(store, name, one, answers) for one in versions],
+            versions=[_version(store, name, one, answers, rollout.is_coming) for one in versions],
             refused=store.refused(name),
         )
 
     return await asyncio.to_thread(look)
 
 
-def _version(store: Store, name: str, version: str, live: str | None) -> VersionBody:
+def _version(
+    store: Store,
+    name: str,
+    version: str,
+    live: str | None,
+    is_coming: Callable[[str, str], bool],
+) -> VersionBody:
     folder = store.folder(name, version)
     pointer, found = store.pointer(name), store.gate(name, version)
     try:
@@ -335,12 +345,11 @@ def _version(store: Store, name: str, version: str, live: str | None) -> Version
         return VersionBody(version=version, state="damaged", problem=str(error))
     gate, problem = _gate_body(found)
     waits = manifest.origin.get("activate") is True and found is None
-    comes = pointer is not None and version == pointer.live  # on the disk first, then in memory
     states = {
         "live": version == live,
         "held": found is not None and found.get("ok") is False and not found.get("by_hand"),
         "previous": pointer is not None and version == pointer.previous,
-        "at the gate": waits or comes,
+        "at the gate": waits or is_coming(name, version),  # on the disk first, then in memory
         "kept": True,
     }
     return VersionBody(
@@ -351,7 +360,7 @@ def _version(store: Store, name: str, version: str, live: str | None) -> Version
         origin=manifest.origin,
         files=manifest.files,
         threshold=meta.image_threshold,
-        raw_threshold=meta.image_threshold_auto,
+        raw_threshold=None if meta.image_threshold_auto is None else Scale.of(meta).raw_threshold,
         gate=gate,
         problem=problem,
     )

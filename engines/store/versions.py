@@ -1,6 +1,7 @@
 """Named models on disk: their versions, the live one, and the one before it.
 
     models/<name>/live                  the live version and the one before it, a line each
+    models/<name>/folder                the hash of what KENSA_MODEL_DIR held when it was taken in
     models/<name>/0007-3f9a0c41d2e8/    a version: the files of a bundle, and manifest.json
     models/<name>/gates/0007-…/         what the gate found before it went live, and the flips
     models/<name>/refused/0007-…/       a version that cannot be used, and why
@@ -38,9 +39,11 @@ META = "meta.json"
 
 _VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
 _POINTER = "live"
+_LOST = "the file that says which version is live is damaged or missing"
 _GATES = "gates"
 _REFUSED = "refused"
 _REFUSED_KEPT = 5
+_FOLDER = "folder"
 _STAGING = ".staging"
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
@@ -157,18 +160,33 @@ class Store:
     def candidates(self, name: str) -> list[str]:
         """The versions that may be served, best first: live, the one before, older live ones.
 
-        One that was rolled back is the last, and only as long as the pointer names it.
+        None that was never live, or was rolled back from since: nobody has let it through.
         """
         known, named = self.versions(name), self._named(name)
         once = [version for version in reversed(known) if self._mark(name, version).exists()]
         before = [version for version in named[1:] if version in once]
-        order = dict.fromkeys([*named[:1], *before, *once, *named])
+        order = dict.fromkeys([*named[:1], *before, *once])
         return [version for version in order if version in known]
 
-    def to_start_from(self, name: str, version: str | None = None) -> str | None:
-        """The version that a job starts from: the one it names, else the live one, else the newest.
+    def to_serve(self, name: str) -> tuple[list[str], str | None, str | None]:
+        """The candidates; the one that should serve; a clause that says why it cannot, if known.
 
-        None where there is none.
+        The second is None where nobody knows which one is live, or none ever was.
+        """
+        candidates, pointer = self.candidates(name), self.pointer(name)
+        if pointer is None:
+            is_lost = candidates or (self._model(name) / _POINTER).exists()
+            return candidates, None, _LOST if is_lost else None
+        if pointer.live in self.versions(name):
+            return candidates, pointer.live, None
+        reason = self.refused(name).get(pointer.live)
+        why = f"was refused: {reason.rstrip('.')}" if reason else "is not there any more"
+        return candidates, pointer.live, why
+
+    def to_start_from(self, name: str, version: str | None = None) -> str | None:
+        """The version that a job starts from: the one it names, else the best that may be served.
+
+        Before any was live, the newest that the gate has not held. None where there is none.
 
         Raises:
             UnknownModel, UnknownVersion: the one that is named is not there.
@@ -176,10 +194,8 @@ class Store:
         if version is not None:
             self.folder(name, version)
             return version
-        known, pointer = self.versions(name), self.pointer(name)
-        if pointer is not None and pointer.live in known:
-            return pointer.live
-        return known[-1] if known else None
+        new = [one for one in self.versions(name) if self.gate(name, one) is None]
+        return next(iter([*self.candidates(name), *reversed(new)]), None)
 
     def made_by(self, name: str, job_id: str) -> str | None:
         """The version that a job published, also where it was killed before it could say so."""
@@ -200,9 +216,10 @@ class Store:
         """
         with self._locked(name):
             self.folder(name, version)  # looked for inside the lock: it might be pruned just now
-            known = self.versions(name)
-            others = [*self._named(name), *self.candidates(name)]
-            before = next((one for one in others if one in known and one != version), None)
+            others, pointer = self.candidates(name), self.pointer(name)
+            if pointer is not None and pointer.live == version:  # what was before it stays so
+                others = [one for one in self._named(name) if one in self.versions(name)] + others
+            before = next((one for one in others if one != version), None)
             with self._marked(name, version):
                 self._point(name, version, before)
 
@@ -385,6 +402,30 @@ class Store:
                     shutil.copyfile(source / file, folder / file)
             return self.publish(name, folder, origin)
 
+    def is_news(self, name: str, version: str, *, is_there: bool) -> bool:
+        """Whether a folder that was taken in as `version` is to go live, because it has changed.
+
+        Else what became of its files since then stays so: others were learned, or a person went
+        back. A live version that was refused is replaced by the same files from the folder.
+
+        Args:
+            is_there: whether the version was there before.
+        """
+        digest, pointer = _digest_of(version), self.pointer(name)
+        last = _text(self._model(name) / _FOLDER)
+        if not is_there:
+            return last != digest or pointer is None or _digest_of(pointer.live) == digest
+        if last is not None and last != digest:
+            return True
+        is_new = self.gate(name, version) is None  # killed before it could go live
+        return pointer is None and not self.candidates(name) and is_new
+
+    def note_folder(self, name: str, version: str) -> None:
+        """Remember which files a folder had that was taken in."""
+        path, digest = self._model(name) / _FOLDER, _digest_of(version)
+        if _text(path) != digest:
+            write_atomically(path, digest.encode())
+
     def refuse(self, name: str, version: str, reason: str) -> None:
         """Put a version aside that cannot be used, so that nobody tries it again."""
         with self._locked(name):
@@ -459,6 +500,10 @@ def _versions_in(folder: Path) -> list[str]:
 
 def _serial(version: str) -> int:
     return int(version.partition("-")[0])
+
+
+def _digest_of(version: str) -> str:
+    return version.partition("-")[2]
 
 
 def _text(path: Path) -> str | None:
