@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
-from app.http.access import needs
+from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
 from app.http.model_zip import unpack_model
 from app.http.uploads import receive, upload_folder
@@ -19,6 +20,7 @@ from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout
 from app.settings import Settings
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
+from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets, room
@@ -99,6 +101,67 @@ class StoredModelBody(Body):
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
 
 
+class LimitBody(Body):
+    """A limit, and how many good parts it rejects."""
+
+    false_rejects: float = Field(description="The share of good parts that it is meant to reject.")
+    raw: float = Field(description="The limit for `raw_score`.")
+    at_most: float | None = Field(
+        description="What share of good parts it rejects at most, 95 % sure; null where unknown."
+    )
+
+
+class ThresholdBody(Body):
+    """The threshold of a version."""
+
+    model: str
+    version: str
+    state: str = Field(description="As in the model's `versions`: `live`, or `at the gate`.")
+    threshold: float = Field(description="The limit for `score`, 0 to 1.")
+    raw: float = Field(description="The same limit for `raw_score`.")
+    false_rejects: float | None = Field(
+        description="The share of good parts that this limit is meant to reject; null where the"
+        " version does not know, or the limit lies outside of `limits`."
+    )
+    at_most: float | None = Field(
+        description="What share it rejects at most, 95 % sure; null where unknown."
+    )
+    limits: list[LimitBody] = Field(
+        description="The table that `false_rejects` is read from; empty where there is none."
+    )
+
+
+def _any(**schema: Any) -> Any:
+    """A number that is checked once the model is known, so that its range can be said."""
+    return WithJsonSchema({"anyOf": [{"type": "number", **schema}, {"type": "null"}]})
+
+
+class ChangeThresholdBody(Body):
+    """Exactly one of `threshold`, `raw` and `false_rejects`, and a reason."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        extra="forbid",
+        json_schema_extra={"examples": [{"false_rejects": 0.005, "reason": "Too many good ones."}]},
+    )
+
+    threshold: Annotated[Any, _any(minimum=0, maximum=1)] = Field(
+        None, description="The limit for `score`, 0 to 1; 0.5 is the one that training found."
+    )
+    raw: Annotated[Any, _any()] = Field(
+        None, description="The limit for `raw_score`, as far as `threshold` can express it."
+    )
+    false_rejects: Annotated[Any, _any(exclusiveMinimum=0, exclusiveMaximum=1)] = Field(
+        None, description="The share of good parts to reject, within `limits` of GET."
+    )
+    reason: str = Field(
+        min_length=1, max_length=500, pattern=r"\S", strict=True, description="Why, in a sentence."
+    )
+    gate: bool = Field(
+        False, strict=True, description="True: it goes through the gate; false: live at once."
+    )
+
+
 class ModelsBody(Body):
     """All models of this server."""
 
@@ -113,7 +176,7 @@ class TakenInBody(Body):
     needs_conversion: bool = Field(description="It has no model.onnx: POST /convert makes one.")
 
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=KeyFirst)
 
 Name = Annotated[str, InPath(description="The model's name.", examples=["bracket"])]
 Version = Annotated[
@@ -142,6 +205,10 @@ _NO_PLAN = error_response(
     "TensorRT is to run it, and cannot.",
     stale_plan="model.plan was built for TensorRT 10.3.0 (here 10.16.1.11). Build it again ...",
     no_tensorrt="The CUDA driver is not to be found ...",
+)
+_NONE_LIVE = error_response(
+    "No version of it is live, or that one cannot be used.",
+    conflict="There is no threshold to speak of: bracket has no live version.",
 )
 _CHANGE: dict[int | str, dict[str, Any]] = {
     404: _UNKNOWN, 422: _UNUSABLE, 503: _NO_PLAN, 507: _FULL,
@@ -301,6 +368,55 @@ async def rollback(request: Request, name: Name) -> StoredModelBody:
     """At once. A second call goes forward again."""
     await _rollout(request).roll_back(name)
     return await _described(request, name)
+
+
+@router.get(
+    "/models/{name}/threshold",
+    dependencies=[needs("line")],
+    summary="What is the threshold?",
+    responses={404: _UNKNOWN, 409: _NONE_LIVE, 422: _UNUSABLE},
+)
+async def threshold(request: Request, name: Name) -> ThresholdBody:
+    """That of the version that judges, in all its forms."""
+
+    def look() -> ThresholdBody:
+        return _threshold(request, name, _rollout(request).with_threshold(name))
+
+    return await asyncio.to_thread(look)
+
+
+@router.put(
+    "/models/{name}/threshold",
+    dependencies=[needs("operator")],
+    summary="Change the threshold",
+    responses={**_CHANGE, 409: _NONE_LIVE},
+)
+async def change_threshold(
+    request: Request, name: Name, body: ChangeThresholdBody
+) -> ThresholdBody:
+    """Without training again. It makes a new version, live at once unless `gate` is true.
+
+    Its large files are those of the version before; POST /models/{name}/rollback undoes it.
+    """
+    wanted = {key: value for key in KEYS if (value := getattr(body, key)) is not None}
+    version = await _rollout(request).change_threshold(name, wanted, body.reason, gate=body.gate)
+    return await asyncio.to_thread(_threshold, request, name, version)
+
+
+def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
+    store, rollout = _store(request), _rollout(request)
+    found = in_force(Meta.read(store.folder(name, version) / META))
+    answers = rollout.answering(name)
+    return ThresholdBody(
+        model=name,
+        version=version,
+        state=_version(store, name, version, answers, rollout.is_coming).state,
+        threshold=found.threshold,
+        raw=found.raw,
+        false_rejects=found.false_rejects,
+        at_most=found.at_most,
+        limits=[LimitBody(**asdict(row)) for row in found.rows],
+    )
 
 
 async def _described(request: Request, name: str) -> StoredModelBody:

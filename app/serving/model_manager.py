@@ -255,7 +255,8 @@ class ModelManager:
         old = self.live(name)
         if self.is_away(name) or (old is None and self._residents.names()):
             await self.memory.must_fit(name, version)
-        beside = old is None or await self.memory.fits(name, version)
+        beside = old is None or await self._takes_nothing(old, version)
+        beside = beside or await self.memory.fits(name, version)
         if old is not None and first is not None:
             await first(old)
         if not beside:
@@ -266,6 +267,11 @@ class ModelManager:
         finally:
             if self.live(name) is not model:
                 await self.loader.shut(model)
+
+    async def _takes_nothing(self, old: Resident, version: str) -> bool:
+        """Whether a version has the files of one in memory, but for its meta.json."""
+        pair = (old.version, version)
+        return await self.loader.do(lambda: self._store.differ_in_meta(old.name, *pair))
 
     async def _open(self, name: str, version: str, beside: Resident | None) -> Resident:
         """Open a version; one that cannot be used is put aside."""

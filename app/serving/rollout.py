@@ -26,6 +26,8 @@ from engines.errors import (
     Conflict,
     KensaError,
 )
+from engines.limits import asked_for
+from engines.meta import Meta
 from engines.serving import gate
 from engines.serving.gate import Replayed
 from engines.serving.resident import Resident, describe
@@ -229,6 +231,60 @@ class Rollout:
                 found = found or {"ok": True, "reasons": []}
                 await self._go_live(model, {**found, "by_hand": True})
 
+    async def change_threshold(
+        self, name: str, wanted: dict[str, Any], reason: str, *, gate: bool
+    ) -> str:
+        """Make a version that differs from the one that answers only in the threshold; its name.
+
+        Args:
+            wanted: one of the keys of `engines.limits`.
+            gate: whether it goes live through the gate, as any new version, or at once.
+
+        Raises:
+            UnknownModel, Conflict, BadRequest, BadBundle, BadMeta, OutOfMemory, DiskFull.
+        """
+        async with self._models.change(name):
+            base = await self._loader.do(lambda: self.with_threshold(name))
+
+            def publish() -> str:
+                meta = asked_for(Meta.read(self._store.folder(name, base) / META), wanted)
+                origin = {"activate": gate, "reason": reason, "asked": wanted}
+                version = self._store.publish_threshold(name, base, meta, origin)
+                if not gate:  # with a record the gate does not look at it again
+                    try:
+                        self._store.record_gate(name, version, by_hand)
+                    except OSError:
+                        self._store.withdraw(name, version)
+                        raise
+                return version
+
+            by_hand = {"ok": True, "reasons": [], "by_hand": True}
+            version = await self._loader.write(publish)
+            if gate:
+                return version
+            try:
+                async with self._models.opened(name, version) as model:
+                    await self._go_live(model, by_hand)
+            except (KensaError, OSError):
+                await self._loader.do(lambda: self._store.withdraw(name, version))
+                raise
+            self._probation.end(name)
+            return version
+
+    def with_threshold(self, name: str) -> str:
+        """The version whose threshold is in force. Blocks.
+
+        Raises:
+            UnknownModel: there is no such model.
+            Conflict: no version of it is live, or that one cannot be used.
+        """
+        self._store.must_know(name)
+        version = self.answering(name)
+        if version is None or version not in self._store.versions(name):
+            why = self._residents.problem(name) or f"{name} has no live version."
+            raise Conflict(f"There is no threshold to speak of: {why}")
+        return version
+
     async def roll_back(self, name: str) -> None:
         """Let the version before the live one take over, at once.
 
@@ -288,7 +344,8 @@ class Rollout:
 
         def write() -> None:
             self._store.activate(name, version)
-            self._store.record_gate(name, version, found)
+            if self._store.gate(name, version) != found:
+                self._store.record_gate(name, version, found)
 
         await self._loader.write(write)
         self._models.put(model)

@@ -28,7 +28,9 @@ class Resident:
     scale: Scale
     runtime: Runtime
     graph: str = ""  # SHA-256 of model.onnx: versions with the same one differ in the bank alone
+    made_of: tuple[str | None, ...] = ()  # the same of all files that its runtime comes from
     bank_alone: bool = False  # was loaded; the engine is that of the version before
+    limit_alone: bool = False  # is its own; the runtime is that of the version before
     stale: str | None = None  # why its plan cannot be used here, so that OpenVINO runs in its place
 
 
@@ -41,6 +43,7 @@ def describe(model: Resident) -> str:
         f" {bank}, {model.runtime.name} {model.runtime.precision},"
         f" {at_once(model.runtime.batches)}"
         f"{', the bank alone' if model.bank_alone else ''}"
+        f"{', the limit alone' if model.limit_alone else ''}"
     )
 
 

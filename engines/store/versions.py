@@ -13,6 +13,7 @@ running number, which does not depend on a clock, and a hash over its files.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,6 +45,7 @@ _GATES = "gates"
 _REFUSED = "refused"
 _REFUSED_KEPT = 5
 _FOLDER = "folder"
+_THRESHOLD_OF = "threshold_of"  # in an origin
 _STAGING = ".staging"
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
@@ -146,6 +148,12 @@ class Store:
         for file, expected in self.manifest(name, version).files.items():
             check_hash(folder / file, expected)
         return folder
+
+    def differ_in_meta(self, name: str, one: str, other: str) -> bool:
+        """Whether two versions have the same files but for meta.json: another threshold, say."""
+        pair = self.manifest(name, one).files, self.manifest(name, other).files
+        first, second = ({**files, META: ""} for files in pair)
+        return first == second
 
     # ---- the live version ---------------------------------------------------------------------
 
@@ -338,11 +346,13 @@ class Store:
             os.close(in_use)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, name: str, folder: Path, origin: dict[str, Any]) -> str:
+    def publish(
+        self, name: str, folder: Path, origin: dict[str, Any], *, anew: bool = False
+    ) -> str:
         """Turn a folder of files into the newest version of a model, and return its name.
 
         The folder must lie on the store's file system; it is moved. When these very files are a
-        version already, that one is returned, and the folder stays.
+        version already, that one is returned, and the folder stays, unless it is `anew`.
 
         Raises:
             BadRequest: the name is no name for a model.
@@ -355,11 +365,11 @@ class Store:
         digest = _digest(files)
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
-        if not self._versions_of(name, digest):
+        if anew or not self._versions_of(name, digest):
             _flush(folder, files)  # the bulk of it before the lock, where others wait
         with _locked(model / ".lock"):
             same = self._versions_of(name, digest)
-            if same:
+            if same and not anew:
                 return same[-1]
             places = (model, model / _REFUSED, model / _GATES)
             ever = [version for place in places for version in _versions_in(place)]
@@ -402,6 +412,40 @@ class Store:
                     shutil.copyfile(source / file, folder / file)
             return self.publish(name, folder, origin)
 
+    def publish_threshold(self, name: str, base: str, meta: Meta, origin: dict[str, Any]) -> str:
+        """Publish the files of a version with another meta.json, and return the new version.
+
+        Large files are not copied. It is a version of its own, also where these very files are one:
+        each change has its reason, and is judged by the gate for itself.
+
+        Args:
+            origin: `threshold_of` is added: the version that was trained.
+
+        Raises:
+            UnknownModel, UnknownVersion, BadBundle: there is no such version, or it is damaged.
+            OSError: the disk is full; the store is as it was.
+        """
+        source, before = self.check(name, base), self.manifest(name, base)
+        root = before.origin.get(_THRESHOLD_OF, base)
+        kept = {key: before.origin[key] for key in ("category",) if key in before.origin}
+        with self.staging() as folder:
+            for file in before.files:
+                if file != META:
+                    _link(source / file, folder / file)
+            meta.write(folder / META)
+            return self.publish(
+                name, folder, {**kept, **origin, "parent": base, _THRESHOLD_OF: root}, anew=True
+            )
+
+    def withdraw(self, name: str, version: str) -> None:
+        """Delete a version that was just published, and did not become the live one."""
+        with self._locked(name):
+            if version in self.versions(name) and version not in self._named(name):
+                hidden = self._model(name) / f".{version}"
+                (self._model(name) / version).rename(hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
+                shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
+
     def is_news(self, name: str, version: str, *, is_there: bool) -> bool:
         """Whether a folder that was taken in as `version` is to go live, because it has changed.
 
@@ -440,13 +484,15 @@ class Store:
     def prune(self, name: str, keep: int) -> list[str]:
         """Delete old versions but the live one, the one before, and the `keep` newest.
 
-        The newest one always stays: its number is used up.
+        Versions that differ from another only in the threshold do not count among these: of those
+        whose files are kept, the `keep` newest stay too. The newest one always stays: its number is
+        used up.
         """
         with self._locked(name):
             model, known, named = self._model(name), self.versions(name), self._named(name)
             if not named or named[0] not in known:  # nobody knows which one is served: keep all
                 return []
-            kept = {*named, *known[-max(keep, 1) :]}
+            kept = {*named, known[-1], *self._newest(name, known, max(keep, 1))}
             gone = [version for version in known if version not in kept]
             for version in gone:  # out of sight in one step, so that nobody meets half of it
                 (model / version).rename(model / f".{version}")
@@ -456,6 +502,18 @@ class Store:
             for folder in (*model.glob(".*-*/"), *left):  # also of a process that was killed
                 shutil.rmtree(folder, ignore_errors=True)
         return gone
+
+    def _newest(self, name: str, known: list[str], keep: int) -> list[str]:
+        """The newest versions that were trained, and the newest changes of their thresholds."""
+        roots = {version: self._threshold_of(name, version) for version in known}
+        trained = [version for version in known if roots[version] is None][-keep:]
+        return trained + [one for one in known if roots[one] in trained][-keep:]
+
+    def _threshold_of(self, name: str, version: str) -> str | None:
+        """The version from which this one differs only in the threshold; None for any other."""
+        with suppress(BadBundle):
+            return self.manifest(name, version).origin.get(_THRESHOLD_OF)
+        return None
 
     def _model(self, name: str) -> Path:
         if not re.fullmatch(NAME, name):
@@ -500,6 +558,16 @@ def _versions_in(folder: Path) -> list[str]:
 
 def _serial(version: str) -> int:
     return int(version.partition("-")[0])
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOENT):
+            raise
+        shutil.copyfile(source, target)
 
 
 def _digest_of(version: str) -> str:
