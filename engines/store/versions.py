@@ -347,12 +347,21 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(
-        self, name: str, folder: Path, origin: dict[str, Any], *, anew: bool = False
+        self,
+        name: str,
+        folder: Path,
+        origin: dict[str, Any],
+        *,
+        anew: bool = False,
+        known: dict[str, str] | None = None,
     ) -> str:
         """Turn a folder of files into the newest version of a model, and return its name.
 
         The folder must lie on the store's file system; it is moved. When these very files are a
         version already, that one is returned, and the folder stays, unless it is `anew`.
+
+        Args:
+            known: the SHA-256 of files that were compared with it just now.
 
         Raises:
             BadRequest: the name is no name for a model.
@@ -361,7 +370,8 @@ class Store:
         if not re.fullmatch(NAME, name):
             raise BadRequest(f"A model's name has up to 64 letters, digits, - and _, not {name!r}.")
         names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
-        files = {file: sha256(folder / file) for file in sorted(names)}
+        known = known or {}
+        files = {file: known.get(file) or sha256(folder / file) for file in sorted(names)}
         digest = _digest(files)
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
@@ -429,13 +439,12 @@ class Store:
         root = before.origin.get(_THRESHOLD_OF, base)
         kept = {key: before.origin[key] for key in ("category",) if key in before.origin}
         with self.staging() as folder:
-            for file in before.files:
-                if file != META:
-                    _link(source / file, folder / file)
+            known = {file: digest for file, digest in before.files.items() if file != META}
+            for file in known:
+                _link(source / file, folder / file)
             meta.write(folder / META)
-            return self.publish(
-                name, folder, {**kept, **origin, "parent": base, _THRESHOLD_OF: root}, anew=True
-            )
+            origin = {**kept, **origin, "parent": base, _THRESHOLD_OF: root}
+            return self.publish(name, folder, origin, anew=True, known=known)
 
     def withdraw(self, name: str, version: str) -> None:
         """Delete a version that was just published, and did not become the live one."""
