@@ -270,8 +270,13 @@ class ModelManager:
 
     async def _takes_nothing(self, old: Resident, version: str) -> bool:
         """Whether a version has the files of one in memory, but for its meta.json."""
-        pair = (old.version, version)
-        return await self.loader.do(lambda: self._store.differ_in_meta(old.name, *pair))
+
+        def look() -> bool:
+            with contextlib.suppress(KensaError):  # damaged, or gone since it was loaded
+                return self._store.differ_in_meta(old.name, old.version, version)
+            return False
+
+        return await self.loader.do(look)
 
     async def _open(self, name: str, version: str, beside: Resident | None) -> Resident:
         """Open a version; one that cannot be used is put aside."""

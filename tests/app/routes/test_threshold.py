@@ -27,6 +27,7 @@ from support.double import environment, reports
 from support.line import NAME, Line, line, variant
 from support.plans import tiny_bank, tiny_bundle, with_plan
 from support.server import RAW, agreed
+from support.waiting import until
 
 SHARES = (0.001, 0.01, 0.1)
 WHY = {"reason": "Too many good parts are rejected."}
@@ -149,6 +150,36 @@ def test_it_has_the_very_files_and_shares_the_engine(
         log = running.server.log.read_text().splitlines()
         loaded = ["the limit alone" in line for line in log if "Loaded " in line]
         assert loaded == [False, True, True, True]
+
+
+def test_what_is_shared_is_closed_with_the_last_version_that_has_it(
+    model: Path, kensa_model: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    other = variant(kensa_model, tmp_path / "other", bank=0.9)
+    with line(tmp_path, other, model, KENSA_LOG_LEVEL="debug") as running:
+        first = running.store.versions(NAME)[0]
+        for threshold in (0.6, 0.7):
+            changed(running, threshold=threshold)
+            assert running.server.infer(photos[0]).status_code == 200
+        assert "Closed " not in running.server.log.read_text()
+        assert running.activate(first).status_code == 200
+        until(lambda: running.server.log.read_text().count("Closed ") == 1)
+        assert running.score(photos[0])[0] == first
+
+
+def test_a_version_whose_files_were_damaged_since_it_was_loaded_can_still_be_left(
+    model: Path, kensa_model: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    other = variant(kensa_model, tmp_path / "other", bank=0.9)
+    with line(tmp_path, other, model) as running:
+        first, live = running.store.versions(NAME)
+        (running.store.folder(NAME, live) / "manifest.json").write_text("{")
+        answer = put(running, threshold=0.6)
+        assert (answer.status_code, agreed(answer)) == (422, "bad_bundle")
+        assert "manifest.json" in answer.json()["error"]
+        assert running.score(photos[0])[0] == live
+        assert running.activate(first).status_code == 200
+        assert running.score(photos[0])[0] == first
 
 
 def test_where_files_cannot_have_two_names_they_are_copied(

@@ -199,6 +199,22 @@ def test_with_a_damaged_pointer_it_is_said_which_version_serves_and_that_nobody_
             pass
 
 
+def test_a_job_does_not_start_from_a_version_that_was_held_unless_it_names_it(
+    kensa_model: Path, photo: bytes, tmp_path: Path
+) -> None:
+    held = hold(Store(tmp_path / "data" / "models"), kensa_model)
+    with line(tmp_path) as running:
+        client = running.server.client
+        sent = client.post("/datasets/bolt/train", files=[("file", ("1.png", photo))])
+        assert sent.status_code == 201, sent.text
+        wanted = {"model": NAME, "category": "bolt"}
+        answer = client.post("/retrain", json=wanted)
+        assert (answer.status_code, agreed(answer)) == (422, "bad_meta")
+        assert f'"version": "{held}"' in answer.json()["error"]
+        named = client.post("/retrain", json={**wanted, "version": held})
+        assert agreed(named) == "no_worker", "it went further"
+
+
 # ---- a folder that is taken in ----------------------------------------------------------------
 
 
