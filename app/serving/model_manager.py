@@ -109,7 +109,7 @@ class ModelManager:
         version should serve. A version that is activated, or goes live through the gate, ends it.
         """
         candidates, should, why = await self.loader.do(lambda: self._store.to_serve(name))
-        left_out = self.left_out.get(name)
+        left_out, tried = self.left_out.get(name), dict[str, str]()
         for version in candidates:
             try:
                 model = await self._open(name, version, None)
@@ -117,22 +117,22 @@ class ModelManager:
                 self._not_ready(name, str(error))
                 return
             except (KensaError, OSError) as error:
-                if version == should:
-                    why = f"cannot be used: {str(error).rstrip('.')}"
+                tried[version] = f"cannot be used: {str(error).rstrip('.')}"
                 continue
             except Exception:
                 log.exception("%s %s cannot be opened", name, version)
-                if version == should:
-                    why = "cannot be opened, for a reason that the log shows"
+                tried[version] = "cannot be opened, for a reason that the log shows"
                 continue
+            why = tried.get(should or "", why)
             if version == should and left_out is None:
                 self._residents.put(model)
             else:
                 self._stand_in(model, should, why, left_out)
             self._note_plan(model)
             return
+        why = tried.pop(should or "", why)
         if why is not None:
-            sentence = nobody_instead(name, should, why)
+            sentence = nobody_instead(name, should, why, tried)
             self._not_ready(name, " ".join(filter(None, (left_out, sentence))))
 
     def _stand_in(

@@ -241,10 +241,16 @@ def in_its_place(name: str, version: str, should: str | None, why: str) -> str:
     )
 
 
-def nobody_instead(name: str, should: str | None, why: str) -> str:
-    """A sentence for a model whose live version cannot be used, and there is none in its place."""
+def nobody_instead(name: str, should: str | None, why: str, tried: dict[str, str]) -> str:
+    """A sentence for a model whose live version cannot be used, and there is none in its place.
+
+    Args:
+        tried: other versions that might have stood in -> why they cannot either.
+    """
     what = f"its live version {should} {why}" if should else why
+    others = "".join(f"; {version} {reason}" for version, reason in tried.items())
     return (
-        f"{name} is not served: {what}, and no other one was let through by the gate or a person."
-        f" See GET /models/{name}; POST /models/{name}/versions/VERSION/activate makes one live."
+        f"{name} is not served: {what}{others}. No other version was let through by the gate or a"
+        f" person. See GET /models/{name}; POST /models/{name}/versions/VERSION/activate makes one"
+        " live."
     )

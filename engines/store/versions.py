@@ -146,7 +146,13 @@ class Store:
         """
         folder = self.folder(name, version)
         for file, expected in self.manifest(name, version).files.items():
-            check_hash(folder / file, expected)
+            path = folder / file
+            if file == META and path.is_file() and sha256(path) != expected:
+                raise BadBundle(
+                    f"{path} is not the file that was published (its SHA-256 differs): a version"
+                    f" never changes. PUT /models/{name}/threshold sets another threshold."
+                )
+            check_hash(path, expected)
         return folder
 
     def differ_in_meta(self, name: str, one: str, other: str) -> bool:

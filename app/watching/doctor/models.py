@@ -105,18 +105,20 @@ def _that_serves(store: Store, name: str, report: Report) -> str | None:
     Where none was live yet, the newest. What is wrong with the live one is reported.
     """
     candidates, should, why = store.to_serve(name)
+    tried: dict[str, str] = {}
     for version in candidates:
         try:
             Meta.read(store.check(name, version) / META)
         except (BadBundle, BadMeta) as error:
-            if version == should:
-                why = f"cannot be used: {str(error).rstrip('.')}"
+            tried[version] = f"cannot be used: {str(error).rstrip('.')}"
             continue
+        why = tried.get(should or "", why)
         if why is not None:
             report.findings.append(wrong(in_its_place(name, version, should, why)))
         return version
+    why = tried.pop(should or "", why)
     if why is not None:
-        report.findings.append(wrong(nobody_instead(name, should, why)))
+        report.findings.append(wrong(nobody_instead(name, should, why, tried)))
         return None
     return next(reversed(store.versions(name)), None)
 
