@@ -31,6 +31,10 @@ def main() -> None:
         from app.watching.doctor.command import command
 
         sys.exit(command(sys.argv[2:]))
+    if sys.argv[1:2] == ["threshold"]:
+        from engines.threshold_command import main as threshold
+
+        sys.exit(threshold(sys.argv[2:]))
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
@@ -154,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="kensa",
         description="Serve a model over HTTP. Settings are environment variables:\n"
         + "\n".join(lines),
-        epilog="kensa keys --help says how API keys are made; kensa doctor looks at this machine.",
+        epilog="kensa keys --help says how API keys are made; kensa doctor looks at this machine;"
+        " kensa threshold --help says how a model's threshold is changed in a folder.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

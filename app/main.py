@@ -61,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     manager = ModelManager(store, inspector, settings, plans)
     rollout = Rollout(store, manager, inspector, settings, plans)
     jobs.answering = rollout.answering
+    jobs.is_coming = rollout.is_coming
     worker = WorkerProcess(settings.data, settings)
     metrics = Metrics(version())
     inspector.admission.on_busy = worker.on_busy

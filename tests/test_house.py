@@ -21,8 +21,9 @@ from support.project import ROOT
 # what is in its own room; never what is beside it or above.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
-        ("errors", "files", "logs"), ("image", "meta"), ("verdict",), ("store",), ("queue",),
-        ("machine",), ("runtimes",), ("serving", "inference_command"),
+        ("errors", "files", "logs"), ("image", "meta"), ("verdict",), ("limits",),
+        ("store",), ("queue",), ("machine",), ("runtimes",),
+        ("serving", "inference_command", "threshold_command"),
     ),
     "workers": (
         ("progress",), ("commands",), ("models", "sample_parts"), ("distil", "learning"),

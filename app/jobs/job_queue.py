@@ -69,6 +69,7 @@ class JobQueue:
         self._closing = threading.Event()
         self._schedules = Schedules(data)
         self.answering: Callable[[str], str | None] | None = None  # the server's, for outcomes
+        self.is_coming: Callable[[str, str], bool] | None = None  # the same
         self._problem: str | None = None
 
     @property
@@ -292,15 +293,13 @@ class JobQueue:
     def _add_outcome(self, job: dict[str, Any], version: str) -> None:
         """What became of the version that a job published. Until the gate has seen it, it runs."""
         name, store = job["model"], self._store
-        pointer, found = store.pointer(name), store.gate(name, version)
-        refused = store.refused(name)
-        if pointer is not None and pointer.live == version:
-            if self.answering is None or self.answering(name) == version:
-                job["outcome"] = "live"
-            else:  # written down, and not in memory yet
-                self._is_at_the_gate(job)
-        elif version in refused:
+        found, refused = store.gate(name, version), store.refused(name)
+        if version in refused:
             job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
+        elif self._answers(name, version):
+            job["outcome"] = "live"
+        elif self.is_coming is not None and self.is_coming(name, version):
+            self._is_at_the_gate(job)
         elif found is not None and found.get("ok") is False:
             job.update(outcome="held", error=" ".join(found.get("reasons", [])))
         elif found is not None:
@@ -309,6 +308,12 @@ class JobQueue:
             self._is_at_the_gate(job)
         else:
             job["outcome"] = "published"
+
+    def _answers(self, name: str, version: str) -> bool:
+        if self.answering is not None:
+            return self.answering(name) == version
+        pointer = self._store.pointer(name)
+        return pointer is not None and pointer.live == version
 
     def _is_at_the_gate(self, job: dict[str, Any]) -> None:
         job["state"] = "running"

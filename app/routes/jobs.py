@@ -361,8 +361,10 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             f" POST some to /datasets/{body.category}/train."
         )
     store: Store = request.app.state.store
-    if body.model not in store.names() or not store.versions(body.model):
+    is_named = body.version is not None and bool(store.versions(body.model))
+    if not is_named and store.to_start_from(body.model) is None:
         if body.kind is None:
+            _must_have_none(store, body.model)
             raise BadMeta(
                 f"{body.model} was never trained: say its kind and, in meta, its hyper-parameters,"
                 ' such as {"backbone": "resnet18", "layers": ["layer2", "layer3"],'
@@ -370,6 +372,15 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             )
         Meta.parse({"model": body.kind, **body.meta})
     _check_version(request, body)
+
+
+def _must_have_none(store: Store, name: str) -> None:
+    """Raise BadMeta for a model whose versions are there, and none may be started from."""
+    if versions := store.versions(name):
+        raise BadMeta(
+            f"Every version of {name} was held by the gate or rolled back from: name the one to"
+            f' start from, such as "version": "{versions[-1]}"; or say a kind, to begin anew.'
+        )
 
 
 def _check_version(request: Request, body: JobRequest) -> None:

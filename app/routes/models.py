@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
-from app.http.access import needs
+from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
 from app.http.model_zip import unpack_model
 from app.http.uploads import receive, upload_folder
@@ -18,11 +20,12 @@ from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout
 from app.settings import Settings
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
+from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, Store
-from engines.verdict import Label
+from engines.verdict import Label, Scale
 
 
 class FlipBody(Body):
@@ -72,7 +75,7 @@ class VersionBody(Body):
     )
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each.")
     threshold: float | None = Field(default=None, description="The limit for `score`.")
-    raw_threshold: float | None = Field(default=None, description="Found by verification.")
+    raw_threshold: float | None = Field(default=None, description="The same limit for `raw_score`.")
     gate: GateBody | None = None
     problem: str | None = Field(None, description="What is wrong with it.")
 
@@ -83,7 +86,9 @@ class StoredModelBody(Body):
     name: str
     live: str | None = Field(description="The version in memory, which judges.")
     previous: str | None = Field(description="What a rollback goes to.")
-    problem: str | None = Field(description="Why none is in memory.")
+    problem: str | None = Field(
+        description="Why none is in memory, or which one judges in the place of which, and why."
+    )
     at_rest: bool = Field(description="It made room for another model, until a part comes for it.")
     resident_bytes: int | None = Field(
         description="What the version in memory takes: of the GPU with TensorRT, else reckoned."
@@ -94,6 +99,67 @@ class StoredModelBody(Body):
     )
     versions: list[VersionBody] = Field(description="Newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
+
+
+class LimitBody(Body):
+    """A limit, and how many good parts it rejects."""
+
+    false_rejects: float = Field(description="The share of good parts that it is meant to reject.")
+    raw: float = Field(description="The limit for `raw_score`.")
+    at_most: float | None = Field(
+        description="What share of good parts it rejects at most, 95 % sure; null where unknown."
+    )
+
+
+class ThresholdBody(Body):
+    """The threshold of a version."""
+
+    model: str
+    version: str
+    state: str = Field(description="As in the model's `versions`: `live`, or `at the gate`.")
+    threshold: float = Field(description="The limit for `score`, 0 to 1.")
+    raw: float = Field(description="The same limit for `raw_score`.")
+    false_rejects: float | None = Field(
+        description="The share of good parts that this limit is meant to reject; null where the"
+        " version does not know, or the limit lies outside of `limits`."
+    )
+    at_most: float | None = Field(
+        description="What share it rejects at most, 95 % sure; null where unknown."
+    )
+    limits: list[LimitBody] = Field(
+        description="The table that `false_rejects` is read from; empty where there is none."
+    )
+
+
+def _any(**schema: Any) -> Any:
+    """A number that is checked once the model is known, so that its range can be said."""
+    return WithJsonSchema({"anyOf": [{"type": "number", **schema}, {"type": "null"}]})
+
+
+class ChangeThresholdBody(Body):
+    """Exactly one of `threshold`, `raw` and `false_rejects`, and a reason."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        extra="forbid",
+        json_schema_extra={"examples": [{"false_rejects": 0.005, "reason": "Too many good ones."}]},
+    )
+
+    threshold: Annotated[Any, _any(minimum=0, maximum=1)] = Field(
+        None, description="The limit for `score`, 0 to 1; 0.5 is the one that training found."
+    )
+    raw: Annotated[Any, _any()] = Field(
+        None, description="The limit for `raw_score`, as far as `threshold` can express it."
+    )
+    false_rejects: Annotated[Any, _any(exclusiveMinimum=0, exclusiveMaximum=1)] = Field(
+        None, description="The share of good parts to reject, within `limits` of GET."
+    )
+    reason: str = Field(
+        min_length=1, max_length=500, pattern=r"\S", strict=True, description="Why, in a sentence."
+    )
+    gate: bool = Field(
+        False, strict=True, description="True: it goes through the gate; false: live at once."
+    )
 
 
 class ModelsBody(Body):
@@ -110,7 +176,7 @@ class TakenInBody(Body):
     needs_conversion: bool = Field(description="It has no model.onnx: POST /convert makes one.")
 
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=KeyFirst)
 
 Name = Annotated[str, InPath(description="The model's name.", examples=["bracket"])]
 Version = Annotated[
@@ -139,6 +205,10 @@ _NO_PLAN = error_response(
     "TensorRT is to run it, and cannot.",
     stale_plan="model.plan was built for TensorRT 10.3.0 (here 10.16.1.11). Build it again ...",
     no_tensorrt="The CUDA driver is not to be found ...",
+)
+_NONE_LIVE = error_response(
+    "No version of it is live, or that one cannot be used.",
+    conflict="There is no threshold to speak of: bracket has no live version.",
 )
 _CHANGE: dict[int | str, dict[str, Any]] = {
     404: _UNKNOWN, 422: _UNUSABLE, 503: _NO_PLAN, 507: _FULL,
@@ -245,7 +315,8 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
     rollout = _rollout(request)
 
     def look() -> VersionBody:
-        return _version(_store(request), name, version, rollout.answering(name))
+        answers = rollout.answering(name)
+        return _version(_store(request), name, version, answers, rollout.is_coming)
 
     return await asyncio.to_thread(look)
 
@@ -299,6 +370,55 @@ async def rollback(request: Request, name: Name) -> StoredModelBody:
     return await _described(request, name)
 
 
+@router.get(
+    "/models/{name}/threshold",
+    dependencies=[needs("line")],
+    summary="What is the threshold?",
+    responses={404: _UNKNOWN, 409: _NONE_LIVE, 422: _UNUSABLE},
+)
+async def threshold(request: Request, name: Name) -> ThresholdBody:
+    """That of the version that judges, in all its forms."""
+
+    def look() -> ThresholdBody:
+        return _threshold(request, name, _rollout(request).with_threshold(name))
+
+    return await asyncio.to_thread(look)
+
+
+@router.put(
+    "/models/{name}/threshold",
+    dependencies=[needs("operator")],
+    summary="Change the threshold",
+    responses={**_CHANGE, 409: _NONE_LIVE},
+)
+async def change_threshold(
+    request: Request, name: Name, body: ChangeThresholdBody
+) -> ThresholdBody:
+    """Without training again. It makes a new version, live at once unless `gate` is true.
+
+    Its large files are those of the version before; POST /models/{name}/rollback undoes it.
+    """
+    wanted = {key: value for key in KEYS if (value := getattr(body, key)) is not None}
+    version = await _rollout(request).change_threshold(name, wanted, body.reason, gate=body.gate)
+    return await asyncio.to_thread(_threshold, request, name, version)
+
+
+def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
+    store, rollout = _store(request), _rollout(request)
+    found = in_force(Meta.read(store.folder(name, version) / META))
+    answers = rollout.answering(name)
+    return ThresholdBody(
+        model=name,
+        version=version,
+        state=_version(store, name, version, answers, rollout.is_coming).state,
+        threshold=found.threshold,
+        raw=found.raw,
+        false_rejects=found.false_rejects,
+        at_most=found.at_most,
+        limits=[LimitBody(**asdict(row)) for row in found.rows],
+    )
+
+
 async def _described(request: Request, name: str) -> StoredModelBody:
     rollout: Rollout = request.app.state.rollout
     inspector: Inspector = request.app.state.inspector
@@ -314,18 +434,24 @@ async def _described(request: Request, name: str) -> StoredModelBody:
             name=name,
             live=live,
             previous=pointer.previous if pointer else None,
-            problem=inspector.residents.why_not(name),
+            problem=inspector.residents.problem(name),
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
-            versions=[_version(store, name, one, answers) for one in versions],
+            versions=[_version(store, name, one, answers, rollout.is_coming) for one in versions],
             refused=store.refused(name),
         )
 
     return await asyncio.to_thread(look)
 
 
-def _version(store: Store, name: str, version: str, live: str | None) -> VersionBody:
+def _version(
+    store: Store,
+    name: str,
+    version: str,
+    live: str | None,
+    is_coming: Callable[[str, str], bool],
+) -> VersionBody:
     folder = store.folder(name, version)
     pointer, found = store.pointer(name), store.gate(name, version)
     try:
@@ -335,12 +461,11 @@ def _version(store: Store, name: str, version: str, live: str | None) -> Version
         return VersionBody(version=version, state="damaged", problem=str(error))
     gate, problem = _gate_body(found)
     waits = manifest.origin.get("activate") is True and found is None
-    comes = pointer is not None and version == pointer.live  # on the disk first, then in memory
     states = {
         "live": version == live,
         "held": found is not None and found.get("ok") is False and not found.get("by_hand"),
         "previous": pointer is not None and version == pointer.previous,
-        "at the gate": waits or comes,
+        "at the gate": waits or is_coming(name, version),  # on the disk first, then in memory
         "kept": True,
     }
     return VersionBody(
@@ -351,7 +476,7 @@ def _version(store: Store, name: str, version: str, live: str | None) -> Version
         origin=manifest.origin,
         files=manifest.files,
         threshold=meta.image_threshold,
-        raw_threshold=meta.image_threshold_auto,
+        raw_threshold=None if meta.image_threshold_auto is None else Scale.of(meta).raw_threshold,
         gate=gate,
         problem=problem,
     )

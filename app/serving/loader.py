@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -45,7 +46,8 @@ class Loader:
         self._compiled_dir = settings.compiled_dir
         self._thread = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._leaving: dict[str, asyncio.Task[None]] = {}  # the version that was replaced last
+        self._leaving: dict[str, set[asyncio.Task[None]]] = {}  # versions that were replaced
+        self._holders: Counter[int] = Counter()  # of a runtime, by its id: versions may share one
 
     async def start(self) -> None:
         """Find out where compiled networks may be kept."""
@@ -101,6 +103,7 @@ class Loader:
 
         began = time.perf_counter()
         model = await self.do(work)
+        self._holders[id(model.runtime)] += 1
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
         return model
 
@@ -111,15 +114,23 @@ class Loader:
 
     def let_go_soon(self, model: Resident) -> None:
         """The same, and `until_gone` waits for it."""
-        self._leaving[model.name] = self.begin(self.let_go(model))
+        leaving = self._leaving.setdefault(model.name, set())
+        task = self.begin(self.let_go(model))
+        leaving.add(task)
+        task.add_done_callback(leaving.discard)
 
     async def until_gone(self, name: str) -> None:
-        """Wait until the version of a model that was replaced last has given its memory back."""
-        if name in self._leaving:
-            await asyncio.wait([self._leaving.pop(name)])
+        """Wait until all versions of a model that were replaced have given their memory back."""
+        if leaving := self._leaving.get(name):
+            await asyncio.wait({*leaving})
 
     async def shut(self, model: Resident) -> None:
-        """Close a version that nobody uses."""
+        """Close a version that nobody uses; its runtime with the last one that shares it."""
+        runtime = id(model.runtime)
+        self._holders[runtime] -= 1
+        if self._holders[runtime] > 0:
+            return
+        del self._holders[runtime]
 
         def close() -> None:
             model.runtime.close()

@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 
 from app.serving.inspection import Inspector
 from app.serving.loader import Loader
@@ -27,7 +26,7 @@ from engines.errors import (
     OutOfMemory,
     StalePlan,
 )
-from engines.serving.resident import Resident
+from engines.serving.resident import Resident, in_its_place, nobody_instead
 from engines.store.versions import Store
 
 log = logging.getLogger("kensa")
@@ -50,6 +49,7 @@ class ModelManager:
         )
         self.on_refused: Callable[[str], None] = lambda _: None  # a version that cannot be used
         self.on_rest: Callable[[str], None] = lambda _: None
+        self.left_out: dict[str, str] = {}  # name -> why KENSA_MODEL_DIR was not taken in
         self._store = store
         self._inspector = inspector
         self._residents = inspector.residents
@@ -103,36 +103,51 @@ class ModelManager:
         await self._load_live(name)
 
     async def _load_live(self, name: str) -> None:
-        """Bring the live version into memory; the one before where it cannot be used."""
-        pointer = await self.loader.do(lambda: self._store.pointer(name))
-        problem = self._residents.problems.get(name)
-        for version in await self.loader.do(lambda: self._store.candidates(name)):
+        """Bring the live version into memory; where it cannot be used, one that was live before.
+
+        That one stands in: the pointer stays, so that it is known, also after a restart, which
+        version should serve. A version that is activated, or goes live through the gate, ends it.
+        """
+        candidates, should, why = await self.loader.do(lambda: self._store.to_serve(name))
+        left_out, tried = self.left_out.get(name), dict[str, str]()
+        for version in candidates:
             try:
                 model = await self._open(name, version, None)
             except (StalePlan, OutOfMemory) as error:  # the one before would be another model
-                problem = str(error)
-                break
+                self._not_ready(name, str(error))
+                return
             except (KensaError, OSError) as error:
-                problem = f"{name} {version} cannot be used: {error}"
+                tried[version] = f"cannot be used: {str(error).rstrip('.')}"
                 continue
             except Exception:
                 log.exception("%s %s cannot be opened", name, version)
-                problem = f"{name} {version} cannot be opened, for a reason that the log shows."
+                tried[version] = "cannot be opened, for a reason that the log shows"
                 continue
-            self._residents.put(model)
+            why = tried.get(should or "", why)
+            if version == should and left_out is None:
+                self._residents.put(model)
+            else:
+                self._stand_in(model, should, why, left_out)
             self._note_plan(model)
-            if pointer is None or version != pointer.live:
-                log.warning("%s is served from %s", name, version)
-                try:
-                    await self.loader.do(partial(self._store.activate, name, version))
-                except OSError as error:
-                    log.error("That cannot be written down: %s", error.strerror)
             return
-        if problem is None and pointer is not None:
-            problem = f"{name} has no version {pointer.live}, and none before it."
-        if problem is not None:
-            self._residents.take(name, problem)
-            log.error("Not ready: %s", problem)
+        why = tried.pop(should or "", why)
+        if why is not None:
+            sentence = nobody_instead(name, should, why, tried)
+            self._not_ready(name, " ".join(filter(None, (left_out, sentence))))
+
+    def _stand_in(
+        self, model: Resident, should: str | None, why: str | None, left_out: str | None
+    ) -> None:
+        sentence = in_its_place(model.name, model.version, should, why) if why else ""
+        sentence = " ".join(filter(None, (left_out, sentence)))
+        if why is None:
+            sentence += f" {model.name} is served from {model.version}, as before."
+        self._residents.stand_in(model, sentence)
+        log.warning("%s", sentence)
+
+    def _not_ready(self, name: str, problem: str) -> None:
+        self._residents.take(name, problem)
+        log.error("Not ready: %s", problem)
 
     # ---- because a person says so -------------------------------------------------------------
 
@@ -210,6 +225,7 @@ class ModelManager:
     def put(self, model: Resident) -> None:
         """Let a version answer from now on; the one that did is closed when nobody uses it."""
         self._unloaded.discard(model.name)
+        self.left_out.pop(model.name, None)
         before = self._residents.put(model)
         self._note_plan(model)
         if before is not None and before is not model:
@@ -239,7 +255,8 @@ class ModelManager:
         old = self.live(name)
         if self.is_away(name) or (old is None and self._residents.names()):
             await self.memory.must_fit(name, version)
-        beside = old is None or await self.memory.fits(name, version)
+        beside = old is None or await self._takes_nothing(old, version)
+        beside = beside or await self.memory.fits(name, version)
         if old is not None and first is not None:
             await first(old)
         if not beside:
@@ -250,6 +267,16 @@ class ModelManager:
         finally:
             if self.live(name) is not model:
                 await self.loader.shut(model)
+
+    async def _takes_nothing(self, old: Resident, version: str) -> bool:
+        """Whether a version has the files of one in memory, but for its meta.json."""
+
+        def look() -> bool:
+            with contextlib.suppress(KensaError):  # damaged, or gone since it was loaded
+                return self._store.differ_in_meta(old.name, old.version, version)
+            return False
+
+        return await self.loader.do(look)
 
     async def _open(self, name: str, version: str, beside: Resident | None) -> Resident:
         """Open a version; one that cannot be used is put aside."""

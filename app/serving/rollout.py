@@ -23,8 +23,11 @@ from app.settings import Settings
 from engines.errors import (
     BadBundle,
     BadMeta,
+    Conflict,
     KensaError,
 )
+from engines.limits import asked_for
+from engines.meta import Meta
 from engines.serving import gate
 from engines.serving.gate import Replayed
 from engines.serving.resident import Resident, describe
@@ -84,18 +87,19 @@ class Rollout:
         await self._loader.close()
 
     async def _take_in_model_dir(self) -> None:
-        """Publish the folder, and make it live unless these very files were there before."""
+        """Publish the folder, and make it live unless these very files were taken in last time."""
         name, source = self._settings.served_name, self._settings.model_dir
         assert source is not None
 
         def take_in() -> None:
-            known = self._store.versions(name)
             if not (source / ONNX).is_file() and (source / META).is_file():
                 raise BadBundle(f"{source / ONNX} does not exist: make it with convtrt.py.")
             # Whoever sets the variable has the machine, so its plan is one of its own.
+            known = self._store.versions(name)
             version = self._store.take_in(name, source, {"folder": str(source)}, plan=True)
-            if version not in known or not self._store.candidates(name):
+            if self._store.is_news(name, version, is_there=version in known):
                 self._store.activate(name, version)
+            self._store.note_folder(name, version)
 
         problem = None
         try:
@@ -105,7 +109,7 @@ class Rollout:
         except OSError as error:
             problem = f"{source} cannot be taken in: {error.strerror}."
         if problem is not None:
-            self._residents.problems[name] = problem
+            self._residents.problems[name] = self._models.left_out[name] = problem
             log.error("%s is not taken in: %s", source, problem)
 
     # ---- new versions -------------------------------------------------------------------------
@@ -218,13 +222,68 @@ class Rollout:
         async with self._models.change(name):
             await self._loader.do(lambda: self._store.folder(name, version))
             live = self._models.live(name)
-            if live is not None and live.version == version:
+            is_it = live is not None and live.version == version
+            if is_it and name not in self._residents.standing_in:
                 return
             self._probation.end(name)
             async with self._models.opened(name, version) as model:
                 found = await self._loader.do(lambda: self._store.gate(name, version))
                 found = found or {"ok": True, "reasons": []}
                 await self._go_live(model, {**found, "by_hand": True})
+
+    async def change_threshold(
+        self, name: str, wanted: dict[str, Any], reason: str, *, gate: bool
+    ) -> str:
+        """Make a version that differs from the one that answers only in the threshold; its name.
+
+        Args:
+            wanted: one of the keys of `engines.limits`.
+            gate: whether it goes live through the gate, as any new version, or at once.
+
+        Raises:
+            UnknownModel, Conflict, BadRequest, BadBundle, BadMeta, OutOfMemory, DiskFull.
+        """
+        async with self._models.change(name):
+            base = await self._loader.do(lambda: self.with_threshold(name))
+
+            def publish() -> str:
+                meta = asked_for(Meta.read(self._store.folder(name, base) / META), wanted)
+                origin = {"activate": gate, "reason": reason, "asked": wanted}
+                version = self._store.publish_threshold(name, base, meta, origin)
+                if not gate:  # with a record the gate does not look at it again
+                    try:
+                        self._store.record_gate(name, version, by_hand)
+                    except OSError:
+                        self._store.withdraw(name, version)
+                        raise
+                return version
+
+            by_hand = {"ok": True, "reasons": [], "by_hand": True}
+            version = await self._loader.write(publish)
+            if gate:
+                return version
+            try:
+                async with self._models.opened(name, version) as model:
+                    await self._go_live(model, by_hand)
+            except (KensaError, OSError):
+                await self._loader.do(lambda: self._store.withdraw(name, version))
+                raise
+            self._probation.end(name)
+            return version
+
+    def with_threshold(self, name: str) -> str:
+        """The version whose threshold is in force. Blocks.
+
+        Raises:
+            UnknownModel: there is no such model.
+            Conflict: no version of it is live, or that one cannot be used.
+        """
+        self._store.must_know(name)
+        version = self.answering(name)
+        if version is None or version not in self._store.versions(name):
+            why = self._residents.problem(name) or f"{name} has no live version."
+            raise Conflict(f"There is no threshold to speak of: {why}")
+        return version
 
     async def roll_back(self, name: str) -> None:
         """Let the version before the live one take over, at once.
@@ -238,6 +297,10 @@ class Rollout:
     async def _roll_back(self, name: str, reason: str | None) -> None:
         self._probation.end(name)
         back = await self._loader.do(lambda: self._store.pointer_back(name))
+        if reason is not None and back.live not in await self._loader.do(
+            lambda: self._store.candidates(name)
+        ):
+            raise Conflict(f"{back.live} was rolled back from itself, so a person must decide.")
 
         def write() -> None:
             # With a record the gate does not look at it again and let it go live by itself.
@@ -266,13 +329,23 @@ class Rollout:
         pointer = self._store.pointer(name) if self._residents.why_not(name) else None
         return pointer.live if pointer else None
 
+    def is_coming(self, name: str, version: str) -> bool:
+        """Whether a version is written down as the live one, and not in memory yet. In any thread.
+
+        Not where it cannot be used, so that another one stands in.
+        """
+        pointer = self._store.pointer(name)
+        named = pointer is not None and pointer.live == version
+        return named and name not in self._residents.standing_in
+
     async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
         """On the disk first: after a power cut the version that was named last comes back."""
         name, version = model.name, model.version
 
         def write() -> None:
             self._store.activate(name, version)
-            self._store.record_gate(name, version, found)
+            if self._store.gate(name, version) != found:
+                self._store.record_gate(name, version, found)
 
         await self._loader.write(write)
         self._models.put(model)

@@ -40,6 +40,7 @@ class State:
     """A moment of the server. What is not known is None."""
 
     models: list[Resident]
+    standing_in: dict[str, str | None]  # all models; why another version judges than should
     problems: dict[str, str]  # models that should be in memory, and why not
     model_bytes: dict[str, int]  # about what a resident version takes
     worker: str
@@ -73,6 +74,9 @@ class Health:
         """As it is now, within a fraction of a second."""
         models, problems = self._residents.all(), dict(self._residents.problems)
         model_bytes = {model.name: model.runtime.nbytes for model in models}
+        standing_in = {
+            name: self._residents.standing_in.get(name) for name in self._residents.known()
+        }
         stale = [one for name, one in self._residents.stale.items() if name not in problems]
         jobs, queue = await self._queue.look()
         worker = self._worker
@@ -81,7 +85,7 @@ class Health:
 
         def read() -> State:
             free, size = _disk(self._data)
-            degraded = [*problems.values(), *stale]
+            degraded = [*problems.values(), *filter(None, standing_in.values()), *stale]
             if free is not None and free < LOW_DISK:
                 degraded.append(
                     f"The disk of {self._data} has {free // MIB:,} MiB left: delete images or"
@@ -104,6 +108,7 @@ class Health:
                 )
             return State(
                 models=models,
+                standing_in=standing_in,
                 problems=problems,
                 model_bytes=model_bytes,
                 worker=state,

@@ -186,6 +186,12 @@ def _of_models(state: State) -> Iterator[Metric]:
             size.add_metric([model.name], state.model_bytes[model.name])
     yield live
     yield size
+    place = _family(
+        "model_stands_in", "1 while a version judges in the place of the live one.", "model"
+    )
+    for name, reason in state.standing_in.items():
+        place.add_metric([name], reason is not None)
+    yield place
 
 
 def _of_jobs(state: State) -> Iterator[Metric]:

@@ -15,11 +15,12 @@ from engines.errors import BadBundle, NoTensorRT, RuntimeFailed, StalePlan
 from engines.files import sha256
 from engines.machine.memory import Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs
+from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.runtimes.compiled_cache import seal_cache
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
-from engines.store.bundle import Bundle
+from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
 from engines.store.plan_record import Fingerprint, Machine, has_tensorrt
 from engines.verdict import Scale
 
@@ -46,7 +47,8 @@ def open_model(
 
     Args:
         beside: a resident version. Where the new one has the same graph, its engine is used, and
-            only the memory bank is loaded.
+            only the memory bank is loaded; where only meta.json differs, nothing is: both have the
+            same runtime, which the last of them closes.
 
     Raises:
         BadMeta, BadBundle: its files are missing, damaged or do not fit together.
@@ -56,21 +58,33 @@ def open_model(
     """
     bundle = Bundle.open(folder)
     scale = Scale.of(bundle.meta)
-    graph = sha256(bundle.onnx)
+    made_of = _made_of(bundle)
+    graph = str(made_of[0])
+    if beside is not None and beside.made_of == made_of:
+        same, stale = _runs_alike(beside, bundle, how)
+        if same:
+            _check_size(beside.runtime, bundle.meta)
+            return Resident(
+                *(name, version, bundle.meta, scale, beside.runtime, graph, made_of),
+                limit_alone=True,
+                stale=stale,
+            )
     bank = bundle.memory_bank()
     shares = beside if beside is not None and beside.graph == graph else None
-    stale: str | None = None
+    stale = None
     try:
         plan = usable_plan(bundle, bank, how)
         if plan is not None:
             runtime, shared = _on_tensorrt(bundle, bank, plan, how, shares)
     except StalePlan as error:
-        if how.fallback == "none" or find_spec("openvino") is None:
+        if not _may_fall_back(how):
             raise
         plan, stale = None, str(error)
     if plan is None:
         runtime, shared = _on_openvino(bundle, bank, how, shares)
-    model = Resident(name, version, bundle.meta, scale, runtime, graph, shared, stale)
+    model = Resident(
+        name, version, bundle.meta, scale, runtime, graph, made_of, shared, stale=stale
+    )
     try:
         warm_up(model)
         if how.batching and not shared:
@@ -184,11 +198,9 @@ def _on_openvino(
     bundle: Bundle, bank: NDArray[np.float32] | None, how: Opening, shares: Resident | None
 ) -> tuple[Runtime, bool]:
     """The same."""
-    from engines.runtimes.openvino import OpenVINORuntime, choose_precision
+    from engines.runtimes.openvino import OpenVINORuntime
 
-    precision = how.precision
-    if precision == "auto":
-        precision = choose_precision(bundle.report())
+    precision = _openvino_precision(bundle, how)
     if shares is not None and bank is not None and isinstance(shares.runtime, OpenVINORuntime):
         shared = shares.runtime.with_bank(bank, precision)
         if shared is not None:
@@ -217,13 +229,53 @@ def warm_up(model: Resident) -> None:
         BadBundle: the graph and meta.json disagree on the size of images, or scores are no numbers.
     """
     size = model.runtime.image_size
-    if size != model.meta.image_size:
-        raise BadBundle(
-            f"model.onnx takes images of {size} pixels, but meta.json says {model.meta.image_size}:"
-            " they are from different trainings. Run convtrt.py again."
-        )
+    _check_size(model.runtime, model.meta)
     grey = np.full((1, size, size, 3), 128, np.uint8)
     for _ in range(2):
         scores, maps = model.runtime.infer(grey)
         if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
             raise BadBundle("The model gives scores that are no numbers: train it again.")
+
+
+def _openvino_precision(bundle: Bundle, how: Opening) -> Literal["f32", "bf16"]:
+    from engines.runtimes.openvino import choose_precision
+
+    return choose_precision(bundle.report()) if how.precision == "auto" else how.precision
+
+
+def _may_fall_back(how: Opening) -> bool:
+    return how.fallback != "none" and find_spec("openvino") is not None
+
+
+def _runs_alike(beside: Resident, bundle: Bundle, how: Opening) -> tuple[bool, str | None]:
+    """Whether a version with the same files would get the same runtime, and why no plan if none.
+
+    Raises:
+        NoTensorRT, StalePlan, BadBundle: as `open_model`.
+    """
+    stale = None
+    try:
+        plan = usable_plan(bundle, None, how)  # whose rows are those of the bank in memory
+    except StalePlan as error:
+        if not _may_fall_back(how):
+            raise
+        plan, stale = None, str(error)
+    name = "openvino" if plan is None else "tensorrt"
+    precision = _openvino_precision(bundle, how) if plan is None else plan.precision
+    return (beside.runtime.name, beside.runtime.precision) == (name, precision), stale
+
+
+def _check_size(runtime: Runtime, meta: Meta) -> None:
+    size = runtime.image_size
+    if size != meta.image_size:
+        raise BadBundle(
+            f"model.onnx takes images of {size} pixels, but meta.json says {meta.image_size}:"
+            " they are from different trainings. Run convtrt.py again."
+        )
+
+
+def _made_of(bundle: Bundle) -> tuple[str | None, ...]:
+    """The SHA-256 of every file that decides what a runtime computes; None for those not there."""
+    files = (ONNX, bundle.meta.memory_bank, PLAN, PLAN_RECORD, REPORT)
+    paths = [bundle.root / name for name in files if name is not None]
+    return tuple(sha256(path) if path.is_file() else None for path in paths)

@@ -28,7 +28,9 @@ class Resident:
     scale: Scale
     runtime: Runtime
     graph: str = ""  # SHA-256 of model.onnx: versions with the same one differ in the bank alone
+    made_of: tuple[str | None, ...] = ()  # the same of all files that its runtime comes from
     bank_alone: bool = False  # was loaded; the engine is that of the version before
+    limit_alone: bool = False  # is its own; the runtime is that of the version before
     stale: str | None = None  # why its plan cannot be used here, so that OpenVINO runs in its place
 
 
@@ -41,6 +43,7 @@ def describe(model: Resident) -> str:
         f" {bank}, {model.runtime.name} {model.runtime.precision},"
         f" {at_once(model.runtime.batches)}"
         f"{', the bank alone' if model.bank_alone else ''}"
+        f"{', the limit alone' if model.limit_alone else ''}"
     )
 
 
@@ -60,6 +63,7 @@ class Residents:
         self.problems: dict[str, str] = {}  # name -> why it has no resident version
         self.unloaded: dict[str, str] = {}  # the same, because a person wanted it so
         self.resting: dict[str, str] = {}  # the same, because another model needed the memory
+        self.standing_in: dict[str, str] = {}  # name -> why not the version answers that should
         self.on_call: Callable[[str], None] = lambda _: None  # a part came for one that rests
         self._called: dict[str, float] = {}  # when a request last came, on the monotonic clock
         self._since: dict[str, float] = {}  # when it came into memory
@@ -118,6 +122,14 @@ class Residents:
         away = (self.problems, self.unloaded, self.resting)
         return next((found[name] for found in away if name in found), None)
 
+    def problem(self, name: str) -> str | None:
+        """Why a model is not in memory, or why another version of it is than should be."""
+        return self.why_not(name) or self.standing_in.get(name)
+
+    def known(self) -> list[str]:
+        """The models in memory, and those that are not for a reason."""
+        return sorted({*self._models, *self.problems, *self.unloaded, *self.resting})
+
     def missing(self) -> str | None:
         """What keeps the server from being ready, None when nothing does.
 
@@ -128,6 +140,11 @@ class Residents:
         if self._models:
             return None
         return " ".join([*self.unloaded.values(), *self.resting.values()]) or NO_MODEL
+
+    def stand_in(self, model: Resident, reason: str) -> None:
+        """Let a version answer in the place of another one, which `reason` names."""
+        self.put(model)
+        self.standing_in[model.name] = reason
 
     def _there_is(self) -> str:
         known = sorted({*self._models, *self.unloaded, *self.resting})
@@ -180,7 +197,7 @@ class Residents:
 
     def _away(self, name: str) -> Resident | None:
         """The version that answered until now; nothing does, and there is no reason yet."""
-        for reasons in (self.problems, self.unloaded, self.resting):
+        for reasons in (self.problems, self.unloaded, self.resting, self.standing_in):
             reasons.pop(name, None)
         return self._models.pop(name, None)
 
@@ -207,3 +224,33 @@ NO_MODEL = (
     "There is no model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that convtrt.py"
     " made."
 )
+
+
+def in_its_place(name: str, version: str, should: str | None, why: str) -> str:
+    """A sentence for a model that is served from `version`, because another one cannot be.
+
+    Args:
+        should: the version that is live; None where nobody knows which one is.
+        why: what is wrong with it, as a clause.
+    """
+    place = f"in place of {should}, which {why}" if should else f"because {why}"
+    return (
+        f"{name} is served from {version} {place}."
+        f" POST /models/{name}/versions/{version}/activate keeps it so; or train or activate"
+        " another one."
+    )
+
+
+def nobody_instead(name: str, should: str | None, why: str, tried: dict[str, str]) -> str:
+    """A sentence for a model whose live version cannot be used, and there is none in its place.
+
+    Args:
+        tried: other versions that might have stood in -> why they cannot either.
+    """
+    what = f"its live version {should} {why}" if should else why
+    others = "".join(f"; {version} {reason}" for version, reason in tried.items())
+    return (
+        f"{name} is not served: {what}{others}. No other version was let through by the gate or a"
+        f" person. See GET /models/{name}; POST /models/{name}/versions/VERSION/activate makes one"
+        " live."
+    )

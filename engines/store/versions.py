@@ -1,6 +1,7 @@
 """Named models on disk: their versions, the live one, and the one before it.
 
     models/<name>/live                  the live version and the one before it, a line each
+    models/<name>/folder                the hash of what KENSA_MODEL_DIR held when it was taken in
     models/<name>/0007-3f9a0c41d2e8/    a version: the files of a bundle, and manifest.json
     models/<name>/gates/0007-…/         what the gate found before it went live, and the flips
     models/<name>/refused/0007-…/       a version that cannot be used, and why
@@ -12,6 +13,7 @@ running number, which does not depend on a clock, and a hash over its files.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -38,9 +40,12 @@ META = "meta.json"
 
 _VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
 _POINTER = "live"
+_LOST = "the file that says which version is live is damaged or missing"
 _GATES = "gates"
 _REFUSED = "refused"
 _REFUSED_KEPT = 5
+_FOLDER = "folder"
+_THRESHOLD_OF = "threshold_of"  # in an origin
 _STAGING = ".staging"
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
@@ -141,8 +146,20 @@ class Store:
         """
         folder = self.folder(name, version)
         for file, expected in self.manifest(name, version).files.items():
-            check_hash(folder / file, expected)
+            path = folder / file
+            if file == META and path.is_file() and sha256(path) != expected:
+                raise BadBundle(
+                    f"{path} is not the file that was published (its SHA-256 differs): a version"
+                    f" never changes. PUT /models/{name}/threshold sets another threshold."
+                )
+            check_hash(path, expected)
         return folder
+
+    def differ_in_meta(self, name: str, one: str, other: str) -> bool:
+        """Whether two versions have the same files but for meta.json: another threshold, say."""
+        pair = self.manifest(name, one).files, self.manifest(name, other).files
+        first, second = ({**files, META: ""} for files in pair)
+        return first == second
 
     # ---- the live version ---------------------------------------------------------------------
 
@@ -157,18 +174,33 @@ class Store:
     def candidates(self, name: str) -> list[str]:
         """The versions that may be served, best first: live, the one before, older live ones.
 
-        One that was rolled back is the last, and only as long as the pointer names it.
+        None that was never live, or was rolled back from since: nobody has let it through.
         """
         known, named = self.versions(name), self._named(name)
         once = [version for version in reversed(known) if self._mark(name, version).exists()]
         before = [version for version in named[1:] if version in once]
-        order = dict.fromkeys([*named[:1], *before, *once, *named])
+        order = dict.fromkeys([*named[:1], *before, *once])
         return [version for version in order if version in known]
 
-    def to_start_from(self, name: str, version: str | None = None) -> str | None:
-        """The version that a job starts from: the one it names, else the live one, else the newest.
+    def to_serve(self, name: str) -> tuple[list[str], str | None, str | None]:
+        """The candidates; the one that should serve; a clause that says why it cannot, if known.
 
-        None where there is none.
+        The second is None where nobody knows which one is live, or none ever was.
+        """
+        candidates, pointer = self.candidates(name), self.pointer(name)
+        if pointer is None:
+            is_lost = candidates or (self._model(name) / _POINTER).exists()
+            return candidates, None, _LOST if is_lost else None
+        if pointer.live in self.versions(name):
+            return candidates, pointer.live, None
+        reason = self.refused(name).get(pointer.live)
+        why = f"was refused: {reason.rstrip('.')}" if reason else "is not there any more"
+        return candidates, pointer.live, why
+
+    def to_start_from(self, name: str, version: str | None = None) -> str | None:
+        """The version that a job starts from: the one it names, else the best that may be served.
+
+        Before any was live, the newest that the gate has not held. None where there is none.
 
         Raises:
             UnknownModel, UnknownVersion: the one that is named is not there.
@@ -176,10 +208,8 @@ class Store:
         if version is not None:
             self.folder(name, version)
             return version
-        known, pointer = self.versions(name), self.pointer(name)
-        if pointer is not None and pointer.live in known:
-            return pointer.live
-        return known[-1] if known else None
+        new = [one for one in self.versions(name) if self.gate(name, one) is None]
+        return next(iter([*self.candidates(name), *reversed(new)]), None)
 
     def made_by(self, name: str, job_id: str) -> str | None:
         """The version that a job published, also where it was killed before it could say so."""
@@ -200,9 +230,10 @@ class Store:
         """
         with self._locked(name):
             self.folder(name, version)  # looked for inside the lock: it might be pruned just now
-            known = self.versions(name)
-            others = [*self._named(name), *self.candidates(name)]
-            before = next((one for one in others if one in known and one != version), None)
+            others, pointer = self.candidates(name), self.pointer(name)
+            if pointer is not None and pointer.live == version:  # what was before it stays so
+                others = [one for one in self._named(name) if one in self.versions(name)] + others
+            before = next((one for one in others if one != version), None)
             with self._marked(name, version):
                 self._point(name, version, before)
 
@@ -321,11 +352,22 @@ class Store:
             os.close(in_use)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, name: str, folder: Path, origin: dict[str, Any]) -> str:
+    def publish(
+        self,
+        name: str,
+        folder: Path,
+        origin: dict[str, Any],
+        *,
+        anew: bool = False,
+        known: dict[str, str] | None = None,
+    ) -> str:
         """Turn a folder of files into the newest version of a model, and return its name.
 
         The folder must lie on the store's file system; it is moved. When these very files are a
-        version already, that one is returned, and the folder stays.
+        version already, that one is returned, and the folder stays, unless it is `anew`.
+
+        Args:
+            known: the SHA-256 of files that were compared with it just now.
 
         Raises:
             BadRequest: the name is no name for a model.
@@ -334,15 +376,16 @@ class Store:
         if not re.fullmatch(NAME, name):
             raise BadRequest(f"A model's name has up to 64 letters, digits, - and _, not {name!r}.")
         names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
-        files = {file: sha256(folder / file) for file in sorted(names)}
+        known = known or {}
+        files = {file: known.get(file) or sha256(folder / file) for file in sorted(names)}
         digest = _digest(files)
         model = self._model(name)
         model.mkdir(parents=True, exist_ok=True)
-        if not self._versions_of(name, digest):
+        if anew or not self._versions_of(name, digest):
             _flush(folder, files)  # the bulk of it before the lock, where others wait
         with _locked(model / ".lock"):
             same = self._versions_of(name, digest)
-            if same:
+            if same and not anew:
                 return same[-1]
             places = (model, model / _REFUSED, model / _GATES)
             ever = [version for place in places for version in _versions_in(place)]
@@ -385,6 +428,63 @@ class Store:
                     shutil.copyfile(source / file, folder / file)
             return self.publish(name, folder, origin)
 
+    def publish_threshold(self, name: str, base: str, meta: Meta, origin: dict[str, Any]) -> str:
+        """Publish the files of a version with another meta.json, and return the new version.
+
+        Large files are not copied. It is a version of its own, also where these very files are one:
+        each change has its reason, and is judged by the gate for itself.
+
+        Args:
+            origin: `threshold_of` is added: the version that was trained.
+
+        Raises:
+            UnknownModel, UnknownVersion, BadBundle: there is no such version, or it is damaged.
+            OSError: the disk is full; the store is as it was.
+        """
+        source, before = self.check(name, base), self.manifest(name, base)
+        root = before.origin.get(_THRESHOLD_OF, base)
+        kept = {key: before.origin[key] for key in ("category",) if key in before.origin}
+        with self.staging() as folder:
+            known = {file: digest for file, digest in before.files.items() if file != META}
+            for file in known:
+                _link(source / file, folder / file)
+            meta.write(folder / META)
+            origin = {**kept, **origin, "parent": base, _THRESHOLD_OF: root}
+            return self.publish(name, folder, origin, anew=True, known=known)
+
+    def withdraw(self, name: str, version: str) -> None:
+        """Delete a version that was just published, and did not become the live one."""
+        with self._locked(name):
+            if version in self.versions(name) and version not in self._named(name):
+                hidden = self._model(name) / f".{version}"
+                (self._model(name) / version).rename(hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
+                shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
+
+    def is_news(self, name: str, version: str, *, is_there: bool) -> bool:
+        """Whether a folder that was taken in as `version` is to go live, because it has changed.
+
+        Else what became of its files since then stays so: others were learned, or a person went
+        back. A live version that was refused is replaced by the same files from the folder.
+
+        Args:
+            is_there: whether the version was there before.
+        """
+        digest, pointer = _digest_of(version), self.pointer(name)
+        last = _text(self._model(name) / _FOLDER)
+        if not is_there:
+            return last != digest or pointer is None or _digest_of(pointer.live) == digest
+        if last is not None and last != digest:
+            return True
+        is_new = self.gate(name, version) is None  # killed before it could go live
+        return pointer is None and not self.candidates(name) and is_new
+
+    def note_folder(self, name: str, version: str) -> None:
+        """Remember which files a folder had that was taken in."""
+        path, digest = self._model(name) / _FOLDER, _digest_of(version)
+        if _text(path) != digest:
+            write_atomically(path, digest.encode())
+
     def refuse(self, name: str, version: str, reason: str) -> None:
         """Put a version aside that cannot be used, so that nobody tries it again."""
         with self._locked(name):
@@ -399,13 +499,15 @@ class Store:
     def prune(self, name: str, keep: int) -> list[str]:
         """Delete old versions but the live one, the one before, and the `keep` newest.
 
-        The newest one always stays: its number is used up.
+        Versions that differ from another only in the threshold do not count among these: of those
+        whose files are kept, the `keep` newest stay too. The newest one always stays: its number is
+        used up.
         """
         with self._locked(name):
             model, known, named = self._model(name), self.versions(name), self._named(name)
             if not named or named[0] not in known:  # nobody knows which one is served: keep all
                 return []
-            kept = {*named, *known[-max(keep, 1) :]}
+            kept = {*named, known[-1], *self._newest(name, known, max(keep, 1))}
             gone = [version for version in known if version not in kept]
             for version in gone:  # out of sight in one step, so that nobody meets half of it
                 (model / version).rename(model / f".{version}")
@@ -415,6 +517,18 @@ class Store:
             for folder in (*model.glob(".*-*/"), *left):  # also of a process that was killed
                 shutil.rmtree(folder, ignore_errors=True)
         return gone
+
+    def _newest(self, name: str, known: list[str], keep: int) -> list[str]:
+        """The newest versions that were trained, and the newest changes of their thresholds."""
+        roots = {version: self._threshold_of(name, version) for version in known}
+        trained = [version for version in known if roots[version] is None][-keep:]
+        return trained + [one for one in known if roots[one] in trained][-keep:]
+
+    def _threshold_of(self, name: str, version: str) -> str | None:
+        """The version from which this one differs only in the threshold; None for any other."""
+        with suppress(BadBundle):
+            return self.manifest(name, version).origin.get(_THRESHOLD_OF)
+        return None
 
     def _model(self, name: str) -> Path:
         if not re.fullmatch(NAME, name):
@@ -459,6 +573,20 @@ def _versions_in(folder: Path) -> list[str]:
 
 def _serial(version: str) -> int:
     return int(version.partition("-")[0])
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOENT):
+            raise
+        shutil.copyfile(source, target)
+
+
+def _digest_of(version: str) -> str:
+    return version.partition("-")[2]
 
 
 def _text(path: Path) -> str | None:

@@ -31,13 +31,15 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
 
 def words_of(command: str) -> list[str | Path]:
     """How a command of the documentation is run here."""
+    if command.startswith("kensa "):
+        return [sys.executable, "-m", "app", *command.split()[1:]]
     return [sys.executable, *command.split()[1:]] if " " in command else [ROOT / command]
 
 
 @pytest.mark.parametrize(
     "command",
     ["retrain.py", "convtrt.py", "evaluate.py", "tune.py", "import_anomalib.py", "bin/patchcore",
-     "python -m workers.distil"],
+     "python -m workers.distil", "kensa threshold"],
 )  # fmt: skip
 def test_every_flag_of_a_command_is_documented_and_every_documented_one_exists(
     command: str,

@@ -272,7 +272,10 @@ def _convert(
 ) -> Path:
     version = store.to_start_from(request.model, request.version)
     if version is None:
-        raise UnknownVersion(f"{request.model} has no version to convert.")
+        raise UnknownVersion(
+            f"{request.model} has no version to convert that was not held or rolled back from:"
+            " name one."
+        )
     source = store.check(request.model, version)
     how = {"workspace": request.workspace, "use_dla": request.use_dla, "cache": data / TIMING}
     if request.from_onnx:
@@ -329,8 +332,8 @@ def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]
 
 
 def _live(store: Store, name: str) -> Path | None:
-    pointer = store.pointer(name)
-    return store.folder(name, pointer.live) if pointer and pointer.live else None
+    live = next(iter(store.candidates(name)), None)
+    return store.folder(name, live) if live else None
 
 
 def _failed_on_disk(folder: JobFolder, error: OSError) -> dict[str, Any]:

@@ -19,8 +19,9 @@ def start_version(data: Path, request: RetrainRequest) -> str | None:
     parent = Store(data / "models").to_start_from(request.model, request.version)
     if parent is None and request.kind is None:
         raise BadMeta(
-            f"{request.model} was never trained: say its kind and, in meta, its"
-            " hyper-parameters, such as backbone, layers and image_size."
+            f"{request.model} was never trained, or each of its versions was held or rolled back"
+            " from: name one as version, or say the kind and, in meta, its hyper-parameters, such"
+            " as backbone, layers and image_size."
         )
     return parent
 

@@ -6,10 +6,11 @@ import socket
 
 from app.settings import Settings
 from app.watching.doctor.findings import Fit, Report, note, wrong
-from engines.errors import KensaError
+from engines.errors import BadBundle, BadMeta, KensaError
 from engines.machine.memory import MIB, Free, Need
 from engines.meta import Meta
 from engines.serving.opening import Opening, memory_needed
+from engines.serving.resident import in_its_place, nobody_instead
 from engines.store.bundle import ONNX
 from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import META, Store
@@ -71,15 +72,15 @@ def _look_at(
     Raises:
         KensaError: its files are damaged.
     """
-    versions = [*store.candidates(name), *reversed(store.versions(name))]
-    if not versions:
+    version = _that_serves(store, name, report)
+    if version is None:
         return None
-    folder = store.folder(name, versions[0])
+    folder = store.folder(name, version)
     meta = Meta.read(folder / META)
     if not (folder / ONNX).is_file():
         report.findings.append(
             note(
-                f"{name} {versions[0]} is trained, but not converted.",
+                f"{name} {version} is trained, but not converted.",
                 f"curl -X POST localhost:8000/convert -H 'Content-Type: application/json' -d"
                 f' \'{{"model": "{name}"}}\'',
             )
@@ -95,7 +96,31 @@ def _look_at(
         if why:
             do = "Start the server: it builds one, and says so in GET /jobs."
             report.findings.append(note(f"{name}: {why}", do))
-    return versions[0], meta, plan, memory_needed(folder, opening)
+    return version, meta, plan, memory_needed(folder, opening)
+
+
+def _that_serves(store: Store, name: str, report: Report) -> str | None:
+    """The version that would serve, after every file in it was compared with its SHA-256.
+
+    Where none was live yet, the newest. What is wrong with the live one is reported.
+    """
+    candidates, should, why = store.to_serve(name)
+    tried: dict[str, str] = {}
+    for version in candidates:
+        try:
+            Meta.read(store.check(name, version) / META)
+        except (BadBundle, BadMeta) as error:
+            tried[version] = f"cannot be used: {str(error).rstrip('.')}"
+            continue
+        why = tried.get(should or "", why)
+        if why is not None:
+            report.findings.append(wrong(in_its_place(name, version, should, why)))
+        return version
+    why = tried.pop(should or "", why)
+    if why is not None:
+        report.findings.append(wrong(nobody_instead(name, should, why, tried)))
+        return None
+    return next(reversed(store.versions(name)), None)
 
 
 def _is_served(settings: Settings) -> bool:

@@ -528,8 +528,9 @@ def everything() -> Scrape:
     metrics.failure("/infer", "bad_image")
     jetson = Device(1, 1, 1, 0.5, 1, 1.0, {"gpu": 50.0}, "15W", {"gpu": False}, 0)
     state = State(
-        models=[fake_model(1.0)], problems={}, model_bytes={"fake": 1}, worker="running",
-        learns=True, restarts=0, held_back=0.0, jobs={"queued": 0}, queue=None, disk_free=1,
+        models=[fake_model(1.0)], standing_in={"fake": None}, problems={},
+        model_bytes={"fake": 1}, worker="running", learns=True, restarts=0,
+        held_back=0.0, jobs={"queued": 0}, queue=None, disk_free=1,
         disk_size=1, device=jetson,
     )  # fmt: skip
     return Scrape(metrics.expose(state, "")[0].decode())

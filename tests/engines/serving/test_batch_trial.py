@@ -14,6 +14,7 @@ from engines.serving import batch_trial
 from engines.serving.batch_trial import ROUNDS, Took, Trial, choose_batches, weigh
 from engines.serving.opening import Opening, open_model
 from engines.serving.resident import describe
+from support.line import variant
 from support.timed_runtime import Timed
 
 MS = 1 / 1024  # a binary fraction, so that sums of it are exact
@@ -177,7 +178,7 @@ def test_until_its_last_step_a_trial_has_found_nothing_that_holds() -> None:
 
 @pytest.mark.parametrize("batches", [Batches(2), Batches(2, provisional=True)])
 def test_what_was_measured_of_a_model_holds_for_its_next_version(
-    kensa_model: Path, monkeypatch: pytest.MonkeyPatch, batches: Batches
+    kensa_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: Batches
 ) -> None:
     """And is as provisional as it was."""
     measured: list[Any] = []
@@ -189,7 +190,8 @@ def test_what_was_measured_of_a_model_holds_for_its_next_version(
     monkeypatch.setattr("engines.serving.opening.choose_batches", choose)
     how = Opening("f32")
     first = open_model(kensa_model, "bracket", "0001", how)
-    bank_alone = open_model(kensa_model, "bracket", "0002", how, beside=first)
+    learned = variant(kensa_model, tmp_path / "learned", bank=0.99)
+    bank_alone = open_model(learned, "bracket", "0002", how, beside=first)
     assert bank_alone.bank_alone
     other = kensa_model / "model.onnx"
     monkeypatch.setattr("engines.serving.opening.sha256", lambda path: f"another {path == other}")

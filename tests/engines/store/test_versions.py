@@ -480,10 +480,88 @@ def test_what_was_never_live_is_no_candidate(store: Store) -> None:
     assert store.candidates(BOLT) == [first]
 
 
-def test_what_was_rolled_back_is_the_last_candidate(store: Store) -> None:
-    first, second, third = activated(store, 3)
+def test_what_was_rolled_back_is_no_candidate(store: Store) -> None:
+    first, second, _ = activated(store, 3)
     store.roll_back(BOLT)
-    assert store.candidates(BOLT) == [second, first, third]
+    assert store.candidates(BOLT) == [second, first]
+    store.refuse(BOLT, second, "damaged")
+    assert store.candidates(BOLT) == [first]
+    store.refuse(BOLT, first, "damaged")
+    assert store.candidates(BOLT) == []
+
+
+def test_what_should_serve_is_known_although_it_cannot(store: Store) -> None:
+    assert store.to_serve(BOLT) == ([], None, None)
+    first, second = activated(store, 2)
+    assert store.to_serve(BOLT) == ([second, first], second, None)
+    store.refuse(BOLT, second, "It is damaged.")
+    assert store.to_serve(BOLT) == ([first], second, "was refused: It is damaged")
+    shutil.rmtree(store.root / BOLT / "refused")
+    assert store.to_serve(BOLT) == ([first], second, "is not there any more")
+    pointer_file(store).write_bytes(b"garbage")
+    candidates, should, why = store.to_serve(BOLT)
+    assert (candidates, should) == ([first], None)
+    assert "damaged" in str(why)
+
+
+def test_what_was_rolled_back_is_not_before_the_next_one(store: Store) -> None:
+    """Else that one could go back to it by itself, when it rejects too much."""
+    first, second, bad = activated(store, 3)
+    store.roll_back(BOLT)
+    store.refuse(BOLT, second, "damaged")
+    new = publish(store, "new")
+    store.activate(BOLT, new)
+    assert store.pointer(BOLT) == Pointer(new, first)
+    assert bad in store.versions(BOLT)
+
+
+# Which version a job starts from
+
+
+def test_a_job_starts_from_what_may_serve(store: Store) -> None:
+    assert store.to_start_from(BOLT) is None
+    first, second, third = published(store, 3)
+    assert store.to_start_from(BOLT) == third
+    store.record_gate(BOLT, third, {"ok": False, "reasons": ["It finds nothing."]})
+    assert store.to_start_from(BOLT) == second
+    store.activate(BOLT, first)
+    assert store.to_start_from(BOLT) == first
+    store.activate(BOLT, second)
+    store.refuse(BOLT, second, "damaged")
+    assert store.to_start_from(BOLT) == first
+    store.refuse(BOLT, first, "damaged")
+    assert store.to_start_from(BOLT) is None, "the last one left was held"
+    assert store.to_start_from(BOLT, third) == third, "a person named it"
+
+
+# The folder that is taken in at each start
+
+
+def test_a_folder_is_news_when_it_has_changed_since_it_was_taken_in(store: Store) -> None:
+    first, second = published(store, 2)
+    assert store.is_news(BOLT, first, is_there=False)
+    store.note_folder(BOLT, first)
+    store.activate(BOLT, first)
+    store.activate(BOLT, second)
+    assert not store.is_news(BOLT, first, is_there=True)
+    assert store.is_news(BOLT, second, is_there=True), "edited to what was there once"
+    store.note_folder(BOLT, second)
+    assert store.is_news(BOLT, first, is_there=True), "and back"
+    store.note_folder(BOLT, first)
+    again = f"0009-{first[5:]}"  # of files that were pruned, or put aside
+    assert not store.is_news(BOLT, again, is_there=False)
+    store.activate(BOLT, first)
+    assert store.is_news(BOLT, again, is_there=False), "it replaces the damaged live one"
+
+
+def test_a_folder_that_was_rolled_back_from_is_no_news(store: Store) -> None:
+    _, second = activated(store, 2)
+    store.note_folder(BOLT, second)
+    store.record_gate(BOLT, second, {"ok": True})
+    store.roll_back(BOLT)
+    assert not store.is_news(BOLT, second, is_there=True)
+    pointer_file(store).unlink()
+    assert not store.is_news(BOLT, second, is_there=True)
 
 
 def test_what_was_rolled_back_is_no_candidate_where_the_pointer_is_damaged(store: Store) -> None:

@@ -300,15 +300,16 @@ def test_a_plan_is_good_or_stale_or_of_no_use_here(
 
 
 def test_a_damaged_model_and_one_that_was_not_converted_are_named(
-    stored: Store, settings: Settings, tmp_path: Path
+    stored: Store, settings: Settings, trained: Path, tmp_path: Path
 ) -> None:
-    folder = stored.folder("bolt", *stored.versions("bolt"))
-    (folder / "model.onnx").unlink()
+    stored.take_in("nut", trained, {})
     report = examine(settings, tmp_path / "no such root")
-    assert '{"model": "bolt"}' in typed(report, "is trained, but not converted")
+    assert '{"model": "nut"}' in typed(report, "is trained, but not converted")
+    folder = stored.folder("bolt", *stored.versions("bolt"))
     (folder / "meta.json").write_text("{")
     report = examine(settings, tmp_path / "no such root")
-    assert wrong(report)[0].startswith("bolt: ")
+    assert wrong(report)[0].startswith("bolt is not served: its live version ")
+    assert f"{folder / 'meta.json'} is not the file" in wrong(report)[0]
 
 
 # The command
