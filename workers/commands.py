@@ -132,7 +132,13 @@ def _promise(found: dict[str, Any]) -> list[str]:
     )
     if found["at_most"] <= found["false_rejects"]:
         return [promised]
-    return [f"{promised}; for {found['false_rejects']:.2g} show it {found['parts_needed']} parts"]
+    return [
+        f"{promised}; for {_percent(found['false_rejects'])} show it {found['parts_needed']} parts"
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def _defect_lines(found: dict[str, Any]) -> list[str]:
@@ -146,7 +152,7 @@ def _defect_lines(found: dict[str, Any]) -> list[str]:
         if found["misses"]:
             lines.append(
                 f"             {found['misses']} score so low that finding them would reject over"
-                f" {found['cap']:.2g} of the good parts"
+                f" {_percent(found['cap'])} of the good parts"
             )
     if drawn := found.get("drawn"):
         lines.append(

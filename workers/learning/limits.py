@@ -89,8 +89,8 @@ class NormalScores:
     def limit(self, false_rejects: float) -> float:
         """The raw score that the next normal part exceeds with this probability, within (0, 1).
 
-        It lies no lower than the scores themselves say, as far as there are enough of them: the
-        tail may be another one than Gumbel's.
+        As soon as there are enough scores to say it without a distribution, theirs counts: of n + 1
+        parts each is the one with the k-th highest score equally often.
         """
         low, high = 0.0, float(self.locations.max())
         while self.exceeded(high) > false_rejects:
@@ -98,8 +98,11 @@ class NormalScores:
         for _ in range(50):  # halving: to the last digit
             middle = (low + high) / 2
             low, high = (middle, high) if self.exceeded(middle) > false_rejects else (low, middle)
-        above = max(ENOUGH, int(false_rejects * len(self.ordered)))  # of them
-        return max(high, float(self.ordered[-above - 1])) if above < len(self.ordered) else high
+        count = len(self.ordered)
+        if (rank := int(false_rejects * (count + 1))) >= 1:
+            high = min(high, float(self.ordered[-rank]))
+        above = max(ENOUGH, int(false_rejects * count))
+        return max(high, float(self.ordered[-above - 1])) if above < count else high
 
 
 def at_most(rejected: int, parts: int) -> float:
