@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score
 from engines.errors import BadDataset
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
-from workers.learning.limits import BUDGETS, NormalScores, at_most, parts_for
+from workers.learning.normal_scores import BUDGETS, NormalScores, at_most, parts_for
 
 FALSE_REJECTS = 0.01  # share of normal parts that may be rejected
 CAP = 0.05  # share that may be, where it finds more of the known defects
@@ -162,14 +162,15 @@ def _threshold(usual: NormalScores, defective: NDArray[np.float64], budget: Budg
 
 def _table(usual: NormalScores, normal: KnownScores) -> list[dict[str, float]]:
     """The limits of other budgets, for who changes the threshold later."""
-    limits = ((budget, usual.limit(budget)) for budget in BUDGETS)
+    limits = [usual.limit(budget) for budget in reversed(BUDGETS)]
+    falling = np.maximum.accumulate(limits)[::-1]  # whatever the scores say of two neighbours
     return [
         {
             "false_rejects": budget,
-            "raw": limit,
+            "raw": float(limit),
             "at_most": round(at_most(normal.rejected(limit), normal.count), 4),
         }
-        for budget, limit in limits
+        for budget, limit in zip(BUDGETS, falling, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.store.known_scores import KnownScores
-from workers.learning.limits import NormalScores
+from workers.learning.normal_scores import NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
 LEAST = 8  # pictures, fewer of which do not say what is usual
