@@ -75,7 +75,8 @@ class PatchCore(nn.Module):
         """
         embedding, (height, width) = self.embed(image)
         score, distance = self.judge(embedding, memory_bank)
-        return score, distance.reshape(len(embedding), height, width), embedding
+        # -1 and not len(): the exporter would take that for a constant, and fix the batch.
+        return score, distance.reshape(-1, height, width), embedding
 
     def judge(
         self, embedding: torch.Tensor, memory_bank: torch.Tensor
