@@ -80,7 +80,7 @@ def origin_notes(meta: Meta, threshold: float) -> list[str]:
         )
     if abs(found.get("moved", 0)) > MANY_SPREADS:
         notes.append(
-            f"The threshold {_moved(found)}, in the last update: look at what was learned there."
+            f"The threshold moved {_moved(found)}, in the last update: look at what was learned there."
         )
     return notes
 
@@ -192,7 +192,7 @@ def _moved(found: dict[str, Any]) -> str:
     if before is None or now is None or moved is None:
         return ""
     return (
-        f"moved from {before:.4f} to {now:.4f}, {abs(moved):.1f} standard deviations of normal"
+        f"from {before:.4f} to {now:.4f}, {abs(moved):.1f} standard deviations of normal"
         f" scores {'up' if now >= before else 'down'}"
     )
 
