@@ -80,7 +80,7 @@ def origin_notes(meta: Meta, threshold: float) -> list[str]:
         )
     if abs(found.get("moved", 0)) > MANY_SPREADS:
         notes.append(
-            f"The threshold moved {_moved(found)}, in the last update: look at what was learned there."
+            f"The threshold moved {_moved(found)}, in the last update: look at what was learned."
         )
     return notes
 
