@@ -97,6 +97,26 @@ class Contestant:
         numbers = np.arange(len(embeddings))
         return padim.Lesson(self.model, embeddings, numbers, stats, LeftOut(stats))
 
+    def lesson(
+        self, embeddings: Any, before: Any = None, known: Any = None
+    ) -> tuple[Any, NDArray[np.int64], Scores, NDArray[np.int64]]:
+        """What is learned as retrain.py does it: the lesson, parts, scores, and who was strange."""
+        from engines.store.known_scores import KnownScores
+        from workers.learning.same_part import same_part
+        from workers.learning.strange import strange
+        from workers.progress import Progress
+
+        lesson = self.learn(embeddings, before)
+        parts = same_part(lesson.descriptors())
+        scores = lesson.scores(parts, lambda done, total: None)
+        found = strange(scores, known or KnownScores.none())
+        if len(found):
+            kept = np.setdiff1d(np.arange(len(scores)), found)
+            lesson = lesson.keeping(kept, Progress(quiet=True))
+            parts = same_part(lesson.descriptors())
+            scores = lesson.scores(parts, lambda done, total: None)
+        return lesson, parts, scores, found
+
     def judge(self, embeddings: Any) -> Scores:
         """Raw scores (n,) of embeddings, by what was learned last."""
         import torch
@@ -113,12 +133,11 @@ class Contestant:
         """Learn some normals, and score all the others."""
         from workers.learning.eyesight import drawn_scores
         from workers.learning.normals import to_draw_on
-        from workers.learning.same_part import same_part
 
         order = np.random.default_rng([normals, seed]).permutation(len(self.normal))
         learned, others = order[:normals], order[normals : normals + MOST_OTHERS]
-        lesson = self.learn(self.normal[learned])
-        parts = same_part(lesson.descriptors())
+        lesson, parts, left_out, strange = self.lesson(self.normal[learned])
+        learned = np.delete(learned, strange)
         on = to_draw_on(parts)
         drawn = drawn_scores(
             self.pictures.normal[learned[on]],
@@ -128,12 +147,45 @@ class Contestant:
             lambda done, total: None,
         ) if with_drawn else []  # fmt: skip
         return Draw(
-            lesson.scores(parts, lambda done, total: None),
+            left_out,
             parts,
             self.judge(self.normal[others]),
             self.judge(self.defective),
             drawn,
         )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did."""
+
+    named: set[int]  # strange ones, by their place among the new
+    missed: tuple[int, int]  # of the defects, before and after
+    rejects: tuple[float, float]  # share of the normals that are looked at, before and after
+
+
+def update(one: Contestant, known: Any, new: Any, others: Any, defects: Any) -> Update:
+    """Learn embeddings, add others, and judge normals and defects with the limits of both."""
+    from engines.store.known_scores import KnownScores
+    from workers.learning.normal_scores import NormalScores
+
+    def what() -> Any:
+        return one.model.bank if one.meta.model == "patchcore" else one.model.stats
+
+    def look(limit: float) -> tuple[float, int]:
+        return float((one.judge(others) > limit).mean()), int((one.judge(defects) <= limit).sum())
+
+    _, parts, scores, _ = one.lesson(known)
+    first = KnownScores(scores, parts)
+    rejects_before, missed_before = look(NormalScores.of(first.scores).limit(0.01))
+    _, parts, scores, strange = one.lesson(new, what(), first)
+    both = first.followed_by(KnownScores(scores, parts))
+    rejects_after, missed_after = look(NormalScores.of(both.scores).limit(0.01))
+    return Update(
+        {int(number) for number in strange},
+        (missed_before, missed_after),
+        (rejects_before, rejects_after),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from workers.learning.normal_scores import NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
 LEAST = 8  # pictures, fewer of which do not say what is usual
-ODDS = 0.0005  # of a normal part to score as high
+ODDS = 0.001  # of a normal part to score as high
 
 
 def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64]:
