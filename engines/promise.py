@@ -101,7 +101,8 @@ def doubts(meta: Meta, least_found: float) -> list[str]:
             sentences.append(
                 f"It finds only {known.found} of {known.drawn} drawn defects: it may be blind."
                 " Train it with more or other pictures, another backbone, other layers or a larger"
-                " image_size, or lower its threshold with PUT /models/NAME/threshold."
+                " image_size; or activate it, and lower its threshold with PUT"
+                " /models/NAME/threshold."
             )
         if known.untrained:
             sentences.append(
@@ -120,7 +121,8 @@ def _rejects_too_many(meta: Meta, known: Promise) -> list[str]:
     return [
         f"It rejects {known.rejected} of {known.parts} good parts that it has not learned, at least"
         f" {known.at_least:.1%} of all, 95 % sure, where {100 * budget:g} % may be: train it with"
-        " more pictures of good parts, or raise its threshold with PUT /models/NAME/threshold."
+        " more pictures of good parts; or activate it, and raise its threshold with PUT"
+        " /models/NAME/threshold."
     ]
 
 
@@ -140,7 +142,8 @@ def movement(meta: Meta, live: Meta | None) -> list[str]:
     what = "normal parts pass more easily now, and defects too" if moved > 0 else "more is rejected"
     return [
         f"The threshold moved from {before:.4g} to {now:.4g}, by {abs(moved):.1f} standard"
-        f" deviations of normal scores: {what}. Look at the pictures that it learned."
+        f" deviations of normal scores: {what}. Look at the pictures that it learned, and activate"
+        " it if all of them are good."
     ]
 
 
