@@ -214,17 +214,18 @@ def in_force(meta: Meta) -> InForce:
     """
     scale, limits = Scale.of(meta), Limits.of(meta)
     raw = scale.raw_threshold
+    known = meta.calibration or {}
+    at_most = known.get("at_most") if at_training(meta) else None
+    measured = float(at_most) if is_number(at_most) else None
     if limits is None:
-        return InForce(meta.image_threshold, raw, None, None, ())
+        return InForce(meta.image_threshold, raw, None, measured, ())
     rounding = ROUNDING * (scale.raw_max - scale.raw_min)
     # As the table has it, where only rounding has moved it: else the next row would be looked at.
     near = next((row.raw for row in limits.rows if abs(row.raw - raw) <= rounding), raw)
     rejects = limits.false_rejects_at(near)
-    known = meta.calibration or {}
     stated = share(known.get("false_rejects"))
     if stated is not None:  # of several shares with this very limit, that one
         at = limits.raw_for(stated)
         rejects = stated if at is not None and abs(at - raw) <= rounding else rejects
-    measured = known.get("at_most") if at_training(meta) else None
-    at_most = float(measured) if is_number(measured) else limits.at_most(near)
-    return InForce(meta.image_threshold, raw, rejects, at_most, limits.rows)
+    bound = limits.at_most(near) if measured is None else measured
+    return InForce(meta.image_threshold, raw, rejects, bound, limits.rows)
