@@ -120,6 +120,13 @@ def at_most(rejected: int, parts: int) -> float:
     return float(betaincinv(rejected + 1, parts - rejected, CONFIDENCE))
 
 
+def at_least(rejected: int, parts: int) -> float:
+    """The share of false rejects that, with 95 % confidence, there are at least; see `at_most`."""
+    if rejected == 0:
+        return 0.0
+    return float(betaincinv(rejected, parts - rejected + 1, 1 - CONFIDENCE))
+
+
 def parts_for(false_rejects: float) -> int:
     """How many parts without a false reject would promise this budget."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-false_rejects))
