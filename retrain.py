@@ -39,10 +39,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " (padim). Without it they are made anew")  # fmt: skip
     add("--penalty_dir", type=Path, metavar="D", help="natural images, of anything but the part"
         " (efficientad): the student learns not to follow the teacher there")  # fmt: skip
-    add("--false_rejects", type=float, default=0.01, metavar="X", help="share of good parts that"
-        " may be rejected: the threshold is found for it (default 0.01)")  # fmt: skip
-    add("--false_rejects_cap", type=float, default=0.05, metavar="X", help="share that may be"
-        " rejected where that finds more of the defects in test/ (default 0.05)")  # fmt: skip
+    add("--false_rejects", type=float, metavar="X", help="share of good parts that may be rejected:"
+        " the threshold is found for it (default: as in meta.json, else 0.01)")  # fmt: skip
+    add("--false_rejects_cap", type=float, metavar="X", help="share that may be rejected where that"
+        " finds more of the defects in test/ (default: as in meta.json, else 0.05)")  # fmt: skip
     add("--keep_strange", action="store_true", help="learn pictures too that are unlike the others"
         " and unlike what is known (patchcore, padim)")  # fmt: skip
     add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
@@ -51,7 +51,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.epochs < 1 or parsed.batch < 1:
         parser.error("--epochs and --batch must be at least 1")
     for flag in ("false_rejects", "false_rejects_cap"):
-        if not 0 < getattr(parsed, flag) < 1:
+        asked = getattr(parsed, flag)
+        if asked is not None and not 0 < asked < 1:
             parser.error(f"--{flag} is a share between 0 and 1, such as 0.01 for one part in 100")
     for flag, model in (("load_bank", "patchcore"), ("load_stats", "padim"),
                         ("penalty_dir", "efficientad")):  # fmt: skip

@@ -107,7 +107,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.metrics = metrics
-    app.state.health = Health(inspector, jobs, worker, settings.data)
+    app.state.health = Health(inspector, jobs, worker, settings)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()

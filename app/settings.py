@@ -87,6 +87,15 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
     )
+    gate_found: float = _setting(
+        0.2,
+        "share",
+        "Of the defects that training draws onto normal parts: how many a new version has to find,"
+        " else it is held for a person. 0: it is not asked whether a model sees at all, so that"
+        " untrained weights pass as well.",
+        ge=0,
+        le=1,
+    )
     gate_recent: int = _setting(
         32,
         "parts",

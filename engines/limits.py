@@ -18,6 +18,7 @@ from engines.meta import Meta
 from engines.verdict import Scale
 
 KEYS = ("threshold", "raw", "false_rejects")
+TRAINED = 0.5  # the normalised threshold that is the one that training found
 ROUNDING = 1e-9  # of a normalised score: a raw score at an end of 0..1 may come out so far beyond
 
 
@@ -87,14 +88,24 @@ class Limits:
 def _row(found: Any) -> Limit | None:
     if not isinstance(found, dict):
         return None
-    share, raw, at_most = (found.get(key) for key in ("false_rejects", "raw", "at_most"))
-    if not (_is_number(share) and _is_number(raw) and 0 < share < 1):
+    budget, raw, at_most = share(found.get("false_rejects")), found.get("raw"), found.get("at_most")
+    if budget is None or not is_number(raw):
         return None
-    bound = float(at_most) if _is_number(at_most) and 0 <= at_most <= 1 else None
-    return Limit(float(share), float(raw), bound)
+    bound = float(at_most) if is_number(at_most) and 0 <= at_most <= 1 else None
+    return Limit(budget, float(raw), bound)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def share(value: Any) -> float | None:
+    """A share of parts, within (0, 1); None for anything else, such as an older file's count."""
+    return float(value) if is_number(value) and 0 < value < 1 else None
+
+
+def at_training(meta: Meta) -> bool:
+    """Whether the threshold is the one that training found, so that what it measured holds."""
+    return meta.image_threshold == TRAINED
+
+
+def is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -160,7 +171,7 @@ def _for_budget(scale: Scale, limits: Limits | None, value: Any) -> float:
 
 
 def _number(key: str, value: Any, allowed: str) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         raise BadRequest(f"{key} must be {allowed}, not {str(value)[:40]!r}.")
     return float(value)
 
@@ -203,14 +214,18 @@ def in_force(meta: Meta) -> InForce:
     """
     scale, limits = Scale.of(meta), Limits.of(meta)
     raw = scale.raw_threshold
+    known = meta.calibration or {}
+    at_most = known.get("at_most") if at_training(meta) else None
+    measured = float(at_most) if is_number(at_most) else None
     if limits is None:
-        return InForce(meta.image_threshold, raw, None, None, ())
+        return InForce(meta.image_threshold, raw, None, measured, ())
     rounding = ROUNDING * (scale.raw_max - scale.raw_min)
     # As the table has it, where only rounding has moved it: else the next row would be looked at.
     near = next((row.raw for row in limits.rows if abs(row.raw - raw) <= rounding), raw)
-    share = limits.false_rejects_at(near)
-    stated = (meta.calibration or {}).get("false_rejects")
-    if _is_number(stated) and 0 < stated < 1:  # of several shares with this very limit, that one
-        at = limits.raw_for(float(stated))
-        share = float(stated) if at is not None and abs(at - raw) <= rounding else share
-    return InForce(meta.image_threshold, raw, share, limits.at_most(near), limits.rows)
+    rejects = limits.false_rejects_at(near)
+    stated = share(known.get("false_rejects"))
+    if stated is not None:  # of several shares with this very limit, that one
+        at = limits.raw_for(stated)
+        rejects = stated if at is not None and abs(at - raw) <= rounding else rejects
+    bound = limits.at_most(near) if measured is None else measured
+    return InForce(meta.image_threshold, raw, rejects, bound, limits.rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.errors import EXIT_CODE, BadBundle, BadRequest, KensaError
 from engines.limits import KEYS, InForce, asked_for, in_force
 from engines.meta import Meta
+from engines.promise import drawn_found
 from engines.store.bundle import ONNX
 from engines.store.versions import MANIFEST, META
 
@@ -23,6 +24,9 @@ def main(arguments: list[str]) -> int:
             meta = asked_for(meta, wanted)
             meta.write(asked.folder / META)
         _print(in_force(meta))
+        drawn, found = drawn_found(meta)
+        if drawn is not None:
+            print(f"drawn defects  {found} of {drawn} found")
     except KensaError as error:
         sys.stderr.write(f"kensa: {error}\n")
         return EXIT_CODE

@@ -22,7 +22,7 @@ from support.project import ROOT
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "files", "logs"), ("image", "meta"), ("verdict",), ("limits",),
-        ("store",), ("queue",), ("machine",), ("runtimes",),
+        ("promise",), ("store",), ("queue",), ("machine",), ("runtimes",),
         ("serving", "inference_command", "threshold_command"),
     ),
     "workers": (

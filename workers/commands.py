@@ -152,7 +152,7 @@ def _defect_lines(found: dict[str, Any]) -> list[str]:
         if found["misses"]:
             lines.append(
                 f"             {found['misses']} score so low that finding them would reject over"
-                f" {_percent(found['cap'])} of the good parts"
+                f" {_percent(max(found['cap'], found['false_rejects']))} of the good parts"
             )
     if drawn := found.get("drawn"):
         lines.append(
@@ -171,6 +171,8 @@ def _warnings(found: dict[str, Any]) -> list[str]:
             f"the threshold moved from {found['before']:.4f}, by {abs(found['moved']):.1f} standard"
             " deviations of normal scores: look at what was learned"
         )
+    if found.get("weights") == "untrained":
+        warnings.append("the backbone is untrained: it sees strong colours and little else")
     return [f"note         {warning}" for warning in warnings]
 
 

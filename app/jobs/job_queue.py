@@ -267,6 +267,7 @@ class JobQueue:
             "error": ended.get("error"),
             "code": ended.get("code"),
             "machine": ended.get("machine"),
+            "images": ended.get("images"),
         }
         if self._fleet is not None and kind == "retrain" and status.status == "PENDING":
             self._add_training(job, training)

@@ -45,6 +45,19 @@ class ProgressBody(Body):
     )
 
 
+class ImagesBody(Body):
+    """What became of the images that a job learned from."""
+
+    learned: int
+    known: int = Field(description="Left out, because the version that it started from knows them.")
+    strange: int = Field(
+        description="Left out, because they are unlike the others and unlike what is known."
+    )
+    names: list[str] = Field(description="Of the strange ones, up to 20.")
+    skipped: int = Field(description="That could not be read; the job's log names them.")
+    note: str | None = Field(None, description="What to do about the strange ones.")
+
+
 class JobBody(Body):
     """A job that learns or converts."""
 
@@ -69,6 +82,9 @@ class JobBody(Body):
     code: str | None
     machine: str | None = Field(
         None, description="Which machine learns or learned, where several share a queue."
+    )
+    images: ImagesBody | None = Field(
+        None, description="What became of the images, once a training has succeeded."
     )
 
 

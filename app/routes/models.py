@@ -22,6 +22,7 @@ from app.settings import Settings
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
 from engines.limits import KEYS, in_force
 from engines.meta import Meta
+from engines.promise import drawn_found, promise
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, Store
@@ -61,6 +62,28 @@ class GateBody(Body):
     by_hand: bool = Field(False, description="A person made it live.")
 
 
+class CalibrationBody(Body):
+    """What a version can promise at its threshold, as its training measured it; null: not known."""
+
+    normals: int | None = Field(description="Pictures of normal parts that it was measured on.")
+    parts: int | None = Field(description="Of how many parts they are.")
+    false_rejects: float | None = Field(description="The share of good parts that may be rejected.")
+    rejected: int | None = Field(description="How many of `parts` are.")
+    at_most: float | None = Field(
+        description="What share of good parts is rejected at most, 95 % sure."
+    )
+    parts_needed: int | None = Field(
+        description="How many parts without a false reject would promise `false_rejects`."
+    )
+    defects: int | None = Field(description="Known defects; 0 where none were given.")
+    misses: int | None = Field(description="How many of them pass.")
+    drawn: int | None = Field(
+        description="Defects drawn onto normal parts that any model has to find."
+    )
+    found: int | None = Field(description="How many of `drawn` are found.")
+    untrained: bool = Field(description="The weights of its backbone are random.")
+
+
 class VersionBody(Body):
     """A version of a model, on the disk."""
 
@@ -76,6 +99,9 @@ class VersionBody(Body):
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each.")
     threshold: float | None = Field(default=None, description="The limit for `score`.")
     raw_threshold: float | None = Field(default=None, description="The same limit for `raw_score`.")
+    calibration: CalibrationBody | None = Field(
+        default=None, description="What it can promise; null where that was never measured."
+    )
     gate: GateBody | None = None
     problem: str | None = Field(None, description="What is wrong with it.")
 
@@ -126,6 +152,10 @@ class ThresholdBody(Body):
     at_most: float | None = Field(
         description="What share it rejects at most, 95 % sure; null where unknown."
     )
+    drawn: int | None = Field(
+        description="Defects that training drew onto normal parts; null where it drew none."
+    )
+    found: int | None = Field(description="How many of `drawn` this limit finds.")
     limits: list[LimitBody] = Field(
         description="The table that `false_rejects` is read from; empty where there is none."
     )
@@ -405,7 +435,8 @@ async def change_threshold(
 
 def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
     store, rollout = _store(request), _rollout(request)
-    found = in_force(Meta.read(store.folder(name, version) / META))
+    meta = Meta.read(store.folder(name, version) / META)
+    found, (drawn, seen) = in_force(meta), drawn_found(meta)
     answers = rollout.answering(name)
     return ThresholdBody(
         model=name,
@@ -415,6 +446,8 @@ def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
         raw=found.raw,
         false_rejects=found.false_rejects,
         at_most=found.at_most,
+        drawn=drawn,
+        found=seen,
         limits=[LimitBody(**asdict(row)) for row in found.rows],
     )
 
@@ -477,9 +510,17 @@ def _version(
         files=manifest.files,
         threshold=meta.image_threshold,
         raw_threshold=None if meta.image_threshold_auto is None else Scale.of(meta).raw_threshold,
+        calibration=_calibration(meta),
         gate=gate,
         problem=problem,
     )
+
+
+def _calibration(meta: Meta) -> CalibrationBody | None:
+    known = promise(meta)
+    if known is None:
+        return None
+    return CalibrationBody(**{key: getattr(known, key) for key in CalibrationBody.model_fields})
 
 
 def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | None]:

@@ -20,12 +20,8 @@ from app.serving.model_manager import ModelManager
 from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings
-from engines.errors import (
-    BadBundle,
-    BadMeta,
-    Conflict,
-    KensaError,
-)
+from engines import promise
+from engines.errors import BadBundle, BadMeta, Conflict, KensaError
 from engines.limits import asked_for
 from engines.meta import Meta
 from engines.serving import gate
@@ -189,7 +185,9 @@ class Rollout:
         return pointer is not None and pointer.live in known[known.index(version) + 1 :]
 
     async def _through_the_gate(self, name: str, manifest: Manifest) -> dict[str, Any]:
-        """Replay images through the live version and this one; make it live where it may."""
+        """Read what it can promise, and replay images through the live version and this one; make
+        it live where it may.
+        """
         began, version = time.perf_counter(), manifest.version
         limit = manifest.origin.get("max_flips")
         limit = self._settings.gate_flips if limit is None else float(limit)
@@ -203,7 +201,13 @@ class Rollout:
         async with self._models.opened(name, version, ask_it) as model:
             says = await self._replay.ask(model, images) if said else []
             replayed = [Replayed(*one) for one in zip(images, said, says, strict=False)]
-            found = gate.weigh(replayed, report, against.version if against else None, limit)
+            doubts = [
+                *promise.doubts(model.meta, self._settings.gate_found),
+                *promise.movement(model.meta, against.meta if against else None),
+            ]
+            found = gate.weigh(
+                replayed, report, against.version if against else None, limit, doubts
+            )
             found["seconds"] = round(time.perf_counter() - began, 2)
             await self._loader.write(lambda: self._replay.keep_pictures(name, version, replayed))
             if found["ok"]:

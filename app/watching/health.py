@@ -21,9 +21,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
 from app.serving.inspection import Inspector
+from app.settings import Settings
 from engines.errors import KensaError
 from engines.machine.memory import MIB, free_bytes
 from engines.machine.sensors import Device
+from engines.promise import doubts
 from engines.serving.resident import Resident
 
 FRESH_S = 2.0  # the jobs are not counted more often
@@ -63,11 +65,11 @@ class Health:
     """Looks at everything. Its methods belong to the event loop's thread."""
 
     def __init__(
-        self, inspector: Inspector, jobs: JobQueue, worker: WorkerProcess, data: Path
+        self, inspector: Inspector, jobs: JobQueue, worker: WorkerProcess, settings: Settings
     ) -> None:
         self._residents = inspector.residents
         self._worker = worker
-        self._data = data
+        self._data, self._found = settings.data, settings.gate_found
         self._queue = JobCounts(jobs)
 
     async def look(self) -> State:
@@ -85,7 +87,12 @@ class Health:
 
         def read() -> State:
             free, size = _disk(self._data)
-            degraded = [*problems.values(), *filter(None, standing_in.values()), *stale]
+            degraded = [
+                *problems.values(),
+                *filter(None, standing_in.values()),
+                *stale,
+                *(doubt for model in models for doubt in _doubts(model, self._found)),
+            ]
             if free is not None and free < LOW_DISK:
                 degraded.append(
                     f"The disk of {self._data} has {free // MIB:,} MiB left: delete images or"
@@ -174,6 +181,11 @@ class JobCounts:
             return str(error)
         except (SQLAlchemyError, dbos_error.DBOSException) as error:
             return f"The queue does not answer: {' '.join(str(error).split())[:200]}."
+
+
+def _doubts(model: Resident, least_found: float) -> list[str]:
+    """What speaks against a version that judges all the same, because a person wants it so."""
+    return [f"{model.name} {model.version}: {one}" for one in doubts(model.meta, least_found)]
 
 
 def _disk(folder: Path) -> tuple[int | None, int | None]:

@@ -62,6 +62,25 @@ class RetrainRequest(JobRequest):
     )
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the images.")
     batch: int = Field(4, ge=1, le=256, description="Images at once.")
+    false_rejects: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of good parts that may be rejected: the threshold is found for it."
+        " Without it, as in the version to start from, else 0.01.",
+    )
+    false_rejects_cap: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share that may be rejected where that finds more of the known defects."
+        " Without it, as in the version to start from, else 0.05.",
+    )
+    keep_strange: bool = Field(
+        False,
+        description="Learn pictures too that are unlike the others and unlike what is known."
+        " Without it they are left out, and named in `images` of the job.",
+    )
     convert: bool = Field(True, description="Make an engine of it; without one it cannot go live.")
 
     @field_validator("meta")

@@ -3,12 +3,13 @@
 It replays images through the live version and the new one. Three groups are looked at by
 themselves: known normals and known defects, kept with both versions when they were trained, and the
 last parts of the line, of which nobody knows what they are. Of the known ones only a verdict that
-became wrong counts; of the last parts every verdict that changed.
+became wrong counts; of the last parts every verdict that changed. What training measured may speak
+against a version too, also a first one: see `engines.promise`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,7 +70,11 @@ def replays(
 
 
 def weigh(
-    replayed: list[Replayed], report: dict[str, Any], against: str | None, limit: float
+    replayed: list[Replayed],
+    report: dict[str, Any],
+    against: str | None,
+    limit: float,
+    doubts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the gate found, as gate.json holds it.
 
@@ -77,8 +82,9 @@ def weigh(
         report: report.json of the new version.
         against: the live version.
         limit: the share of a group whose verdicts may change.
+        doubts: what else speaks against it, a sentence each.
     """
-    reasons = _parity_problems(report)
+    reasons = [*_parity_problems(report), *doubts]
     groups: dict[str, dict[str, int]] = {}
     for group in GROUPS:
         of_group = [one for one in replayed if one.replay.group == group]

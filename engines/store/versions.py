@@ -33,6 +33,7 @@ from engines.files import sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
+from engines.store.known_scores import SCORES
 
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
 MANIFEST = "manifest.json"
@@ -419,7 +420,8 @@ class Store:
         meta = Meta.read(source / META)
         check_files(source, meta)
         named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
-        wanted = {META, REPORT, GOLDEN, ONNX, *filter(None, named)} - {PLAN, PLAN_RECORD, MANIFEST}
+        wanted = {META, REPORT, GOLDEN, SCORES, ONNX, *filter(None, named)}
+        wanted -= {PLAN, PLAN_RECORD, MANIFEST}
         if plan and {PLAN, PLAN_RECORD} <= {*(meta.files or {})}:
             wanted |= {PLAN, PLAN_RECORD}
         with self.staging() as folder:

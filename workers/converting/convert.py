@@ -30,6 +30,7 @@ from engines.store.bundle import (
     write_report,
 )
 from engines.store.golden import Golden
+from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tensorrt
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
@@ -101,6 +102,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
     golden = Golden.read(request.weights_pth.parent, meta.image_size)
     images = golden.images if golden else sample_parts(meta.image_size)
     report = read_report(request.weights_pth.parent)
+    scores = _scores_beside(learned)
 
     with staged(request.out_dir) as folder:
         expected = kind.scores(model, [images])  # before half precision, which is for good
@@ -147,11 +149,22 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
                 names.append(name)
         if golden is not None:
             names.append(golden.write(folder))
+        if scores is not None:  # an update goes on from them
+            shutil.copyfile(scores, folder / SCORES)
+            names.append(SCORES)
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
     if machine is None:
         progress.say(_about_no_plan())
     return report
+
+
+def _scores_beside(learned: Path | None) -> Path | None:
+    """scores.json beside what was learned, None where there is none; BadBundle if damaged."""
+    if learned is None or not (learned.parent / SCORES).is_file():
+        return None
+    KnownScores.read(learned.parent)
+    return learned.parent / SCORES
 
 
 def _score(kind: Any, model: Any, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -31,12 +31,14 @@ from workers.jobs.starting_point import named_weights, start_version
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
+MOST_NAMES, MOST_OF_A_NAME = 20, 100  # of strange pictures in a job's answer; characters
 MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
 TIMING = "timing"  # in the data folder: what TensorRT measured of its kernels here
 # What share of a job its phases are: where each begins and ends.
 SPANS = {
-    "fetch": (0.0, 0.02), "images": (0.02, 0.35), "coreset": (0.35, 0.6), "epochs": (0.05, 0.6),
-    "verify": (0.6, 0.7), "convert": (0.7, 0.75), "ranges": (0.75, 0.78), "build": (0.78, 0.95),
+    "fetch": (0.0, 0.02), "images": (0.02, 0.3), "coreset": (0.3, 0.5), "epochs": (0.05, 0.6),
+    "leave out": (0.5, 0.6), "verify": (0.6, 0.65), "drawn defects": (0.65, 0.7),
+    "convert": (0.7, 0.75), "ranges": (0.75, 0.78), "build": (0.78, 0.95),
     "publish": (0.95, 1.0),
 }  # fmt: skip
 CONVERSION = {**SPANS, "convert": (0.0, 0.1), "ranges": (0.1, 0.15), "build": (0.15, 0.95)}
@@ -92,7 +94,7 @@ def do(
     if kind == "train":
         return _train_for_another(data, job_id, request, progress)
     if (version := store.made_by(request["model"], job_id)) is not None:
-        return {"state": "succeeded", "version": version}
+        return _succeeded(store, kind, request, version)
     if kind == "retrain":
         wait_for_memory(data, RetrainRequest(**request), progress)
     elif kind == "convert":
@@ -115,7 +117,35 @@ def do(
     }
     version = store.publish(request["model"], made, origin)
     progress.say(f"published as {version}")
-    return {"state": "succeeded", "version": version}
+    return _succeeded(store, kind, request, version)
+
+
+def _succeeded(store: Store, kind: str, request: dict[str, Any], version: str) -> dict[str, Any]:
+    """What a job ends with: the version, and what became of the images that it learned from."""
+    ended = {"state": "succeeded", "version": version}
+    if kind == "convert":
+        return ended
+    found = read_report(store.folder(request["model"], version)).get("images")
+    return {**ended, "images": _told(found)} if isinstance(found, dict) else ended
+
+
+def _told(images: dict[str, Any]) -> dict[str, Any]:
+    """Of report.json's `images` what a job says: numbers, and a few names of bounded length."""
+    strange = images.get("strange", [])
+    names = [Path(name).name[:MOST_OF_A_NAME] for name in strange[:MOST_NAMES]]
+    note = (
+        f"Not learned, because they are unlike the others and unlike what is known:"
+        f" {', '.join(names)}{' and others' if len(names) < len(strange) else ''}. If these parts"
+        " are good, learn them with keep_strange; else delete the pictures."
+    )
+    return {
+        "learned": images.get("learned", 0),
+        "known": images.get("known", 0),
+        "strange": len(strange),
+        "skipped": len(images.get("skipped", {})),
+        "names": names,
+        "note": note if names else None,
+    }
 
 
 def wait_for_memory(
@@ -198,6 +228,9 @@ def _learn(
             load_stats=learned if meta.stats else None,
             epochs=request.epochs,
             batch=request.batch,
+            false_rejects=request.false_rejects,
+            false_rejects_cap=request.false_rejects_cap,
+            keep_strange=request.keep_strange,
         ),
         progress,
     )

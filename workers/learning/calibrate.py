@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 from engines.errors import BadDataset
+from engines.limits import share
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
-from workers.learning.normal_scores import BUDGETS, NormalScores, at_most, parts_for
+from workers.learning.normal_scores import BUDGETS, NormalScores, at_least, at_most, parts_for
 
 FALSE_REJECTS = 0.01  # share of normal parts that may be rejected
 CAP = 0.05  # share that may be, where it finds more of the known defects
@@ -28,6 +29,15 @@ class Budget:
 
     false_rejects: float = FALSE_REJECTS
     cap: float = CAP  # with known defects
+
+    @classmethod
+    def asked(cls, meta: Meta, false_rejects: float | None, cap: float | None) -> Budget:
+        """The one that somebody asks for; what they leave open is as meta.json has it."""
+        known = meta.calibration or {}
+        return cls(
+            false_rejects or share(known.get("false_rejects")) or FALSE_REJECTS,
+            cap or share(known.get("cap")) or CAP,
+        )
 
     @property
     def most(self) -> float:
@@ -46,14 +56,15 @@ class Calibration:
             "test" images, or "kept" from before.
         normals, parts: pictures of normal parts, and of how many parts they are.
         defects: defective ones.
-        false_rejects, cap: the budget; the cap only where defects are known.
+        false_rejects, cap: the budget.
         rejected: normal parts above the threshold.
-        at_most: the share of false rejects that is not exceeded, with 95 % confidence.
+        at_least, at_most: the share of false rejects that there are, each with 95 % confidence.
         parts_needed: how many normal parts would promise the budget.
         limits: the threshold for other budgets: false_rejects, raw and at_most of each.
         auroc, best_f1: of the model on these images; None where there are no defects.
         misses: defects at or below the threshold.
         drawn: how many drawn defects are found, see `eyesight`.
+        weights: `untrained` where those of the backbone, or of the teacher, are random.
         before, moved: the threshold before an update, and how far it moved, in standard deviations
             of the scores of normal parts.
     """
@@ -68,6 +79,7 @@ class Calibration:
     false_rejects: float | None = None
     cap: float | None = None
     rejected: int | None = None
+    at_least: float | None = None
     at_most: float | None = None
     parts_needed: int | None = None
     limits: list[dict[str, float]] = field(default_factory=list)
@@ -75,6 +87,7 @@ class Calibration:
     best_f1: float | None = None
     misses: int | None = None
     drawn: dict[str, Any] | None = None
+    weights: str | None = None
     before: float | None = None
     moved: float | None = None
 
@@ -141,8 +154,9 @@ def calibrate(
         parts=normal.count,
         defects=len(defective),
         false_rejects=budget.false_rejects,
-        cap=budget.most if len(defective) else None,
+        cap=budget.cap,
         rejected=rejected,
+        at_least=round(at_least(rejected, normal.count), 4),
         at_most=round(at_most(rejected, normal.count), 4),
         parts_needed=parts_for(budget.false_rejects),
         limits=_table(usual, normal),

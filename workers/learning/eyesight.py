@@ -40,18 +40,21 @@ def eyesight(scores: list[tuple[Drawn, float]], threshold: float) -> dict[str, A
     """What is found at a threshold, as report.json and meta.json hold it.
 
     `found` and `of` count those that any model has to find, `share` is the one by the other; `by`
-    has all, by strength and side: how many were found, and of how many.
+    has all, by strength and side: how many were found, and of how many. `scores` has the raw ones
+    of those that count, for who changes the threshold later.
     """
     by: dict[str, dict[str, list[int]]] = {}
     for what, score in scores:
         counts = by.setdefault(what.strength, {}).setdefault(f"{what.side:.0%}", [0, 0])
         counts[0] += score > threshold
         counts[1] += 1
-    plain = [score > threshold for what, score in scores if must_be_found(what)]
+    plain = [score for what, score in scores if must_be_found(what)]
+    found = sum(score > threshold for score in plain)
     return {
-        "found": sum(plain),
+        "found": found,
         "of": len(plain),
-        "share": round(sum(plain) / len(plain), 3),
+        "share": round(found / len(plain), 3),
+        "scores": [float(f"{score:.7g}") for score in sorted(plain)],
         "by": by,
     }
 

@@ -12,11 +12,12 @@ from engines.errors import BadMeta
 from engines.files import sha256, staged
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
+from engines.promise import UNTRAINED
 from engines.store.bundle import REPORT, check_hash, write_report
 from engines.store.golden import Golden, evenly
 from engines.store.known_scores import KnownScores
 from workers import models
-from workers.learning.calibrate import CAP, FALSE_REJECTS, Budget, Calibration, calibrate
+from workers.learning.calibrate import Budget, Calibration, calibrate
 from workers.learning.dataset import Category, measure_bit_depth
 from workers.learning.eyesight import eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
@@ -40,8 +41,8 @@ class Retrain:
     epochs: int = 1
     batch: int = 4
     penalty_dir: Path | None = None
-    false_rejects: float = FALSE_REJECTS
-    false_rejects_cap: float = CAP
+    false_rejects: float | None = None  # None: as meta.json has it
+    false_rejects_cap: float | None = None
     keep_strange: bool = False
 
     @property
@@ -142,6 +143,7 @@ def _learn(
         normals = hold_some_out(course, category)
     defective = course.judge(category.test_anomaly)
     calibration = _calibration(request, meta, normals, defective)
+    calibration = replace(calibration, weights=_weights(request))
     examples = course.judge([normals.paths[number] for number in evenly(normals.own)])
     golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
     own = set(category.test_normal)
@@ -157,13 +159,31 @@ def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judg
     before = Calibration.kept(meta) if request.known is not None else None
     if before is not None and normals.scores.count < LEAST_PARTS:
         return before
-    budget = Budget(request.false_rejects, request.false_rejects_cap)
+    budget = Budget.asked(meta, request.false_rejects, request.false_rejects_cap)
     found = calibrate(normals.scores, defective.scores, budget, normals.method)
     if before is not None:
         found = found.moved_from(before.threshold, normals.scores)
     if not len(normals.on):
         return found
     return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
+
+
+def _weights(request: Retrain) -> str | None:
+    """`untrained` where the backbone is, or the teacher, now or since an earlier training.
+
+    A VAE learns all its weights.
+    """
+    given = request.pretrained_pth
+    if given is None or request.model == "vae":
+        return None
+    if given == UNTRAINED:
+        return UNTRAINED
+    beside = Path(given).with_name("meta.json")
+    if not beside.is_file():
+        return None
+    made = Meta.read(beside)
+    is_its = made.weights_pth == Path(given).name
+    return (made.calibration or {}).get("weights") if is_its else None
 
 
 def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None:
@@ -185,7 +205,7 @@ def _write(
         names = [*kind.save(model, meta, folder), REPORT]
         if len(learned.golden.images):
             names.append(learned.golden.write(folder))
-        if len(learned.normals.learned_scores):
+        if kind.INCREMENTAL:  # also none: those of an earlier model may lie there
             names.append(learned.normals.learned_scores.write(folder))
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")

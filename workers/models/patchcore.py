@@ -75,8 +75,8 @@ class PatchCore(nn.Module):
         """
         embedding, (height, width) = self.embed(image)
         score, distance = self.judge(embedding, memory_bank)
-        # -1 and not len(): the exporter would take that for a constant, and fix the batch.
-        return score, distance.reshape(-1, height, width), embedding
+        n = embedding.shape[0]  # len() would be a constant of the graph
+        return score, distance.reshape(n, height, width), embedding
 
     def judge(
         self, embedding: torch.Tensor, memory_bank: torch.Tensor

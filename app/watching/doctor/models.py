@@ -9,6 +9,7 @@ from app.watching.doctor.findings import Fit, Report, note, wrong
 from engines.errors import BadBundle, BadMeta, KensaError
 from engines.machine.memory import MIB, Free, Need
 from engines.meta import Meta
+from engines.promise import doubts
 from engines.serving.opening import Opening, memory_needed
 from engines.serving.resident import in_its_place, nobody_instead
 from engines.store.bundle import ONNX
@@ -42,6 +43,8 @@ def look_at_models(
         if found is None:
             continue
         version, meta, plan, need = found
+        doubted = doubts(meta, settings.gate_found)
+        report.findings += [wrong(f"{name} {version}: {one}") for one in doubted]
         needs.append(need)
         short = need.short_of(free)
         fits = None if serving else short is None

@@ -49,7 +49,9 @@ def hold(store: Store, bundle: Path) -> str:
 
 
 def findings(folder: Path) -> str:
-    settings = Settings(data_dir=folder / "data", cache_dir=folder / "cache", port=0)
+    settings = Settings(
+        data_dir=folder / "data", cache_dir=folder / "cache", port=0, gate_found=0.0
+    )
     report = examine(settings, folder / "no such root")
     return " ".join(one.what for one in report.findings if one.level == "wrong")
 

@@ -25,6 +25,7 @@ import torch
 from pydantic import ValidationError
 
 from engines.errors import BadBundle, BadRequest, NoTensorRT, NoWorker
+from engines.files import sha256
 from engines.meta import Meta
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import ConvertRequest
@@ -32,6 +33,7 @@ from engines.queue.protocol import PACE
 from engines.store import plan_record as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.store.golden import GOLDEN, Golden
+from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import Fingerprint
 from engines.store.versions import Store
 from support import double as doubles
@@ -104,6 +106,39 @@ def request(trained: Path, out: Path, **changes: Any) -> Convert:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_update_of_what_was_converted_goes_on_from_the_scores_of_its_training(
+    few: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """So the limit comes from the normal parts of both."""
+    trained, engine = few("patchcore"), tmp_path / "engine"
+    convert(request(trained, engine), QUIET)
+    meta = Meta.read(engine / "meta.json")
+    known = KnownScores.read(trained)
+    assert len(known) == 8
+    assert (meta.files or {})[SCORES] == sha256(engine / SCORES)
+    more = write_dataset(tmp_path / "more", train=8, normal=3, per_kind=1, size=96, seed=900)
+    updated = train("patchcore", more, tmp_path / "updated", before=engine)
+    pooled = Meta.read(updated / "meta.json").calibration or {}
+    assert (meta.calibration or {})["normals"] == 8 + 3  # and those of the test images
+    assert pooled["normals"] == 8 + 8 + 3
+    assert pooled["weights"] == "untrained"
+    assert KnownScores.read(updated).scores[:8] == pytest.approx(known.scores)
+
+
+def test_a_budget_that_was_asked_for_once_is_kept_by_updates(
+    few: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trained = few("patchcore")
+    meta = Meta.read(trained / "meta.json")
+    budget = {**(meta.calibration or {}), "false_rejects": 0.02, "cap": 0.1}
+    before = Path(shutil.copytree(trained, tmp_path / "before"))
+    meta.with_(calibration=budget).write(before / "meta.json")
+    more = write_dataset(tmp_path / "more", train=4, normal=3, per_kind=1, size=96, seed=900)
+    updated = train("patchcore", more, tmp_path / "updated", before=before)
+    found = Meta.read(updated / "meta.json").calibration or {}
+    assert (found["false_rejects"], found["cap"]) == (0.02, 0.1)
 
 
 # ---- the command ------------------------------------------------------------------------------
