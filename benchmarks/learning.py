@@ -87,11 +87,15 @@ class _Test:
 
     def verify(self, model: Any) -> Any:
         """What verification in retrain.py does: score all, find the threshold."""
-        from workers.learning.calibrate import calibrate
+        from engines.store.known_scores import KnownScores
+        from workers.learning.calibrate import Budget, calibrate
         from workers.models import patchcore
 
-        scores = [patchcore.scores(model, [group]) for group in (self.normal, self.defective)]
-        return calibrate(*scores)
+        normal, defective = (
+            patchcore.scores(model, [group]) for group in (self.normal, self.defective)
+        )
+        known = KnownScores(normal.astype(np.float64), np.arange(len(normal)))
+        return calibrate(known, defective, Budget(), "test")
 
 
 # ---- loading -------------------------------------------------------------------------------------

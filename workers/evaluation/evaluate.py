@@ -37,6 +37,7 @@ from workers.evaluation.measures import (
     scores_of,
 )
 from workers.evaluation.page import evaluation_page
+from workers.evaluation.threshold_origin import origin_facts, origin_notes
 from workers.progress import Progress
 
 PREDICTIONS = "predictions.csv"
@@ -85,10 +86,9 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
             "model": facts,
             "images": {group: len(scores_of(seen, group)) for group in GROUPS}
             | {"skipped": skipped},
-            "threshold": {
-                "raw": threshold,
-                "of": "the model's own" if request.threshold is None else "--threshold",
-            },
+            "threshold": {"raw": threshold, "of": _whose(request, model)},
+            "calibration": model.meta.calibration or {},
+            "origin": origin_facts(model.meta, threshold),
             "image": image_measures(
                 scores_of(seen, "normal"), scores_of(seen, "anomaly"), threshold
             ),
@@ -102,7 +102,7 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
         _write_predictions(folder / PREDICTIONS, seen)
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
-        page = evaluation_page(report, seen, folder / OVERLAYS, request.worst, model.meta.bit_depth)
+        page = evaluation_page(report, seen, folder / OVERLAYS, request.worst, model.meta)
         (folder / PAGE).write_text(page, encoding="utf-8")
     return report
 
@@ -118,19 +118,20 @@ def summarise_evaluation(report: dict[str, Any], out_dir: Path) -> list[str]:
     ]
     if found["auroc"] is not None:
         lines.append(
-            f"measured     AUROC {found['auroc']:.4f},"
-            f" average precision {found['average_precision']:.4f},"
-            f" best F1 {found['best_f1']:.4f} at {found['best_f1_threshold']:.4f}"
+            f"ranking      AUROC {found['auroc']:.4f},"
+            f" average precision {found['average_precision']:.4f}: of no threshold"
         )
-    errors = [
-        *([] if found["f1"] is None else [f"F1 {found['f1']:.4f}"]),
-        *([] if found["false_rejects"] is None else [f"{found['false_rejects']} false rejects"]),
-        *([] if found["misses"] is None else [f"{found['misses']} misses"]),
-    ]
     lines.append(
         f"threshold    {report['threshold']['raw']:.4f} on the raw score"
-        f" ({report['threshold']['of']}): {', '.join(errors)}"
+        f" ({report['threshold']['of']}), and at this threshold"
     )
+    lines += [f"             {words}" for words in _errors(report)]
+    if found["best_f1"] is not None:
+        lines.append(
+            f"another one  best F1 {found['best_f1']:.4f} would be reached at"
+            f" {found['best_f1_threshold']:.4f}"
+        )
+    lines += [f"{name:<12} {words}" for name, words in report["origin"].items()]
     if pixel is not None and pixel["auroc"] is not None:
         lines.append(
             f"pixels       AUROC {pixel['auroc']:.4f}, AUPRO {pixel['aupro']:.4f}"
@@ -138,6 +139,22 @@ def summarise_evaluation(report: dict[str, Any], out_dir: Path) -> list[str]:
         )
     lines += [f"note         {note}" for note in report["notes"]]
     return [*lines, f"written to   {out_dir / PAGE}"]
+
+
+def _errors(report: dict[str, Any]) -> list[str]:
+    """What goes wrong at the threshold in force, each with how far these images prove it."""
+    found, images = report["image"], report["images"]
+    sides = (
+        ("false_rejects", "normal", "normal images rejected"),
+        ("misses", "anomaly", "defective images missed"),
+    )
+    errors = [
+        f"{found[error]} of {images[group]} {what}"
+        f" (at most {100 * found[f'{error}_at_most']:.1f} %, 95 % sure)"
+        for error, group, what in sides
+        if found[error] is not None
+    ]
+    return errors if found["f1"] is None else [*errors, f"F1 {found['f1']:.4f}"]
 
 
 # ---- what is judged ------------------------------------------------------------------------------
@@ -322,6 +339,16 @@ def _facts(root: Path, model: _Model) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
+def _whose(request: Evaluate, model: _Model) -> str:
+    """Who set the threshold."""
+    scale = model.scale
+    if request.threshold is not None:
+        return "--threshold"
+    if scale.raw_threshold == scale.threshold_auto:
+        return "the model's own"
+    return f"set by hand; training found {scale.threshold_auto:.4f}"
+
+
 def _notes(request: Evaluate, model: _Model, report: dict[str, Any]) -> list[str]:
     """What a reader must know to read the numbers rightly; one sentence each."""
     images, pixel, notes = report["images"], report["pixel"], []
@@ -336,11 +363,12 @@ def _notes(request: Evaluate, model: _Model, report: dict[str, Any]) -> list[str
             f"No normal images in {test / 'normal'}: AUROC, average precision, F1 and false rejects"
             " cannot be measured."
         )
-    if _learned_from_these(request, model, images):
+    if used := _used_for_the_threshold(request, model, images):
         notes.append(
-            "The threshold was found on as many test images of this category, so probably on these:"
-            " on new parts expect more errors than here."
+            f"The threshold was found with as many {used} test images of this category, so probably"
+            " with these: on new parts expect more errors than here."
         )
+    notes += origin_notes(model.meta, report["threshold"]["raw"])
     if images["skipped"]:
         notes.append(
             f"Broken and left out: {_list(Path(path).name for path in images['skipped'])}."
@@ -364,13 +392,24 @@ def _notes(request: Evaluate, model: _Model, report: dict[str, Any]) -> list[str
     return notes
 
 
-def _learned_from_these(request: Evaluate, model: _Model, images: dict[str, Any]) -> bool:
-    found = model.meta.calibration or {}
-    return (
-        request.threshold is None
-        and found.get("method") == "best_f1"
-        and model.report.get("category") == request.category
-        and (found.get("normals"), found.get("defects")) == (images["normal"], images["anomaly"])
+def _used_for_the_threshold(request: Evaluate, model: _Model, images: dict[str, Any]) -> str:
+    """Which of these images the threshold was probably found with, in words; of none, nothing.
+
+    Training notes how many test images it saw. An older one did not, and used them for a best F1.
+    """
+    calibration = model.meta.calibration or {}
+    own = request.threshold is None and model.scale.raw_threshold == model.scale.threshold_auto
+    if not own or model.report.get("category") != request.category:
+        return ""
+    tested = model.report.get("tested", {}) if calibration.get("method") != "kept" else {}
+    if calibration.get("method") == "best_f1":
+        tested = {"normal": calibration.get("normals"), "anomaly": calibration.get("defects")}
+        if any(tested[group] != images[group] for group in GROUPS):
+            return ""
+    return " and ".join(
+        {"normal": "normal", "anomaly": "defective"}[group]
+        for group in GROUPS
+        if images[group] and tested.get(group) == images[group]
     )
 
 

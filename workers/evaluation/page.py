@@ -18,6 +18,8 @@ from sklearn.metrics import (
 )
 
 from engines import image
+from engines.meta import Meta
+from workers.evaluation import threshold_origin
 from workers.evaluation.measures import AUPRO_LIMIT, Group, Seen, scores_of, with_truth
 
 SHOWN_PX = 480  # the longer side of a picture in the page
@@ -69,7 +71,7 @@ th { color: var(--soft); width: 190px; padding-right: 16px; }
 
 
 def evaluation_page(
-    report: dict[str, Any], seen: list[Seen], overlays: Path, worst: int, bit_depth: int | None
+    report: dict[str, Any], seen: list[Seen], overlays: Path, worst: int, meta: Meta
 ) -> str:
     """One HTML page that loads nothing: measures, charts, the worst mistakes, the model.
 
@@ -78,7 +80,7 @@ def evaluation_page(
         seen: the images that were judged.
         overlays: the folder of their overlays.
         worst: how many mistakes are shown.
-        bit_depth: of 16-bit images, as in meta.json.
+        meta: of the model.
     """
     threshold = report["threshold"]["raw"]
     normal, defective = scores_of(seen, "normal"), scores_of(seen, "anomaly")
@@ -93,18 +95,21 @@ def evaluation_page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{category}: evaluation</title><style>{STYLE}</style></head><body>
+<title>{category}: evaluation</title><style>{STYLE}{threshold_origin.STYLE}</style></head><body>
 <h1>{category}</h1>
 <p class="under">{report["model"]["kind"]} on {images["normal"]} normal and {images["anomaly"]}
 defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p>
 <section class="tiles">{_tiles(report)}</section>
 {f'<ul class="notes">{notes}</ul>' if notes else ""}
 <h2>Scores</h2>
-{_histogram(normal, defective, threshold)}
+{_histogram(normal, defective, threshold, threshold_origin.limits_of(meta))}
 {curves}
-{_cases(seen, threshold, overlays, worst, bit_depth)}
+<h2>Where the threshold comes from</h2>
+<table>{_rows({name.capitalize(): words for name, words in report["origin"].items()})}</table>
+{threshold_origin.drawn_chart(meta)}
+{_cases(seen, threshold, overlays, worst, meta.bit_depth)}
 <h2>Model</h2>
-<table>{_fact_rows(report)}</table>
+<table>{_rows(_facts(report))}</table>
 </body></html>
 """
 
@@ -112,8 +117,8 @@ defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p
 def _tiles(report: dict[str, Any]) -> str:
     """The measures, the ones that a line feels first."""
     found, pixel, images = report["image"], report["pixel"] or {}, report["images"]
-    at = f"threshold {report['threshold']['raw']:.4f}"
-    best_at = f"at {found['best_f1_threshold'] or 0:.4f}"
+    at = f"at {report['threshold']['raw']:.4f}, the threshold"
+    best_at = f"would be reached at {found['best_f1_threshold'] or 0:.4f}"
     regions = f"{pixel.get('regions')} regions, {pixel.get('masks')} masks"
     tiles = [
         _error_tile("Misses", found["misses"], images["anomaly"], found["misses_at_most"]),
@@ -125,8 +130,8 @@ def _tiles(report: dict[str, Any]) -> str:
         ),
         _tile("F1", found["f1"], at),
         _tile("Best F1", found["best_f1"], best_at),
-        _tile("Image AUROC", found["auroc"], "1 is perfect, 0.5 is chance"),
-        _tile("Average precision", found["average_precision"], "of defective images"),
+        _tile("Image AUROC", found["auroc"], "of no threshold; 0.5 is chance"),
+        _tile("Average precision", found["average_precision"], "of no threshold"),
         _tile("Pixel AUROC", pixel.get("auroc"), regions),
         _tile("AUPRO", pixel.get("aupro"), f"up to {100 * AUPRO_LIMIT:.0f} % false positives"),
     ]
@@ -147,13 +152,13 @@ def _error_tile(name: str, errors: int | None, images: int, at_most: float | Non
     return f'<div class="tile {how}"><span>{name}</span>{value}</div>'
 
 
-def _fact_rows(report: dict[str, Any]) -> str:
+def _facts(report: dict[str, Any]) -> dict[str, str]:
     facts, times = report["model"], report["milliseconds"]
     backbone = " ".join([facts.get("backbone", ""), ", ".join(facts.get("layers", []))]).strip()
     exported = {"f32": "float32", "f16": "half-precision backbone"}.get(facts.get("exported"), "")
     trained = facts.get("trained", "")
     here = ", converted for this evaluation" * facts["converted_for_this"]
-    rows = {
+    return {
         "Kind": facts["kind"],
         "Backbone": backbone,
         "Features kept": str(facts.get("n_features", "")),
@@ -170,8 +175,14 @@ def _fact_rows(report: dict[str, Any]) -> str:
         "Trained": f"{trained[:16].replace('T', ' ')} UTC" if trained else "",
         "Folder": facts["dir"] + here,
     }
+
+
+def _rows(facts: dict[str, str]) -> str:
+    """Rows of a table, without those that say nothing."""
     return "".join(
-        f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows.items() if value
+        f"<tr><th>{name}</th><td>{escape(value)}</td></tr>"
+        for name, value in facts.items()
+        if value
     )
 
 
@@ -286,6 +297,7 @@ class _Axes:
 
 GRID = 'stroke="var(--line)" stroke-width="1"'
 CURVE = 'stroke="var(--normal)" stroke-width="2.5" stroke-linejoin="round"'
+DOTTED = 'stroke="var(--soft)" stroke-width="1.2" stroke-dasharray="1.5 3.5"'
 DASHED = 'stroke="var(--ink)" stroke-width="1.5" stroke-dasharray="5 4"'
 
 
@@ -299,14 +311,19 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _histogram(
-    normal: NDArray[np.float64], defective: NDArray[np.float64], threshold: float
+    normal: NDArray[np.float64],
+    defective: NDArray[np.float64],
+    threshold: float,
+    limits: dict[str, float],
 ) -> str:
     """How many images of each group have which raw score, and below a tick for every image."""
     scores = np.concatenate([normal, defective])
     low, high = float(scores.min()), float(scores.max())
     span = high - low or max(abs(low), 1.0) / 10
     line = min(max(threshold, low - span), high + span)  # it may be far away
-    low, high = min(low, line) - 0.03 * span, max(high, line) + 0.03 * span
+    low, high = min(low, line), max(high, line)
+    near = [score for score in limits.values() if low - span / 4 < score < high + span / 4]
+    low, high = min([low, *near]) - 0.03 * span, max([high, *near]) + 0.03 * span
     groups: dict[Group, NDArray[np.float64]] = {"normal": normal, "anomaly": defective}
     counts = {group: np.histogram(found, BARS, (low, high))[0] for group, found in groups.items()}
     most = max(1, *(int(found.max()) for found in counts.values()))
@@ -330,7 +347,7 @@ def _histogram(
         parts.append(
             f'<path d="{marks}" stroke="var(--{group})" stroke-width="1.5" opacity="0.75"/>'
         )
-    parts.append(_threshold_line(axes, line, threshold))
+    parts += [_threshold_line(axes, line, threshold), *_limit_lines(axes, limits)]
     legend = ", ".join(
         f'<span class="{group}">&#9632; {len(found)} {NAMES[group]}</span>'
         for group, found in groups.items()
@@ -338,7 +355,7 @@ def _histogram(
     return (
         f"<figure><figcaption>Raw scores of {legend}"
         " <span>(bars: images; the ticks below: every image)</span></figcaption>"
-        f'<svg viewBox="0 0 1010 312" role="img" aria-label="Histogram of raw scores">'
+        f'<svg viewBox="0 0 1010 334" role="img" aria-label="Histogram of raw scores">'
         f"{''.join(parts)}</svg></figure>"
     )
 
@@ -374,6 +391,24 @@ def _threshold_line(axes: _Axes, line: float, threshold: float) -> str:
         f'<text x="{x + shift:.1f}" y="18" text-anchor="{anchor}" style="fill: var(--ink)">'
         f"threshold {threshold:.4f}{beyond}</text>"
     )
+
+
+def _limit_lines(axes: _Axes, limits: dict[str, float]) -> list[str]:
+    """Where as many good parts would be rejected, as far as it is in sight; below all the rest."""
+    bottom, lines = axes.top + axes.height + 96, []
+    for number, (share, score) in enumerate(sorted(limits.items(), key=lambda one: one[1])):
+        if axes.x[0] <= score <= axes.x[1]:
+            x, _ = axes.at(score, 0)
+            left = number == 0 and len(limits) > 1  # two names never meet: one on either side
+            shift, anchor = (-6, "end") if left else (6, "start")
+            if not left and x > axes.left + 0.8 * axes.width:
+                shift, anchor = -6, "end"
+            lines.append(
+                f'<line x1="{x:.1f}" y1="{axes.top}" x2="{x:.1f}" y2="{bottom}" {DOTTED}/>'
+                f'<text x="{x + shift:.1f}" y="{bottom}" text-anchor="{anchor}">'
+                f"{share} of good parts rejected</text>"
+            )
+    return lines
 
 
 def _roc_chart(

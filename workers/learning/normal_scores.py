@@ -21,10 +21,10 @@ from engines.errors import BadDataset
 CONFIDENCE = 0.95
 BUDGETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of the table in meta.json
 
-# What is known before a score was seen: the scale, as a share of the median score, lay between 0.03
-# and 0.1 on photos and drawn parts, two backbones (docs/models.md). A weak prior: with twenty
-# pictures they decide.
-USUAL_SCALE, ITS_LOG_SPREAD = 0.045, 0.5
+# What is known before a score was seen: the scale, as a share of the median score, lay between
+# 0.03 and 0.1 on six sets of parts and two backbones (docs/models.md). From twenty pictures on they
+# decide.
+USUAL_SCALE, ITS_LOG_SPREAD = 0.05, 0.35
 ENOUGH = 3  # scores above a limit that may be chance; more are believed
 NEGLIGIBLE = 1e-9  # of the likeliest pair's weight
 

@@ -141,7 +141,7 @@ def leave_each_out(
     # Pictures that a model of an older Kensa, or of another tool, knows already score far too low:
     # nobody can tell which they are.
     trusted = not is_update or len(before) > 0
-    on = _to_draw_on(parts)
+    on = to_draw_on(parts)
     return Normals(
         learned,
         len(category.train) - len(new),
@@ -205,7 +205,7 @@ def _of_tests(
     return KnownScores(tests.scores.astype(np.float64), parts)
 
 
-def _to_draw_on(parts: NDArray[np.int64]) -> NDArray[np.int64]:
+def to_draw_on(parts: NDArray[np.int64]) -> NDArray[np.int64]:
     """A few pictures, of parts that there are equally many pictures of: as much is left out."""
     _, number, sizes = np.unique(parts, return_inverse=True, return_counts=True)
     candidates = np.flatnonzero(sizes[number] == np.bincount(sizes).argmax())

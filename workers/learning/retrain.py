@@ -92,6 +92,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "strange": [str(path) for path in learned.normals.strange],
             "skipped": learned.broken,
         },
+        "tested": learned.tested,
         **({"before": known} if known else {}),
         **kind.summary(model),
         "calibration": learned.calibration.record(),
@@ -122,6 +123,7 @@ class _Learned:
     calibration: Calibration
     normals: Normals
     golden: Golden
+    tested: dict[str, int]  # test images that the threshold was found with
     broken: dict[str, str]
     seconds: float  # spent on learning alone
 
@@ -144,7 +146,12 @@ def _learn(
     calibration = replace(calibration, weights=_weights(request))
     examples = course.judge(_examples(normals))
     golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
-    return _Learned(calibration, normals, golden, course.broken(), course.seconds)
+    own = set(category.test_normal)
+    tested = {
+        "normal": sum(path in own for path in normals.paths),
+        "anomaly": len(defective.paths),
+    }
+    return _Learned(calibration, normals, golden, tested, course.broken(), course.seconds)
 
 
 def _examples(normals: Normals) -> list[Path]:

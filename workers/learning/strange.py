@@ -10,15 +10,16 @@ from workers.learning.normal_scores import NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
 LEAST = 8  # pictures, fewer of which do not say what is usual
-ODDS = 0.0005  # of a normal part to score as high
+ODDS = 0.005  # of a normal part to score as high, where earlier ones are known
+ODDS_ALONE = 0.001  # where none are
 
 
 def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64]:
     """Which pictures score, by a model without them, as hardly any normal part would.
 
     The highest scores are not believed to be of normal parts: two defective pictures among twenty
-    would make room for themselves. New light or a new place raises all scores, so the others among
-    the new ones have to be lower, and not only the known ones.
+    would make room for themselves. New light or a new place raises all scores: then those that are
+    known are raised as much before they are compared.
 
     Args:
         scores: (n,) of the new pictures.
@@ -30,10 +31,10 @@ def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64
     unsure = int(MOST * len(scores))
     if len(scores) < LEAST or not unsure or _alike(scores, unsure):
         return np.empty(0, np.int64)
-    limit = NormalScores.of(scores, unsure).limit(ODDS)
+    raised, odds = np.empty(0), ODDS_ALONE
     if len(known) >= LEAST:
-        both = NormalScores.of(np.concatenate([known.scores, scores]), unsure)
-        limit = max(limit, both.limit(ODDS))
+        raised, odds = known.scores * max(1.0, np.median(scores) / np.median(known.scores)), ODDS
+    limit = NormalScores.of(np.concatenate([raised, scores]), unsure).limit(odds)
     found = np.flatnonzero(scores > limit)
     return found if len(found) <= unsure else np.empty(0, np.int64)
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +26,13 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 import evaluate as command
 import retrain
 from engines import image
+from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import Bundle
 from engines.verdict import BLUR_SIGMA, Scale
 from support.project import ASSETS, ROOT, run, write_meta
 from workers.evaluation.measures import aupro, image_measures, label_regions
+from workers.evaluation.threshold_origin import drawn_chart, limits_of, origin_facts, origin_notes
 
 CATEGORY = "sample_bracket"
 
@@ -439,17 +441,179 @@ def test_another_threshold_changes_the_verdicts_and_not_the_scores(
     assert sorted(float(row["raw_score"]) for row in other.rows) == pytest.approx(scores)
     assert other.report["threshold"] == {"raw": middle, "of": "--threshold"}
     assert other.report["image"]["auroc"] == pytest.approx(result.report["image"]["auroc"])
-    assert not any("threshold was found on" in note for note in other.report["notes"])
+    assert not any("threshold was found with" in note for note in other.report["notes"])
 
 
-def test_it_says_when_the_threshold_comes_from_the_same_images(result: Result) -> None:
-    """The drawn parts are told by the method of their calibration."""
-    report = result.report
-    method = json.loads((ROOT / report["model"]["dir"] / "meta.json").read_text())["calibration"][
-        "method"
-    ]
-    said = any("threshold was found on" in note for note in report["notes"])
-    assert said == (method == "best_f1")
+def test_it_says_which_of_the_images_the_threshold_was_found_with(
+    result: Result,
+    kensa_model: Path,
+    own_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Training saw all of them; so far as there are others now, it says nothing of those."""
+    words = "The threshold was found with as many {} test images of this category"
+    assert words.format("normal and defective") in result.said
+    (test_folder(own_data, "normal") / "0000.png").unlink()
+    fewer = evaluated(flags_of(kensa_model, own_data, tmp_path / "fewer"), capsys)
+    assert words.format("defective") in fewer.said
+    (test_folder(own_data, "anomaly") / "stain_00.png").unlink()
+    others = evaluated(flags_of(kensa_model, own_data, tmp_path / "others"), capsys)
+    assert "threshold was found with" not in others.said
+
+
+def test_each_figure_says_of_which_threshold_it_is(result: Result) -> None:
+    """Those of the threshold stand together, the best F1 with a threshold of its own."""
+    found, threshold = result.report["image"], result.report["threshold"]["raw"]
+    own, best = result.said.index(f"threshold    {threshold:.4f}"), result.said.index("another one")
+    assert own < best
+    at_it, elsewhere = result.said[own:best], result.said[best:].splitlines()[0]
+    assert f"{found['false_rejects']} of 6 normal images rejected" in at_it
+    assert f"{found['misses']} of 10 defective images missed" in at_it
+    assert f"(at most {100 * found['misses_at_most']:.1f} %, 95 % sure)" in at_it
+    assert f"F1 {found['f1']:.4f}" in at_it
+    assert "best" not in at_it
+    best_f1, at = found["best_f1"], found["best_f1_threshold"]
+    assert f"best F1 {best_f1:.4f} would be reached at {at:.4f}" in elsewhere
+    assert f"<b>{best_f1:.4f}</b><small>would be reached at {at:.4f}</small>" in result.page
+    assert (
+        f"<b>{found['f1']:.4f}</b><small>at {threshold:.4f}, the threshold</small>" in result.page
+    )
+
+
+def test_page_and_summary_say_from_what_the_threshold_comes_and_what_it_can_promise(
+    result: Result, kensa_model: Path
+) -> None:
+    calibration = Meta.read(kensa_model / "meta.json").calibration
+    assert result.report["calibration"] == calibration
+    assert calibration is not None
+    origin = result.report["origin"]
+    assert f"{calibration['normals']} normal pictures" in origin["found from"]
+    assert "and 10 defective ones" in origin["found from"]
+    assert f"at most {100 * calibration['at_most']:.1f} % false rejects" in origin["promise"]
+    assert f"for 1 % show it {calibration['parts_needed']} parts" in origin["promise"]
+    assert f"{10 - calibration['misses']} of the 10" in origin["defects"]
+    drawn = calibration["drawn"]
+    assert f"{drawn['found']} of {drawn['of']} found" in origin["drawn ones"]
+    for words in origin.values():
+        assert words in result.said
+        assert escape(words) in result.page
+
+
+def test_every_drawn_defect_is_a_dot_on_the_page(result: Result) -> None:
+    cells = re.findall(r"<td.*?</span></td>", result.page)
+    counts = [pair for row in result.report["calibration"]["drawn"]["by"].values()
+              for pair in row.values()]  # fmt: skip
+    assert sorted(
+        (cell.count('<i class="found"></i>'), cell.count("<i")) for cell in cells
+    ) == sorted((found, of) for found, of in counts)
+    must = [cell for cell in cells if "extra" not in cell]
+    drawn = result.report["calibration"]["drawn"]
+    assert sum(cell.count("<i") for cell in must) == drawn["of"]
+    assert sum(cell.count('"found"') for cell in must) == drawn["found"]
+
+
+def test_a_threshold_set_by_hand_is_told_from_the_one_that_training_found(
+    own_model: Path, sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_model / "meta.json"
+    meta = Meta.read(path).with_(image_threshold=0.75)
+    meta.write(path)
+    scale = Scale.of(meta)
+    result = evaluated(flags_of(own_model, sample_data, tmp_path / "out"), capsys)
+    assert result.report["threshold"] == {
+        "raw": scale.raw_threshold,
+        "of": f"set by hand; training found {scale.threshold_auto:.4f}",
+    }
+    origin = result.report["origin"]
+    assert f"not the {scale.raw_threshold:.4f} that is in force" in origin["found from"]
+    assert origin["promise"].endswith(f"at {scale.raw_threshold:.4f}")  # of this one
+    assert origin["drawn ones"].count(f"at {scale.threshold_auto:.4f}") == 1  # of that one
+    assert "threshold was found with" not in result.said
+
+
+# ---- what a calibration says ---------------------------------------------------------------------
+
+RECORD: dict[str, Any] = {
+    "threshold": 2.6, "raw_min": 1.4, "raw_max": 3.8, "method": "left_out", "normals": 45,
+    "parts": 15, "defects": 40, "false_rejects": 0.01, "cap": 0.05, "rejected": 1, "at_most": 0.28,
+    "parts_needed": 299, "auroc": 0.94, "best_f1": 0.9, "misses": 15, "before": 2.1, "moved": 2.25,
+    "limits": [{"false_rejects": 0.01, "raw": 3.5, "at_most": 0.2},
+               {"false_rejects": 0.05, "raw": 2.5, "at_most": 0.28}],
+    "drawn": {"found": 3, "of": 16, "share": 0.188,
+              "by": {"faint": {"1%": [1, 4]}, "strong": {"1%": [0, 8], "8%": [3, 16]}}},
+}  # fmt: skip
+
+
+def meta_with(tmp_path: Path, calibration: dict[str, Any] | None) -> Meta:
+    scale = {"image_threshold_auto": 2.6, "raw_image_min": 1.4, "raw_image_max": 3.8}
+    return Meta.read(write_meta(tmp_path / "meta.json")).with_(calibration=calibration, **scale)
+
+
+def test_what_makes_a_threshold_doubtful_is_a_note(tmp_path: Path) -> None:
+    few, blind, moved = origin_notes(meta_with(tmp_path, RECORD), 2.6)
+    assert "only 15 parts: show the model 20 or more" in few
+    assert "Only 3 of 16 drawn defects" in blind
+    assert "moved from 2.1000 to 2.6000, 2.2 standard deviations of normal scores up" in moved
+    sound = RECORD | {"parts": 45, "moved": -0.9, "drawn": {"found": 16, "of": 16, "share": 1.0}}
+    assert origin_notes(meta_with(tmp_path, sound), 2.6) == []
+    assert origin_notes(meta_with(tmp_path, RECORD), 2.7) == []  # that one has nothing to do with
+
+
+def test_pictures_of_the_same_parts_are_told_from_parts(tmp_path: Path) -> None:
+    facts = origin_facts(meta_with(tmp_path, RECORD), 2.6)
+    assert facts["found from"].startswith("45 normal pictures of 15 parts, each judged by a model")
+    assert "(1 of 15 parts above it)" in facts["promise"]
+    assert "15 more would cost over 5 % of the good parts" in facts["defects"]
+
+
+OLD = Meta.read(ROOT / "tests" / "data" / "build_e60e805" / "models" / "part" / "meta.json")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "says"),
+    [
+        (None, "nothing says how parts scored"),
+        ({}, "nothing says how parts scored"),
+        (OLD.calibration, "best F1, by an older Kensa"),
+        ({"method": "prediction_limit", "normals": 4, "defects": 0}, "an older Kensa"),
+        ({"method": "anomalib", "threshold": 2.6}, "anomalib"),
+        ({"method": "kept", "threshold": 2.6, "normals": 0, "defects": 0}, "an earlier training"),
+    ],
+)
+def test_an_older_calibration_and_anomalibs_are_told_as_far_as_they_go(
+    calibration: dict[str, Any] | None, says: str, tmp_path: Path
+) -> None:
+    meta = meta_with(tmp_path, calibration)
+    facts = origin_facts(meta, 2.6)
+    assert says in facts["found from"]
+    assert not {"promise", "drawn ones", "moved"} & set(facts)
+    assert (origin_notes(meta, 2.6), drawn_chart(meta), limits_of(meta)) == ([], "", {})
+
+
+@pytest.mark.parametrize("key", RECORD)
+@pytest.mark.parametrize("threshold", [2.6, 2.7])
+def test_any_key_of_a_calibration_may_be_missing(
+    key: str, threshold: float, tmp_path: Path
+) -> None:
+    meta = meta_with(tmp_path, {name: value for name, value in RECORD.items() if name != key})
+    told = [*origin_facts(meta, threshold).values(), *origin_notes(meta, threshold)]
+    assert told
+    assert not any("None" in words for words in [*told, drawn_chart(meta), *limits_of(meta)])
+
+
+def test_the_limits_of_budget_and_cap_stand_in_the_histogram_as_far_as_they_are_in_sight(
+    result: Result, kensa_model: Path, tmp_path: Path
+) -> None:
+    limits = limits_of(meta_with(tmp_path, RECORD))
+    assert limits == {"1 %": 3.5, "5 %": 2.5}
+    assert limits_of(meta_with(tmp_path, RECORD | {"defects": 0})) == {"1 %": 3.5}
+    shown = limits_of(Meta.read(kensa_model / "meta.json"))
+    scores = [float(row["raw_score"]) for row in result.rows]
+    for share, score in shown.items():
+        if min(scores) < score < max(scores):
+            assert result.page.count(f">{share} of good parts rejected<") == 1
+    assert "5 %" in shown
 
 
 def test_a_second_evaluation_replaces_the_first_as_a_whole(
