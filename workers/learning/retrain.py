@@ -144,7 +144,7 @@ def _learn(
     defective = course.judge(category.test_anomaly)
     calibration = _calibration(request, meta, normals, defective)
     calibration = replace(calibration, weights=_weights(request))
-    examples = course.judge([normals.paths[number] for number in evenly(normals.own)])
+    examples = course.judge(_examples(normals))
     golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
     own = set(category.test_normal)
     tested = {
@@ -152,6 +152,18 @@ def _learn(
         "anomaly": len(defective.paths),
     }
     return _Learned(calibration, normals, golden, tested, course.broken(), course.seconds)
+
+
+def _examples(normals: Normals) -> list[Path]:
+    """Normal pictures to prove later forms of the model with: not learned ones, if there are any.
+
+    Of a picture that PatchCore has learned many patches lie as far from the bank as the coverage
+    radius lets them, so that a rounding error may decide which is the farthest, and the score.
+    """
+    learned = {*normals.learned}
+    unknown = [number for number, path in enumerate(normals.paths) if path not in learned]
+    chosen = unknown or [*range(len(normals.paths))]
+    return [normals.paths[chosen[number]] for number in evenly(normals.own[chosen])]
 
 
 def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judged) -> Calibration:
