@@ -33,9 +33,9 @@ class KnownScores:
     learned: tuple[str, ...] = ()
 
     @classmethod
-    def none(cls) -> KnownScores:
-        """Of a model that has none yet."""
-        return cls(np.empty(0), np.empty(0, np.int64))
+    def none(cls, learned: tuple[str, ...] = ()) -> KnownScores:
+        """Of a model that has none yet, whatever it has learned."""
+        return cls(np.empty(0), np.empty(0, np.int64), learned)
 
     def __len__(self) -> int:
         return len(self.scores)

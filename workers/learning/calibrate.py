@@ -13,13 +13,21 @@ from engines.errors import BadDataset
 from engines.limits import share
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
-from workers.learning.normal_scores import BUDGETS, NormalScores, at_least, at_most, parts_for
+from workers.learning.normal_scores import (
+    BUDGETS,
+    NOT_FINITE,
+    NormalScores,
+    at_least,
+    at_most,
+    parts_for,
+)
 
 FALSE_REJECTS = 0.01  # share of normal parts that may be rejected
 CAP = 0.05  # share that may be, where it finds more of the known defects
 
-# Where the limit lies between the lowest that is allowed and the lowest defect that it has to find:
-# near the defect, since there the false rejects are fewer.
+# Where the limit lies between the lowest that is allowed and the defect nearest to that: near the
+# defect, since there the false rejects are fewer. It rises as well when a defect that cannot be
+# found moves away downwards: so no limit jumps when one begins to be found.
 TOWARDS_THE_DEFECT = 0.9
 
 
@@ -127,8 +135,8 @@ def calibrate(
     With normals only: the limit that the next normal part exceeds with the budget's probability
     (`NormalScores`). The range is as wide above the limit as it is below, so that 0.5 is in its
     middle. With defects as many of them are found as the cap on false rejects allows: the limit
-    goes down for those that it would find, and no lower than they need. One picture more or less
-    never makes a jump.
+    goes down for those near what is allowed, and no lower than they need. One picture that scores
+    a little higher or lower never makes a jump.
 
     Args:
         normal: of images that the model did not learn.
@@ -137,8 +145,8 @@ def calibrate(
     Raises:
         BadDataset: too few images, or images that all score alike.
     """
-    if not np.isfinite(normal.scores).all() or not np.isfinite(defective).all():
-        raise BadDataset("The model gives scores that are not finite: its weights are damaged.")
+    if not np.isfinite(defective).all():
+        raise BadDataset(NOT_FINITE)
     usual = NormalScores.of(normal.scores)
     threshold = _threshold(usual, defective.astype(np.float64), budget)
     every = np.concatenate([normal.scores, defective])
@@ -167,10 +175,9 @@ def calibrate(
 def _threshold(usual: NormalScores, defective: NDArray[np.float64], budget: Budget) -> float:
     """The raw score above which parts are rejected."""
     limit, lowest_allowed = usual.limit(budget.false_rejects), usual.limit(budget.most)
-    findable = defective[defective > lowest_allowed]
-    if not len(findable):
+    if not len(defective):
         return limit
-    room = float(findable.min()) - lowest_allowed
+    room = float(np.abs(defective - lowest_allowed).min())
     return min(limit, lowest_allowed + TOWARDS_THE_DEFECT * room)
 
 

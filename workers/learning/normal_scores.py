@@ -25,6 +25,7 @@ BUDGETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of the ta
 # 0.03 and 0.1 on six sets of parts and two backbones (docs/models.md). From twenty pictures on they
 # decide.
 USUAL_SCALE, ITS_LOG_SPREAD = 0.05, 0.35
+NOT_FINITE = "The model gives scores that are not finite: its weights are damaged."
 ENOUGH = 3  # scores above a limit that may be chance; more are believed
 NEGLIGIBLE = 1e-9  # of the likeliest pair's weight
 
@@ -41,7 +42,7 @@ class NormalScores:
     Attributes:
         locations, scales: (k,) of Gumbel distributions that may be the one, raw scores.
         weights: (k,) the probability of each, summing to 1.
-        ordered: (n,) the scores that it was found from, ascending.
+        ordered: (n,) the scores that are believed, ascending.
     """
 
     locations: NDArray[np.float64]
@@ -58,12 +59,14 @@ class NormalScores:
                 no normal parts. Fewer than n.
 
         Raises:
-            BadDataset: fewer than two scores, or scores that are all the same.
+            BadDataset: fewer than two scores, or scores that are all the same or not finite.
         """
         ordered = np.sort(np.asarray(scores, np.float64))
         _check(ordered)
-        median = float(np.median(ordered))
-        sure = ordered[: len(ordered) - unsure] / median
+        origin = min(0.0, float(ordered[0]))  # distances are above nothing, other scores may not be
+        above = ordered - origin
+        median = float(np.median(above)) or float(above.mean())
+        sure = above[: len(above) - unsure] / median
         reach = _LOCATIONS / _SCALES
         # exp(mu/s) * sum(exp(-x/s)), with the largest exponent taken out of the sum
         lowest = sure[0]
@@ -79,8 +82,9 @@ class NormalScores:
         weights = np.exp(log_posterior - log_posterior.max())
         at, of = np.nonzero(weights > NEGLIGIBLE)
         weights = weights[at, of]
-        locations, scales = median * _LOCATIONS[at, 0], median * _SCALES[0, of]
-        return cls(locations, scales, weights / weights.sum(), ordered)
+        locations, scales = origin + median * _LOCATIONS[at, 0], median * _SCALES[0, of]
+        believed = ordered[: len(ordered) - unsure]
+        return cls(locations, scales, weights / weights.sum(), believed)
 
     def exceeded(self, limit: float) -> float:
         """The probability that the next normal part scores above a raw score."""
@@ -92,9 +96,10 @@ class NormalScores:
         As soon as there are enough scores to say it without a distribution, theirs counts: of n + 1
         parts each is the one with the k-th highest score equally often.
         """
-        low, high = 0.0, float(self.locations.max())
+        low, high = min(0.0, float(self.ordered[0])), float(self.locations.max())
+        step = float(self.scales.max())
         while self.exceeded(high) > false_rejects:
-            low, high = high, 2 * high
+            low, high, step = high, high + step, 2 * step
         for _ in range(50):  # halving: to the last digit
             middle = (low + high) / 2
             low, high = (middle, high) if self.exceeded(middle) > false_rejects else (low, middle)
@@ -141,6 +146,8 @@ def _exceeds(
 
 
 def _check(ordered: Scores) -> None:
+    if not np.isfinite(ordered).all():
+        raise BadDataset(NOT_FINITE)
     if len(ordered) < 2:
         raise BadDataset(
             "A threshold needs at least 2 normal images that the model did not learn: add images to"

@@ -121,23 +121,21 @@ def leave_each_out(
         course.progress.say(f"all {len(category.train)} images were learned before")
         return _nothing_new(course, category, before)
     lesson, learned = course.learn(new)
-    parts = same_part(lesson.descriptors())
-    if not lesson.can_spare(int(np.bincount(parts).max())):
-        return _from_tests(course, course.judge(category.test_normal), learned, "test")
-    own = lesson.scores(parts, course.progress.phase("leave out"))
+    parts, own = _left_out(course, lesson)
     strange: list[Path] = []
     if not keep_strange and len(found := find_strange(own, before)):
         strange = [learned[number] for number in lesson.pictures[found]]
         _say_strange(course.progress, strange, len(learned))
         lesson = lesson.keeping(np.setdiff1d(np.arange(len(own)), found), course.progress)
         learned = [path for path in learned if path not in strange]
-        parts = same_part(lesson.descriptors())
-        own = lesson.scores(parts, course.progress.phase("leave out"))
-    learned_scores = before.followed_by(
-        KnownScores(own, parts, tuple(marks[path] for path in learned))
-    )
+        parts, own = _left_out(course, lesson)
+    learned_marks = tuple(marks[path] for path in learned)
+    if not len(own):
+        tested = _from_tests(course, course.judge(category.test_normal), learned, "test")
+        return replace(tested, strange=strange, learned_scores=KnownScores.none(learned_marks))
+    learned_scores = before.followed_by(KnownScores(own, parts, learned_marks))
     tests = course.judge(category.test_normal)
-    tested = _of_tests(tests, lesson.describe)
+    others = _of_tests(tests, lesson.describe)
     # Pictures that a model of an older Kensa, or of another tool, knows already score far too low:
     # nobody can tell which they are.
     trusted = not is_update or len(before) > 0
@@ -146,10 +144,10 @@ def leave_each_out(
         learned,
         len(category.train) - len(new),
         strange,
-        learned_scores if trusted else KnownScores(own[:0], parts[:0], learned_scores.learned),
-        learned_scores.followed_by(tested) if trusted else tested,
+        learned_scores if trusted else KnownScores.none(learned_scores.learned),
+        learned_scores.followed_by(others) if trusted else others,
         [*(learned[number] for number in lesson.pictures), *tests.paths],
-        np.concatenate([own, tested.scores]),
+        np.concatenate([own, others.scores]),
         "left_out" if trusted else "test",
         course.judge([learned[lesson.pictures[number]] for number in on]).pictures,
         lambda picture, number: float(
@@ -157,6 +155,14 @@ def leave_each_out(
         ),
         course.progress,
     )
+
+
+def _left_out(course: Course, lesson: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Parts and scores of the pictures that can be left out; none where nothing else is left."""
+    parts = same_part(lesson.descriptors())
+    if not lesson.can_spare(parts):
+        return parts[:0], np.empty(0)
+    return parts, lesson.scores(parts, course.progress.phase("leave out"))
 
 
 def hold_some_out(course: Course, category: Category) -> Normals:
@@ -170,7 +176,7 @@ def hold_some_out(course: Course, category: Category) -> Normals:
 
 def _nothing_new(course: Course, category: Category, before: KnownScores) -> Normals:
     tests = course.judge(category.test_normal)
-    found = _from_tests(course, tests, [], "left_out")
+    found = _from_tests(course, tests, [], "left_out" if len(before) else "test")
     return replace(
         found,
         known=len(category.train),

@@ -146,6 +146,8 @@ def _learn(
     calibration = replace(calibration, weights=_weights(request))
     examples = course.judge(_examples(normals))
     golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
+    if not len(examples.paths) and request.known is not None:  # nothing new to choose from
+        golden = Golden.read(request.known.parent, meta.image_size) or golden
     own = set(category.test_normal)
     tested = {
         "normal": sum(path in own for path in normals.paths),
@@ -170,14 +172,16 @@ def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judg
     """The threshold; as it was, where an update brought nothing to find another one from."""
     before = Calibration.kept(meta) if request.known is not None else None
     if before is not None and normals.scores.count < LEAST_PARTS:
-        return before
-    budget = Budget.asked(meta, request.false_rejects, request.false_rejects_cap)
-    found = calibrate(normals.scores, defective.scores, budget, normals.method)
-    if before is not None:
-        found = found.moved_from(before.threshold, normals.scores)
-    if not len(normals.on):
-        return found
-    return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
+        found = before
+    else:
+        budget = Budget.asked(meta, request.false_rejects, request.false_rejects_cap)
+        found = calibrate(normals.scores, defective.scores, budget, normals.method)
+        if before is not None:
+            found = found.moved_from(before.threshold, normals.scores)
+    if len(normals.on):
+        return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
+    # Nothing new to draw on: what was found before, if the model is the one that it was found of.
+    return replace(found, drawn=(meta.calibration or {}).get("drawn") if before else None)
 
 
 def _weights(request: Retrain) -> str | None:
@@ -217,7 +221,7 @@ def _write(
         names = [*kind.save(model, meta, folder), REPORT]
         if len(learned.golden.images):
             names.append(learned.golden.write(folder))
-        if kind.INCREMENTAL:  # also none: those of an earlier model may lie there
+        if kind.INCREMENTAL:  # also without scores: others may lie in that folder
             names.append(learned.normals.learned_scores.write(folder))
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")

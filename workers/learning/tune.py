@@ -133,8 +133,9 @@ def _one_trial(study: optuna.Study, space: Space, request: Tune, progress: Progr
     for path, why in report["images"]["skipped"].items():
         if not ended:
             progress.say(f"skipped {path}: {why}")
-    for key in ("f1", "normals", "defects"):
-        trial.set_user_attr(key, report["calibration"][key])
+    found = report["calibration"]
+    for key, value in (("f1", "best_f1"), ("normals", "normals"), ("defects", "defects")):
+        trial.set_user_attr(key, found[value])
     trial.set_user_attr("mib", report["mib"])
     trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
     return study.tell(trial, report["calibration"]["auroc"])

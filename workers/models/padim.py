@@ -272,13 +272,14 @@ class Lesson:
         return describe(self.embeddings)
 
     def describe(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, d): the same of other pictures (n, S, S, 3)."""
-        with torch.inference_mode():
-            return describe(self.model.embed(torch.from_numpy(pictures))[0])
+        """(n, d): the same of other pictures (n, S, S, 3), of which there is at least one."""
+        with torch.inference_mode():  # one by one: a whole batch takes memory
+            found = [describe(self.model.embed(torch.from_numpy(one[None]))[0]) for one in pictures]
+        return np.concatenate(found)
 
-    def can_spare(self, count: int) -> bool:
-        """Whether something is left to judge by without so many of the pictures."""
-        return self.stats.count - count > 1
+    def can_spare(self, parts: NDArray[np.int64]) -> bool:
+        """Whether something is left to judge by, whichever of the parts (K,) is left out."""
+        return self.stats.count - int(np.bincount(parts).max()) > 1
 
     def scores(self, parts: NDArray[np.int64], tick: Tick) -> NDArray[np.float64]:
         """Raw scores (K,) by the statistics without the pictures of the same part.

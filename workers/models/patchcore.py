@@ -190,13 +190,16 @@ class Lesson:
         return describe(self.embeddings)
 
     def describe(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, d): the same of other pictures (n, S, S, 3)."""
-        with torch.inference_mode():
-            return describe(self.model.embed(torch.from_numpy(pictures))[0])
+        """(n, d): the same of other pictures (n, S, S, 3), of which there is at least one."""
+        with torch.inference_mode():  # one by one: a whole batch takes memory
+            found = [describe(self.model.embed(torch.from_numpy(one[None]))[0]) for one in pictures]
+        return np.concatenate(found)
 
-    def can_spare(self, count: int) -> bool:
-        """Whether something is left to judge by without so many of the pictures."""
-        return self.before is not None or len(self.embeddings) > count
+    def can_spare(self, parts: NDArray[np.int64]) -> bool:
+        """Whether something is left to judge by, whichever of the parts (N,) is left out."""
+        in_the_bank = parts[(self.rows // self.embeddings.shape[1]).numpy()]
+        left = len(in_the_bank) - int(np.bincount(in_the_bank).max(initial=0))
+        return self.before is not None or left > 1  # by one row alone everything scores 0
 
     def scores(self, parts: NDArray[np.int64], tick: Tick) -> NDArray[np.float64]:
         """Raw scores (N,) by the bank without the rows of the pictures of the same part.

@@ -20,8 +20,8 @@ from support.project import ROOT, run
 from workers.converting.export import export_onnx
 from workers.learning.dataset import Category
 from workers.models import Training, padim
-from workers.models.padim import LARGEST_MIB, PaDiM, smoothing
-from workers.models.padim_gaussians import RIDGE, Stats
+from workers.models.padim import LARGEST_MIB, Lesson, PaDiM, smoothing
+from workers.models.padim_gaussians import RIDGE, LeftOut, Stats
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -225,6 +225,130 @@ def test_updating_lowers_the_scores_of_the_new_normals(pictures: Pictures) -> No
     before = padim.scores(model, [new])
     padim.update(model, settings(), [new], Training(), QUIET)
     assert (padim.scores(model, [new]) < before / 2).all()
+
+
+# ---- leaving pictures out ---------------------------------------------------------------------
+
+
+def silent(done: int, total: int) -> None:
+    """No progress."""
+
+
+def lesson_of(
+    pictures: Pictures, before: Pictures | None = None, batch: int = 4
+) -> tuple[PaDiM, Lesson]:
+    """What is learned from pictures, on top of others where they are given."""
+    model, how = padim.build(settings(), "untrained"), padim.train
+    if before is not None:
+        padim.train(model, settings(), [before], Training(), QUIET)
+        how = padim.update
+    batches = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
+    return model, how(model, settings(), batches, Training(), QUIET)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("updated", [False, True])
+def test_left_out_a_picture_scores_as_if_its_part_had_not_been_learned(
+    pictures: Pictures, together: int, updated: bool
+) -> None:
+    before = parts(40, 43) if updated else None
+    _, lesson = lesson_of(pictures, before)
+    numbers = np.arange(9) // together
+    found = lesson.scores(numbers, silent)
+    for part in np.unique(numbers):
+        same = numbers == part
+        model, _ = lesson_of(pictures[~same], before)
+        np.testing.assert_allclose(found[same], padim.scores(model, [pictures[same]]), rtol=1e-3)
+        np.testing.assert_allclose(
+            lesson.judge(pictures[same], np.flatnonzero(same)), found[same], rtol=1e-4
+        )
+
+
+def test_parts_of_one_and_of_several_pictures_can_be_left_out_together(pictures: Pictures) -> None:
+    _, lesson = lesson_of(pictures)
+    numbers = np.array([0, 1, 1, 2, 0, 3, 3, 3, 4])
+    found = lesson.scores(numbers, silent)
+    for part in range(5):
+        same = numbers == part
+        model, _ = lesson_of(pictures[~same])
+        np.testing.assert_allclose(found[same], padim.scores(model, [pictures[same]]), rtol=1e-3)
+
+
+def test_of_three_pictures_one_is_left_out_and_of_two_none() -> None:
+    for count, each, one_part in ((2, False, False), (3, True, False), (4, True, False)):
+        _, lesson = lesson_of(parts(0, count))
+        assert lesson.can_spare(np.arange(count)) == each
+        assert lesson.can_spare(np.zeros(count, np.int64)) == one_part
+    assert np.isfinite(lesson.scores(np.arange(4), silent)).all()
+
+
+def test_features_in_large_numbers_are_left_out_within_one_percent() -> None:
+    """Variances thousands of times as large as the ridge, and fewer pictures than features."""
+    embeddings = 30 * torch.rand(12, 5, 20, generator=torch.Generator().manual_seed(0))
+    whole = LeftOut(Stats.of(embeddings))
+    for k in (1, 2, 3):
+        out = embeddings[:k]
+        found = whole.distances(whole.whitened(out, k), whole.whitened(out, k))
+        rest = Stats.of(embeddings[k:].double())
+        covariance = rest.covariance + RIDGE * torch.eye(20).double()
+        away = out.double() - rest.mean
+        exact = torch.einsum("kpi,pij,kpj->kp", away, torch.linalg.inv(covariance), away).sqrt()
+        torch.testing.assert_close(found, exact.float(), rtol=1e-2, atol=0)
+
+
+def test_taking_away_is_the_inverse_of_adding(model: PaDiM, pictures: Pictures) -> None:
+    with torch.inference_mode():
+        embeddings = model.embed(torch.from_numpy(pictures))[0]
+        for gone in (1, 2, 6):
+            rest = Stats.of(embeddings[gone:])
+            whole = rest.merged(Stats.of(embeddings[:gone]))
+            again = whole.without(embeddings[:gone])
+            assert again.count == rest.count
+            close(again.mean, rest.mean)
+            close(again.covariance, rest.covariance)
+
+
+def test_keeping_some_equals_training_without_the_others(pictures: Pictures) -> None:
+    kept = np.array([0, 1, 3, 4, 6, 7, 8])
+    before = parts(40, 43)
+    for base in (None, before):
+        model, lesson = lesson_of(pictures, base)
+        smaller = lesson.keeping(kept, QUIET)
+        other, again = lesson_of(pictures[kept], base)
+        assert smaller.pictures.tolist() == list(range(7))
+        close(stats_of(model).covariance, stats_of(other).covariance)
+        np.testing.assert_allclose(
+            smaller.scores(np.arange(7), silent), again.scores(np.arange(7), silent), rtol=1e-3
+        )
+        np.testing.assert_allclose(
+            padim.scores(model, [pictures]), padim.scores(other, [pictures]), rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 4, 9])
+def test_of_many_pictures_some_are_kept_spread_over_all(
+    monkeypatch: pytest.MonkeyPatch, pictures: Pictures, batch: int
+) -> None:
+    monkeypatch.setattr(padim, "KEPT", 4)
+    _, lesson = lesson_of(np.concatenate([pictures, pictures]), batch=batch)
+    assert lesson.pictures.tolist() == [0, 8, 16] or lesson.pictures.tolist() == [0, 4, 8, 12, 16]
+    assert len(lesson.embeddings) == len(lesson.pictures) <= 5
+    assert lesson.stats.count == 18
+    all_of_them = np.concatenate([pictures, pictures])
+    model, _ = lesson_of(np.delete(all_of_them, lesson.pictures[1], axis=0))
+    np.testing.assert_allclose(
+        lesson.scores(np.arange(len(lesson.pictures)), silent)[1],
+        padim.scores(model, [all_of_them[lesson.pictures[1]][None]])[0],
+        rtol=1e-3,
+    )
+    # Numbers stay those of the pictures when one of them goes.
+    fewer = lesson.keeping(np.arange(1, len(lesson.pictures)), QUIET)
+    assert fewer.pictures.tolist() == (lesson.pictures[1:] - 1).tolist()
+
+
+def test_what_other_pictures_look_like_is_said_in_the_same_terms(pictures: Pictures) -> None:
+    _, lesson = lesson_of(pictures)
+    np.testing.assert_allclose(lesson.describe(pictures), lesson.descriptors(), atol=1e-4)
 
 
 # ---- files ------------------------------------------------------------------------------------

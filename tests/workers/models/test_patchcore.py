@@ -28,7 +28,7 @@ from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
-from workers.models.patchcore import Bank, PatchCore
+from workers.models.patchcore import Bank, Lesson, PatchCore
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -193,6 +193,94 @@ def test_learning_from_no_image_is_refused() -> None:
     model = patchcore.build(settings(), "untrained")
     with pytest.raises(BadDataset, match="no usable training image"):
         patchcore.train(model, settings(), [], Training(), QUIET)
+
+
+# ---- leaving pictures out ---------------------------------------------------------------------
+
+
+def silent(done: int, total: int) -> None:
+    """No progress."""
+
+
+def lesson_of(pictures: Pictures, known: Pictures | None = None, **changes: Any) -> Lesson:
+    """What is learned from pictures, on top of others where they are given."""
+    meta = settings(**changes)
+    model = patchcore.build(meta, "untrained")
+    if known is None:
+        return patchcore.train(model, meta, [pictures], Training(), QUIET)
+    patchcore.train(model, meta, [known], Training(), QUIET)
+    return patchcore.update(model, meta, [pictures], Training(), QUIET)
+
+
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize("together", [1, 2])
+def test_left_out_a_picture_is_searched_in_the_bank_without_the_rows_of_its_part(
+    together: int, updated: bool
+) -> None:
+    pictures = parts(1, 2, 3, 4)
+    lesson = lesson_of(darker(pictures), known=pictures) if updated else lesson_of(pictures)
+    numbers = np.arange(4) // together
+    found = lesson.scores(numbers, silent)
+    known = bank_of(lesson.model)
+    first = 0 if lesson.before is None else len(lesson.before.embeddings)
+    owner = np.concatenate([np.full(first, -1), numbers[lesson.rows.numpy() // 256]])
+    assert len(owner) == len(known.embeddings)
+    learned_from = darker(pictures) if updated else pictures
+    for number in range(4):
+        kept = torch.from_numpy(owner != numbers[number])
+        lesson.model.bank = Bank(known.embeddings[kept], known.coverage_radius)
+        [expected] = patchcore.scores(lesson.model, [learned_from[number][None]])
+        assert found[number] == pytest.approx(expected, rel=1e-4)
+        same = np.flatnonzero(numbers == numbers[number])
+        [judged] = lesson.judge(learned_from[number][None], same)
+        assert judged == pytest.approx(expected, rel=1e-4)
+
+
+def test_left_out_pictures_score_as_new_ones_do_and_learned_ones_lower() -> None:
+    pictures = parts(*range(8))
+    lesson = lesson_of(pictures)
+    left_out, new = lesson.scores(np.arange(8), silent), parts(*range(20, 28))
+    learned_ones = patchcore.scores(lesson.model, [pictures])
+    assert left_out.mean() == pytest.approx(patchcore.scores(lesson.model, [new]).mean(), rel=0.2)
+    assert learned_ones.max() < 0.9 * left_out.min()
+
+
+def test_a_bank_of_one_row_or_of_one_part_spares_none() -> None:
+    pictures = parts(1, 2, 3)
+    assert lesson_of(pictures).can_spare(np.arange(3))
+    assert not lesson_of(pictures).can_spare(np.zeros(3, np.int64))
+    assert not lesson_of(pictures, coreset_ratio=1e-5).can_spare(np.arange(3))
+    assert not lesson_of(pictures[:1]).can_spare(np.arange(1))
+    assert lesson_of(pictures[:1], known=darker(pictures)).can_spare(np.arange(1))
+
+
+def test_an_update_that_brings_no_row_is_judged_by_what_was_known() -> None:
+    pictures = parts(1, 2, 3)
+    lesson = lesson_of(pictures, known=pictures)
+    lesson = Lesson(lesson.model, lesson.meta, lesson.embeddings, lesson.before, lesson.rows[:0])
+    assert lesson.before is not None
+    lesson.model.bank = lesson.before
+    expected = patchcore.scores(lesson.model, [pictures])
+    np.testing.assert_allclose(lesson.scores(np.zeros(3, np.int64), silent), expected, rtol=1e-4)
+
+
+def test_keeping_some_makes_the_bank_of_these_alone() -> None:
+    pictures, kept = parts(1, 2, 3, 4), np.array([0, 2, 3])
+    lesson = lesson_of(pictures)
+    smaller, other = lesson.keeping(kept, QUIET), lesson_of(pictures[kept])
+    torch.testing.assert_close(
+        bank_of(lesson.model).embeddings, bank_of(other.model).embeddings, rtol=1e-4, atol=1e-4
+    )
+    assert smaller.pictures.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(
+        smaller.scores(np.arange(3), silent), other.scores(np.arange(3), silent), rtol=1e-3
+    )
+
+
+def test_what_other_pictures_look_like_is_said_in_the_same_terms() -> None:
+    pictures = parts(1, 2, 3)
+    lesson = lesson_of(pictures)
+    np.testing.assert_allclose(lesson.describe(pictures), lesson.descriptors(), atol=1e-4)
 
 
 # ---- files -----------------------------------------------------------------------------------

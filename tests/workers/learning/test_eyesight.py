@@ -1,0 +1,80 @@
+"""What share of drawn defects a model finds: none if it is blind, all if it rejects everything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engines.image import resize
+from workers.learning.drawn_defects import DEFECTS, Drawn
+from workers.learning.eyesight import drawn_scores, eyesight
+from workers.sample_parts.drawing import draw_part
+
+Pictures = NDArray[np.uint8]
+
+
+def silent(done: int, total: int) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    return np.stack([resize(draw_part(seed, None, 256)[0], 128) for seed in range(3)])
+
+
+@pytest.fixture(scope="module")
+def by_change(pictures: Pictures) -> list[tuple[Drawn, float]]:
+    """Scores by a model that sees the largest change of any pixel."""
+
+    def judge(picture: Pictures, on: int) -> float:
+        return float(np.abs(picture.astype(int) - pictures[on]).max())
+
+    return drawn_scores(pictures, judge, silent)
+
+
+def test_a_model_that_scores_everything_alike_finds_none_of_16(pictures: Pictures) -> None:
+    found = eyesight(drawn_scores(pictures, lambda *_: 3.0, silent), threshold=3.0)
+    assert (found["found"], found["of"], found["share"]) == (0, 16, 0.0)
+
+
+def test_with_a_threshold_of_nothing_all_are_found(pictures: Pictures) -> None:
+    found = eyesight(drawn_scores(pictures, lambda *_: 3.0, silent), threshold=0.0)
+    assert (found["found"], found["of"], found["share"]) == (16, 16, 1.0)
+
+
+def test_each_is_drawn_onto_the_picture_that_the_judge_is_told(
+    by_change: list[tuple[Drawn, float]],
+) -> None:
+    assert all(score > 0 for _, score in by_change)
+    assert {what for what, _ in by_change} == set(DEFECTS)
+
+
+def test_strong_ones_are_told_from_faint_ones(by_change: list[tuple[Drawn, float]]) -> None:
+    found = eyesight(by_change, threshold=30.0)
+    assert found["share"] > 0.8
+    assert sum(counts[0] for counts in found["by"]["faint"].values()) == 0
+
+
+def test_every_drawn_one_is_counted_by_strength_and_side(
+    by_change: list[tuple[Drawn, float]],
+) -> None:
+    by = eyesight(by_change, threshold=0.0)["by"]
+    assert {strength: list(sides) for strength, sides in by.items()} == {
+        "faint": ["1%", "3%", "8%"],
+        "strong": ["1%", "3%", "8%"],
+    }
+    assert all(counts == [4, 4] for counts in by["faint"].values())
+    assert all(counts == [8, 8] for counts in by["strong"].values())
+
+
+def test_the_same_pictures_have_the_same_defects(pictures: Pictures) -> None:
+    seen: list[list[Pictures]] = [[], []]
+    for pile in seen:
+        drawn_scores(pictures, lambda picture, _, pile=pile: pile.append(picture) or 0.0, silent)  # type: ignore[misc]
+    np.testing.assert_array_equal(np.stack(seen[0]), np.stack(seen[1]))
+
+
+def test_one_picture_is_enough_to_draw_on(pictures: Pictures) -> None:
+    found = drawn_scores(pictures[:1], lambda _, on: float(on), silent)
+    assert {score for _, score in found} == {0.0}
