@@ -26,6 +26,8 @@ BUDGETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of the ta
 # decide.
 USUAL_SCALE, ITS_LOG_SPREAD = 0.05, 0.35
 NOT_FINITE = "The model gives scores that are not finite: its weights are damaged."
+EASY = 0.15  # share of the lowest scores of which only that they are low is believed: the tail is
+# at the other end, and a picture that is nearly one of the others would make it wider
 ENOUGH = 3  # scores above a limit that may be chance; more are believed
 NEGLIGIBLE = 1e-9  # of the likeliest pair's weight
 
@@ -66,11 +68,12 @@ class NormalScores:
         origin = min(0.0, float(ordered[0]))  # distances are above nothing, other scores may not be
         above = ordered - origin
         median = float(np.median(above)) or float(above.mean())
-        sure = above[: len(above) - unsure] / median
+        easy = int(EASY * len(above))
+        sure = above[easy : len(above) - unsure] / median
         reach = _LOCATIONS / _SCALES
         # exp(mu/s) * sum(exp(-x/s)), with the largest exponent taken out of the sum
         lowest = sure[0]
-        tails = np.exp((lowest - sure[:, None]) / _SCALES).sum(axis=0, keepdims=True)
+        tails = easy + np.exp((lowest - sure[:, None]) / _SCALES).sum(axis=0, keepdims=True)
         log_likelihood = (
             len(sure) * (reach - np.log(_SCALES) - sure.mean() / _SCALES)
             - np.exp(np.minimum(reach - lowest / _SCALES, 700)) * tails
