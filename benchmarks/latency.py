@@ -162,8 +162,9 @@ def _learned(subject: Subject) -> tuple[Any, Any]:
 def _export_ours(folder: Path, subject: Subject, model: Any) -> None:
     """As retrain.py and convtrt.py do, with the bank at hand instead of a coreset."""
     from engines.store.golden import Golden
+    from engines.store.known_scores import KnownScores
     from workers.converting.convert import Convert, convert
-    from workers.learning.calibrate import calibrate
+    from workers.learning.calibrate import Budget, calibrate
     from workers.models import patchcore
     from workers.progress import Progress
 
@@ -171,7 +172,9 @@ def _export_ours(folder: Path, subject: Subject, model: Any) -> None:
     defective = pictures(subject.category.test_anomaly)
     scores = [patchcore.scores(model, [group]) for group in (normal, defective)]
     folder.mkdir()
-    meta = calibrate(*scores).write_to(subject.meta).with_(score_kind=patchcore.SCORE_KIND)
+    known = KnownScores(scores[0].astype(np.float64), np.arange(len(normal)))
+    found = calibrate(known, scores[1], Budget(), "test")
+    meta = found.write_to(subject.meta).with_(score_kind=patchcore.SCORE_KIND)
     weights, bank = patchcore.save(model, meta, folder)
     meta.write(folder / "meta.json")
     Golden.choose(normal, scores[0], defective, scores[1]).write(folder)

@@ -16,6 +16,7 @@ from engines.store.known_scores import KnownScores
 from workers.learning.normal_scores import (
     BUDGETS,
     NOT_FINITE,
+    USUAL_SCALE,
     NormalScores,
     at_least,
     at_most,
@@ -128,7 +129,11 @@ class Calibration:
 
 
 def calibrate(
-    normal: KnownScores, defective: NDArray[np.float32], budget: Budget, method: str
+    normal: KnownScores,
+    defective: NDArray[np.float32],
+    budget: Budget,
+    method: str,
+    usual_scale: float = USUAL_SCALE,
 ) -> Calibration:
     """Find threshold and score range.
 
@@ -141,13 +146,14 @@ def calibrate(
     Args:
         normal: of images that the model did not learn.
         defective: raw scores (m,) of defective images, m may be 0.
+        usual_scale: see `NormalScores.of`.
 
     Raises:
         BadDataset: too few images, or images that all score alike.
     """
     if not np.isfinite(defective).all():
         raise BadDataset(NOT_FINITE)
-    usual = NormalScores.of(normal.scores)
+    usual = NormalScores.of(normal.scores, usual_scale=usual_scale)
     threshold = _threshold(usual, defective.astype(np.float64), budget)
     every = np.concatenate([normal.scores, defective])
     low = float(min(every.min(), threshold))

@@ -53,12 +53,13 @@ class NormalScores:
     ordered: Scores
 
     @classmethod
-    def of(cls, scores: Scores, unsure: int = 0) -> NormalScores:
+    def of(cls, scores: Scores, unsure: int = 0, usual_scale: float = USUAL_SCALE) -> NormalScores:
         """Learn from raw scores (n,) of pictures that the model had not learned.
 
         Args:
             unsure: of so many of the highest ones only that they are high is believed: they may be
                 no normal parts. Fewer than n.
+            usual_scale: what the scale is expected to be, as a share of the median score.
 
         Raises:
             BadDataset: fewer than two scores, or scores that are all the same or not finite.
@@ -80,7 +81,7 @@ class NormalScores:
         )
         if unsure:
             log_likelihood += unsure * np.log(_exceeds(_LOCATIONS, _SCALES, sure[-1]))
-        prior = np.log(_SCALES / USUAL_SCALE) / ITS_LOG_SPREAD
+        prior = np.log(_SCALES / usual_scale) / ITS_LOG_SPREAD
         log_posterior = log_likelihood - prior**2 / 2
         weights = np.exp(log_posterior - log_posterior.max())
         at, of = np.nonzero(weights > NEGLIGIBLE)
@@ -88,6 +89,11 @@ class NormalScores:
         locations, scales = origin + median * _LOCATIONS[at, 0], median * _SCALES[0, of]
         believed = ordered[: len(ordered) - unsure]
         return cls(locations, scales, weights / weights.sum(), believed)
+
+    @property
+    def scale(self) -> float:
+        """What the scale is expected to be, as a share of the median score."""
+        return float(self.weights @ self.scales / np.median(self.ordered))
 
     def exceeded(self, limit: float) -> float:
         """The probability that the next normal part scores above a raw score."""

@@ -17,6 +17,7 @@ from engines.store.known_scores import KnownScores
 from workers.learning.dataset import Category, Images
 from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
+from workers.learning.normal_scores import USUAL_SCALE, NormalScores
 from workers.learning.same_part import same_part
 from workers.learning.strange import strange as find_strange
 from workers.models import Training
@@ -24,6 +25,11 @@ from workers.progress import Progress
 
 HELD_OUT = 0.2  # share of the training images that find the threshold where there are no others
 DRAWN_ON = 7  # pictures
+
+# The scores of new pictures spread so much wider than those of what a VAE had learned: on three
+# sets of photos 1.8 to 2.1 times (docs/models.md).
+WIDER = 2.0
+LOOKED_AT = 32  # learned pictures, to see how far they spread
 
 
 @dataclass
@@ -87,6 +93,7 @@ class Normals:
         paths, own: the images that were scored now, and their scores.
         method: as `Calibration` has it.
         on, judge: pictures to draw defects on, and how they are judged.
+        usual_scale: how far such scores are expected to spread, see `NormalScores.of`.
     """
 
     learned: list[Path]
@@ -100,6 +107,7 @@ class Normals:
     on: NDArray[np.uint8]
     judge: Judge
     progress: Progress
+    usual_scale: float = USUAL_SCALE
 
     def drawn(self) -> list[tuple[Drawn, float]]:
         """Defects drawn onto normal pictures, and their scores."""
@@ -171,7 +179,16 @@ def hold_some_out(course: Course, category: Category) -> Normals:
     held = [] if tested else _held_out(category.train)
     _, learned = course.learn([path for path in category.train if path not in held])
     tests = course.judge([*category.test_normal, *held])
-    return _from_tests(course, tests, learned, "test" if tested else "held_out")
+    found = _from_tests(course, tests, learned, "test" if tested else "held_out")
+    return replace(found, usual_scale=_spread_of_learned(course, learned))
+
+
+def _spread_of_learned(course: Course, learned: list[Path]) -> float:
+    """How far new scores will spread: wider than those of what was learned for many epochs."""
+    scores = np.unique(course.judge([learned[n] for n in _evenly(len(learned), LOOKED_AT)]).scores)
+    if len(scores) < 2 or not np.isfinite(scores).all():
+        return USUAL_SCALE
+    return max(USUAL_SCALE, WIDER * NormalScores.of(scores.astype(np.float64)).scale)
 
 
 def _nothing_new(course: Course, category: Category, before: KnownScores) -> Normals:
@@ -196,7 +213,7 @@ def _from_tests(course: Course, tests: Judged, learned: list[Path], method: str)
         tests.paths,
         scores.scores,
         method,
-        tests.pictures[_spread(len(tests.pictures))],
+        tests.pictures[_evenly(len(tests.pictures), DRAWN_ON)],
         lambda picture, _: float(course.kind.scores(course.model, [picture[None]])[0]),
         course.progress,
     )
@@ -215,12 +232,12 @@ def to_draw_on(parts: NDArray[np.int64]) -> NDArray[np.int64]:
     """A few pictures, of parts that there are equally many pictures of: as much is left out."""
     _, number, sizes = np.unique(parts, return_inverse=True, return_counts=True)
     candidates = np.flatnonzero(sizes[number] == np.bincount(sizes).argmax())
-    return candidates[_spread(len(candidates))]
+    return candidates[_evenly(len(candidates), DRAWN_ON)]
 
 
-def _spread(count: int) -> NDArray[np.int64]:
-    """Of so many, a few, spread over all."""
-    chosen = np.linspace(0, max(0, count - 1), min(DRAWN_ON, count))
+def _evenly(count: int, most: int) -> NDArray[np.int64]:
+    """Of so many, at the most that many, spread over all."""
+    chosen = np.linspace(0, max(0, count - 1), min(most, count))
     return np.unique(chosen.round().astype(np.int64))
 
 

@@ -175,7 +175,9 @@ def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judg
         found = before
     else:
         budget = Budget.asked(meta, request.false_rejects, request.false_rejects_cap)
-        found = calibrate(normals.scores, defective.scores, budget, normals.method)
+        found = calibrate(
+            normals.scores, defective.scores, budget, normals.method, normals.usual_scale
+        )
         if before is not None:
             found = found.moved_from(before.threshold, normals.scores)
     if len(normals.on):
