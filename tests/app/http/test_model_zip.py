@@ -25,7 +25,8 @@ MB = 1 << 20
 PLENTY = 1 << 40
 META = json.dumps(PATCHCORE)
 MODEL = {"meta.json": META, "model.onnx": "graph " * 5000, "memory_bank.npz": "bank " * 5000,
-         "model.pth": "weights", "golden.npz": "images", "report.json": "{}"}  # fmt: skip
+         "model.pth": "weights", "golden.npz": "images", "report.json": "{}",
+         "scores.json": "{}"}  # fmt: skip
 
 Files = dict[str, Any]  # name -> content
 
