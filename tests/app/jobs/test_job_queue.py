@@ -31,6 +31,7 @@ from support.jobs import AGAIN, CATEGORY, ENDED, FIRST
 from support.line import SLOW_DISK, Line
 from support.server import RAW, ROOT, agreed, serving
 from support.waiting import alive, until
+from workers.sample_parts.write_dataset import write_dataset
 
 DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 
@@ -163,6 +164,10 @@ def test_an_update_goes_live_while_parts_keep_coming(
     own: Path, sample_data: Path, photo: bytes
 ) -> None:
     with learning(own, sample_data) as line:
+        new = write_dataset(own / "new", train=4, normal=1, per_kind=1, size=320, seed=900)
+        files = [("file", (f"new_{one.name}", one.read_bytes())) for one in new.glob("train/*/*")]
+        sent = line.server.client.post(f"/datasets/{CATEGORY}/train", files=files)
+        assert sent.status_code == 201, sent.text
         first = line.model()["live"]
         seen: list[tuple[int, str]] = []
         stop = threading.Event()
@@ -190,6 +195,9 @@ def test_an_update_goes_live_while_parts_keep_coming(
             stop.set()
             sender.join()
         assert found["outcome"] == "live", log_of(line, job)
+        images = found["images"]
+        assert (images["learned"], images["known"], images["skipped"]) == (4, 16, 0)
+        assert (images["strange"], images["names"], images["note"]) == (0, [], None)
         assert Counter(status for status, _ in seen).keys() == {200}
         versions = [version for _, version in seen]
         assert versions == sorted(versions), "it went back and forth"
@@ -207,13 +215,12 @@ def test_an_update_goes_live_while_parts_keep_coming(
 def test_two_pictures_of_a_new_normal_are_enough_for_an_update(
     own: Path, sample_data: Path, photo: bytes
 ) -> None:
-    """Too few for a new threshold: what was found before stays, and is tried on what was kept.
+    """The threshold comes from them and from the scores of what the model knew.
 
     However slow the disk is: when a job's version is said to be live, it answers.
     """
     slower_than_the_job_ends = SLOW_DISK.replace("sleep(1)", "sleep(4)")
     with learning(own, sample_data, ("-c", slower_than_the_job_ends)) as line:
-        before = Meta.read(line.store.folder("part", line.model()["live"]) / "meta.json")
         new = [picture(200, 300), picture(210, 300)]
         files = [
             ("file", (f"{n}.png", saved(Image.fromarray(one), "PNG"))) for n, one in enumerate(new)
@@ -226,9 +233,9 @@ def test_two_pictures_of_a_new_normal_are_enough_for_an_update(
         )
         assert found["outcome"] == "live", (found, log_of(line, found["id"]))
         after = Meta.read(line.store.folder("part", found["version"]) / "meta.json")
-        assert after.image_threshold_auto == before.image_threshold_auto
         assert after.calibration is not None
-        assert after.calibration["method"] == "kept"
+        assert after.calibration["method"] == "left_out"
+        assert after.calibration["normals"] == 16 + 2
         assert line.score(files[0][1][1])[1] < 0.8 * rejected, "the new normal was not learned"
         gate = line.model()["versions"][0]["gate"]
         assert gate["groups"]["normal"]["images"] > 0
@@ -286,6 +293,9 @@ def test_weights_that_were_taken_in_are_converted_and_go_live(
         ("/retrain", {**AGAIN, "pretrained": "../../etc/passwd"}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "epochs": 0}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "ephocs": 3}, 422, "bad_request"),
+        ("/retrain", {**AGAIN, "false_rejects": 0}, 422, "bad_request"),
+        ("/retrain", {**AGAIN, "false_rejects_cap": 1}, 422, "bad_request"),
+        ("/retrain", {**AGAIN, "keep_strange": "yes"}, 422, "bad_request"),
         ("/convert", {"model": "nope"}, 404, "unknown_model"),
         ("/convert", {"model": "part", "opset": 9}, 422, "bad_request"),
     ],

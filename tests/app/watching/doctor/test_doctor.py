@@ -48,7 +48,8 @@ NO_TENSORRT = ("tensorrt", "pycuda")
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     (tmp_path / "data").mkdir()
-    return Settings(data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", port=1)
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    return Settings(data_dir=data, cache_dir=cache, port=1, gate_found=0.0)
 
 
 @pytest.fixture

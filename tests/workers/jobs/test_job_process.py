@@ -1,0 +1,62 @@
+"""Claims about what a job says in the end of the pictures that it learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.store.bundle import REPORT, write_report
+from engines.store.versions import Store
+from support.plans import seal, tiny_bank, tiny_bundle
+from workers.jobs.job_process import MOST_NAMES, MOST_OF_A_NAME, do
+from workers.progress import Progress
+
+JOB = "retrain-0123456789ab"
+
+
+def ended(folder: Path, images: Any, kind: str = "retrain") -> dict[str, Any]:
+    """How a job ends that was killed after it had published a version with this report."""
+    made = tiny_bundle(folder / "made", tiny_bank(1))
+    write_report(made, {"images": images, "parity": {"openvino_f32": {"ok": True}}})
+    assert (made / REPORT).is_file()
+    seal(made)
+    store = Store(folder / "data" / "models")
+    version = store.take_in("part", made, {"job": JOB})
+    found = do(folder / "data", JOB, kind, {"model": "part"}, Progress(quiet=True))  # type: ignore[arg-type]
+    assert (found["state"], found["version"]) == ("succeeded", version)
+    return found
+
+
+def test_strange_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:
+    strange = ["/srv/datasets/train/bolt/07.png", "/srv/datasets/train/bolt/検査 13.png"]
+    report = {"learned": 18, "known": 20, "strange": strange, "skipped": {"/a.png": "cut short"}}
+    images = ended(tmp_path, report)["images"]
+    assert (images["learned"], images["known"], images["skipped"]) == (18, 20, 1)
+    assert (images["strange"], images["names"]) == (2, ["07.png", "検査 13.png"])
+    assert "07.png, 検査 13.png. If these parts are good" in images["note"]
+    assert "keep_strange" in images["note"]
+
+
+def test_however_many_there_are_the_answer_stays_short(tmp_path: Path) -> None:
+    strange = [f"/srv/{number:03d}{'x' * 200}.png" for number in range(500)]
+    images = ended(tmp_path, {"learned": 9, "strange": strange, "skipped": {}})["images"]
+    assert images["strange"] == 500
+    assert len(images["names"]) == MOST_NAMES
+    assert len(images["note"]) < MOST_NAMES * (MOST_OF_A_NAME + 2) + 250
+    assert " and others. " in images["note"]
+
+
+def test_where_all_were_learned_there_is_nothing_to_do(tmp_path: Path) -> None:
+    images = ended(tmp_path, {"learned": 9, "skipped": {}})["images"]
+    assert (images["strange"], images["names"], images["note"]) == (0, [], None)
+
+
+@pytest.mark.parametrize("report", [None, "many", []])
+def test_of_a_report_without_them_nothing_is_said(report: Any, tmp_path: Path) -> None:
+    assert "images" not in ended(tmp_path, report)
+
+
+def test_a_conversion_learns_from_none(tmp_path: Path) -> None:
+    assert "images" not in ended(tmp_path, {"learned": 9, "skipped": {}}, "convert")
