@@ -1,0 +1,439 @@
+"""Learning finds its threshold from pictures that were not learned, and goes on from what is known.
+
+Real models, tiny: untrained backbones at 64 pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from engines.errors import BadBundle, BadDataset
+from engines.limits import Limits
+from engines.meta import Meta
+from engines.store.golden import Golden
+from engines.store.known_scores import SCORES, KnownScores
+from support.progress import Said
+from workers.commands import summarise_training
+from workers.learning.retrain import Retrain, retrain
+from workers.progress import Progress
+from workers.sample_parts.drawing import draw_part
+
+CATEGORY = "bracket"
+QUIET = Progress(quiet=True)
+KINDS: dict[str, dict[str, Any]] = {
+    "patchcore": {"layers": ["layer2", "layer3"], "coreset_ratio": 0.1, "memory_bank": "bank.npz"},
+    "padim": {"layers": ["layer1", "layer2"], "n_features": 20, "stats": "stats.npz"},
+}
+LEARNED = {"patchcore": "bank.npz", "padim": "stats.npz"}
+
+
+def put(folder: Path, *seeds: int, defect: str | None = None, name: str = "") -> list[Path]:
+    """Draw parts into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}{seed:04}.png" for seed in seeds]
+    for path, seed in zip(paths, seeds, strict=True):
+        cv2.imwrite(str(path), draw_part(seed, defect, 128)[0])
+    return paths
+
+
+def put_strange(folder: Path, *names: str) -> None:
+    """Pictures of something else, and each of something else again: alike they hide each other."""
+    inverse = 255 - draw_part(99, None, 128)[0]
+    stripes = np.broadcast_to(np.arange(128)[:, None, None] // 6 % 2 * 255, (128, 128, 3))
+    for name, picture in zip(names, (inverse, stripes), strict=False):
+        cv2.imwrite(str(folder / name), picture.astype(np.uint8))
+
+
+class Line:
+    """A folder of pictures, and what is learned from them."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.kind = folder, kind
+        self.data = folder / "data"
+        self.train = self.data / "train" / CATEGORY
+        self.test = self.data / "test" / CATEGORY
+        self.out = folder / "out"
+        self.meta = folder / "meta.json"
+        about = {
+            "model": kind,
+            "backbone": "resnet18",
+            "image_size": 64,
+            "weights_pth": "model.pth",
+        }
+        self.meta.write_text(json.dumps({**about, **KINDS[kind]}))
+
+    def request(self, **changes: Any) -> Retrain:
+        return replace(
+            Retrain(self.kind, CATEGORY, self.data, self.out, self.meta, "untrained"), **changes
+        )
+
+    def learn(self, **changes: Any) -> dict[str, Any]:
+        return retrain(self.request(**changes), QUIET)
+
+    def go_on(self, progress: Progress = QUIET, **changes: Any) -> dict[str, Any]:
+        """Update what lies in `out` from the pictures that are there now."""
+        request = self.request(
+            meta_json=self.out / "meta.json",
+            pretrained_pth=str(self.out / "model.pth"),
+            load_bank=self.out / "bank.npz" if self.kind == "patchcore" else None,
+            load_stats=self.out / "stats.npz" if self.kind == "padim" else None,
+            **changes,
+        )
+        return retrain(request, progress)
+
+    def known(self) -> KnownScores:
+        return KnownScores.read(self.out)
+
+    def written(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.out / "meta.json").read_text())
+        return found
+
+    def content(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(self.out.iterdir())}
+
+    def size(self) -> int:
+        """Rows of the bank, or images in the statistics."""
+        with np.load(self.out / LEARNED[self.kind]) as file:
+            return len(file["embeddings"]) if self.kind == "patchcore" else int(file["count"])
+
+
+@pytest.fixture(params=KINDS)
+def line(request: pytest.FixtureRequest, tmp_path: Path) -> Line:
+    return Line(tmp_path, request.param)
+
+
+@pytest.fixture
+def patchcore(tmp_path: Path) -> Line:
+    return Line(tmp_path, "patchcore")
+
+
+@pytest.fixture
+def padim(tmp_path: Path) -> Line:
+    return Line(tmp_path, "padim")
+
+
+# ---- from nothing -----------------------------------------------------------------------------
+
+
+def test_every_picture_is_learned_and_scored_by_what_had_not_learned_it(line: Line) -> None:
+    put(line.train, *range(10))
+    report = line.learn()
+    assert report["images"] == {"learned": 10, "known": 0, "strange": [], "skipped": {}}
+    found = report["calibration"]
+    assert (found["method"], found["normals"], found["defects"]) == ("left_out", 10, 0)
+    assert 8 <= found["parts"] <= 10
+    assert len(line.known()) == 10
+    assert len(line.known().learned) == 10
+    assert SCORES in line.written()["files"]
+    assert found["threshold"] > line.known().scores.mean()
+    assert Limits.of(Meta.read(line.out / "meta.json")) is not None
+    assert found["drawn"]["of"] == 16
+
+
+def test_golden_images_are_of_the_training_where_there_are_no_others(line: Line) -> None:
+    put(line.train, *range(10))
+    line.learn()
+    golden = Golden.read(line.out, 64)
+    assert golden is not None
+    assert len(golden.images) == 8
+    assert golden.defective is not None
+    assert not golden.defective.any()
+
+
+def test_normal_test_images_count_as_well_and_defects_are_judged(line: Line) -> None:
+    put(line.train, *range(8))
+    put(line.test / "normal", *range(20, 25))
+    put(line.test / "anomaly", 30, 31, 32, defect="stain")
+    found = line.learn()["calibration"]
+    assert (found["normals"], found["defects"]) == (13, 3)
+    assert found["cap"] == 0.05
+    assert 0 <= found["auroc"] <= 1
+    assert len(line.known()) == 8  # those of the test come again with the next update
+
+
+def test_the_budget_and_the_cap_reach_meta_json(line: Line) -> None:
+    put(line.train, *range(8))
+    put(line.test / "anomaly", 30, defect="stain")
+    strict = line.learn(false_rejects=0.002, false_rejects_cap=0.01)["calibration"]
+    lax = line.learn(false_rejects=0.05, false_rejects_cap=0.2)["calibration"]
+    assert line.written()["calibration"] == lax
+    assert [(one["false_rejects"], one["cap"]) for one in (strict, lax)] == [
+        (0.002, 0.01), (0.05, 0.2),
+    ]  # fmt: skip
+    assert strict["threshold"] > lax["threshold"]
+
+
+def test_shots_of_one_part_are_left_out_together(line: Line) -> None:
+    for seed in range(6):
+        [first] = put(line.train, seed)
+        shutil.copy(first, first.with_name(f"{first.stem}_again.png"))
+    report = line.learn()
+    found = report["calibration"]
+    assert found["normals"] == 12
+    assert found["parts"] <= 6
+    parts = line.known().parts
+    assert (parts[::2] == parts[1::2]).all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_few_images_make_a_padim(padim: Line, count: int) -> None:
+    put(padim.train, *range(count))
+    if count == 2:  # of the one that is left no covariance is known
+        with pytest.raises(BadDataset, match="at least 2 normal images that the model did not"):
+            padim.learn()
+        assert not padim.out.exists()
+        put(padim.test / "normal", *range(20, 24))
+        assert padim.learn()["calibration"]["method"] == "test"
+    else:
+        assert padim.learn()["calibration"]["normals"] == count
+
+
+def test_one_training_image_needs_normal_test_images(patchcore: Line) -> None:
+    put(patchcore.train, 0)
+    with pytest.raises(BadDataset, match="at least 2 normal images that the model did not learn"):
+        patchcore.learn()
+    assert not patchcore.out.exists()
+    put(patchcore.test / "normal", *range(20, 24))
+    report = patchcore.learn()
+    assert report["images"]["learned"] == 1
+    found = report["calibration"]
+    assert (found["method"], found["normals"]) == ("test", 4)
+    assert len(patchcore.known().learned) == 1
+
+
+def test_pictures_that_are_all_equal_are_refused_in_words(line: Line) -> None:
+    [first] = put(line.train, 0)
+    for number in range(1, 5):
+        shutil.copy(first, first.with_name(f"{number}.png"))
+    with pytest.raises(BadDataset, match=r"at least 2 normal images|score alike"):
+        line.learn()
+
+
+def test_a_bank_of_one_row_is_refused_and_not_taken_for_one_that_judges(patchcore: Line) -> None:
+    patchcore.meta.write_text(
+        json.dumps({**json.loads(patchcore.meta.read_text()), "coreset_ratio": 1e-5})
+    )
+    put(patchcore.train, *range(4))
+    with pytest.raises(BadDataset):
+        patchcore.learn()
+
+
+def test_broken_images_are_named_and_the_others_learned(line: Line) -> None:
+    paths = put(line.train, *range(8))
+    paths[2].write_bytes(b"no picture")
+    paths[7].write_bytes(paths[7].read_bytes()[:500])
+    report = line.learn()
+    assert report["images"]["learned"] == 6
+    assert set(report["images"]["skipped"]) == {str(paths[2]), str(paths[7])}
+    assert len(line.known().learned) == 6
+
+
+# ---- strange pictures -------------------------------------------------------------------------
+
+
+def test_strange_pictures_are_named_and_not_learned(line: Line) -> None:
+    put(line.train, *range(14))
+    line.learn()
+    clean, threshold = line.size(), line.written()["image_threshold_auto"]
+    put_strange(line.train, "0003_b.png", "0013_b.png")
+    report = line.learn()
+    assert [Path(one).name for one in report["images"]["strange"]] == ["0003_b.png", "0013_b.png"]
+    assert report["images"]["learned"] == 14
+    assert line.size() == clean
+    assert len(line.known()) == 14
+    assert line.written()["image_threshold_auto"] == pytest.approx(threshold, rel=1e-3)
+    told = "\n".join(summarise_training(report, line.out))
+    assert "2 unlike the others and unlike what is known: 0003_b.png, 0013_b.png" in told
+
+
+def test_strange_pictures_are_learned_where_that_is_asked_for(line: Line) -> None:
+    put(line.train, *range(14))
+    put_strange(line.train, "0003_b.png", "0013_b.png")
+    report = line.learn(keep_strange=True)
+    assert report["images"]["strange"] == []
+    assert report["images"]["learned"] == len(line.known()) == 16
+
+
+def test_a_strange_picture_among_the_new_ones_does_not_move_the_limit(line: Line) -> None:
+    put(line.train, *range(14))
+    before = line.learn()["calibration"]["threshold"]
+    put(line.train, *range(40, 49))
+    put_strange(line.train, "0045_b.png")
+    report = line.go_on()
+    assert [Path(one).name for one in report["images"]["strange"]] == ["0045_b.png"]
+    assert (report["images"]["learned"], report["images"]["known"]) == (9, 14)
+    found = report["calibration"]
+    assert found["before"] == before
+    assert abs(found["moved"]) <= 1.5
+    assert line.written()["calibration"] == found
+
+
+# ---- on top of what is known ------------------------------------------------------------------
+
+
+def test_the_same_folder_again_teaches_nothing_twice(line: Line) -> None:
+    put(line.train, *range(8))
+    put(line.test / "normal", 20, 21)
+    before = line.learn()
+    size, known, written = line.size(), line.known(), line.written()
+    said = Said()
+    report = line.go_on(said)
+    assert "all 8 images were learned before" in said.lines
+    assert (report["images"]["learned"], report["images"]["known"]) == (0, 8)
+    assert line.size() == size
+    np.testing.assert_allclose(line.known().scores, known.scores)
+    assert line.known().learned == known.learned
+    found = report["calibration"]
+    assert found["threshold"] == pytest.approx(before["calibration"]["threshold"], rel=1e-4)
+    assert found["normals"] == before["calibration"]["normals"]
+    assert abs(found["moved"]) < 0.01
+    assert found["drawn"]["of"] == 16
+    assert set(line.written()["files"]) == set(written["files"])
+
+
+def test_the_same_folder_again_without_test_images_keeps_all_there_is(line: Line) -> None:
+    put(line.train, *range(8))
+    before = line.learn()["calibration"]
+    golden = Golden.read(line.out, 64)
+    found = line.go_on()["calibration"]
+    assert found["threshold"] == pytest.approx(before["threshold"], rel=1e-4)
+    assert (found["normals"], found["parts"]) == (before["normals"], before["parts"])
+    assert found["drawn"] == before["drawn"]
+    again = Golden.read(line.out, 64)
+    assert golden is not None
+    assert again is not None
+    np.testing.assert_array_equal(again.images, golden.images)
+
+
+def test_new_pictures_among_old_ones_are_learned_and_pooled(line: Line) -> None:
+    put(line.train, *range(8))
+    line.learn()
+    first = line.known()
+    put(line.train, *range(40, 44))
+    report = line.go_on()
+    assert (report["images"]["learned"], report["images"]["known"]) == (4, 8)
+    known = line.known()
+    assert len(known) == 12
+    np.testing.assert_allclose(known.scores[:8], first.scores)
+    assert len(known.learned) == 12
+    assert report["calibration"]["normals"] == 12
+    if line.kind == "padim":
+        assert line.size() == 12
+
+
+def test_an_update_in_other_light_names_nobody(line: Line) -> None:
+    put(line.train, *range(12))
+    line.learn()
+    for path in sorted(line.train.iterdir()):
+        cv2.imwrite(str(path), (cv2.imread(str(path)) * 0.8).astype(np.uint8))
+    report = line.go_on()
+    assert report["images"]["learned"] == 12
+    assert report["images"]["strange"] == []
+
+
+def test_what_an_older_kensa_knows_keeps_its_threshold(line: Line) -> None:
+    put(line.train, *range(8))
+    line.learn()
+    (line.out / SCORES).unlink()
+    before = line.written()["image_threshold_auto"]
+    put(line.train, *range(40, 44))
+    report = line.go_on()
+    found = report["calibration"]
+    assert (found["method"], found["threshold"]) == ("kept", before)
+    assert line.written()["image_threshold_auto"] == before
+    assert found["drawn"]["of"] == 16  # whether it sees is known nevertheless
+    assert len(line.known()) == 0  # nobody can tell which it had learned
+    assert "as before" in "\n".join(summarise_training(report, line.out))
+    # But from now on nothing is learned twice.
+    assert line.go_on()["images"] == {"learned": 0, "known": 12, "strange": [], "skipped": {}}
+
+
+def test_what_an_older_kensa_knows_has_a_new_threshold_from_test_images(line: Line) -> None:
+    put(line.train, *range(8))
+    line.learn()
+    (line.out / SCORES).unlink()
+    put(line.train, *range(40, 44))
+    put(line.test / "normal", *range(20, 26))
+    found = line.go_on()["calibration"]
+    assert (found["method"], found["normals"]) == ("test", 6)
+
+
+def test_scores_of_an_earlier_model_in_the_same_folder_are_not_taken_for_the_new_ones(
+    patchcore: Line,
+) -> None:
+    put(patchcore.train, *range(8))
+    patchcore.learn()
+    shutil.rmtree(patchcore.train)
+    put(patchcore.train, 50)
+    put(patchcore.test / "normal", *range(20, 24))
+    patchcore.learn()
+    assert len(patchcore.known()) == 0
+    assert len(patchcore.known().learned) == 1
+
+
+def test_damaged_scores_are_said_before_anything_is_written(line: Line) -> None:
+    put(line.train, *range(6))
+    line.learn()
+    (line.out / SCORES).write_text("{")
+    before = line.content()
+    put(line.train, 40)
+    with pytest.raises(BadBundle, match=r"Run retrain\.py again"):
+        line.go_on()
+    assert line.content() == before
+
+
+def test_a_disk_that_is_full_leaves_the_old_model(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(line.train, *range(6))
+    line.learn()
+    before = line.content()
+    put(line.train, *range(40, 44))
+
+    def full(self: KnownScores, folder: Path) -> str:
+        raise OSError(28, "No space left on device", str(folder / SCORES))
+
+    monkeypatch.setattr(KnownScores, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        line.go_on()
+    assert line.content() == before
+    assert list(line.folder.glob(".out.*")) == []
+
+
+# ---- kinds that learn for many epochs ---------------------------------------------------------
+
+
+def vae(folder: Path) -> Line:
+    KINDS.setdefault("vae", {"latent_dim": 4})
+    line = Line(folder, "vae")
+    about = json.loads(line.meta.read_text())
+    line.meta.write_text(json.dumps({k: v for k, v in about.items() if k != "backbone"}))
+    return line
+
+
+def test_a_vae_holds_some_out(tmp_path: Path) -> None:
+    line = vae(tmp_path)
+    put(line.train, *range(10))
+    report = line.learn(pretrained_pth=None)
+    found = report["calibration"]
+    assert (found["method"], found["normals"]) == ("held_out", 4)
+    assert report["images"]["learned"] == 6
+    assert not (line.out / SCORES).exists()
+
+
+def test_a_vae_of_three_images_needs_normal_test_images(tmp_path: Path) -> None:
+    line = vae(tmp_path)
+    put(line.train, *range(3))
+    with pytest.raises(BadDataset, match="at least 2 normal images that the model did not learn"):
+        line.learn(pretrained_pth=None)
+    put(line.test / "normal", *range(20, 23))
+    found = line.learn(pretrained_pth=None)["calibration"]
+    assert (found["method"], found["normals"]) == ("test", 3)
