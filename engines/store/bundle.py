@@ -83,8 +83,8 @@ class Bundle:
 def check_files(root: Path, meta: Meta) -> None:
     """Raise BadBundle unless the files beside a meta.json are those that it was written with.
 
-    Weights, statistics and scores may be missing: they are needed to retrain, not to serve. A plan, too:
-    it stays on the device that made it.
+    Weights, statistics and scores may be missing: they are needed to retrain, not to serve. A plan,
+    too: it stays on the device that made it.
     """
     spared = (meta.weights_pth, meta.stats, SCORES, PLAN, PLAN_RECORD)
     for name, expected in (meta.files or {}).items():
