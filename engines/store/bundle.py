@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle
 from engines.files import sha256, write_atomically
 from engines.meta import Meta
+from engines.store.known_scores import SCORES
 
 ONNX = "model.onnx"
 PLAN = "model.plan"
@@ -82,10 +83,10 @@ class Bundle:
 def check_files(root: Path, meta: Meta) -> None:
     """Raise BadBundle unless the files beside a meta.json are those that it was written with.
 
-    Weights and statistics may be missing: they are needed to retrain, not to serve. A plan, too:
-    it stays on the device that made it.
+    Weights, statistics and scores may be missing: they are needed to retrain, not to serve. A plan,
+    too: it stays on the device that made it.
     """
-    spared = (meta.weights_pth, meta.stats, PLAN, PLAN_RECORD)
+    spared = (meta.weights_pth, meta.stats, SCORES, PLAN, PLAN_RECORD)
     for name, expected in (meta.files or {}).items():
         if name in spared and not (root / name).exists():
             continue
