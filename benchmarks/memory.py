@@ -89,12 +89,13 @@ def measured(
         learned = _peak("retrain.py", "--model", kind, "--pretrained_pth", "untrained",
                         "--meta_json", meta_json, "--category", "sample_bracket", "--data_root",
                         data, "--batch", batch, "--out_dir", out)  # fmt: skip
-        predicted = to_learn(Learning(known, images, 4, batch))
+        learning = Learning(known, images, 4, batch)
+        predicted, convertible = to_learn(learning), to_convert(known, learning.bank)
         converted = _peak("convtrt.py", "--model", kind, "--weights_pth", out / "model.pth",
                           "--meta_json", out / "meta.json", "--out_dir", engine)  # fmt: skip
     return [
         [*row, "retrain", f"{learned / MIB:.0f}", f"{predicted / MIB:.0f}"],
-        [*row, "convert", f"{converted / MIB:.0f}", f"{to_convert(out) / MIB:.0f}"],
+        [*row, "convert", f"{converted / MIB:.0f}", f"{convertible / MIB:.0f}"],
     ]
 
 

@@ -27,6 +27,7 @@ PLAN_FIXED = 64 * MIB
 
 # Learning and converting, on a CPU: Python, torch, anomalib and OpenVINO, before any picture.
 TORCH = 1100 * MIB
+PADIM_KEPT = 256  # images whose embeddings stay until all are left out
 SMOOTHING = 400 * MIB  # of PaDiM's map of 256 pixels: a kernel of 33 x 33 is laid out for each
 
 
@@ -107,8 +108,10 @@ def to_learn(what: Learning) -> int:
     elif meta.model == "padim":
         backbone, block = _backbone(meta), max(what.batch, min(what.train, 32))
         kind = 1.3 * backbone.weights * MIB + what.batch * backbone.image * MIB * side
-        kind += 3.6 * _stats_bytes(meta) + SMOOTHING * side
-        kind += block * _positions(meta) * (meta.n_features or 0) * 4
+        # Once more for what is left out, and once for what is learned without strange pictures.
+        kind += 4.6 * _stats_bytes(meta) + SMOOTHING * side
+        kept = min(what.train, PADIM_KEPT)
+        kind += (block + kept) * _positions(meta) * (meta.n_features or 0) * 4
     elif meta.model == "efficientad":
         each, fixed = (175, 270) if meta.model_size == "small" else (260, 450)
         kind = fixed * MIB + what.batch * each * MIB * side

@@ -120,7 +120,8 @@ def test_retraining_keeps_the_loaded_bank_and_adds_to_it(seed: Path, spec: dict[
 def test_retraining_leaves_everything_to_retrain_from(seed: Path, spec: dict[str, Done]) -> None:
     names = {path.name for path in (seed / "models" / "PatchCore" / "retrained").iterdir()}
     assert names == {
-        "model.pth", "memory_bank.npz", "meta.json", "report.json", "golden.npz", "retrain.log",
+        "model.pth", "memory_bank.npz", "meta.json", "report.json", "golden.npz", "scores.json",
+        "retrain.log",
     }  # fmt: skip
 
 
@@ -143,7 +144,8 @@ def test_retraining_updates_meta_json_and_keeps_what_it_does_not_know(
 def test_the_report_says_what_was_learned_and_measured(seed: Path, spec: dict[str, Done]) -> None:
     report = as_json(seed / "models" / "PatchCore" / "retrained" / "report.json")
     assert report["category"] == CATEGORY
-    assert report["images"] == {"learned": 6, "skipped": {}}
+    assert report["images"] == {"learned": 6, "known": 0, "strange": [], "skipped": {}}
+    assert report["calibration"]["method"] == "test"  # the bank says nothing of its normals
     assert report["calibration"]["normals"] == 4
     assert report["calibration"]["defects"] == 5
     assert 0 <= report["calibration"]["auroc"] <= 1
@@ -263,7 +265,7 @@ def test_a_broken_training_image_is_named_and_skipped_and_counted(
 
 
 @pytest.mark.parametrize("tested", [0, 1])
-def test_without_test_images_a_part_of_the_training_images_finds_the_threshold(
+def test_without_test_images_the_training_images_find_the_threshold(
     seed: Path, pipe_data: Path, tmp_path: Path, tested: int
 ) -> None:
     shutil.copytree(pipe_data / "train", tmp_path / "data" / "train")
@@ -277,8 +279,8 @@ def test_without_test_images_a_part_of_the_training_images_finds_the_threshold(
     assert retrain.main(flags_of(seed, tmp_path / "out", data_root=tmp_path / "data")) == 0
     report = as_json(tmp_path / "out" / "report.json")
     assert report["images"]["learned"] == 6  # all of them, in the end, and each once
-    assert report["calibration"]["method"] == "prediction_limit"
-    assert report["calibration"]["normals"] == 3 + tested
+    assert report["calibration"]["method"] == "left_out"
+    assert report["calibration"]["normals"] == 6 + tested
     assert "auroc" not in report["calibration"]
 
 
@@ -615,7 +617,7 @@ def kill_while_writing(seed: Path, trained: Path, tmp_path: Path, delay_s: float
     out_dir = Path(shutil.copytree(trained, tmp_path / f"out_{delay_s:.6f}"))
     old = content(out_dir)
     running = Running(flags_of(seed, out_dir, meta_json=slow_small(tmp_path)))
-    running.wait_for("verify: ", times=2)  # what is left is to write
+    running.wait_for("verify: ", times=4)  # what is left is to write
     time.sleep(delay_s)
     code = running.end(signal.SIGKILL)
     new = content(out_dir)

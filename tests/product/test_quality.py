@@ -124,8 +124,8 @@ def auroc(normal: list[float], defective: list[float]) -> float:
 
 def test_alien_is_told_apart_by_the_torch_model(alien: Alien) -> None:
     found = report_of(alien.retrained)["calibration"]
-    assert (found["normals"], found["defects"]) == (18, 60)
-    assert found["auroc"] >= 0.99
+    assert (found["normals"], found["defects"]) == (KNOWN + 18, 60)
+    assert found["auroc"] >= 0.98  # normals that were left out score as those of the test do
 
 
 def test_alien_is_told_apart_by_the_inspection_command(tables: dict[str, dict[str, float]]) -> None:

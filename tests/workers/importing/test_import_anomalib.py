@@ -428,7 +428,7 @@ def test_a_checkpoint_that_was_never_validated_wants_images_for_its_threshold(
         import_anomalib(Import(changed, tmp_path / "out"), QUIET)
     images = write_pictures(tmp_path / "images", parts(*range(50, 58), size=64))
     report = import_anomalib(Import(changed, tmp_path / "out", images=images), QUIET)
-    assert report["calibration"]["method"] == "prediction_limit"
+    assert report["calibration"]["method"] == "test"
     assert Scale.of(Meta.read(tmp_path / "out" / "meta.json")).threshold == 0.5
 
 
