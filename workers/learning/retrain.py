@@ -8,6 +8,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
 from engines.errors import BadMeta
 from engines.files import sha256, staged
 from engines.machine import memory, memory_needs
@@ -134,17 +138,17 @@ def _learn(
     """Train or update, and calibrate on images that the model has not learned at that time."""
     how = models.Training(request.epochs, request.batch, request.penalty_dir)
     course = Course(kind, model, meta, how, progress)
+    known = KnownScores.none()
     if kind.INCREMENTAL:
-        known = (
-            KnownScores.none() if request.known is None else KnownScores.read(request.known.parent)
-        )
+        if request.known is not None:
+            known = KnownScores.read(request.known.parent)
         normals = leave_each_out(course, category, known, keep_strange=request.keep_strange)
     else:
         normals = hold_some_out(course, category)
     defective = course.judge(category.test_anomaly)
-    calibration = _calibration(request, meta, normals, defective)
+    calibration = _calibration(request, meta, known, normals, defective)
     calibration = replace(calibration, weights=_weights(request))
-    examples = course.judge(_examples(normals))
+    examples = _examples(course, normals)
     golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
     if not len(examples.paths) and request.known is not None:  # nothing new to choose from
         golden = Golden.read(request.known.parent, meta.image_size) or golden
@@ -156,19 +160,34 @@ def _learn(
     return _Learned(calibration, normals, golden, tested, course.broken(), course.seconds)
 
 
-def _examples(normals: Normals) -> list[Path]:
-    """Normal pictures to prove later forms of the model with: not learned ones, if there are any.
+def _examples(course: Course, normals: Normals) -> Judged:
+    """Normal pictures to prove later forms of the model with: none as it was learned.
 
     Of a picture that PatchCore has learned many patches lie as far from the bank as the coverage
     radius lets them, so that a rounding error may decide which is the farthest, and the score.
+    Where there are no others, learned ones are moved by a part of a pixel.
     """
     learned = {*normals.learned}
     unknown = [number for number, path in enumerate(normals.paths) if path not in learned]
     chosen = unknown or [*range(len(normals.paths))]
-    return [normals.paths[chosen[number]] for number in evenly(normals.own[chosen])]
+    found = course.judge([normals.paths[chosen[number]] for number in evenly(normals.own[chosen])])
+    if unknown or not len(found.paths):
+        return found
+    pictures = np.stack([_moved(picture) for picture in found.pictures])
+    return replace(found, pictures=pictures, scores=course.kind.scores(course.model, [pictures]))
 
 
-def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judged) -> Calibration:
+def _moved(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture (S, S, 3), a pixel and a half to the right and down."""
+    move = np.array([[1, 0, 1.5], [0, 1, 1.5]], np.float32)
+    size = picture.shape[1], picture.shape[0]
+    moved = cv2.warpAffine(picture, move, size, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(moved, np.uint8)
+
+
+def _calibration(
+    request: Retrain, meta: Meta, known: KnownScores, normals: Normals, defective: Judged
+) -> Calibration:
     """The threshold; as it was, where an update brought nothing to find another one from."""
     before = Calibration.kept(meta) if request.known is not None else None
     if before is not None and normals.scores.count < LEAST_PARTS:
@@ -179,7 +198,7 @@ def _calibration(request: Retrain, meta: Meta, normals: Normals, defective: Judg
             normals.scores, defective.scores, budget, normals.method, normals.usual_scale
         )
         if before is not None:
-            found = found.moved_from(before.threshold, normals.scores)
+            found = found.moved_from(before.threshold, known if len(known) else normals.scores)
     if len(normals.on):
         return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
     # Nothing new to draw on: what was found before, if the model is the one that it was found of.
