@@ -45,6 +45,13 @@ class KnownScores:
         """How many parts they are of."""
         return len(np.unique(self.parts))
 
+    def highest(self) -> NDArray[np.float64]:
+        """The highest score of each part: many pictures of one say no more of others."""
+        parts, of = np.unique(self.parts, return_inverse=True)
+        found = np.full(len(parts), -np.inf)
+        np.maximum.at(found, of, self.scores)
+        return found
+
     def rejected(self, limit: float) -> int:
         """How many parts have a picture above a raw score."""
         return len(np.unique(self.parts[self.scores > limit]))

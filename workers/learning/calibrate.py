@@ -151,9 +151,9 @@ def calibrate(
     Raises:
         BadDataset: too few images, or images that all score alike.
     """
-    if not np.isfinite(defective).all():
+    if not np.isfinite(normal.scores).all() or not np.isfinite(defective).all():
         raise BadDataset(NOT_FINITE)
-    usual = NormalScores.of(normal.scores, usual_scale=usual_scale)
+    usual = NormalScores.of(normal.highest(), usual_scale=usual_scale)
     threshold = _threshold(usual, defective.astype(np.float64), budget)
     every = np.concatenate([normal.scores, defective])
     low = float(min(every.min(), threshold))

@@ -35,6 +35,8 @@ def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64
     if len(known) >= LEAST:
         raised, odds = known.scores * max(1.0, np.median(scores) / np.median(known.scores)), ODDS
     limit = NormalScores.of(np.concatenate([raised, scores]), unsure).limit(odds)
+    if len(raised):
+        limit = max(limit, float(np.sort(raised)[-2]))  # two that are known are as high
     found = np.flatnonzero(scores > limit)
     return found if len(found) <= unsure else np.empty(0, np.int64)
 

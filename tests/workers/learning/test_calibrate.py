@@ -65,7 +65,7 @@ def test_with_normals_only_the_limit_is_that_of_the_budget() -> None:
 
 
 def test_with_normals_only_nothing_is_claimed_of_defects() -> None:
-    assert not {"auroc", "best_f1", "misses", "cap"} & set(found_in(drawn(0, 0)[0]).record())
+    assert not {"auroc", "best_f1", "misses"} & set(found_in(drawn(0, 0)[0]).record())
 
 
 def test_a_smaller_budget_has_a_higher_limit_and_needs_more_parts() -> None:
@@ -134,7 +134,6 @@ def test_defects_that_cannot_be_told_from_normals_do_not_stop_the_line() -> None
 def test_a_budget_above_the_cap_is_the_cap() -> None:
     normal, defective = drawn(6, 1.0)
     found = found_in(normal, defective, Budget(false_rejects=0.1, cap=0.05))
-    assert found.cap == 0.1
     assert found.threshold == NormalScores.of(normal.astype(np.float64)).limit(0.1)
 
 
@@ -173,7 +172,7 @@ def test_a_defect_that_moves_a_little_moves_the_threshold_no_farther(others: lis
     places = np.linspace(8, 16, 150)
     found = [_threshold(usual, np.array([place, *others]), BUDGET) for place in places]
     assert np.abs(np.diff(found)).max() <= places[1] - places[0]
-    assert np.ptp(found) > 0.1  # it does move
+    assert np.ptp(found) > 0.05  # it does move
 
 
 @pytest.mark.parametrize("count", [10, 18, 19, 20, 60, 98, 99, 100])
