@@ -84,12 +84,16 @@ class LeftOut:
         k = out.shape[2]
         rest = self._stats.count - k
         assert rest > 1, "of one picture alone there is no covariance"
+        asked, out = asked.double(), out.double()  # differences of what is nearly the same
         asked = asked + out.mean(dim=2, keepdim=True) * (k / rest)  # the mean moves as well
-        inner = torch.linalg.inv(torch.eye(k) + 1 / rest) * (rest - 1) - out.transpose(1, 2) @ out
+        inner = (
+            torch.linalg.inv(torch.eye(k).double() + 1 / rest) * (rest - 1)
+            - out.transpose(1, 2) @ out
+        )
         seen = out.transpose(1, 2) @ asked  # (P, k, q)
         correction = (seen * torch.linalg.solve(inner, seen)).sum(dim=1)
         square: torch.Tensor = asked.square().sum(dim=1) + correction  # (P, q)
-        return square.clamp_min(0).sqrt().T
+        return square.clamp_min(0).sqrt().T.float()
 
     def _for(self, k: int) -> torch.Tensor:
         if k not in self._whitening:

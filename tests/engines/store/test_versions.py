@@ -863,7 +863,8 @@ def test_what_convtrt_made_is_taken_in_whole_and_opens(store: Store, kensa_model
 def test_what_retrain_made_is_taken_in_without_an_engine(store: Store, trained: Path) -> None:
     folder = store.check(BOLT, store.take_in(BOLT, trained, {}))
     assert {path.name for path in folder.iterdir()} == {
-        "meta.json", "model.pth", "memory_bank.npz", "golden.npz", "report.json", MANIFEST
+        "meta.json", "model.pth", "memory_bank.npz", "golden.npz", "scores.json", "report.json",
+        MANIFEST,
     }  # fmt: skip
     with pytest.raises(BadBundle, match=r"model\.onnx"):
         Bundle.open(folder)

@@ -233,7 +233,7 @@ def test_golden_images_of_another_size_are_refused(tmp_path: Path) -> None:
 # ---- learning from good parts alone -----------------------------------------------------------
 
 
-def test_with_good_parts_alone_a_fifth_finds_the_threshold_and_is_learned_afterwards(
+def test_with_good_parts_alone_all_are_learned_and_left_out_to_find_the_threshold(
     sample_data: Path, tmp_path: Path
 ) -> None:
     good = sample_data / "train" / "sample_bracket"
@@ -244,12 +244,12 @@ def test_with_good_parts_alone_a_fifth_finds_the_threshold_and_is_learned_afterw
                 tmp_path / "meta.json", "untrained"), QUIET)  # fmt: skip
     assert report["images"]["learned"] == len(list(good.iterdir())) == 16
     found = report["calibration"]
-    assert (found["method"], found["normals"], found["defects"]) == ("prediction_limit", 4, 0)
+    assert (found["method"], found["normals"], found["defects"]) == ("left_out", 16, 0)
     assert "auroc" not in found
     meta = Meta.read(tmp_path / "out" / "meta.json")
     model = patchcore.build(meta, tmp_path / "out" / "model.pth")
     patchcore.load(model, tmp_path / "out" / "memory_bank.npz")
     golden = Golden.read(tmp_path / "out", 256)
     assert golden is not None
-    # The held-out parts are known now: none of them lies above the threshold that they gave.
+    # They are known: none of them lies above the threshold that they gave when they were not.
     assert patchcore.scores(model, [golden.images]).max() <= found["threshold"]

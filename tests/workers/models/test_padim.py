@@ -282,7 +282,7 @@ def test_of_three_pictures_one_is_left_out_and_of_two_none() -> None:
     assert np.isfinite(lesson.scores(np.arange(4), silent)).all()
 
 
-def test_features_in_large_numbers_are_left_out_within_one_percent() -> None:
+def test_features_in_large_numbers_are_left_out_within_two_percent() -> None:
     """Variances thousands of times as large as the ridge, and fewer pictures than features."""
     embeddings = 30 * torch.rand(12, 5, 20, generator=torch.Generator().manual_seed(0))
     whole = LeftOut(Stats.of(embeddings))
@@ -293,7 +293,7 @@ def test_features_in_large_numbers_are_left_out_within_one_percent() -> None:
         covariance = rest.covariance + RIDGE * torch.eye(20).double()
         away = out.double() - rest.mean
         exact = torch.einsum("kpi,pij,kpj->kp", away, torch.linalg.inv(covariance), away).sqrt()
-        torch.testing.assert_close(found, exact.float(), rtol=1e-2, atol=0)
+        torch.testing.assert_close(found, exact.float(), rtol=2e-2, atol=0)
 
 
 def test_taking_away_is_the_inverse_of_adding(model: PaDiM, pictures: Pictures) -> None:
