@@ -296,7 +296,8 @@ def test_what_is_learned_next_needs_no_other_plan(
     few: Callable[[str], Path], data: Path, tmp_path: Path, kind: str, how: str, version: str
 ) -> None:
     """The exporter names the weights alike; a memory bank that grew by a little has room."""
-    again = train(kind, data, tmp_path / "again", few(kind))
+    more = write_dataset(tmp_path / "more", train=2, normal=3, per_kind=1, size=96, seed=7)
+    again = train(kind, more, tmp_path / "again", few(kind))
     with doubled(version, users=USERS) as double:
         first = convert(request(few(kind), tmp_path / "engine"), QUIET)
         second = convert(request(again, tmp_path / "engine"), QUIET)
