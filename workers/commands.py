@@ -127,8 +127,8 @@ def _source(found: dict[str, Any]) -> str:
 def _promise(found: dict[str, Any]) -> list[str]:
     """What the number of parts can promise."""
     promised = (
-        f"promise      at most {found['at_most']:.1%} false rejects, 95 % sure"
-        f" ({found['rejected']} of {found['parts']} parts lie above the threshold)"
+        f"promise      at most {100 * found['at_most']:.1f} % false rejects, 95 % sure"
+        f" ({found['rejected']} of {found['parts']} parts above it)"
     )
     if found["at_most"] <= found["false_rejects"]:
         return [promised]

@@ -26,16 +26,19 @@ class KnownScores:
         scores: (n,), in the order in which they became known.
         parts: (n,) pictures with the same number show one part.
         learned: what tells the files apart that were learned: no update learns them again.
+        strange: the same of those that were left out, because they are unlike the others: no
+            update learns them unawares.
     """
 
     scores: NDArray[np.float64]
     parts: NDArray[np.int64]
     learned: tuple[str, ...] = ()
+    strange: tuple[str, ...] = ()
 
     @classmethod
-    def none(cls, learned: tuple[str, ...] = ()) -> KnownScores:
+    def none(cls, learned: tuple[str, ...] = (), strange: tuple[str, ...] = ()) -> KnownScores:
         """Of a model that has none yet, whatever it has learned."""
-        return cls(np.empty(0), np.empty(0, np.int64), learned)
+        return cls(np.empty(0), np.empty(0, np.int64), learned, strange)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -59,10 +62,13 @@ class KnownScores:
     def followed_by(self, later: KnownScores) -> KnownScores:
         """These and then others, whose parts are other ones; the oldest go where it is too many."""
         first = int(self.parts.max()) + 1 if len(self) else 0
+        learned = dict.fromkeys((*self.learned, *later.learned))
+        strange = dict.fromkeys((*self.strange, *later.strange))
         return KnownScores(
             np.concatenate([self.scores, later.scores])[-MOST:],
             np.concatenate([self.parts, later.parts + first])[-MOST:],
-            tuple(dict.fromkeys((*self.learned, *later.learned)))[-MOST_LEARNED:],
+            tuple(learned)[-MOST_LEARNED:],
+            tuple(mark for mark in strange if mark not in learned)[-MOST_LEARNED:],
         )
 
     @staticmethod
@@ -76,6 +82,7 @@ class KnownScores:
             "scores": [float(f"{one:.7g}") for one in self.scores],
             "parts": [int(one) for one in self.parts],
             "learned": list(self.learned),
+            "strange": list(self.strange),
         }
         write_atomically(folder / SCORES, (json.dumps(content) + "\n").encode())
         return SCORES
@@ -92,11 +99,11 @@ class KnownScores:
             content = json.loads(path.read_text(encoding="utf-8"))
             scores = np.asarray(content["scores"], np.float64)
             parts = np.asarray(content["parts"], np.int64)
-            learned = tuple(str(one) for one in content["learned"])
+            marks = [tuple(str(one) for one in content[key]) for key in ("learned", "strange")]
         except FileNotFoundError:
             return cls.none()
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from None
         if scores.ndim != 1 or scores.shape != parts.shape or not np.isfinite(scores).all():
             raise BadBundle(f"{path} is damaged: it holds no list of scores. Run retrain.py again.")
-        return cls(scores, parts, learned)
+        return cls(scores, parts, *marks)

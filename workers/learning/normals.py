@@ -54,10 +54,15 @@ class Course:
 
     def judge(self, paths: list[Path]) -> Judged:
         """Score images with the model as it is now."""
+        read, pictures = self.pictures(paths)
+        return Judged(read, pictures, self.kind.scores(self.model, [pictures]))
+
+    def pictures(self, paths: list[Path]) -> tuple[list[Path], NDArray[np.uint8]]:
+        """The images that can be read, as the model sees them: (n, S, S, 3)."""
         images = self._images(paths, "verify")
-        pictures, size = list(images), self.meta.image_size
-        stack = np.concatenate(pictures) if pictures else np.empty((0, size, size, 3), np.uint8)
-        return Judged(images.used, stack, self.kind.scores(self.model, [stack]))
+        batches, size = list(images), self.meta.image_size
+        none = np.empty((0, size, size, 3), np.uint8)
+        return images.used, np.concatenate(batches) if batches else none
 
     def broken(self) -> dict[str, str]:
         """The images that could not be read, and why."""
@@ -124,24 +129,29 @@ def leave_each_out(
     """
     is_update = course.kind.knows(course.model)
     marks = {path: KnownScores.mark(path) for path in category.train}
-    new = [path for path in category.train if marks[path] not in before.learned]
+    unwanted = () if keep_strange else before.strange
+    strange = [path for path in category.train if marks[path] in unwanted]
+    new = [path for path in category.train if marks[path] not in {*before.learned, *unwanted}]
+    known = len(category.train) - len(new) - len(strange)
     if not new:
-        course.progress.say(f"all {len(category.train)} images were learned before")
-        return _nothing_new(course, category, before)
+        _say_strange(course.progress, strange)
+        course.progress.say(f"no image is new: {known} were learned before")
+        return replace(_nothing_new(course, category, before), known=known, strange=strange)
     lesson, learned = course.learn(new)
     parts, own = _left_out(course, lesson)
-    strange: list[Path] = []
     if not keep_strange and len(found := find_strange(own, before)):
-        strange = [learned[number] for number in lesson.pictures[found]]
-        _say_strange(course.progress, strange, len(learned))
+        strange += [learned[number] for number in lesson.pictures[found]]
         lesson = lesson.keeping(np.setdiff1d(np.arange(len(own)), found), course.progress)
         learned = [path for path in learned if path not in strange]
         parts, own = _left_out(course, lesson)
-    learned_marks = tuple(marks[path] for path in learned)
+    _say_strange(course.progress, strange)
+    learned_marks, strange_marks = (
+        tuple(marks[path] for path in paths) for paths in (learned, strange)
+    )
+    learned_scores = before.followed_by(KnownScores(own, parts, learned_marks, strange_marks))
     if not len(own):
         tested = _from_tests(course, course.judge(category.test_normal), learned, "test")
-        return replace(tested, strange=strange, learned_scores=KnownScores.none(learned_marks))
-    learned_scores = before.followed_by(KnownScores(own, parts, learned_marks))
+        return replace(tested, known=known, strange=strange, learned_scores=learned_scores)
     tests = course.judge(category.test_normal)
     others = _of_tests(tests, lesson.describe)
     # Pictures that a model of an older Kensa, or of another tool, knows already score far too low:
@@ -150,14 +160,14 @@ def leave_each_out(
     on = to_draw_on(parts)
     return Normals(
         learned,
-        len(category.train) - len(new),
+        known,
         strange,
-        learned_scores if trusted else KnownScores.none(learned_scores.learned),
+        learned_scores if trusted else KnownScores.none(learned_marks, strange_marks),
         learned_scores.followed_by(others) if trusted else others,
         [*(learned[number] for number in lesson.pictures), *tests.paths],
         np.concatenate([own, others.scores]),
         "left_out" if trusted else "test",
-        course.judge([learned[lesson.pictures[number]] for number in on]).pictures,
+        course.pictures([learned[lesson.pictures[number]] for number in on])[1],
         lambda picture, number: float(
             lesson.judge(picture[None], np.flatnonzero(parts == parts[on[number]]))[0]
         ),
@@ -196,7 +206,6 @@ def _nothing_new(course: Course, category: Category, before: KnownScores) -> Nor
     found = _from_tests(course, tests, [], "left_out" if len(before) else "test")
     return replace(
         found,
-        known=len(category.train),
         learned_scores=before,
         scores=before.followed_by(found.scores),
     )
@@ -241,12 +250,13 @@ def _evenly(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(chosen.round().astype(np.int64))
 
 
-def _say_strange(progress: Progress, strange: list[Path], count: int) -> None:
-    names = ", ".join(path.name for path in strange)
-    progress.say(
-        f"not learned: {len(strange)} of {count} new pictures are unlike the others and unlike what"
-        f" is known: {names}. If these parts are good, learn them with --keep_strange."
-    )
+def _say_strange(progress: Progress, strange: list[Path]) -> None:
+    if strange:
+        names = ", ".join(path.name for path in strange)
+        progress.say(
+            f"not learned: {len(strange)} unlike the others and unlike what is known: {names}."
+            " If these parts are good, learn them with --keep_strange."
+        )
 
 
 def _held_out(train: list[Path]) -> list[Path]:

@@ -170,11 +170,12 @@ def _examples(course: Course, normals: Normals) -> Judged:
     learned = {*normals.learned}
     unknown = [number for number, path in enumerate(normals.paths) if path not in learned]
     chosen = unknown or [*range(len(normals.paths))]
-    found = course.judge([normals.paths[chosen[number]] for number in evenly(normals.own[chosen])])
-    if unknown or not len(found.paths):
-        return found
-    pictures = np.stack([_moved(picture) for picture in found.pictures])
-    return replace(found, pictures=pictures, scores=course.kind.scores(course.model, [pictures]))
+    paths, pictures = course.pictures(
+        [normals.paths[chosen[number]] for number in evenly(normals.own[chosen])]
+    )
+    if not unknown and len(pictures):
+        pictures = np.stack([_moved(picture) for picture in pictures])
+    return Judged(paths, pictures, course.kind.scores(course.model, [pictures]))
 
 
 def _moved(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

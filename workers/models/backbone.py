@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -103,6 +104,15 @@ def describe(embeddings: torch.Tensor) -> NDArray[np.float32]:
     maps = embeddings.permute(0, 2, 1).reshape(n, channels, side, side)
     fields = functional.adaptive_avg_pool2d(maps, min(side, FIELDS))
     return fields.flatten(1).numpy()
+
+
+@torch.inference_mode()
+def describe_pictures(
+    embed: Callable[[torch.Tensor], tuple[torch.Tensor, tuple[int, int]]],
+    pictures: NDArray[np.uint8],
+) -> NDArray[np.float32]:
+    """`describe` of pictures (n, S, S, 3), n at least 1; one by one: a batch takes memory."""
+    return np.concatenate([describe(embed(torch.from_numpy(one[None]))[0]) for one in pictures])
 
 
 def _check_layers(backbone: str, layers: list[str]) -> None:

@@ -24,7 +24,13 @@ from torch.nn import functional
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
 from workers.models import Training
-from workers.models.backbone import Normalise, describe, extractor, write_weights
+from workers.models.backbone import (
+    Normalise,
+    describe,
+    describe_pictures,
+    extractor,
+    write_weights,
+)
 from workers.models.padim_gaussians import LeftOut, Stats
 from workers.models.padim_stats_file import read_stats, write_stats
 from workers.progress import Progress, Tick
@@ -273,9 +279,7 @@ class Lesson:
 
     def describe(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n, d): the same of other pictures (n, S, S, 3), of which there is at least one."""
-        with torch.inference_mode():  # one by one: a whole batch takes memory
-            found = [describe(self.model.embed(torch.from_numpy(one[None]))[0]) for one in pictures]
-        return np.concatenate(found)
+        return describe_pictures(self.model.embed, pictures)
 
     def can_spare(self, parts: NDArray[np.int64]) -> bool:
         """Whether something is left to judge by, whichever of the parts (K,) is left out."""

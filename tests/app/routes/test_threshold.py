@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from engines.meta import Meta
 from engines.serving.opening import Opening, open_model
 from engines.store.versions import Store
 from engines.verdict import Scale
+from support.clients import Clients
 from support.damage import picture, saved
 from support.double import environment, reports
 from support.line import NAME, Line, line, variant
 from support.plans import tiny_bank, tiny_bundle, with_plan
-from support.server import RAW, agreed
+from support.server import agreed
 from support.waiting import until
 
 SHARES = (0.001, 0.01, 0.1)
@@ -366,43 +366,6 @@ def test_on_a_full_disk_nothing_is_changed_and_it_says_so(
 # ---- under load -------------------------------------------------------------------------------
 
 
-@dataclass
-class Clients:
-    """Eight clients that send parts without a pause, and the verdicts that they got."""
-
-    url: str
-    photos: list[bytes]
-    seen: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> Clients:
-        self._threads = [threading.Thread(target=self._send, args=(n,)) for n in range(8)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _send(self, number: int) -> None:
-        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
-            while not self._stop.is_set():
-                try:
-                    photo = self.photos[number % len(self.photos)]
-                    answer = client.post("/infer", content=photo, headers=RAW)
-                except httpx.HTTPError as error:
-                    self.failures.append(repr(error))
-                    continue
-                if answer.status_code != 200:
-                    self.failures.append(answer.text)
-                else:
-                    self.seen.append(answer.json())
-
-
 def change_under_load(
     folder: Path, bundle: Path, photos: list[bytes], changes: int, **settings: str
 ) -> dict[str, Any]:
@@ -423,13 +386,13 @@ def change_under_load(
                 memory.append(running.server.memory("VmRSS"))
         assert clients.failures == []
         wrong = [
-            one for one in clients.seen
+            one for _, one in clients.seen
             if one["raw_threshold"] != limits[one["model_version"]]
             or one["is_anomalous"] != (one["raw_score"] > one["raw_threshold"])
         ]  # fmt: skip
         assert wrong == [], f"{len(wrong)} of {len(clients.seen)} verdicts"
         assert "Traceback" not in running.server.log.read_text()
-        served = Counter(one["model_version"] for one in clients.seen)
+        served = Counter(one["model_version"] for _, one in clients.seen)
         return {"verdicts": len(clients.seen), "versions": len(served), "memory": memory,
                 "median_s": float(np.median(took))}  # fmt: skip
 

@@ -16,7 +16,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from PIL import Image
 from engines.files import sha256
 from engines.meta import Meta
 from engines.store.versions import Store
+from support.clients import Clients
 from support.damage import picture, saved
 from support.double import environment, reports
 from support.line import NAME, SLOW_DISK, Line, line, variant
@@ -67,44 +67,6 @@ def regraphed(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # ---- a swap -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Clients:
-    """Clients that send parts without a pause, and what they were told."""
-
-    url: str
-    photos: list[bytes]
-    seen: list[tuple[int, str, float]] = field(default_factory=list)  # photo, version, score
-    failures: list[str] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> Clients:
-        self._threads = [threading.Thread(target=self._send, args=(n,)) for n in range(8)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _send(self, number: int) -> None:
-        photo = number % len(self.photos)
-        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
-            while not self._stop.is_set():
-                try:
-                    answer = client.post("/infer", content=self.photos[photo], headers=RAW)
-                except httpx.HTTPError as error:
-                    self.failures.append(repr(error))
-                    continue
-                if answer.status_code != 200:
-                    self.failures.append(answer.text)
-                    continue
-                body = answer.json()
-                self.seen.append((photo, body["model_version"], body["raw_score"]))
-
-
 def swap_under_load(
     folder: Path, bundles: list[Path], photos: list[bytes], swaps: int, **settings: str
 ) -> dict[str, Any]:
@@ -122,9 +84,13 @@ def swap_under_load(
                 version = versions[swap % len(versions)]
                 assert running.activate(version).status_code == 200
         assert clients.failures == []
-        wrong = [one for one in clients.seen if expected[one[0], one[1]] != one[2]]
+        wrong = [
+            body
+            for photo, body in clients.seen
+            if expected[photo, body["model_version"]] != body["raw_score"]
+        ]
         assert wrong == [], f"{len(wrong)} of {len(clients.seen)} verdicts are not of their version"
-        served = Counter(version for _, version, _ in clients.seen)
+        served = Counter(body["model_version"] for _, body in clients.seen)
         assert set(served) == set(versions)
         assert "Traceback" not in running.server.log.read_text()
         assert most_in_memory(running.server) == 2

@@ -84,16 +84,16 @@ def test_files_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
         b"{}",
         b"\xff\xfe\x00",
         b'{"scores": [1], "parts": [0]}',
-        b'{"scores": [1], "parts": [0, 1], "learned": []}',
-        b'{"scores": ["a"], "parts": [0], "learned": []}',
-        b'{"scores": [1], "parts": ["x"], "learned": []}',
-        b'{"scores": [NaN], "parts": [0], "learned": []}',
-        b'{"scores": [Infinity], "parts": [0], "learned": []}',
-        b'{"scores": [[1]], "parts": [[0]], "learned": []}',
-        b'{"scores": [[1], 2], "parts": [0, 1], "learned": []}',
-        b'{"scores": 1, "parts": 0, "learned": []}',
-        b'{"scores": [1], "parts": [0], "learned": 7}',
-        b'{"scores": [1], "parts": [999999999999999999999], "learned": []}',
+        b'{"scores": [1], "parts": [0, 1], "learned": [], "strange": []}',
+        b'{"scores": ["a"], "parts": [0], "learned": [], "strange": []}',
+        b'{"scores": [1], "parts": ["x"], "learned": [], "strange": []}',
+        b'{"scores": [NaN], "parts": [0], "learned": [], "strange": []}',
+        b'{"scores": [Infinity], "parts": [0], "learned": [], "strange": []}',
+        b'{"scores": [[1]], "parts": [[0]], "learned": [], "strange": []}',
+        b'{"scores": [[1], 2], "parts": [0, 1], "learned": [], "strange": []}',
+        b'{"scores": 1, "parts": 0, "learned": [], "strange": []}',
+        b'{"scores": [1], "parts": [0], "learned": 7, "strange": []}',
+        b'{"scores": [1], "parts": [999999999999999999999], "learned": [], "strange": []}',
     ],
 )
 def test_damage_is_said_with_what_to_do(tmp_path: Path, content: bytes) -> None:
@@ -106,3 +106,11 @@ def test_a_folder_in_its_place_is_damage(tmp_path: Path) -> None:
     (tmp_path / SCORES).mkdir()
     with pytest.raises(BadBundle, match="damaged"):
         KnownScores.read(tmp_path)
+
+
+def test_what_was_strange_stays_so_until_it_is_learned(tmp_path: Path) -> None:
+    first = KnownScores.none(learned=("a",), strange=("x", "y"))
+    first.write(tmp_path)
+    assert KnownScores.read(tmp_path).strange == ("x", "y")
+    later = first.followed_by(KnownScores.none(learned=("x",), strange=("y", "z")))
+    assert (later.learned, later.strange) == (("a", "x"), ("y", "z"))

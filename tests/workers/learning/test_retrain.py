@@ -276,6 +276,29 @@ def test_a_strange_picture_among_the_new_ones_does_not_move_the_limit(line: Line
     assert line.written()["calibration"] == found
 
 
+def test_strange_pictures_are_not_learned_by_the_next_update_either_unless_that_is_asked_for(
+    line: Line,
+) -> None:
+    put(line.train, *range(14))
+    put_strange(line.train, "0003_b.png", "0013_b.png")
+    line.learn()
+    clean = line.size()
+    for _ in range(2):  # they alone are new, and too few to be compared with each other
+        report = line.go_on()
+        assert report["images"]["learned"] == 0
+        named = [Path(one).name for one in report["images"]["strange"]]
+        assert named == ["0003_b.png", "0013_b.png"]
+        assert line.size() == clean
+    put(line.train, *range(40, 44))
+    report = line.go_on()
+    assert (report["images"]["learned"], len(report["images"]["strange"])) == (4, 2)
+    report = line.go_on(keep_strange=True)
+    assert (report["images"]["learned"], report["images"]["strange"]) == (2, [])
+    report = line.go_on()
+    assert (report["images"]["learned"], report["images"]["known"]) == (0, 20)
+    assert report["images"]["strange"] == []
+
+
 # ---- on top of what is known ------------------------------------------------------------------
 
 
@@ -286,7 +309,7 @@ def test_the_same_folder_again_teaches_nothing_twice(line: Line) -> None:
     size, known, written = line.size(), line.known(), line.written()
     said = Said()
     report = line.go_on(said)
-    assert "all 8 images were learned before" in said.lines
+    assert "no image is new: 8 were learned before" in said.lines
     assert (report["images"]["learned"], report["images"]["known"]) == (0, 8)
     assert line.size() == size
     np.testing.assert_allclose(line.known().scores, known.scores)
