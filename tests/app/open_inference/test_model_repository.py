@@ -322,7 +322,7 @@ def own_store(folder: Path, bundle: Path) -> tuple[Store, Settings]:
     store = Store(folder / "models")
     store.activate("bolt", store.take_in("bolt", bundle, {}))
     return store, Settings(
-        data_dir=folder, worker="off", rollback_parts=4, rollback_max_rejects=0.5
+        data_dir=folder, worker="off", rollback_parts=4, rollback_max_rejects=0.5, gate_found=0.0
     )
 
 
