@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EXIT_CODE, KensaError
+from engines.store.bundle import STRANGE
 from workers.progress import Progress
 
 # Threads of torch that wait must sleep: when they spin, training beside a server slows both down.
@@ -68,7 +69,7 @@ def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
     return [
         "",
         f"learned      {images['learned']} images{skipped} in {seconds['learn']:.1f} s",
-        *_strange_lines(images.get("strange", [])),
+        *_strange_lines(images.get("strange", []), out_dir),
         *_knowledge_lines(report, report.get("before", {})),
         *_calibration_lines(report["calibration"]),
         f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
@@ -77,13 +78,14 @@ def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
     ]
 
 
-def _strange_lines(strange: list[str]) -> list[str]:
+def _strange_lines(strange: list[str], out_dir: Path) -> list[str]:
     if not strange:
         return []
     names = ", ".join(Path(name).name for name in strange)
     return [
         f"not learned  {len(strange)} unlike the others and unlike what is known: {names}",
-        "             (if these parts are good, learn them with --keep_strange)",
+        f"             (look at {out_dir / STRANGE}; if these parts are good, learn them with"
+        " --keep_strange)",
     ]
 
 

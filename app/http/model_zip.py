@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from engines.errors import BadBundle, BadMeta, BadRequest, UploadTooLarge
 from engines.meta import Meta
-from engines.store.bundle import ONNX, PLAN, REPORT
+from engines.store.bundle import ONNX, PLAN, REPORT, STRANGE
 from engines.store.golden import GOLDEN
 from engines.store.known_scores import SCORES
 from engines.store.versions import META
@@ -61,7 +61,7 @@ def _wanted(folder: Path) -> set[str | None]:
     except BadMeta as error:
         raise BadMeta(str(error).replace(str(folder / META), f"{META} in the zip")) from None
     named = {meta.weights_pth, meta.memory_bank, meta.stats}
-    return {ONNX, REPORT, GOLDEN, SCORES, *named} - {META, PLAN}
+    return {ONNX, REPORT, STRANGE, GOLDEN, SCORES, *named} - {META, PLAN}
 
 
 def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: int) -> int:

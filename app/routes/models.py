@@ -23,7 +23,7 @@ from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
 from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.promise import drawn_found, promise
-from engines.store.bundle import ONNX
+from engines.store.bundle import ONNX, read_strange
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, Store
 from engines.verdict import Label, Scale
@@ -368,6 +368,26 @@ async def flip(request: Request, name: Name, version: Version, number: Number) -
     except FileNotFoundError:
         raise UnknownVersion(f"The gate found no flip {number} of {name} {version}.") from None
     return Response(data, media_type="image/jpeg")
+
+
+@router.get(
+    "/models/{name}/versions/{version}/strange",
+    dependencies=[needs("line")],
+    summary="See the pictures that were not learned",
+    response_class=Response,
+    responses={200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}}, 404: _UNKNOWN},
+)
+async def strange(request: Request, name: Name, version: Version) -> Response:
+    """Those that are unlike the others, and beside each what is strange about it; up to 20."""
+    store = _store(request)
+
+    def look() -> bytes | None:
+        folder = store.folder(name, version)
+        return read_strange(folder, Meta.read(folder / META))
+
+    if (picture := await asyncio.to_thread(look)) is None:
+        raise UnknownVersion(f"No picture was left out of {name} {version} as strange.")
+    return Response(picture, media_type="image/jpeg")
 
 
 @router.post(

@@ -20,6 +20,7 @@ ONNX = "model.onnx"
 PLAN = "model.plan"
 PLAN_RECORD = "model.plan.json"  # what the plan is good for; see engines.store.plan_record
 REPORT = "report.json"
+STRANGE = "strange.jpg"  # pictures that were not learned, for a person to look at
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,20 @@ def check_files(root: Path, meta: Meta) -> None:
     """Raise BadBundle unless the files beside a meta.json are those that it was written with.
 
     Weights, statistics and scores may be missing: they are needed to retrain, not to serve. A plan,
-    too: it stays on the device that made it.
+    too: it stays on the device that made it. Nor does anything depend on a picture for people.
     """
-    spared = (meta.weights_pth, meta.stats, SCORES, PLAN, PLAN_RECORD)
+    spared = (meta.weights_pth, meta.stats, SCORES, STRANGE, PLAN, PLAN_RECORD)
     for name, expected in (meta.files or {}).items():
         if name in spared and not (root / name).exists():
             continue
         check_hash(root / name, expected)
+
+
+def read_strange(root: Path, meta: Meta) -> bytes | None:
+    """The sheet of pictures that training left out as strange, None where there is none."""
+    if STRANGE not in (meta.files or {}) or not (root / STRANGE).is_file():
+        return None
+    return (root / STRANGE).read_bytes()
 
 
 def check_hash(path: Path, expected: str) -> None:

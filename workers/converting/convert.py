@@ -25,6 +25,7 @@ from engines.store.bundle import (
     PLAN,
     PLAN_RECORD,
     REPORT,
+    STRANGE,
     read_bank,
     read_report,
     write_report,
@@ -152,6 +153,10 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         if scores is not None:  # an update goes on from them
             shutil.copyfile(scores, folder / SCORES)
             names.append(SCORES)
+        strange = request.weights_pth.with_name(STRANGE)
+        if STRANGE in (meta.files or {}) and strange.is_file():  # of this training
+            shutil.copyfile(strange, folder / STRANGE)
+            names.append(STRANGE)
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
     if machine is None:

@@ -24,7 +24,7 @@ from engines.files import staged
 from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.store.bundle import ONNX, Bundle, check_hash
+from engines.store.bundle import ONNX, Bundle, check_hash, read_strange
 from engines.verdict import Scale, decide, heatmap, overlay_png
 from workers.evaluation.measures import (
     GROUPS,
@@ -102,7 +102,14 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
         _write_predictions(folder / PREDICTIONS, seen)
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
-        page = evaluation_page(report, seen, folder / OVERLAYS, request.worst, model.meta)
+        page = evaluation_page(
+            report,
+            seen,
+            folder / OVERLAYS,
+            request.worst,
+            model.meta,
+            read_strange(request.model_dir, model.meta),
+        )
         (folder / PAGE).write_text(page, encoding="utf-8")
     return report
 

@@ -56,6 +56,7 @@ svg text { font-size: 12px; fill: var(--soft); }
 .case img { display: block; width: 100%; height: 100%; object-fit: contain; background: #fff; }
 .case p { margin: 0; padding: 9px 12px; font-size: 15px; overflow-wrap: anywhere; }
 .case small { display: block; color: var(--soft); font-size: 14px; }
+.sheet { display: block; width: 100%; max-width: 780px; }
 .normal { color: var(--normal); } .anomaly { color: var(--anomaly); }
 table { border-collapse: collapse; font-size: 15px; width: 100%; }
 th, td { text-align: left; padding: 6px 0; border-top: 1px solid var(--line); font-weight: 400;
@@ -71,7 +72,12 @@ th { color: var(--soft); width: 190px; padding-right: 16px; }
 
 
 def evaluation_page(
-    report: dict[str, Any], seen: list[Seen], overlays: Path, worst: int, meta: Meta
+    report: dict[str, Any],
+    seen: list[Seen],
+    overlays: Path,
+    worst: int,
+    meta: Meta,
+    strange: bytes | None = None,
 ) -> str:
     """One HTML page that loads nothing: measures, charts, the worst mistakes, the model.
 
@@ -81,6 +87,7 @@ def evaluation_page(
         overlays: the folder of their overlays.
         worst: how many mistakes are shown.
         meta: of the model.
+        strange: a JPEG of the pictures that its training left out.
     """
     threshold = report["threshold"]["raw"]
     normal, defective = scores_of(seen, "normal"), scores_of(seen, "anomaly")
@@ -107,6 +114,7 @@ defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p
 <h2>Where the threshold comes from</h2>
 <table>{_rows({name.capitalize(): words for name, words in report["origin"].items()})}</table>
 {threshold_origin.drawn_chart(meta)}
+{_left_out(strange)}
 {_cases(seen, threshold, overlays, worst, meta.bit_depth)}
 <h2>Model</h2>
 <table>{_rows(_facts(report))}</table>
@@ -183,6 +191,16 @@ def _rows(facts: dict[str, str]) -> str:
         f"<tr><th>{name}</th><td>{escape(value)}</td></tr>"
         for name, value in facts.items()
         if value
+    )
+
+
+def _left_out(strange: bytes | None) -> str:
+    if strange is None:
+        return ""
+    uri = "data:image/jpeg;base64," + base64.b64encode(strange).decode()
+    return (
+        "<h2>Not learned: unlike the others, and unlike what is known</h2>"
+        f'<img class="sheet" alt="Each picture, and what is strange about it" src="{uri}">'
     )
 
 

@@ -21,7 +21,7 @@ from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import ConvertRequest, RetrainRequest
 from engines.queue.protocol import RUNNING, job_of, training_of
-from engines.store.bundle import ONNX, PLAN, read_report
+from engines.store.bundle import ONNX, PLAN, read_report, read_strange
 from engines.store.shared import Shared
 from engines.store.versions import META, Store
 from workers.commands import hush_libraries
@@ -125,18 +125,24 @@ def _succeeded(store: Store, kind: str, request: dict[str, Any], version: str) -
     ended = {"state": "succeeded", "version": version}
     if kind == "convert":
         return ended
-    found = read_report(store.folder(request["model"], version)).get("images")
-    return {**ended, "images": _told(found)} if isinstance(found, dict) else ended
+    name = request["model"]
+    found = read_report(store.folder(name, version)).get("images")
+    if not isinstance(found, dict):
+        return ended
+    folder = store.folder(name, version)
+    shown = read_strange(folder, Meta.read(folder / META)) is not None
+    see = f" See them at /models/{name}/versions/{version}/strange." if shown else ""
+    return {**ended, "images": _told(found, see)}
 
 
-def _told(images: dict[str, Any]) -> dict[str, Any]:
+def _told(images: dict[str, Any], see: str) -> dict[str, Any]:
     """Of report.json's `images` what a job says: numbers, and a few names of bounded length."""
     strange = images.get("strange", [])
     names = [Path(name).name[:MOST_OF_A_NAME] for name in strange[:MOST_NAMES]]
     note = (
         f"Not learned, because they are unlike the others and unlike what is known:"
-        f" {', '.join(names)}{' and others' if len(names) < len(strange) else ''}. If these parts"
-        " are good, learn them with keep_strange; else delete the pictures."
+        f" {', '.join(names)}{' and others' if len(names) < len(strange) else ''}.{see} If these"
+        " parts are good, learn them with keep_strange; else delete the pictures."
     )
     return {
         "learned": images.get("learned", 0),

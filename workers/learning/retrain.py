@@ -17,14 +17,16 @@ from engines.files import sha256, staged
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.promise import UNTRAINED
-from engines.store.bundle import REPORT, check_hash, write_report
+from engines.store.bundle import REPORT, STRANGE, check_hash, write_report
 from engines.store.golden import Golden, evenly
 from engines.store.known_scores import KnownScores
+from engines.verdict import Scale
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
 from workers.learning.dataset import Category, measure_bit_depth
 from workers.learning.eyesight import eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
+from workers.learning.strange import SHOWN, sheet
 from workers.progress import Progress
 
 LEAST_PARTS = 4  # whose scores are enough for another threshold than the one that there is
@@ -128,6 +130,7 @@ class _Learned:
     normals: Normals
     golden: Golden
     tested: dict[str, int]  # test images that the threshold was found with
+    sheet: bytes | None  # a JPEG of the strange pictures
     broken: dict[str, str]
     seconds: float  # spent on learning alone
 
@@ -157,7 +160,18 @@ def _learn(
         "normal": sum(path in own for path in normals.paths),
         "anomaly": len(defective.paths),
     }
-    return _Learned(calibration, normals, golden, tested, course.broken(), course.seconds)
+    strange = _sheet(course, normals.strange, calibration)
+    return _Learned(calibration, normals, golden, tested, strange, course.broken(), course.seconds)
+
+
+def _sheet(course: Course, strange: list[Path], calibration: Calibration) -> bytes | None:
+    """What strange pictures look like, and where the model that came of the others finds it."""
+    paths, pictures = course.pictures(strange[:SHOWN])
+    if not paths:
+        return None
+    raw, maps = models.look(course.kind, course.model, pictures)
+    names = [path.name for path in paths]
+    return sheet(names, pictures, raw, maps, Scale.of(calibration.write_to(course.meta)))
 
 
 def _examples(course: Course, normals: Normals) -> Judged:
@@ -243,6 +257,9 @@ def _write(
         names = [*kind.save(model, meta, folder), REPORT]
         if len(learned.golden.images):
             names.append(learned.golden.write(folder))
+        if learned.sheet is not None:
+            (folder / STRANGE).write_bytes(learned.sheet)
+            names.append(STRANGE)
         if kind.INCREMENTAL:  # also without scores: others may lie in that folder
             names.append(learned.normals.learned_scores.write(folder))
         hashes = {name: sha256(folder / name) for name in names}

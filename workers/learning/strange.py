@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.store.known_scores import KnownScores
+from engines.verdict import Scale, heatmap, overlay_png
 from workers.learning.normal_scores import NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
 LEAST = 8  # pictures, fewer of which do not say what is usual
 ODDS = 0.005  # of a normal part to score as high, where earlier ones are known
 ODDS_ALONE = 0.001  # where none are
+
+SHOWN = 20  # pictures on a sheet
+SIDE, LABEL, GAP = 384, 30, 4  # of a sheet: pixels
+INK, PAPER = (43, 32, 23), 255
 
 
 def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64]:
@@ -45,3 +51,35 @@ def _alike(scores: NDArray[np.float64], unsure: int) -> bool:
     """Whether those that are believed are all the same."""
     sure = np.sort(scores)[: len(scores) - unsure]
     return bool(sure[0] == sure[-1])
+
+
+def sheet(
+    names: list[str],
+    pictures: NDArray[np.uint8],
+    scores: NDArray[np.float32],
+    maps: NDArray[np.float32],
+    scale: Scale,
+) -> bytes:
+    """A JPEG for a person to look at: each picture, and beside it what is strange about it.
+
+    Args:
+        names: of the files. One that is not in ASCII, for which there are no letters, is left out.
+        pictures: (n, S, S, 3) RGB, n > 0.
+        scores, maps: raw ones, (n,) and (n, h, w), by a model that has not learned them.
+        scale: of that model.
+    """
+    rows = []
+    for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+        heat = heatmap(maps[number], scale, len(picture))
+        painted = np.frombuffer(overlay_png(picture, heat, scale.threshold), np.uint8)
+        pair = (picture[..., ::-1], cv2.imdecode(painted, cv2.IMREAD_COLOR))
+        row = np.full((LABEL + SIDE + GAP, 2 * SIDE + GAP, 3), PAPER, np.uint8)
+        for column, one in enumerate(pair):
+            at = column * (SIDE + GAP)
+            row[LABEL : LABEL + SIDE, at : at + SIDE] = cv2.resize(one, (SIDE, SIDE))
+        said = f"{name[-36:] if name.isascii() else ''}  {scores[number]:.3g}"
+        label = f"{number + 1}  {said.strip()}, threshold {scale.raw_threshold:.3g}"
+        cv2.putText(row, label, (4, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.5, INK, 1, cv2.LINE_AA)
+        rows.append(row)
+    _, data = cv2.imencode(".jpg", np.concatenate(rows), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    return data.tobytes()

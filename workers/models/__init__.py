@@ -18,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from workers.models.deferred_imports import defer_imports
 
 defer_imports()  # before the first import of anomalib, timm or torchvision
@@ -37,3 +40,17 @@ class Training:
 def module(kind: str) -> Any:
     """The module of a model kind; imported only now, because torch takes seconds to load."""
     return import_module(f"workers.models.{kind}")
+
+
+def look(
+    kind: Any, model: Any, pictures: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Raw scores (n,) and raw maps (n, h, w) of pictures (n, S, S, 3), n > 0."""
+    import torch
+
+    graph, inputs = kind.graph(model, half=False)
+    _, *learned = inputs.values()
+    with torch.inference_mode():  # one by one: distances of a batch would not fit in the cache
+        seen = [graph(torch.from_numpy(picture[None]), *learned)[:2] for picture in pictures]
+    scores, maps = (torch.cat(one).numpy() for one in zip(*seen, strict=True))
+    return scores, maps

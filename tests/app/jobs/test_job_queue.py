@@ -20,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -210,6 +212,27 @@ def test_an_update_goes_live_while_parts_keep_coming(
             (line.store.folder("part", found["version"]) / "report.json").read_text()
         )
         assert report["before"]["memory_bank"]["rows"] > 0, "it did not build on what was known"
+
+
+def test_a_strange_picture_is_named_shown_and_not_learned(own: Path, sample_data: Path) -> None:
+    with learning(own, sample_data) as line:
+        new = write_dataset(own / "new", train=8, normal=1, per_kind=1, size=320, seed=900)
+        paths = sorted(new.glob("train/*/*"))
+        stripes = np.arange(320)[:, None, None] // 15 % 2 * 255
+        cv2.imwrite(str(paths[3]), np.broadcast_to(stripes, (320, 320, 3)).astype(np.uint8))
+        files = [("file", (f"new_{one.name}", one.read_bytes())) for one in paths]
+        sent = line.server.client.post(f"/datasets/{CATEGORY}/train", files=files)
+        assert sent.status_code == 201, sent.text
+        found = ended(line, ask(line, {**AGAIN, "activate": False}))
+        images, version = found["images"], found["version"]
+        assert (images["learned"], images["names"]) == (7, [f"new_{paths[3].name}"])
+        where = f"/models/part/versions/{version}/strange"
+        assert where in images["note"]
+        shown = line.server.client.get(where)
+        assert (shown.status_code, shown.headers["content-type"]) == (200, "image/jpeg")
+        assert cv2.imdecode(np.frombuffer(shown.content, np.uint8), cv2.IMREAD_COLOR) is not None
+        none = line.server.client.get(f"/models/part/versions/{line.model()['live']}/strange")
+        assert (none.status_code, none.json()["code"]) == (404, "unknown_version")
 
 
 def test_two_pictures_of_a_new_normal_are_enough_for_an_update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import os
@@ -26,9 +27,10 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 import evaluate as command
 import retrain
 from engines import image
+from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.store.bundle import Bundle
+from engines.store.bundle import STRANGE, Bundle
 from engines.verdict import BLUR_SIGMA, Scale
 from support.project import ASSETS, ROOT, run, write_meta
 from workers.evaluation.measures import aupro, image_measures, label_regions
@@ -650,6 +652,22 @@ def test_what_retrain_left_is_converted_and_measured_the_same(
     ours, theirs = ([float(row["raw_score"]) for row in r.rows] for r in (again, result))
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_pictures_that_were_not_learned_stand_on_the_page(
+    kensa_model: Path, sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(kensa_model, model)
+    _, sheet = cv2.imencode(".jpg", np.full((20, 30, 3), 90, np.uint8))
+    (model / STRANGE).write_bytes(sheet.tobytes())
+    meta = Meta.read(model / "meta.json")
+    meta.with_(files={**(meta.files or {}), STRANGE: sha256(model / STRANGE)}).write(
+        model / "meta.json"
+    )
+    page = evaluated(flags_of(model, sample_data, tmp_path / "out"), capsys).page
+    assert "Not learned: unlike the others" in page
+    assert base64.b64encode(sheet.tobytes()).decode() in page
 
 
 def test_without_defects_the_rest_is_measured_and_it_says_what_is_not(

@@ -18,11 +18,13 @@ import pytest
 from engines.errors import BadBundle, BadDataset
 from engines.limits import Limits
 from engines.meta import Meta
+from engines.store.bundle import read_strange
 from engines.store.golden import Golden
 from engines.store.known_scores import SCORES, KnownScores
 from support.progress import Said
 from workers.commands import summarise_training
 from workers.learning.retrain import Retrain, retrain
+from workers.learning.strange import GAP, LABEL, SIDE
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -252,6 +254,28 @@ def test_strange_pictures_are_named_and_not_learned(line: Line) -> None:
     assert line.written()["image_threshold_auto"] == pytest.approx(threshold, rel=1e-3)
     told = "\n".join(summarise_training(report, line.out))
     assert "2 unlike the others and unlike what is known: 0003_b.png, 0013_b.png" in told
+    assert f"look at {line.out / 'strange.jpg'}" in told
+
+
+def test_a_sheet_shows_what_is_strange_about_them(line: Line) -> None:
+    put(line.train, *range(14))
+    line.learn()
+    assert read_strange(line.out, Meta.read(line.out / "meta.json")) is None
+    put_strange(line.train, "0003_b.png", "検査.png")
+    report = line.learn()
+    found = read_strange(line.out, Meta.read(line.out / "meta.json"))
+    assert found is not None
+    seen = cv2.imdecode(np.frombuffer(found, np.uint8), cv2.IMREAD_COLOR)
+    pairs = np.split(seen, len(report["images"]["strange"]))
+    for pair, path in zip(pairs, report["images"]["strange"], strict=True):
+        left, right = pair[LABEL:-GAP, :SIDE], pair[LABEL:-GAP, -SIDE:]
+        part = cv2.resize(cv2.imread(path), (64, 64), interpolation=cv2.INTER_AREA)
+        assert np.abs(cv2.resize(part, (SIDE, SIDE)) - left.astype(float)).mean() < 6
+        assert np.abs(right.astype(float) - left).max() > 60, "painted over, and outlined"
+    shutil.rmtree(line.train)
+    put(line.train, *range(14))
+    line.learn()
+    assert read_strange(line.out, Meta.read(line.out / "meta.json")) is None, "of another training"
 
 
 def test_strange_pictures_are_learned_where_that_is_asked_for(line: Line) -> None:
