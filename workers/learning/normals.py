@@ -54,15 +54,21 @@ class Course:
 
     def judge(self, paths: list[Path]) -> Judged:
         """Score images with the model as it is now."""
-        read, pictures = self.pictures(paths)
-        return Judged(read, pictures, self.kind.scores(self.model, [pictures]))
+        images, batches, scores = self._images(paths, "verify"), [], [np.empty(0, np.float32)]
+        for batch in images:
+            batches.append(batch)
+            scores.append(self.kind.scores(self.model, [batch]))
+        return Judged(images.used, self._together(batches), np.concatenate(scores))
 
     def pictures(self, paths: list[Path]) -> tuple[list[Path], NDArray[np.uint8]]:
         """The images that can be read, as the model sees them: (n, S, S, 3)."""
         images = self._images(paths, "verify")
-        batches, size = list(images), self.meta.image_size
-        none = np.empty((0, size, size, 3), np.uint8)
-        return images.used, np.concatenate(batches) if batches else none
+        batches = list(images)
+        return images.used, self._together(batches)
+
+    def _together(self, batches: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        size = self.meta.image_size
+        return np.concatenate([np.empty((0, size, size, 3), np.uint8), *batches])
 
     def broken(self) -> dict[str, str]:
         """The images that could not be read, and why."""
@@ -149,10 +155,10 @@ def leave_each_out(
         tuple(marks[path] for path in paths) for paths in (learned, strange)
     )
     learned_scores = before.followed_by(KnownScores(own, parts, learned_marks, strange_marks))
+    tests = course.judge(_unknown(category.test_normal, learned_scores, course.progress))
     if not len(own):
-        tested = _from_tests(course, course.judge(category.test_normal), learned, "test")
+        tested = _from_tests(course, tests, learned, "test")
         return replace(tested, known=known, strange=strange, learned_scores=learned_scores)
-    tests = course.judge(category.test_normal)
     others = _of_tests(tests, lesson.describe)
     # Pictures that a model of an older Kensa, or of another tool, knows already score far too low:
     # nobody can tell which they are.
@@ -173,6 +179,18 @@ def leave_each_out(
         ),
         course.progress,
     )
+
+
+def _unknown(tests: list[Path], known: KnownScores, progress: Progress) -> list[Path]:
+    """The test images that the model has not learned: the others score far too low."""
+    learned = {*known.learned}
+    unknown = [path for path in tests if KnownScores.mark(path) not in learned]
+    if len(unknown) < len(tests):
+        progress.say(
+            f"{len(tests) - len(unknown)} normal test images were learned, now or before: the"
+            " threshold is found without them"
+        )
+    return unknown
 
 
 def _left_out(course: Course, lesson: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -202,7 +220,7 @@ def _spread_of_learned(course: Course, learned: list[Path]) -> float:
 
 
 def _nothing_new(course: Course, category: Category, before: KnownScores) -> Normals:
-    tests = course.judge(category.test_normal)
+    tests = course.judge(_unknown(category.test_normal, before, course.progress))
     found = _from_tests(course, tests, [], "left_out" if len(before) else "test")
     return replace(
         found,

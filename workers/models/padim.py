@@ -43,6 +43,7 @@ INCREMENTAL = True
 
 DEAD = 1e-9  # variance of a channel that is the same everywhere, and so says nothing
 KEPT = 256  # images whose embeddings are kept, so that they can be left out again
+RUN = 16  # of them follow one another: shots of one part are kept together, and left out together
 BLOCK = 32  # images whose embeddings are held before they are merged into the statistics
 LARGEST_MIB = 1024  # statistics of more than this fit neither a Jetson nor an ONNX file
 
@@ -261,7 +262,8 @@ class Lesson:
     """What was learned from which picture, so that each can be judged as if it had not been.
 
     Attributes:
-        embeddings: (K, P, n) of those that are kept: at the most `KEPT`, spread over all.
+        embeddings: (K, P, n) of those that are kept: at the most `KEPT`, in runs that are spread
+            over all.
         pictures: (K,) their numbers among all.
         stats: of all of them, and of what was known before.
         left_out: the same without some of them.
@@ -398,12 +400,12 @@ def _stats_of(model: PaDiM, batches: Batches) -> tuple[Stats, torch.Tensor, NDAr
     for batch in batches:
         embeddings = model.embed(torch.from_numpy(batch))[0]
         for embedding in embeddings:
-            if seen % every == 0:
+            if seen // RUN % every == 0:
                 kept[seen] = embedding.clone()  # not the batch that it lies in
             seen += 1
-            if len(kept) > KEPT:  # every second one goes, and from now on fewer are kept
+            if len(kept) > KEPT:  # every second run goes, and from now on fewer are kept
                 every *= 2
-                kept = {number: one for number, one in kept.items() if number % every == 0}
+                kept = {number: one for number, one in kept.items() if number // RUN % every == 0}
         waiting.append(embeddings)
         if sum(map(len, waiting)) >= BLOCK:
             merge()

@@ -150,6 +150,16 @@ def test_golden_images_are_of_the_training_where_there_are_no_others(line: Line)
     assert not golden.defective.any()
 
 
+def test_test_images_that_were_learned_are_not_asked_for_the_threshold(line: Line) -> None:
+    put(line.train, *range(10))
+    put(line.test / "normal", 3, 4, 20, 21)  # two of them lie in train/, too
+    assert line.learn()["tested"]["normal"] == 2
+    put(line.train, 20, 30, 31, 32)
+    report = line.go_on()
+    assert report["tested"]["normal"] == 1
+    assert report["calibration"]["normals"] == 10 + 4 + 1
+
+
 def test_normal_test_images_count_as_well_and_defects_are_judged(line: Line) -> None:
     put(line.train, *range(8))
     put(line.test / "normal", *range(20, 25))
