@@ -16,6 +16,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.errors import BadSettings
+from engines.promise import FEW_FOUND
 from engines.queue.fleet import Fleet
 
 PREFIX = "KENSA_"
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
         le=1,
     )
     gate_found: float = _setting(
-        0.2,
+        FEW_FOUND,
         "share",
         "Of the defects that training draws onto normal parts: how many a new version has to find,"
         " else it is held for a person. 0: it is not asked whether a model sees at all, so that"

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from benchmarks.common import ASSETS, begin, print_load, print_machine, print_table
 from benchmarks.drawn_parts import KINDS as DRAWN
 from benchmarks.drawn_parts import defective, normal
+from engines.promise import FEW_FOUND
 
 PHOTOS = ("alien", "cookie", "hazelnut_toy")
 BACKBONES = {"resnet18": ["layer2", "layer3"], "mobilenetv2_100": ["blocks.2", "blocks.4"]}
 ONE_MORE = {"resnet18": "layer1", "mobilenetv2_100": "blocks.1"}  # PaDiM's first layer
 SIDE, RATIO, CHANNELS = 256, 0.1, 100
 NORMALS, DEFECTS = 80, 60  # of the drawn parts
-BLIND = 0.2  # share of drawn defects under which the gate holds a version: KENSA_GATE_FOUND
 MOST_OTHERS = 60
 
 Scores = NDArray[np.float64]
@@ -138,7 +138,7 @@ class Contestant:
         learned, others = order[:normals], order[normals : normals + MOST_OTHERS]
         lesson, parts, left_out, strange = self.lesson(self.normal[learned])
         learned = np.delete(learned, strange)
-        on = to_draw_on(parts)
+        on = to_draw_on(parts, left_out, left_out)
         drawn = drawn_scores(
             self.pictures.normal[learned[on]],
             lambda picture, number: float(
@@ -224,8 +224,8 @@ def weigh(draws: list[Draw], limit: Limit) -> Found:
         float(missed.mean()),
         float(np.mean([(draw.defects <= as_many).mean() for draw in draws])),
         int(blind.sum()),
-        sum(share >= BLIND for share, is_blind in zip(shares, blind, strict=True) if is_blind),
-        sum(share < BLIND for share in shares),
+        sum(share >= FEW_FOUND for share, is_blind in zip(shares, blind, strict=True) if is_blind),
+        sum(share < FEW_FOUND for share in shares),
     )
 
 

@@ -14,6 +14,7 @@ from engines.meta import Meta
 from engines.verdict import Scale
 
 UNTRAINED = "untrained"  # in `weights` of the calibration
+FEW_FOUND = 0.2  # share of the drawn defects below which a model may be blind
 MOVED = 1.0  # standard deviations of normal scores that a threshold may move in an update
 
 
@@ -85,35 +86,35 @@ def drawn_found(meta: Meta) -> tuple[int | None, int | None]:
     return of, found
 
 
-def doubts(meta: Meta, least_found: float) -> list[str]:
+def doubts(meta: Meta, least_found: float, *, live: bool = False) -> list[str]:
     """Why a version should not judge parts before a person said so, a sentence each.
 
     Args:
+        live: it judges already, so nobody has to be told how to let it.
         least_found: the share of drawn defects that it has to find; at 0 it is not asked whether
             the model sees at all.
     """
     known = promise(meta)
     if known is None:
         return []
-    sentences = []
+    sentences, let = [], "" if live else "activate it, and "
     if least_found > 0:
         if known.drawn and known.found is not None and known.found / known.drawn < least_found:
             sentences.append(
                 f"It finds only {known.found} of {known.drawn} drawn defects: it may be blind."
                 " Train it with more or other pictures, another backbone, other layers or a larger"
-                " image_size; or activate it, and lower its threshold with PUT"
-                " /models/NAME/threshold."
+                f" image_size; or {let}lower its threshold with PUT /models/NAME/threshold."
             )
         if known.untrained:
             sentences.append(
                 "The weights of its backbone are untrained, so it sees strong colours and little"
                 " else: train it with pretrained ones."
             )
-    sentences += _rejects_too_many(meta, known)
+    sentences += _rejects_too_many(meta, known, let)
     return sentences
 
 
-def _rejects_too_many(meta: Meta, known: Promise) -> list[str]:
+def _rejects_too_many(meta: Meta, known: Promise, let: str) -> list[str]:
     cap = share((meta.calibration or {}).get("cap"))
     budget = max(known.false_rejects or 0.0, cap or 0.0)
     if not budget or known.at_least is None or known.at_least <= budget:
@@ -121,7 +122,7 @@ def _rejects_too_many(meta: Meta, known: Promise) -> list[str]:
     return [
         f"It rejects {known.rejected} of {known.parts} good parts that it has not learned, at least"
         f" {known.at_least:.1%} of all, 95 % sure, where {100 * budget:g} % may be: train it with"
-        " more pictures of good parts; or activate it, and raise its threshold with PUT"
+        f" more pictures of good parts; or {let}raise its threshold with PUT"
         " /models/NAME/threshold."
     ]
 
@@ -139,11 +140,14 @@ def movement(meta: Meta, live: Meta | None) -> list[str]:
     now = meta.image_threshold_auto
     if now is None or (live is not None and live.image_threshold_auto == now):
         return []
+    if not at_training(meta) or (live is not None and not at_training(live)):  # set by hand
+        now = Scale.of(meta).raw_threshold
+        before = Scale.of(live).raw_threshold if live is not None else before
     what = "normal parts pass more easily now, and defects too" if moved > 0 else "more is rejected"
     return [
         f"The threshold moved from {before:.4g} to {now:.4g}, by {abs(moved):.1f} standard"
-        f" deviations of normal scores: {what}. Look at the pictures that it learned, and activate"
-        " it if all of them are good."
+        f" deviations of normal scores: {what}. Look at the good parts and the known defects that"
+        " it comes from, and activate it if they are what they should be."
     ]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EXIT_CODE, KensaError
+from engines.limits import TRAINED
+from engines.promise import FEW_FOUND
 from engines.store.bundle import STRANGE
 from workers.progress import Progress
 
@@ -71,7 +73,7 @@ def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
         f"learned      {images['learned']} images{skipped} in {seconds['learn']:.1f} s",
         *_strange_lines(images.get("strange", []), out_dir),
         *_knowledge_lines(report, report.get("before", {})),
-        *_calibration_lines(report["calibration"]),
+        *_calibration_lines(report["calibration"], report.get("threshold", {})),
         f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
         f" verify {seconds['verify']:.1f}",
         f"written to   {out_dir}",
@@ -101,16 +103,27 @@ def _knowledge_lines(report: dict[str, Any], before: dict[str, Any]) -> list[str
     return []
 
 
-def _calibration_lines(found: dict[str, Any]) -> list[str]:
+def _calibration_lines(found: dict[str, Any], in_force: dict[str, float]) -> list[str]:
     if found["method"] == "kept":
         kept = f"threshold    {found['threshold']:.4f} on the raw score, as before"
-        return [f"{kept} (nothing says how other normal parts score)"]
+        return [f"{kept} (nothing says how other normal parts score)", *_by_hand(in_force)]
     return [
         f"threshold    {found['threshold']:.4f} on the raw score, {_source(found)}",
+        *_by_hand(in_force),
         f"score range  {found['raw_min']:.4f} to {found['raw_max']:.4f}",
         *_promise(found),
         *_defect_lines(found),
         *_warnings(found),
+    ]
+
+
+def _by_hand(in_force: dict[str, float]) -> list[str]:
+    """That another threshold judges than the one that was found."""
+    if in_force.get("normalised", TRAINED) == TRAINED:
+        return []
+    return [
+        f"in force     {in_force['raw']:.4f}, set by hand (image_threshold"
+        f" {in_force['normalised']:g}); what is said below is of the one above"
     ]
 
 
@@ -173,6 +186,9 @@ def _warnings(found: dict[str, Any]) -> list[str]:
             f"the threshold moved from {found['before']:.4f}, by {abs(found['moved']):.1f} standard"
             " deviations of normal scores: look at what was learned"
         )
+    drawn = found.get("drawn") or {}
+    if drawn.get("share", 1) < FEW_FOUND:
+        warnings.append("few of the drawn defects are found: it may be blind to real ones, too")
     if found.get("weights") == "untrained":
         warnings.append("the backbone is untrained: it sees strong colours and little else")
     return [f"note         {warning}" for warning in warnings]

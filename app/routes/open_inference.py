@@ -416,7 +416,7 @@ async def _entry(request: Request, name: str) -> RepositoryModelBody:
         name=name,
         version=pointer.live if pointer else "",
         state="UNAVAILABLE",
-        reason=residents.why_not(name) or f"{name} has no live version.",
+        reason=residents.problem(name) or f"{name} has no live version.",
     )
 
 

@@ -26,7 +26,7 @@ from engines.errors import (
     OutOfMemory,
     StalePlan,
 )
-from engines.serving.resident import Resident, in_its_place, nobody_instead
+from engines.serving.resident import Resident, held_back, in_its_place, nobody_instead
 from engines.store.versions import Store
 
 log = logging.getLogger("kensa")
@@ -134,6 +134,12 @@ class ModelManager:
         if why is not None:
             sentence = nobody_instead(name, should, why, tried)
             self._not_ready(name, " ".join(filter(None, (left_out, sentence))))
+        await self.note_held(name)
+
+    async def note_held(self, name: str) -> None:
+        """Say of a model that never judged why it does not."""
+        if held := await self.loader.do(lambda: self._store.held(name)):
+            self._residents.held[name] = held_back(name, *held)
 
     def _stand_in(
         self, model: Resident, should: str | None, why: str | None, left_out: str | None

@@ -167,6 +167,7 @@ class Rollout:
                     found = await self._through_the_gate(name, manifest)
             if not found["ok"]:
                 await self._loader.write(lambda: self._store.record_gate(name, version, found))
+                await self._models.note_held(name)
                 self.on_swap(name, "held")
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
         except (BadBundle, BadMeta) as error:

@@ -79,6 +79,7 @@ class Health:
         standing_in = {
             name: self._residents.standing_in.get(name) for name in self._residents.known()
         }
+        held = list(self._residents.held.values())
         stale = [one for name, one in self._residents.stale.items() if name not in problems]
         jobs, queue = await self._queue.look()
         worker = self._worker
@@ -89,6 +90,7 @@ class Health:
             free, size = _disk(self._data)
             degraded = [
                 *problems.values(),
+                *held,
                 *filter(None, standing_in.values()),
                 *stale,
                 *(doubt for model in models for doubt in _doubts(model, self._found)),
@@ -185,7 +187,8 @@ class JobCounts:
 
 def _doubts(model: Resident, least_found: float) -> list[str]:
     """What speaks against a version that judges all the same, because a person wants it so."""
-    return [f"{model.name} {model.version}: {one}" for one in doubts(model.meta, least_found)]
+    found = doubts(model.meta, least_found, live=True)
+    return [f"{model.name} {model.version}: {one}" for one in found]
 
 
 def _disk(folder: Path) -> tuple[int | None, int | None]:

@@ -63,6 +63,7 @@ class Residents:
         self.problems: dict[str, str] = {}  # name -> why it has no resident version
         self.unloaded: dict[str, str] = {}  # the same, because a person wanted it so
         self.resting: dict[str, str] = {}  # the same, because another model needed the memory
+        self.held: dict[str, str] = {}  # name -> why none of its versions may judge yet
         self.standing_in: dict[str, str] = {}  # name -> why not the version answers that should
         self.on_call: Callable[[str], None] = lambda _: None  # a part came for one that rests
         self._called: dict[str, float] = {}  # when a request last came, on the monotonic clock
@@ -83,7 +84,7 @@ class Residents:
             return self._only()
         if name in self._models:
             return self._models[name]
-        if reason := self.why_not(name):
+        if reason := self.why_not(name) or self.held.get(name):
             raise NotReady(reason)
         raise UnknownModel(f"There is no model {name[:100]!r}{self._there_is()}.")
 
@@ -124,7 +125,7 @@ class Residents:
 
     def problem(self, name: str) -> str | None:
         """Why a model is not in memory, or why another version of it is than should be."""
-        return self.why_not(name) or self.standing_in.get(name)
+        return self.why_not(name) or self.held.get(name) or self.standing_in.get(name)
 
     def known(self) -> list[str]:
         """The models in memory, and those that are not for a reason."""
@@ -133,13 +134,14 @@ class Residents:
     def missing(self) -> str | None:
         """What keeps the server from being ready, None when nothing does.
 
-        A model that was unloaded or rests is not missed, unless nothing else is left.
+        A model that was unloaded, rests or never judged is not missed, unless nothing else is left.
         """
         if self.problems:
             return " ".join(self.problems.values())
         if self._models:
             return None
-        return " ".join([*self.unloaded.values(), *self.resting.values()]) or NO_MODEL
+        others = (self.unloaded, self.resting, self.held)
+        return " ".join(why for reasons in others for why in reasons.values()) or NO_MODEL
 
     def stand_in(self, model: Resident, reason: str) -> None:
         """Let a version answer in the place of another one, which `reason` names."""
@@ -197,7 +199,7 @@ class Residents:
 
     def _away(self, name: str) -> Resident | None:
         """The version that answered until now; nothing does, and there is no reason yet."""
-        for reasons in (self.problems, self.unloaded, self.resting, self.standing_in):
+        for reasons in (self.problems, self.unloaded, self.resting, self.held, self.standing_in):
             reasons.pop(name, None)
         return self._models.pop(name, None)
 
@@ -224,6 +226,15 @@ NO_MODEL = (
     "There is no model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that convtrt.py"
     " made."
 )
+
+
+def held_back(name: str, version: str, reasons: list[str]) -> str:
+    """A sentence for a model none of whose versions has judged yet, because the gate holds them."""
+    return (
+        f"No version of {name} judges yet: {version} is held."
+        f" {' '.join(reasons) or 'Its gate record gives no reason.'}"
+        f" POST /models/{name}/versions/{version}/activate lets it judge."
+    )
 
 
 def in_its_place(name: str, version: str, should: str | None, why: str) -> str:

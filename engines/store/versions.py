@@ -198,6 +198,16 @@ class Store:
         why = f"was refused: {reason.rstrip('.')}" if reason else "is not there any more"
         return candidates, pointer.live, why
 
+    def held(self, name: str) -> tuple[str, list[str]] | None:
+        """Where none was ever live: the newest version that the gate holds, and its reasons."""
+        if self.to_serve(name) != ([], None, None):
+            return None
+        for version in reversed(self.versions(name)):
+            found = self.gate(name, version)
+            if found is not None and found.get("ok") is not True:
+                return version, found.get("reasons", [])
+        return None
+
     def to_start_from(self, name: str, version: str | None = None) -> str | None:
         """The version that a job starts from: the one it names, else the best that may be served.
 

@@ -113,7 +113,7 @@ defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p
 {curves}
 <h2>Where the threshold comes from</h2>
 <table>{_rows({name.capitalize(): words for name, words in report["origin"].items()})}</table>
-{threshold_origin.drawn_chart(meta)}
+{threshold_origin.drawn_chart(meta, threshold)}
 {_left_out(strange)}
 {_cases(seen, threshold, overlays, worst, meta.bit_depth)}
 <h2>Model</h2>
@@ -424,7 +424,7 @@ def _limit_lines(axes: _Axes, limits: dict[str, float]) -> list[str]:
             lines.append(
                 f'<line x1="{x:.1f}" y1="{axes.top}" x2="{x:.1f}" y2="{bottom}" {DOTTED}/>'
                 f'<text x="{x + shift:.1f}" y="{bottom}" text-anchor="{anchor}">'
-                f"{share} of good parts rejected</text>"
+                f"limit for {share} of good parts</text>"
             )
     return lines
 

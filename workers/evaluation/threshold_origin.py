@@ -10,6 +10,7 @@ from typing import Any
 
 from engines.limits import Limits
 from engines.meta import Meta
+from engines.promise import FEW_FOUND
 from engines.verdict import Scale
 from workers.commands import FEW_PARTS
 from workers.learning.eyesight import LEAST_SIDE, STRONG
@@ -21,7 +22,6 @@ HOW = {
     "best_f1": " and as the limit with the best F1, by an older Kensa",
     "prediction_limit": " by the prediction limit of an older Kensa",
 }
-FEW_FOUND = 0.5  # share of the drawn defects
 MANY_SPREADS = 1.0  # standard deviations of normal scores, by which a limit may move
 
 # More can be read at a glance than in a list of numbers: a dot per drawn defect.
@@ -51,12 +51,12 @@ def origin_facts(meta: Meta, threshold: float) -> dict[str, str]:
     """
     found, own = meta.calibration or {}, Scale.of(meta).threshold_auto
     is_own = threshold == own
-    other = "" if is_own else f"{own:.4f}, not the {threshold:.4f} that is in force: "
+    by_hand = "" if is_own else f"; that gave {own:.4f}, and {threshold:.4f} is in force"
     facts = {
-        "found from": other + _source(found),
+        "found from": _source(found) + by_hand,
         "promise": _promise(found) if is_own else _promise_of(meta, threshold),
         "defects": _known(found, own),
-        "drawn ones": _drawn(found.get("drawn"), own),
+        "drawn ones": _drawn(found.get("drawn"), threshold, is_own=is_own),
         "moved": _moved(found),
     }
     return {name: words for name, words in facts.items() if words}
@@ -65,18 +65,20 @@ def origin_facts(meta: Meta, threshold: float) -> dict[str, str]:
 def origin_notes(meta: Meta, threshold: float) -> list[str]:
     """What makes the threshold doubtful; one sentence each."""
     found, notes = meta.calibration or {}, []
-    if threshold != Scale.of(meta).threshold_auto:
-        return []
+    is_own = threshold == Scale.of(meta).threshold_auto
+    seen, drawn = _drawn_found(found.get("drawn"), threshold, is_own=is_own)
+    if drawn and seen / drawn < FEW_FOUND:
+        notes.append(
+            f"Only {seen} of {drawn} drawn defects are found at the threshold: it may be blind to"
+            " real ones, too. Show the model more pictures, take another backbone or a larger"
+            " image_size, or lower the threshold."
+        )
+    if not is_own:
+        return notes
     parts = found.get("parts")
     if parts is not None and found.get("method") != "kept" and parts < FEW_PARTS:
         notes.append(
             f"The threshold comes from only {parts} parts: show the model {FEW_PARTS} or more."
-        )
-    drawn = found.get("drawn") or {}
-    if drawn.get("share", 1) < FEW_FOUND:
-        notes.append(
-            f"Only {drawn.get('found')} of {drawn.get('of')} drawn defects are found at the"
-            " threshold: it may be blind to real ones, too."
         )
     if abs(found.get("moved", 0)) > MANY_SPREADS:
         notes.append(
@@ -98,17 +100,17 @@ def limits_of(meta: Meta) -> dict[str, float]:
     return {name: score for name, score in raw.items() if score is not None}
 
 
-def drawn_chart(meta: Meta) -> str:
+def drawn_chart(meta: Meta, threshold: float) -> str:
     """The drawn defects by strength and size, a dot each; nothing where none were drawn."""
     by = ((meta.calibration or {}).get("drawn") or {}).get("by") or {}
-    sides = list(dict.fromkeys(side for counts in by.values() for side in counts))
+    sides = list(dict.fromkeys(side for scores in by.values() for side in scores))
     if not sides:
         return ""
     head = "".join(f"<th>{escape(_spaced(side))} of the side</th>" for side in sides)
     rows = "".join(
         f"<tr><th>{escape(strength)}</th>"
-        f"{''.join(_cell(strength, side, counts.get(side)) for side in sides)}</tr>"
-        for strength, counts in sorted(by.items(), reverse=True)
+        f"{''.join(_cell(strength, side, scores.get(side), threshold) for side in sides)}</tr>"
+        for strength, scores in sorted(by.items(), reverse=True)
     )
     return (
         '<figure><figcaption>Defects drawn onto good parts <span><i class="key found"></i> found,'
@@ -117,10 +119,10 @@ def drawn_chart(meta: Meta) -> str:
     )
 
 
-def _cell(strength: str, side: str, counts: list[int] | None) -> str:
-    if counts is None:
+def _cell(strength: str, side: str, scores: list[float] | None, threshold: float) -> str:
+    if scores is None:
         return "<td></td>"
-    found, of = counts
+    found, of = sum(score > threshold for score in scores), len(scores)
     counted = strength == STRONG and float(side.rstrip("% ")) > 100 * LEAST_SIDE
     dots = '<i class="found"></i>' * found + "<i></i>" * (of - found)
     look = "" if counted else ' class="extra"'
@@ -177,12 +179,25 @@ def _known(found: dict[str, Any], own: float) -> str:
     return f"{words}; {misses} more would cost over {100 * most:g} % of the good parts"
 
 
-def _drawn(drawn: dict[str, Any] | None, own: float) -> str:
-    if not drawn or "found" not in drawn or "of" not in drawn:
+def _drawn(drawn: dict[str, Any] | None, threshold: float, *, is_own: bool) -> str:
+    found, of = _drawn_found(drawn, threshold, is_own=is_own)
+    if not of:
         return ""
     return (
-        f"{drawn['found']} of {drawn['of']} found at {own:.4f}: scratches, stains, dents and"
-        " missing pieces drawn onto good parts"
+        f"{found} of {of} found at {threshold:.4f}: scratches, stains, dents and missing pieces"
+        " drawn onto good parts"
+    )
+
+
+def _drawn_found(
+    drawn: dict[str, Any] | None, threshold: float, *, is_own: bool
+) -> tuple[int, int]:
+    """How many of those that any model has to find, and of how many; of 0 where nothing says."""
+    drawn = drawn or {}
+    if scores := drawn.get("scores"):
+        return sum(score > threshold for score in scores), len(scores)
+    return (
+        (drawn.get("found") or 0, drawn.get("of") or 0) if is_own and "found" in drawn else (0, 0)
     )
 
 

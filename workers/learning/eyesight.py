@@ -39,24 +39,29 @@ def drawn_scores(
 def eyesight(scores: list[tuple[Drawn, float]], threshold: float) -> dict[str, Any]:
     """What is found at a threshold, as report.json and meta.json hold it.
 
-    `found` and `of` count those that any model has to find, `share` is the one by the other; `by`
-    has all, by strength and side: how many were found, and of how many. `scores` has the raw ones
-    of those that count, for who changes the threshold later.
+    `found` and `of` count those that any model has to find, `share` is the one by the other, and
+    `scores` has their raw scores, for who changes the threshold later. `by` has those of all, by
+    strength and side.
     """
-    by: dict[str, dict[str, list[int]]] = {}
+    by: dict[str, dict[str, list[float]]] = {}
     for what, score in scores:
-        counts = by.setdefault(what.strength, {}).setdefault(f"{what.side:.0%}", [0, 0])
-        counts[0] += score > threshold
-        counts[1] += 1
-    plain = [score for what, score in scores if must_be_found(what)]
-    found = sum(score > threshold for score in plain)
-    return {
-        "found": found,
-        "of": len(plain),
-        "share": round(found / len(plain), 3),
-        "scores": [float(f"{score:.7g}") for score in sorted(plain)],
-        "by": by,
-    }
+        by.setdefault(what.strength, {}).setdefault(f"{what.side:.0%}", []).append(_short(score))
+    for of_side in (one for sides in by.values() for one in sides.values()):
+        of_side.sort()
+    plain = [_short(score) for what, score in scores if must_be_found(what)]
+    return counted({"scores": sorted(plain), "by": by}, threshold)
+
+
+def counted(drawn: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """The same at another threshold."""
+    scores = drawn["scores"]
+    found = sum(score > threshold for score in scores)
+    share = round(found / len(scores), 3)
+    return {**drawn, "found": found, "of": len(scores), "share": share}
+
+
+def _short(score: float) -> float:
+    return float(f"{score:.7g}")
 
 
 def must_be_found(what: Drawn) -> bool:

@@ -19,6 +19,7 @@ from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
 from workers.learning.normal_scores import USUAL_SCALE, NormalScores
 from workers.learning.same_part import same_part
+from workers.learning.strange import LEAST
 from workers.learning.strange import strange as find_strange
 from workers.models import Training
 from workers.progress import Progress
@@ -163,7 +164,7 @@ def leave_each_out(
     # Pictures that a model of an older Kensa, or of another tool, knows already score far too low:
     # nobody can tell which they are.
     trusted = not is_update or len(before) > 0
-    on = to_draw_on(parts)
+    on = to_draw_on(parts, own, learned_scores.scores)
     return Normals(
         learned,
         known,
@@ -240,7 +241,7 @@ def _from_tests(course: Course, tests: Judged, learned: list[Path], method: str)
         tests.paths,
         scores.scores,
         method,
-        tests.pictures[_evenly(len(tests.pictures), DRAWN_ON)],
+        tests.pictures[to_draw_on(scores.parts, scores.scores, scores.scores)],
         lambda picture, _: float(course.kind.scores(course.model, [picture[None]])[0]),
         course.progress,
     )
@@ -255,11 +256,25 @@ def _of_tests(
     return KnownScores(tests.scores.astype(np.float64), parts)
 
 
-def to_draw_on(parts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A few pictures, of parts that there are equally many pictures of: as much is left out."""
-    _, number, sizes = np.unique(parts, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero(sizes[number] == np.bincount(sizes).argmax())
-    return candidates[_evenly(len(candidates), DRAWN_ON)]
+def to_draw_on(
+    parts: NDArray[np.int64], own: NDArray[np.float64], known: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """A few pictures to draw defects on, of parts with equally many pictures: as much is left out.
+
+    What is drawn has to be found for itself, so they are some that score low: of many new ones the
+    lower half, of few those below the median of all that are known.
+
+    Args:
+        parts, own: of the new pictures, and their scores.
+        known: scores of these and of earlier ones.
+    """
+    usual = own if len(own) >= LEAST else known
+    low = np.flatnonzero(own <= np.median(usual)) if len(own) else np.arange(0)
+    if not len(low):
+        return low
+    _, number, sizes = np.unique(parts[low], return_inverse=True, return_counts=True)
+    candidates = low[sizes[number] == np.bincount(sizes).argmax()]
+    return np.asarray(candidates[_evenly(len(candidates), DRAWN_ON)], np.int64)
 
 
 def _evenly(count: int, most: int) -> NDArray[np.int64]:
@@ -273,7 +288,7 @@ def _say_strange(progress: Progress, strange: list[Path]) -> None:
         names = ", ".join(path.name for path in strange)
         progress.say(
             f"not learned: {len(strange)} unlike the others and unlike what is known: {names}."
-            " If these parts are good, learn them with --keep_strange."
+            " If these parts are good, learn them with keep_strange."
         )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadMeta
 from engines.files import sha256, staged
+from engines.limits import TRAINED, is_number
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.promise import UNTRAINED
@@ -24,7 +25,7 @@ from engines.verdict import Scale
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
 from workers.learning.dataset import Category, measure_bit_depth
-from workers.learning.eyesight import eyesight
+from workers.learning.eyesight import counted, eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.learning.strange import SHOWN, sheet
 from workers.progress import Progress
@@ -88,6 +89,8 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     loaded = time.perf_counter()
     learned = _learn(request, meta, kind, model, category, progress)
     meta = learned.calibration.write_to(meta).with_(score_kind=kind.SCORE_KIND)
+    if (request.false_rejects, request.false_rejects_cap) != (None, None):
+        meta = meta.with_(image_threshold=TRAINED)  # whoever asks for a budget wants its threshold
     report = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": meta.model,
@@ -102,6 +105,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         **({"before": known} if known else {}),
         **kind.summary(model),
         "calibration": learned.calibration.record(),
+        "threshold": {"normalised": meta.image_threshold, "raw": Scale.of(meta).raw_threshold},
         "seconds": {
             "load": round(loaded - started, 2),
             "learn": round(learned.seconds, 2),
@@ -212,12 +216,20 @@ def _calibration(
         found = calibrate(
             normals.scores, defective.scores, budget, normals.method, normals.usual_scale
         )
-        if before is not None:
+        if before is not None and budget == Budget.asked(meta, None, None):
             found = found.moved_from(before.threshold, known if len(known) else normals.scores)
     if len(normals.on):
         return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
-    # Nothing new to draw on: what was found before, if the model is the one that it was found of.
-    return replace(found, drawn=(meta.calibration or {}).get("drawn") if before else None)
+    return replace(found, drawn=_drawn_before(meta, found.threshold) if before else None)
+
+
+def _drawn_before(meta: Meta, threshold: float) -> dict[str, Any] | None:
+    """What is found of the drawn defects that an earlier training had."""
+    drawn = (meta.calibration or {}).get("drawn")
+    if not isinstance(drawn, dict) or not isinstance(drawn.get("scores"), list):
+        return None
+    scores = drawn["scores"]
+    return counted(drawn, threshold) if scores and all(map(is_number, scores)) else None
 
 
 def _weights(request: Retrain) -> str | None:

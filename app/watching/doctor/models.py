@@ -11,7 +11,7 @@ from engines.machine.memory import MIB, Free, Need
 from engines.meta import Meta
 from engines.promise import doubts
 from engines.serving.opening import Opening, memory_needed
-from engines.serving.resident import in_its_place, nobody_instead
+from engines.serving.resident import held_back, in_its_place, nobody_instead
 from engines.store.bundle import ONNX
 from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import META, Store
@@ -43,7 +43,7 @@ def look_at_models(
         if found is None:
             continue
         version, meta, plan, need = found
-        doubted = doubts(meta, settings.gate_found)
+        doubted = doubts(meta, settings.gate_found, live=True)
         report.findings += [wrong(f"{name} {version}: {one}") for one in doubted]
         needs.append(need)
         short = need.short_of(free)
@@ -105,7 +105,7 @@ def _look_at(
 def _that_serves(store: Store, name: str, report: Report) -> str | None:
     """The version that would serve, after every file in it was compared with its SHA-256.
 
-    Where none was live yet, the newest. What is wrong with the live one is reported.
+    Where none was live yet, the newest, unless the gate holds it. What is wrong is reported.
     """
     candidates, should, why = store.to_serve(name)
     tried: dict[str, str] = {}
@@ -122,6 +122,9 @@ def _that_serves(store: Store, name: str, report: Report) -> str | None:
     why = tried.pop(should or "", why)
     if why is not None:
         report.findings.append(wrong(nobody_instead(name, should, why, tried)))
+        return None
+    if held := store.held(name):
+        report.findings.append(wrong(held_back(name, *held)))
         return None
     return next(reversed(store.versions(name)), None)
 

@@ -13,6 +13,7 @@ from engines.meta import Meta
 from engines.store.versions import META
 from support.line import NAME, Line, line
 from support.plans import tiny_bank, tiny_bundle
+from support.server import RAW, serving
 
 ASKS = {"KENSA_GATE_FOUND": "0.2"}  # which is the default
 SEES: dict[str, Any] = {
@@ -77,6 +78,15 @@ def test_a_first_version_that_is_doubted_waits_for_a_person_and_is_named_while_i
         assert len(found["gate"]["reasons"]) == 1
         assert sentence in found["gate"]["reasons"][0]
         assert running.model()["live"] is None
+        held = f"No version of {NAME} judges yet: {found['version']} is held. "
+        client = running.server.client
+        judged = client.post(f"/infer?model={NAME}", content=b"any", headers=RAW)
+        assert (judged.status_code, judged.json()["code"]) == (503, "not_ready")
+        for said in (judged.json()["error"], client.get("/readyz").json()["error"],
+                     running.model()["problem"], degraded(running)):  # fmt: skip
+            assert held in said
+            assert sentence in said
+        assert held in findings(tmp_path)
         assert running.activate(found["version"]).status_code == 200
         assert running.state(found["version"]) == "live"
         assert f"{NAME} {found['version']}: " in degraded(running)
@@ -91,7 +101,16 @@ def test_with_a_share_of_nothing_nobody_asks_whether_it_sees(
 ) -> None:
     with line(tmp_path, KENSA_GATE_FOUND="0") as running:
         assert published(running, bundle(tmp_path / "new", **DOUBTFUL[why][0]))["state"] == state
-        assert degraded(running) == ""
+        assert ("is held" in degraded(running)) == (state == "held")
+
+
+def test_after_a_restart_it_still_says_that_its_only_version_is_held(tmp_path: Path) -> None:
+    with line(tmp_path, **ASKS) as running:
+        held = published(running, bundle(tmp_path / "new", **BLIND))
+    with serving(tmp_path, **ASKS) as server:
+        said = server.client.get("/readyz")
+        assert said.status_code == 503
+        assert f"{held['version']} is held. It finds only 1 of 16" in said.json()["error"]
 
 
 def test_the_folder_of_the_setting_goes_live_and_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ import retrain
 from engines import image
 from engines.files import sha256
 from engines.meta import Meta
+from engines.promise import FEW_FOUND
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import STRANGE, Bundle
 from engines.verdict import BLUR_SIGMA, Scale
@@ -504,11 +505,12 @@ def test_page_and_summary_say_from_what_the_threshold_comes_and_what_it_can_prom
 
 def test_every_drawn_defect_is_a_dot_on_the_page(result: Result) -> None:
     cells = re.findall(r"<td.*?</span></td>", result.page)
-    counts = [pair for row in result.report["calibration"]["drawn"]["by"].values()
-              for pair in row.values()]  # fmt: skip
+    counts = [scores for row in result.report["calibration"]["drawn"]["by"].values()
+              for scores in row.values()]  # fmt: skip
+    threshold = result.report["threshold"]["raw"]
     assert sorted(
         (cell.count('<i class="found"></i>'), cell.count("<i")) for cell in cells
-    ) == sorted((found, of) for found, of in counts)
+    ) == sorted((sum(score > threshold for score in scores), len(scores)) for scores in counts)
     must = [cell for cell in cells if "extra" not in cell]
     drawn = result.report["calibration"]["drawn"]
     assert sum(cell.count("<i") for cell in must) == drawn["of"]
@@ -528,9 +530,12 @@ def test_a_threshold_set_by_hand_is_told_from_the_one_that_training_found(
         "of": f"set by hand; training found {scale.threshold_auto:.4f}",
     }
     origin = result.report["origin"]
-    assert f"not the {scale.raw_threshold:.4f} that is in force" in origin["found from"]
+    assert f"and {scale.raw_threshold:.4f} is in force" in origin["found from"]
     assert origin["promise"].endswith(f"at {scale.raw_threshold:.4f}")  # of this one
-    assert origin["drawn ones"].count(f"at {scale.threshold_auto:.4f}") == 1  # of that one
+    drawn = (meta.calibration or {})["drawn"]["scores"]
+    found = sum(score > scale.raw_threshold for score in drawn)
+    assert origin["drawn ones"].startswith(f"{found} of 16 found at {scale.raw_threshold:.4f}")
+    assert f"{found} of 16" in result.page or found / 16 >= FEW_FOUND
     assert "threshold was found with" not in result.said
 
 
@@ -542,8 +547,9 @@ RECORD: dict[str, Any] = {
     "parts_needed": 299, "auroc": 0.94, "best_f1": 0.9, "misses": 15, "before": 2.1, "moved": 2.25,
     "limits": [{"false_rejects": 0.01, "raw": 3.5, "at_most": 0.2},
                {"false_rejects": 0.05, "raw": 2.5, "at_most": 0.28}],
-    "drawn": {"found": 3, "of": 16, "share": 0.188,
-              "by": {"faint": {"1%": [1, 4]}, "strong": {"1%": [0, 8], "8%": [3, 16]}}},
+    "drawn": {"found": 3, "of": 16, "share": 0.188, "scores": [2.0] * 13 + [2.65, 2.8, 2.8],
+              "by": {"faint": {"1%": [1.9] * 4},
+                     "strong": {"1%": [2.0] * 8, "8%": [2.0] * 13 + [2.65, 2.8, 2.8]}}},
 }  # fmt: skip
 
 
@@ -553,13 +559,14 @@ def meta_with(tmp_path: Path, calibration: dict[str, Any] | None) -> Meta:
 
 
 def test_what_makes_a_threshold_doubtful_is_a_note(tmp_path: Path) -> None:
-    few, blind, moved = origin_notes(meta_with(tmp_path, RECORD), 2.6)
+    blind, few, moved = origin_notes(meta_with(tmp_path, RECORD), 2.6)
     assert "only 15 parts: show the model 20 or more" in few
     assert "Only 3 of 16 drawn defects" in blind
     assert "moved from 2.1000 to 2.6000, 2.2 standard deviations of normal scores up" in moved
     sound = RECORD | {"parts": 45, "moved": -0.9, "drawn": {"found": 16, "of": 16, "share": 1.0}}
     assert origin_notes(meta_with(tmp_path, sound), 2.6) == []
-    assert origin_notes(meta_with(tmp_path, RECORD), 2.7) == []  # that one has nothing to do with
+    (other,) = origin_notes(meta_with(tmp_path, RECORD), 2.7)  # of parts and moves nothing is said
+    assert "Only 2 of 16 drawn defects" in other
 
 
 def test_pictures_of_the_same_parts_are_told_from_parts(tmp_path: Path) -> None:
@@ -590,7 +597,7 @@ def test_an_older_calibration_and_anomalibs_are_told_as_far_as_they_go(
     facts = origin_facts(meta, 2.6)
     assert says in facts["found from"]
     assert not {"promise", "drawn ones", "moved"} & set(facts)
-    assert (origin_notes(meta, 2.6), drawn_chart(meta), limits_of(meta)) == ([], "", {})
+    assert (origin_notes(meta, 2.6), drawn_chart(meta, 2.6), limits_of(meta)) == ([], "", {})
 
 
 @pytest.mark.parametrize("key", RECORD)
@@ -601,7 +608,7 @@ def test_any_key_of_a_calibration_may_be_missing(
     meta = meta_with(tmp_path, {name: value for name, value in RECORD.items() if name != key})
     told = [*origin_facts(meta, threshold).values(), *origin_notes(meta, threshold)]
     assert told
-    assert not any("None" in words for words in [*told, drawn_chart(meta), *limits_of(meta)])
+    assert not any("None" in words for words in [*told, drawn_chart(meta, 2.6), *limits_of(meta)])
 
 
 def test_the_limits_of_budget_and_cap_stand_in_the_histogram_as_far_as_they_are_in_sight(
@@ -614,7 +621,7 @@ def test_the_limits_of_budget_and_cap_stand_in_the_histogram_as_far_as_they_are_
     scores = [float(row["raw_score"]) for row in result.rows]
     for share, score in shown.items():
         if min(scores) < score < max(scores):
-            assert result.page.count(f">{share} of good parts rejected<") == 1
+            assert result.page.count(f">limit for {share} of good parts<") == 1
     assert "5 %" in shown
 
 

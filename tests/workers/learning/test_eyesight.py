@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engines.image import resize
 from workers.learning.drawn_defects import DEFECTS, Drawn
-from workers.learning.eyesight import drawn_scores, eyesight
+from workers.learning.eyesight import counted, drawn_scores, eyesight
 from workers.sample_parts.drawing import draw_part
 
 Pictures = NDArray[np.uint8]
@@ -53,7 +53,7 @@ def test_each_is_drawn_onto_the_picture_that_the_judge_is_told(
 def test_strong_ones_are_told_from_faint_ones(by_change: list[tuple[Drawn, float]]) -> None:
     found = eyesight(by_change, threshold=30.0)
     assert found["share"] > 0.8
-    assert sum(counts[0] for counts in found["by"]["faint"].values()) == 0
+    assert max(score for of_side in found["by"]["faint"].values() for score in of_side) <= 30
 
 
 def test_every_drawn_one_is_counted_by_strength_and_side(
@@ -64,8 +64,15 @@ def test_every_drawn_one_is_counted_by_strength_and_side(
         "faint": ["1%", "3%", "8%"],
         "strong": ["1%", "3%", "8%"],
     }
-    assert all(counts == [4, 4] for counts in by["faint"].values())
-    assert all(counts == [8, 8] for counts in by["strong"].values())
+    assert all(len(of_side) == 4 for of_side in by["faint"].values())
+    assert all(len(of_side) == 8 for of_side in by["strong"].values())
+    assert all(of_side == sorted(of_side) for sides in by.values() for of_side in sides.values())
+
+
+def test_at_another_threshold_the_same_ones_are_counted_again(
+    by_change: list[tuple[Drawn, float]],
+) -> None:
+    assert counted(eyesight(by_change, 30.0), 0.0) == eyesight(by_change, 0.0)
 
 
 def test_the_same_pictures_have_the_same_defects(pictures: Pictures) -> None:

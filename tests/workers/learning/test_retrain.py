@@ -21,6 +21,7 @@ from engines.meta import Meta
 from engines.store.bundle import read_strange
 from engines.store.golden import Golden
 from engines.store.known_scores import SCORES, KnownScores
+from engines.verdict import Scale
 from support.progress import Said
 from workers.commands import summarise_training
 from workers.learning.retrain import Retrain, retrain
@@ -169,6 +170,36 @@ def test_normal_test_images_count_as_well_and_defects_are_judged(line: Line) -> 
     assert found["cap"] == 0.05
     assert 0 <= found["auroc"] <= 1
     assert len(line.known()) == 8  # those of the test come again with the next update
+
+
+def test_a_threshold_set_by_hand_stays_in_force_and_is_told_until_a_budget_is_asked_for(
+    line: Line,
+) -> None:
+    put(line.train, *range(12))
+    line.learn()
+    meta = Meta.read(line.out / "meta.json").with_(image_threshold=0.7)
+    meta.write(line.out / "meta.json")
+    put(line.train, *range(40, 46))
+    report = line.go_on()
+    now = Meta.read(line.out / "meta.json")
+    assert now.image_threshold == 0.7
+    told = "\n".join(summarise_training(report, line.out))
+    assert f"in force     {Scale.of(now).raw_threshold:.4f}, set by hand" in told
+    report = line.go_on(false_rejects=0.05)
+    assert line.written()["image_threshold"] == 0.5
+    assert "set by hand" not in "\n".join(summarise_training(report, line.out))
+    assert "moved" not in report["calibration"], "another budget was asked for"
+
+
+def test_defects_are_drawn_onto_pictures_that_are_not_strange_themselves(line: Line) -> None:
+    """One that is rejected as it is would let every drawn defect be found."""
+    put(line.train, *range(14))
+    before = line.learn()["calibration"]["drawn"]
+    put_strange(line.train, "0003_b.png")
+    report = line.go_on(keep_strange=True)
+    after, threshold = report["calibration"]["drawn"], report["calibration"]["threshold"]
+    assert after["scores"] == before["scores"], "nothing new to draw on"
+    assert after["found"] == sum(score > threshold for score in before["scores"])
 
 
 def test_the_budget_and_the_cap_reach_meta_json(line: Line) -> None:
