@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.limits import is_number
 from workers.learning.drawn_defects import DEFECTS, Drawn, draw, on_the_part
 from workers.progress import Tick
 
@@ -57,6 +58,18 @@ def eyesight(scores: list[tuple[Drawn, float]], threshold: float) -> dict[str, A
         "scores": [float(f"{score:.7g}") for score in sorted(plain)],
         "by": by,
     }
+
+
+def seen_again(drawn: dict[str, Any] | None, threshold: float) -> dict[str, Any] | None:
+    """What `eyesight` found, at another threshold; without `by`, of which no scores are kept."""
+    scores = drawn.get("scores") if isinstance(drawn, dict) else None
+    if drawn is None or not isinstance(scores, list) or not all(map(is_number, scores)):
+        return drawn
+    found = sum(score > threshold for score in scores)
+    if not scores or found == drawn.get("found"):
+        return drawn
+    share = round(found / len(scores), 3)
+    return {"found": found, "of": len(scores), "share": share, "scores": scores}
 
 
 def must_be_found(what: Drawn) -> bool:

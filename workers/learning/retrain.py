@@ -19,11 +19,11 @@ from engines.meta import Meta
 from engines.promise import UNTRAINED
 from engines.store.bundle import REPORT, check_hash, write_report
 from engines.store.golden import Golden, evenly
-from engines.store.known_scores import KnownScores
+from engines.store.known_scores import SCORES, KnownScores
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
 from workers.learning.dataset import Category, measure_bit_depth
-from workers.learning.eyesight import eyesight
+from workers.learning.eyesight import eyesight, seen_again
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.progress import Progress
 
@@ -203,7 +203,8 @@ def _calibration(
     if len(normals.on):
         return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
     # Nothing new to draw on: what was found before, if the model is the one that it was found of.
-    return replace(found, drawn=(meta.calibration or {}).get("drawn") if before else None)
+    drawn = (meta.calibration or {}).get("drawn") if before else None
+    return replace(found, drawn=seen_again(drawn, found.threshold))
 
 
 def _weights(request: Retrain) -> str | None:
@@ -225,7 +226,9 @@ def _weights(request: Retrain) -> str | None:
 
 
 def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None:
-    """Raise unless a bank or statistics beside meta.json are those that it was written with."""
+    """Raise unless a bank or statistics beside meta.json are those that it was written with, and
+    what is known of scores as well.
+    """
     name = getattr(meta, kind.LEARNED or "", None)
     if name is None:
         raise BadMeta(f"{learned} cannot be loaded: a {meta.model} model keeps all in its weights.")
@@ -233,6 +236,8 @@ def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None
         beside = meta_json.parent / name
         if learned.resolve() == beside.resolve():
             check_hash(beside, meta.files[name])
+            if SCORES in meta.files and beside.with_name(SCORES).exists():
+                check_hash(beside.with_name(SCORES), meta.files[SCORES])
 
 
 def _write(
