@@ -221,8 +221,8 @@ class Residents:
 
 
 NO_MODEL = (
-    "There is no model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that convtrt.py"
-    " made."
+    "There is no live model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that"
+    " convtrt.py made. One that the gate held waits for a person: GET /models says why."
 )
 
 

@@ -105,7 +105,7 @@ def _look_at(
 def _that_serves(store: Store, name: str, report: Report) -> str | None:
     """The version that would serve, after every file in it was compared with its SHA-256.
 
-    Where none was live yet, the newest. What is wrong with the live one is reported.
+    Where none was live yet, the newest that the gate has not held. What is wrong is reported.
     """
     candidates, should, why = store.to_serve(name)
     tried: dict[str, str] = {}
@@ -123,7 +123,14 @@ def _that_serves(store: Store, name: str, report: Report) -> str | None:
     if why is not None:
         report.findings.append(wrong(nobody_instead(name, should, why, tried)))
         return None
-    return next(reversed(store.versions(name)), None)
+    newest = next(reversed(store.versions(name)), None)
+    gate = store.gate(name, newest) if newest is not None else None
+    if gate is not None and not gate.get("ok"):
+        held = f"{name} is not served: {newest} is held. {' '.join(gate.get('reasons', []))}"
+        do = f"curl -X POST localhost:8000/models/{name}/versions/{newest}/activate"
+        report.findings.append(wrong(held, f"{do}   # if it may judge all the same"))
+        return None
+    return newest
 
 
 def _is_served(settings: Settings) -> bool:
