@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from engines.limits import LEAST_SHARE, share
 from workers.commands import run, summarise_training
 from workers.models import KINDS
 from workers.progress import Progress
@@ -52,8 +53,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--epochs and --batch must be at least 1")
     for flag in ("false_rejects", "false_rejects_cap"):
         asked = getattr(parsed, flag)
-        if asked is not None and not 0 < asked < 1:
-            parser.error(f"--{flag} is a share between 0 and 1, such as 0.01 for one part in 100")
+        if asked is not None and share(asked) is None:
+            parser.error(f"--{flag} is a share between {LEAST_SHARE:g} and 1, such as 0.01 for one"
+                " part in 100")  # fmt: skip
     for flag, model in (("load_bank", "patchcore"), ("load_stats", "padim"),
                         ("penalty_dir", "efficientad")):  # fmt: skip
         if getattr(parsed, flag) is not None and parsed.model != model:

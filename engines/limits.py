@@ -18,6 +18,7 @@ from engines.meta import Meta
 from engines.verdict import Scale
 
 KEYS = ("threshold", "raw", "false_rejects")
+LEAST_SHARE = 1e-9  # of parts: nobody has seen a billion
 TRAINED = 0.5  # the normalised threshold that is the one that training found
 ROUNDING = 1e-9  # of a normalised score: a raw score at an end of 0..1 may come out so far beyond
 
@@ -47,7 +48,8 @@ class Limits:
         whole = tuple(row for row in rows if row is not None)
         pairs = list(pairwise(whole))
         is_sorted = all(a.false_rejects < b.false_rejects and a.raw >= b.raw for a, b in pairs)
-        return cls(whole) if is_sorted and len(whole) == len(rows) else None
+        is_whole = is_sorted and len(whole) == len(rows)
+        return cls(whole) if is_whole and math.isfinite(whole[0].raw - whole[-1].raw) else None
 
     def raw_for(self, false_rejects: float) -> float | None:
         """The raw score to cut at for a share; None outside of the table.
@@ -96,8 +98,10 @@ def _row(found: Any) -> Limit | None:
 
 
 def share(value: Any) -> float | None:
-    """A share of parts, within (0, 1); None for anything else, such as an older file's count."""
-    return float(value) if is_number(value) and 0 < value < 1 else None
+    """A share of parts, from `LEAST_SHARE` and below 1; None for anything else, such as an older
+    file's count.
+    """
+    return float(value) if is_number(value) and LEAST_SHARE <= value < 1 else None
 
 
 def at_training(meta: Meta) -> bool:
@@ -152,12 +156,12 @@ _RANGE = "a number from 0 to 1"
 
 
 def _for_budget(scale: Scale, limits: Limits | None, value: Any) -> float:
-    budget = _number("false_rejects", value, _budgets(limits))
     if limits is None:
         raise BadRequest(
             "false_rejects cannot be asked for, because this version does not know how its normal"
             " parts score: train it again, or say threshold or raw."
         )
+    budget = _number("false_rejects", value, _budgets(limits))
     raw = limits.raw_for(budget)
     if raw is None:
         raise BadRequest(f"false_rejects is {budget:g}; it must be {_budgets(limits)}.")

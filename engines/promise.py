@@ -15,6 +15,7 @@ from engines.verdict import Scale
 
 UNTRAINED = "untrained"  # in `weights` of the calibration
 FEW_FOUND = 0.2  # share of the drawn defects below which a model may be blind
+MOST = 2**53  # parts: beyond it is no count
 MOVED = 1.0  # standard deviations of normal scores that a threshold may move in an update
 
 
@@ -81,7 +82,7 @@ def drawn_found(meta: Meta) -> tuple[int | None, int | None]:
         limit = Scale.of(meta).raw_threshold
         return len(scores), sum(score > limit for score in scores)
     found, of = _count(drawn.get("found")), _count(drawn.get("of"))
-    if not at_training(meta) or found is None or not of:
+    if not at_training(meta) or found is None or not of or found > of:
         return None, None
     return of, found
 
@@ -152,7 +153,8 @@ def movement(meta: Meta, live: Meta | None) -> list[str]:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+    return value if is_count else None
 
 
 def _bound(value: Any) -> float | None:

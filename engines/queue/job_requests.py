@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from engines.limits import LEAST_SHARE
 from engines.meta import Kind
 from engines.store.versions import NAME
 
@@ -64,14 +65,14 @@ class RetrainRequest(JobRequest):
     batch: int = Field(4, ge=1, le=256, description="Images at once.")
     false_rejects: float | None = Field(
         None,
-        gt=0,
+        ge=LEAST_SHARE,
         lt=1,
         description="The share of good parts that may be rejected: the threshold is found for it."
         " Without it, as in the version to start from, else 0.01.",
     )
     false_rejects_cap: float | None = Field(
         None,
-        gt=0,
+        ge=LEAST_SHARE,
         lt=1,
         description="The share that may be rejected where that finds more of the known defects."
         " Without it, as in the version to start from, else 0.05.",

@@ -102,8 +102,8 @@ class KnownScores:
             marks = [tuple(str(one) for one in content[key]) for key in ("learned", "strange")]
         except FileNotFoundError:
             return cls.none()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from None
         if scores.ndim != 1 or scores.shape != parts.shape or not np.isfinite(scores).all():
             raise BadBundle(f"{path} is damaged: it holds no list of scores. Run retrain.py again.")
-        return cls(scores, parts, *marks)
+        return cls(scores, np.unique(parts, return_inverse=True)[1], *marks)

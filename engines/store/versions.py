@@ -519,7 +519,7 @@ class Store:
             model, known, named = self._model(name), self.versions(name), self._named(name)
             if not named or named[0] not in known:  # nobody knows which one is served: keep all
                 return []
-            kept = {*named, known[-1], *self._newest(name, known, max(keep, 1))}
+            kept = {*named, known[-1], *self._newest(name, known, named, max(keep, 1))}
             gone = [version for version in known if version not in kept]
             for version in gone:  # out of sight in one step, so that nobody meets half of it
                 (model / version).rename(model / f".{version}")
@@ -530,10 +530,13 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
         return gone
 
-    def _newest(self, name: str, known: list[str], keep: int) -> list[str]:
-        """The newest versions that were trained, and the newest changes of their thresholds."""
+    def _newest(self, name: str, known: list[str], named: list[str], keep: int) -> list[str]:
+        """The newest versions that were trained and those whose threshold is in force, or was
+        before; and the newest changes of their thresholds.
+        """
         roots = {version: self._threshold_of(name, version) for version in known}
         trained = [version for version in known if roots[version] is None][-keep:]
+        trained += [one for one in known if one in {roots.get(version) for version in named}]
         return trained + [one for one in known if roots[one] in trained][-keep:]
 
     def _threshold_of(self, name: str, version: str) -> str | None:

@@ -78,6 +78,8 @@ def test_a_single_row_is_a_table() -> None:
         [{**ROWS[0], "false_rejects": 0}], [{**ROWS[0], "false_rejects": 1}],
         [{**ROWS[0], "false_rejects": -0.1}], ROWS[::-1], [ROWS[0], ROWS[0]],
         [ROWS[0], {**ROWS[1], "raw": 3.3}], [*ROWS, None],
+        [{**ROWS[0], "raw": 1e308}, {**ROWS[1], "raw": -1e308}],
+        [{**ROWS[0], "false_rejects": 5e-324}],
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_unknown_and_no_crash(damaged: Any) -> None:
@@ -85,8 +87,9 @@ def test_a_damaged_table_is_unknown_and_no_crash(damaged: Any) -> None:
     assert Limits.of(meta) is None
     found = in_force(meta)
     assert (found.false_rejects, found.at_most, found.rows) == (None, None, ())
-    with pytest.raises(BadRequest, match="train it again, or say threshold or raw"):
-        asked_for(meta, {"false_rejects": 0.01})
+    for budget in (0.01, "1%"):
+        with pytest.raises(BadRequest, match="train it again, or say threshold or raw"):
+            asked_for(meta, {"false_rejects": budget})
     assert in_force(asked_for(meta, {"raw": 3.7})).threshold == 0.75
 
 

@@ -65,7 +65,11 @@ def test_a_model_that_was_never_verified_promises_nothing() -> None:
     assert promise(meta().with_(image_threshold_auto=None)) is None
 
 
-@pytest.mark.parametrize("damaged", ["x", [], {"scores": ["a"]}, {"scores": []}, {"found": 1}])
+@pytest.mark.parametrize(
+    "damaged",
+    ["x", [], {"scores": ["a"]}, {"scores": []}, {"found": 1}, {"found": 17, "of": 16},
+     {"found": 10**400, "of": 16}, {"found": 1, "of": 10**400}],
+)  # fmt: skip
 def test_damaged_drawn_defects_hold_nothing(damaged: Any) -> None:
     assert doubts(meta(drawn=damaged), 1.0) == []
 

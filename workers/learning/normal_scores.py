@@ -160,7 +160,8 @@ def _check(ordered: Scores) -> None:
     if len(ordered) < 2:
         raise BadDataset(
             "A threshold needs at least 2 normal images that the model did not learn: add images to"
-            " train/, or put normal images into test/<category>/normal."
+            " train/, or put normal images into test/<category>/normal. Pictures of one part, and"
+            " copies, count as one image."
         )
     if ordered[0] == ordered[-1]:
         raise BadDataset("All normal images score alike: check that they are not copies of one.")

@@ -20,7 +20,7 @@ from engines.meta import Meta
 from engines.promise import UNTRAINED
 from engines.store.bundle import REPORT, STRANGE, check_hash, write_report
 from engines.store.golden import Golden, evenly
-from engines.store.known_scores import KnownScores
+from engines.store.known_scores import SCORES, KnownScores
 from engines.verdict import Scale
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
@@ -251,7 +251,9 @@ def _weights(request: Retrain) -> str | None:
 
 
 def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None:
-    """Raise unless a bank or statistics beside meta.json are those that it was written with."""
+    """Raise unless a bank or statistics beside meta.json are those that it was written with, and
+    what is known of scores as well.
+    """
     name = getattr(meta, kind.LEARNED or "", None)
     if name is None:
         raise BadMeta(f"{learned} cannot be loaded: a {meta.model} model keeps all in its weights.")
@@ -259,6 +261,8 @@ def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None
         beside = meta_json.parent / name
         if learned.resolve() == beside.resolve():
             check_hash(beside, meta.files[name])
+            if SCORES in meta.files and beside.with_name(SCORES).exists():
+                check_hash(beside.with_name(SCORES), meta.files[SCORES])
 
 
 def _write(

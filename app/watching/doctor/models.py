@@ -124,7 +124,10 @@ def _that_serves(store: Store, name: str, report: Report) -> str | None:
         report.findings.append(wrong(nobody_instead(name, should, why, tried)))
         return None
     if held := store.held(name):
-        report.findings.append(wrong(held_back(name, *held)))
+        do = f"curl -X POST localhost:8000/models/{name}/versions/{held[0]}/activate"
+        report.findings.append(
+            wrong(held_back(name, *held), f"{do}   # if it may judge all the same")
+        )
         return None
     return next(reversed(store.versions(name)), None)
 

@@ -322,6 +322,7 @@ def test_weights_that_were_taken_in_are_converted_and_go_live(
         ("/retrain", {**AGAIN, "epochs": 0}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "ephocs": 3}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "false_rejects": 0}, 422, "bad_request"),
+        ("/retrain", {**AGAIN, "false_rejects": 1e-310}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "false_rejects_cap": 1}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "keep_strange": "yes"}, 422, "bad_request"),
         ("/convert", {"model": "nope"}, 404, "unknown_model"),

@@ -404,6 +404,40 @@ def test_changes_under_load_lose_no_part_and_mix_no_limits(
     assert found["versions"] > 5
 
 
+def test_a_person_does_not_wait_for_gaps_of_the_line_that_the_gate_waits_for(
+    model: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    with line(tmp_path, model) as running:
+        for photo in photos * 8:  # which the gate shows to the new version as well
+            running.score(photo)
+        with Clients(running.server.url, photos) as clients:
+            changed(running, threshold=0.501, gate=True)
+            time.sleep(1.0)  # the gate has begun, at a hundredth of the line
+            began = time.perf_counter()
+            versions = [changed(running, threshold=at)["version"] for at in (0.51, 0.52)]
+            took = time.perf_counter() - began
+        assert clients.failures == []
+        print(f"two changes took {took:.1f} s")
+        assert took < 30  # two minutes and more where the gate does not give way
+        assert running.score(photos[0])[0] == versions[-1]
+
+
+def test_a_version_that_is_pruned_while_it_waits_for_the_gate_is_no_failure(
+    model: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    with line(tmp_path, model, KENSA_KEEP_VERSIONS="1") as running:
+        with Clients(running.server.url, photos):
+            waiting = [changed(running, threshold=0.6 + n / 100, gate=True) for n in range(4)]
+            for n in range(3):
+                changed(running, threshold=0.51 + n / 100)
+        known = running.store.versions(NAME)
+        for one in waiting:
+            if one["version"] in known:
+                running.wait(one["version"], "held", "live", "kept")
+        time.sleep(1.0)
+        assert "Traceback" not in running.server.log.read_text()
+
+
 def test_changes_at_the_same_time_follow_each_other(
     model: Path, photos: list[bytes], tmp_path: Path
 ) -> None:

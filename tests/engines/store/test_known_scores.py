@@ -80,6 +80,7 @@ def test_files_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
         b"",
         b"{",
         b"[]",
+        b"[" * 100_000,
         b"null",
         b"{}",
         b"\xff\xfe\x00",
@@ -106,6 +107,13 @@ def test_a_folder_in_its_place_is_damage(tmp_path: Path) -> None:
     (tmp_path / SCORES).mkdir()
     with pytest.raises(BadBundle, match="damaged"):
         KnownScores.read(tmp_path)
+
+
+def test_whatever_numbers_its_parts_have_others_may_follow(tmp_path: Path) -> None:
+    content = '{"scores": [1, 2], "parts": [-1, 9223372036854775807], "learned": [], "strange": []}'
+    (tmp_path / SCORES).write_text(content)
+    both = KnownScores.read(tmp_path).followed_by(known([3], [0]))
+    assert both.count == 3
 
 
 def test_what_was_strange_stays_so_until_it_is_learned(tmp_path: Path) -> None:

@@ -756,6 +756,16 @@ def test_pruning_leaves_the_live_one_the_one_before_and_the_newest(
     assert store.prune(BOLT, keep) == []
 
 
+def test_pruning_leaves_the_trained_version_whose_threshold_was_changed(store: Store) -> None:
+    """Also where newer ones were trained and held, so that it is not one of the newest."""
+    trained = published(store, 4)
+    store.activate(BOLT, trained[0])
+    for number in (5, 6, 7):
+        store.activate(BOLT, publish(store, f"limit {number}", threshold_of=trained[0]))
+    store.prune(BOLT, 2)
+    assert [int(version[:4]) for version in store.versions(BOLT)] == [1, 3, 4, 6, 7]
+
+
 def test_nothing_is_pruned_before_a_version_is_live(store: Store) -> None:
     versions = published(store, 4)
     assert store.prune(BOLT, 1) == []

@@ -401,6 +401,15 @@ def test_the_same_folder_again_without_test_images_keeps_all_there_is(line: Line
     np.testing.assert_array_equal(again.images, golden.images)
 
 
+def test_another_budget_without_a_new_picture_finds_other_drawn_defects(line: Line) -> None:
+    put(line.train, *range(8))
+    line.learn()
+    found = line.go_on(false_rejects=0.9)["calibration"]
+    drawn = found["drawn"]
+    above = sum(score > found["threshold"] for score in drawn["scores"])
+    assert (drawn["found"], drawn["of"], drawn["share"]) == (above, 16, round(above / 16, 3))
+
+
 def test_new_pictures_among_old_ones_are_learned_and_pooled(line: Line) -> None:
     put(line.train, *range(8))
     line.learn()
@@ -467,13 +476,17 @@ def test_scores_of_an_earlier_model_in_the_same_folder_are_not_taken_for_the_new
     assert len(patchcore.known().learned) == 1
 
 
-def test_damaged_scores_are_said_before_anything_is_written(line: Line) -> None:
+@pytest.mark.parametrize("scores", ["{", None], ids=["damaged", "of another model"])
+def test_scores_that_are_not_its_own_are_said_before_anything_is_written(
+    line: Line, scores: str | None
+) -> None:
     put(line.train, *range(6))
     line.learn()
-    (line.out / SCORES).write_text("{")
+    others = {"scores": [1.0, 2.0], "parts": [0, 1], "learned": [], "strange": []}
+    (line.out / SCORES).write_text(scores or json.dumps(others))
     before = line.content()
     put(line.train, 40)
-    with pytest.raises(BadBundle, match=r"Run retrain\.py again"):
+    with pytest.raises(BadBundle, match=r"scores\.json is not the file that was written with"):
         line.go_on()
     assert line.content() == before
 

@@ -313,6 +313,19 @@ def test_a_damaged_model_and_one_that_was_not_converted_are_named(
     assert f"{folder / 'meta.json'} is not the file" in wrong(report)[0]
 
 
+def test_a_first_version_that_the_gate_held_serves_nobody(
+    settings: Settings, kensa_model: Path, tmp_path: Path
+) -> None:
+    store = Store(settings.data / "models")
+    held = store.take_in("nut", kensa_model, {"activate": True})
+    store.record_gate("nut", held, {"ok": False, "reasons": ["It may be blind."]})
+    report = examine(settings, tmp_path / "no such root")
+    (said,) = wrong(report)
+    assert said.startswith(f"No version of nut judges yet: {held} is held. It may be blind.")
+    assert f"/models/nut/versions/{held}/activate" in typed(report, "judges yet")
+    assert report.models == []
+
+
 # The command
 
 
