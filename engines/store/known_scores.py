@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ SCORES = "scores.json"
 MOST = 500  # scores, the newest: enough for any budget that can be promised
 MOST_LEARNED = 20_000
 MARK = 16  # hexadecimal digits of a SHA-256
+LOOK = 128  # numbers that say what a picture looks like
+_STORED = np.dtype("<f2")
+
+
+def _no_looks() -> NDArray[np.float32]:
+    return np.empty((0, LOOK), np.float32)
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,15 @@ class KnownScores:
         learned: what tells the files apart that were learned: no update learns them again.
         strange: the same of those that were left out, because they are unlike the others: no
             update learns them unawares.
+        looks: (n, LOOK) what each picture looks like, so that a part is known again in another
+            file; NaN where nobody knows, none where nobody knows of any.
     """
 
     scores: NDArray[np.float64]
     parts: NDArray[np.int64]
     learned: tuple[str, ...] = ()
     strange: tuple[str, ...] = ()
+    looks: NDArray[np.float32] = field(default_factory=_no_looks)
 
     @classmethod
     def none(cls, learned: tuple[str, ...] = (), strange: tuple[str, ...] = ()) -> KnownScores:
@@ -69,7 +79,12 @@ class KnownScores:
             np.concatenate([self.parts, later.parts + first])[-MOST:],
             tuple(learned)[-MOST_LEARNED:],
             tuple(mark for mark in strange if mark not in learned)[-MOST_LEARNED:],
+            np.concatenate([self._all_looks(), later._all_looks()])[-MOST:],
         )
+
+    def _all_looks(self) -> NDArray[np.float32]:
+        nobody_knows = np.full((len(self), LOOK), np.nan, np.float32)
+        return self.looks if len(self.looks) else nobody_knows
 
     @staticmethod
     def mark(path: Path) -> str:
@@ -83,6 +98,7 @@ class KnownScores:
             "parts": [int(one) for one in self.parts],
             "learned": list(self.learned),
             "strange": list(self.strange),
+            "looks": base64.b64encode(self.looks.astype(_STORED).tobytes()).decode(),
         }
         write_atomically(folder / SCORES, (json.dumps(content) + "\n").encode())
         return SCORES
@@ -99,11 +115,20 @@ class KnownScores:
             content = json.loads(path.read_text(encoding="utf-8"))
             scores = np.asarray(content["scores"], np.float64)
             parts = np.asarray(content["parts"], np.int64)
-            marks = [tuple(str(one) for one in content[key]) for key in ("learned", "strange")]
+            looks = np.frombuffer(base64.b64decode(content.get("looks", "")), _STORED)
+            learned, strange = (
+                tuple(str(one) for one in content[key]) for key in ("learned", "strange")
+            )
         except FileNotFoundError:
             return cls.none()
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from None
         if scores.ndim != 1 or scores.shape != parts.shape or not np.isfinite(scores).all():
             raise BadBundle(f"{path} is damaged: it holds no list of scores. Run retrain.py again.")
-        return cls(scores, np.unique(parts, return_inverse=True)[1], *marks)
+        if len(looks) not in (0, LOOK * len(scores)) or np.isinf(looks).any():
+            raise BadBundle(
+                f"{path} is damaged: its looks are of no pictures. Run retrain.py again."
+            )
+        numbers = np.unique(parts, return_inverse=True)[1]
+        rows = looks.astype(np.float32).reshape(-1, LOOK)
+        return cls(scores, numbers, learned, strange, rows)

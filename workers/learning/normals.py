@@ -18,7 +18,7 @@ from workers.learning.dataset import Category, Images
 from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
 from workers.learning.normal_scores import USUAL_SCALE, NormalScores
-from workers.learning.same_part import same_part
+from workers.learning.same_part import known_again, looks, same_part
 from workers.learning.strange import LEAST
 from workers.learning.strange import strange as find_strange
 from workers.models import Training
@@ -146,16 +146,23 @@ def leave_each_out(
         return replace(_nothing_new(course, category, before), known=known, strange=strange)
     lesson, learned = course.learn(new)
     parts, own = _left_out(course, lesson)
-    if not keep_strange and len(found := find_strange(own, before)):
+    first = ~known_again(looks(lesson.descriptors()), before.looks)[: len(own)]
+    if not keep_strange and len(found := np.flatnonzero(first)[find_strange(own[first], before)]):
         strange += [learned[number] for number in lesson.pictures[found]]
-        lesson = lesson.keeping(np.setdiff1d(np.arange(len(own)), found), course.progress)
-        learned = [path for path in learned if path not in strange]
+        kept = np.setdiff1d(np.arange(len(own)), found)
+        lesson = lesson.keeping(kept, course.progress)
+        learned, first = [path for path in learned if path not in strange], first[kept]
         parts, own = _left_out(course, lesson)
+        first = first[: len(own)]
     _say_strange(course.progress, strange)
+    _say_again(course.progress, int(np.count_nonzero(~first)))
     learned_marks, strange_marks = (
         tuple(marks[path] for path in paths) for paths in (learned, strange)
     )
-    learned_scores = before.followed_by(KnownScores(own, parts, learned_marks, strange_marks))
+    new_looks = looks(lesson.descriptors())[: len(own)][first]
+    learned_scores = before.followed_by(
+        KnownScores(own[first], parts[first], learned_marks, strange_marks, new_looks)
+    )
     tests = course.judge(_unknown(category.test_normal, learned_scores, course.progress))
     if not len(own):
         tested = _from_tests(course, tests, learned, "test")
@@ -289,6 +296,14 @@ def _say_strange(progress: Progress, strange: list[Path]) -> None:
         progress.say(
             f"not learned: {len(strange)} unlike the others and unlike what is known: {names}."
             " If these parts are good, learn them with keep_strange."
+        )
+
+
+def _say_again(progress: Progress, count: int) -> None:
+    if count:
+        progress.say(
+            f"{count} new pictures are nearly equal to some that were learned before: they are"
+            " learned, and their scores do not count"
         )
 
 

@@ -95,6 +95,9 @@ def test_files_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
         b'{"scores": 1, "parts": 0, "learned": [], "strange": []}',
         b'{"scores": [1], "parts": [0], "learned": 7, "strange": []}',
         b'{"scores": [1], "parts": [999999999999999999999], "learned": [], "strange": []}',
+        b'{"scores": [1], "parts": [0], "learned": [], "strange": [], "looks": 7}',
+        b'{"scores": [1], "parts": [0], "learned": [], "strange": [], "looks": "AAA"}',
+        b'{"scores": [1], "parts": [0], "learned": [], "strange": [], "looks": "AAAA"}',
     ],
 )
 def test_damage_is_said_with_what_to_do(tmp_path: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from engines.errors import BadBundle, BadDataset
+from engines.files import sha256
 from engines.limits import Limits
 from engines.meta import Meta
 from engines.store.bundle import read_strange
@@ -399,6 +400,40 @@ def test_the_same_folder_again_without_test_images_keeps_all_there_is(line: Line
     assert golden is not None
     assert again is not None
     np.testing.assert_array_equal(again.images, golden.images)
+
+
+def test_pictures_that_were_saved_again_do_not_count_again(line: Line) -> None:
+    """Their own patches are in the bank: they score far too low, and prove nothing new."""
+    paths = put(line.train, *range(12))
+    before = line.learn()["calibration"]
+    for path in paths[:8]:
+        picture = cv2.imread(str(path))
+        picture[0, 0] = 255 - picture[0, 0]
+        cv2.imwrite(str(path.with_name(f"again_{path.stem}.jpg")), picture)
+    put(line.train, 60, 61)
+    report = line.go_on()
+    assert report["images"]["learned"] == 10
+    assert (report["calibration"]["parts"], report["calibration"]["normals"]) == (14, 14)
+    known = line.known()
+    assert len(known.learned) == 22
+    assert len(known.looks) == 14
+    assert report["calibration"]["threshold"] > 0.95 * before["threshold"]
+    report = line.go_on()  # all of them are known as files, too
+    assert (report["images"]["learned"], report["calibration"]["parts"]) == (0, 14)
+
+
+def test_scores_of_a_kensa_that_knew_no_looks_are_gone_on_from(line: Line) -> None:
+    put(line.train, *range(8))
+    line.learn()
+    content = json.loads((line.out / SCORES).read_text())
+    del content["looks"]
+    (line.out / SCORES).write_text(json.dumps(content))
+    meta = Meta.read(line.out / "meta.json")
+    files = {**(meta.files or {}), SCORES: sha256(line.out / SCORES)}
+    meta.with_(files=files).write(line.out / "meta.json")
+    put(line.train, 60, 61)
+    assert line.go_on()["calibration"]["parts"] == 10
+    assert np.isnan(line.known().looks).all(axis=1).tolist() == [True] * 8 + [False] * 2
 
 
 def test_another_budget_without_a_new_picture_finds_other_drawn_defects(line: Line) -> None:
