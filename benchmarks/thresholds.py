@@ -109,7 +109,7 @@ class Contestant:
         lesson = self.learn(embeddings, before)
         parts = same_part(lesson.descriptors())
         scores = lesson.scores(parts, lambda done, total: None)
-        found = strange(scores, known or KnownScores.none())
+        found = strange(scores, known or KnownScores.none(), self.kind.USUAL_SCALE)
         if len(found):
             kept = np.setdiff1d(np.arange(len(scores)), found)
             lesson = lesson.keeping(kept, Progress(quiet=True))
@@ -128,6 +128,12 @@ class Contestant:
             away = (embeddings - self.model.mean).permute(1, 2, 0)
             distances = (self.model.whitening @ away).square().sum(dim=1).sqrt().T
             return np.asarray(self.model.highest(distances).double())
+
+    def limit(self, scores: Scores) -> float:
+        """The limit of Kensa for 1 % of false rejects."""
+        from workers.learning.normal_scores import NormalScores
+
+        return NormalScores.of(scores, usual_scale=self.kind.USUAL_SCALE).limit(0.01)
 
     def draw(self, normals: int, seed: int, *, with_drawn: bool = True) -> Draw:
         """Learn some normals, and score all the others."""
@@ -167,7 +173,6 @@ class Update:
 def update(one: Contestant, known: Any, new: Any, others: Any, defects: Any) -> Update:
     """Learn embeddings, add others, and judge normals and defects with the limits of both."""
     from engines.store.known_scores import KnownScores
-    from workers.learning.normal_scores import NormalScores
 
     def what() -> Any:
         return one.model.bank if one.meta.model == "patchcore" else one.model.stats
@@ -177,10 +182,10 @@ def update(one: Contestant, known: Any, new: Any, others: Any, defects: Any) -> 
 
     _, parts, scores, _ = one.lesson(known)
     first = KnownScores(scores, parts)
-    rejects_before, missed_before = look(NormalScores.of(first.scores).limit(0.01))
+    rejects_before, missed_before = look(one.limit(first.scores))
     _, parts, scores, strange = one.lesson(new, what(), first)
     both = first.followed_by(KnownScores(scores, parts))
-    rejects_after, missed_after = look(NormalScores.of(both.scores).limit(0.01))
+    rejects_after, missed_after = look(one.limit(both.scores))
     return Update(
         {int(number) for number in strange},
         (missed_before, missed_after),
@@ -229,13 +234,6 @@ def weigh(draws: list[Draw], limit: Limit) -> Found:
     )
 
 
-def ours(scores: Scores) -> float:
-    """The limit of Kensa for 1 % of false rejects."""
-    from workers.learning.normal_scores import NormalScores
-
-    return NormalScores.of(scores).limit(0.01)
-
-
 def normal_limit(scores: Scores) -> float:
     """As if scores were normally distributed: mean + t * s * sqrt(1 + 1/n)."""
     from scipy.stats import t
@@ -268,8 +266,7 @@ def of_four(scores: Scores) -> float:
     return normal_limit(scores[:: max(1, len(scores) // max(4, round(len(scores) / 5)))])
 
 
-WAYS: dict[str, Limit] = {
-    "Kensa": ours,
+OTHER_WAYS: dict[str, Limit] = {
     "normal limit": normal_limit,
     "log-normal limit": lognormal_limit,
     "fitted Gumbel": fitted_tail,
@@ -336,7 +333,7 @@ def _rows(kind: str, normals: int, flags: argparse.Namespace) -> Iterator[list[s
             if len(one.normal) < normals + 8:
                 continue
             draws = [one.draw(normals, seed) for seed in range(flags.draws)]
-            for way, limit in WAYS.items():
+            for way, limit in {"Kensa": one.limit, **OTHER_WAYS}.items():
                 found = weigh(draws, limit)
                 yield [
                     f"{name} {backbone}",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks import thresholds
 from benchmarks.drawn_parts import KINDS as DRAWN
-from benchmarks.thresholds import Contestant, Draw, ours, update, weigh
+from benchmarks.thresholds import Contestant, Draw, update, weigh
 from support.project import ASSETS
 from workers.learning.normal_scores import at_most
 
@@ -47,17 +47,17 @@ def draws(gaskets: Contestant) -> list[Draw]:
 
 
 def test_twenty_good_parts_find_a_limit_that_finds_defects_and_spares_good_parts(
-    draws: list[Draw],
+    gaskets: Contestant, draws: list[Draw]
 ) -> None:
-    found = weigh(draws, ours)
+    found = weigh(draws, gaskets.limit)
     assert found.false_rejects <= 0.02
     assert found.holds(20)
     assert found.held == 0
 
 
-def test_what_a_limit_promises_is_so(draws: list[Draw]) -> None:
+def test_what_a_limit_promises_is_so(gaskets: Contestant, draws: list[Draw]) -> None:
     for draw in draws:
-        limit = ours(draw.left_out)
+        limit = gaskets.limit(draw.left_out)
         parts = len(np.unique(draw.parts))
         rejected = len(np.unique(draw.parts[draw.left_out > limit]))
         assert (draw.others > limit).mean() <= at_most(rejected, parts)
@@ -102,7 +102,7 @@ def test_a_limit_from_twenty_good_parts_holds_on_photos_and_drawn_parts(
     for name in SETS:
         one = thresholds.contestant(kind, backbone, name)
         normals = 20 if len(one.normal) >= 30 else 10
-        found[name] = weigh([one.draw(normals, seed) for seed in range(DRAWS)], ours)
+        found[name] = weigh([one.draw(normals, seed) for seed in range(DRAWS)], one.limit)
         print(kind, backbone, name, found[name], found[name].holds(normals))
     assert np.mean([one.false_rejects for one in found.values()]) <= 0.02
     assert sum(one.unsaid for one in found.values()) == 0
@@ -116,7 +116,7 @@ def test_the_stated_bound_holds_in_nearly_all_of_two_hundred_draws(name: str) ->
     kept = 0
     for seed in range(200):
         draw = one.draw(20, seed, with_drawn=False)
-        limit = ours(draw.left_out)
+        limit = one.limit(draw.left_out)
         rejected = len(np.unique(draw.parts[draw.left_out > limit]))
         bound = at_most(rejected, len(np.unique(draw.parts)))
         kept += bool((draw.others > limit).mean() <= bound)

@@ -21,8 +21,8 @@ from engines.errors import BadDataset
 CONFIDENCE = 0.95
 BUDGETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of the table in meta.json
 
-# What is known before a score was seen: the scale, as a share of the median score, lay between
-# 0.03 and 0.1 on six sets of parts and two backbones (docs/models.md). From twenty pictures on they
+# What is known before a score was seen: how far scores spread, as a share of the median, differs
+# between kinds of models, and from part to part (docs/models.md). From twenty pictures on they
 # decide.
 USUAL_SCALE, ITS_LOG_SPREAD = 0.05, 0.35
 NOT_FINITE = "The model gives scores that are not finite: its weights are damaged."

@@ -147,7 +147,9 @@ def leave_each_out(
     lesson, learned = course.learn(new)
     parts, own = _left_out(course, lesson)
     first = ~known_again(looks(lesson.descriptors()), before.looks)[: len(own)]
-    if not keep_strange and len(found := np.flatnonzero(first)[find_strange(own[first], before)]):
+    scale = course.kind.USUAL_SCALE
+    found = np.flatnonzero(first)[find_strange(own[first], before, scale)]
+    if not keep_strange and len(found):
         strange += [learned[number] for number in lesson.pictures[found]]
         kept = np.setdiff1d(np.arange(len(own)), found)
         lesson = lesson.keeping(kept, course.progress)
@@ -186,6 +188,7 @@ def leave_each_out(
             lesson.judge(picture[None], np.flatnonzero(parts == parts[on[number]]))[0]
         ),
         course.progress,
+        scale,
     )
 
 
@@ -251,6 +254,7 @@ def _from_tests(course: Course, tests: Judged, learned: list[Path], method: str)
         tests.pictures[to_draw_on(scores.parts, scores.scores, scores.scores)],
         lambda picture, _: float(course.kind.scores(course.model, [picture[None]])[0]),
         course.progress,
+        getattr(course.kind, "USUAL_SCALE", USUAL_SCALE),
     )
 
 

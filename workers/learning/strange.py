@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engines.store.known_scores import KnownScores
 from engines.verdict import Scale, heatmap, overlay_png
-from workers.learning.normal_scores import NormalScores
+from workers.learning.normal_scores import USUAL_SCALE, NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
 LEAST = 8  # pictures, fewer of which do not say what is usual
@@ -20,7 +20,9 @@ SIDE, LABEL, GAP = 384, 30, 4  # of a sheet: pixels
 INK, PAPER = (43, 32, 23), 255
 
 
-def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64]:
+def strange(
+    scores: NDArray[np.float64], known: KnownScores, usual_scale: float = USUAL_SCALE
+) -> NDArray[np.int64]:
     """Which pictures score, by a model without them, as hardly any normal part would.
 
     The highest scores are not believed to be of normal parts: two defective pictures among twenty
@@ -30,6 +32,7 @@ def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64
     Args:
         scores: (n,) of the new pictures.
         known: of earlier ones.
+        usual_scale: see `NormalScores.of`.
 
     Returns:
         Indices of the strange ones, ascending.
@@ -40,7 +43,7 @@ def strange(scores: NDArray[np.float64], known: KnownScores) -> NDArray[np.int64
     raised, odds = np.empty(0), ODDS_ALONE
     if len(known) >= LEAST:
         raised, odds = known.scores * max(1.0, np.median(scores) / np.median(known.scores)), ODDS
-    limit = NormalScores.of(np.concatenate([raised, scores]), unsure).limit(odds)
+    limit = NormalScores.of(np.concatenate([raised, scores]), unsure, usual_scale).limit(odds)
     if len(raised):
         limit = max(limit, float(np.sort(raised)[-2]))  # two that are known are as high
     found = np.flatnonzero(scores > limit)

@@ -41,6 +41,7 @@ SCORE_KIND = "padim/mahalanobis"  # anomalib's PadimModel: largest smoothed Maha
 LEARNED = "stats"
 INCREMENTAL = True
 
+USUAL_SCALE = 0.08  # of the scores of new normal parts, as a share of the median: 0.06 to 0.2
 DEAD = 1e-9  # variance of a channel that is the same everywhere, and so says nothing
 KEPT = 256  # images whose embeddings are kept, so that they can be left out again
 RUN = 16  # of them follow one another: shots of one part are kept together, and left out together

@@ -35,6 +35,7 @@ Batches = Iterable[NDArray[np.uint8]]
 SCORE_KIND = "patchcore/weighted-distance"  # anomalib's PatchcoreModel with num_neighbors=9
 LEARNED = "memory_bank"
 INCREMENTAL = True
+USUAL_SCALE = 0.05  # of the scores of new normal parts, as a share of the median: 0.03 to 0.1
 NEIGHBOURS = 9
 CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
 
