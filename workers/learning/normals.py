@@ -306,8 +306,7 @@ def _say_strange(progress: Progress, strange: list[Path]) -> None:
 def _say_again(progress: Progress, count: int) -> None:
     if count:
         progress.say(
-            f"{count} new pictures are nearly equal to some that were learned before: they are"
-            " learned, and their scores do not count"
+            f"{count} new files hold pictures that were learned before: their scores do not count"
         )
 
 

@@ -10,6 +10,7 @@ from engines.store.known_scores import LOOK
 
 # As shares of the distance between pictures of different parts (docs/models.md has the figures).
 NEAR = 0.42  # nearly equal, wherever they stand
+AGAIN = 0.25  # the same picture, saved again; coarse JPEGs differ by more
 NEAR_IN_A_ROW = 0.6  # taken one after the other: turned a little, or under other light
 # Percentile of all distances: what lies between different parts. Two parts have half of them, and
 # strange pictures, up to 15 % of all, have 28 % that must not be taken for what is usual.
@@ -50,7 +51,7 @@ def looks(descriptors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def known_again(new: NDArray[np.float32], known: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which of the new pictures (n,) are nearly equal to one that is known, such as a copy of it.
+    """Which of the new pictures (n,) are copies of one that is known, in other files.
 
     Args:
         new, known: looks (n, LOOK) and (m, LOOK); NaN where nobody knows.
@@ -61,7 +62,7 @@ def known_again(new: NDArray[np.float32], known: NDArray[np.float32]) -> NDArray
     distance = _distances(np.concatenate([new, known]).astype(np.float64))
     usual = np.percentile(distance[np.triu_indices(len(distance), 1)], DIFFERENT)
     nearest = distance[: len(new), len(new) :].min(axis=1)
-    return np.asarray(nearest <= NEAR * usual, np.bool_)
+    return np.asarray(nearest <= AGAIN * usual, np.bool_)
 
 
 def _distances(rows: NDArray[np.float64]) -> NDArray[np.float64]:
