@@ -6,6 +6,8 @@ prints the figures, and docs/models.md has them.
 
 from __future__ import annotations
 
+from itertools import product
+
 import cv2
 import numpy as np
 import pytest
@@ -94,19 +96,17 @@ def test_new_light_and_a_turn_are_learned_and_name_no_part(gaskets: Contestant, 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["patchcore", "padim"])
-@pytest.mark.parametrize("backbone", list(thresholds.BACKBONES))
-def test_a_limit_from_twenty_good_parts_holds_on_photos_and_drawn_parts(
-    kind: str, backbone: str
-) -> None:
-    found = {}
-    for name in SETS:
+def test_a_limit_from_twenty_good_parts_holds_on_photos_and_drawn_parts(kind: str) -> None:
+    """docs/models.md has each of the twelve, and which of them are not near the best."""
+    found = []
+    for backbone, name in product(thresholds.BACKBONES, SETS):
         one = thresholds.contestant(kind, backbone, name)
-        normals = 20 if len(one.normal) >= 30 else 10
-        found[name] = weigh([one.draw(normals, seed) for seed in range(DRAWS)], one.limit)
-        print(kind, backbone, name, found[name], found[name].holds(normals))
-    assert np.mean([one.false_rejects for one in found.values()]) <= 0.02
-    assert sum(one.unsaid for one in found.values()) == 0
-    assert all(one.misses <= one.best + 0.2 for one in found.values())
+        found.append(weigh([one.draw(20, seed) for seed in range(DRAWS)], one.limit))
+        print(kind, backbone, name, found[-1], found[-1].holds(20), flush=True)
+    assert np.mean([one.false_rejects for one in found]) <= 0.02
+    assert sum(one.unsaid for one in found) == 0
+    assert sum(one.holds(20) for one in found) >= 10
+    assert all(one.misses <= one.best + 0.2 for one in found)
 
 
 @pytest.mark.soak
