@@ -109,10 +109,10 @@ def tiff(
     shape = {322: [tile], 323: [tile]} if tile else {278: [height]}
     places = {324: offsets, 325: counts} if tile else {273: offsets, 279: counts}
     alpha = {338: [2]} if channels == 4 else {}
-    return _tiff_file(body, tags | shape | places | alpha)
+    return tiff_file(body, tags | shape | places | alpha)
 
 
-def _tiff_file(body: bytes, tags: dict[int, list[int]]) -> bytes:
+def tiff_file(body: bytes, tags: dict[int, list[int]]) -> bytes:
     """Header, pixel data, the long values, and the directory at the end."""
     body += b"\0" * (len(body) % 2)
     entries = []
