@@ -117,6 +117,20 @@ def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return resized
 
 
+def enlarged(width: int, height: int, size: int) -> str | None:
+    """A sentence where a picture is at most half as wide or high as what the model sees; else None.
+
+    It is judged all the same: a model may have learned from just such pictures.
+    """
+    if 2 * min(width, height) > size:
+        return None
+    return (
+        f"The picture is only {width} x {height} pixels, and was enlarged to the {size} x {size} of"
+        " the model: fine defects cannot show. Send it as the camera took it; where it is that"
+        " small, train with a smaller image_size."
+    )
+
+
 def measured_bit_depth(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> int:
     """The smallest of 8, 10, 12, 14 and 16 bits that holds every value of an image file.
 
@@ -135,11 +149,17 @@ def _read(data: bytes, limits: ImageLimits) -> Pixels:
         raise ImageTooLarge(
             f"The image file has {len(data):,} bytes, more than the {limits.max_bytes:,} allowed."
         )
+    kind = readable_kind(data)
+    with _named_errors(kind):
+        return _READERS[kind](data, partial(check_size, limits))
+
+
+def readable_kind(data: bytes) -> str:
+    """`kind_of` a file; raises UnsupportedImage, with what to do, where Kensa does not read it."""
     kind = kind_of(data)
     if kind not in _READERS:
         raise UnsupportedImage(_OTHER_KINDS.get(kind, _UNKNOWN_KIND))
-    with _named_errors(kind):
-        return _READERS[kind](data, partial(check_size, limits))
+    return kind
 
 
 def kind_of(data: bytes) -> str:

@@ -25,6 +25,7 @@ _READ_FRAMES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive", 0xC9: "
 _PROGRESSIVE = {0xC2, 0xCA}
 _SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _DQT, _DHT = 0xDB, 0xC4
+_NOTES = {*range(0xE0, 0xF0), 0xFE}  # of applications and people
 _ALONE = {0x01, *range(0xD0, 0xD8), _SOI}  # markers without a length
 # Where a scan's data end: at a marker that is no restart and no stuffed 0xFF.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -85,9 +86,9 @@ def _proven(data: bytes, check_size: CheckSize) -> tuple[_Frame, list[bytes]]:
 
 
 def _mended(data: bytes) -> bytes:
-    """The file with the length of its EXIF put right where it reaches into the segments behind it.
+    """The file with the length of its EXIF put right where it reaches into the note behind it.
 
-    Programs that cut EXIF short leave such lengths. The picture behind them is whole.
+    Programs that cut EXIF short leave such lengths. The picture behind these notes is whole.
     """
     position = 2
     for _ in range(_MAX_SEGMENTS):
@@ -97,17 +98,20 @@ def _mended(data: bytes) -> bytes:
         end = _end(data, start)
         exif = data[start + 1] == _APP1 and data.startswith(b"Exif\0\0", start + 4)
         if exif and data[end : end + 1] != b"\xff":
-            end = _end_before(data, start + 10, end)
+            end = _note_before(data, start + 10, end)
             data = data[: start + 2] + (end - start - 2).to_bytes(2, "big") + data[start + 4 :]
         position = end
     return data
 
 
-def _end_before(data: bytes, start: int, end: int) -> int:
-    """The last place before `end` at which the segments of a picture begin; `end` without one."""
+def _note_before(data: bytes, start: int, end: int) -> int:
+    """Where a note begins that reaches over `end`, with a picture behind it; else `end`."""
     markers = [found.start() for found in _NEXT_MARKER.finditer(data, start, end + 1)]
-    likely = markers[: -_TRIES - 1 : -1]
-    return next((place for place in likely if _leads_to_a_picture(data, place)), end)
+    for place in markers[: -_TRIES - 1 : -1]:
+        reaches = data[place + 1] in _NOTES and end < _end(data, place)
+        if reaches and _leads_to_a_picture(data, place):
+            return place
+    return end
 
 
 def _leads_to_a_picture(data: bytes, position: int) -> bool:

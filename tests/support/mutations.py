@@ -41,11 +41,58 @@ def _jpegs() -> Seeds:
     exif = Image.Exif()
     exif[274] = 6
     return {
+        "jpeg_411": flat_jpeg(4, 1),
+        "jpeg_411_turned": flat_jpeg(1, 4),
         "jpeg_444": saved(colour, "JPEG", subsampling=0),
         "jpeg_422_exif": saved(colour, "JPEG", subsampling=1, exif=exif),
         "jpeg_progressive_444": saved(colour, "JPEG", progressive=True, subsampling=0),
         "jpeg_progressive_grey": saved(colour.convert("L"), "JPEG", progressive=True),
     }
+
+
+def _codes(data: bytes, wanted: int) -> dict[int, str]:
+    """The Huffman code of each symbol, as bits, by the table of that class and number."""
+    position = 2
+    while data[position + 1] != 0xDA:
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1] == 0xC4 and data[position + 4] == wanted:
+            counts, symbols = data[position + 5 : position + 21], data[position + 21 :]
+            found, code, number = {}, 0, 0
+            for bits, count in enumerate(counts, 1):
+                for _ in range(count):
+                    found[symbols[number]] = f"{code:0{bits}b}"
+                    code, number = code + 1, number + 1
+                code <<= 1
+            return found
+        position += 2 + length
+    raise AssertionError(f"no table {wanted}")
+
+
+def flat_jpeg(across: int, down: int) -> bytes:
+    """48 x 64 pixels of flat blocks; luma is sampled `across` x `down` as often as the colours."""
+    model = saved(Image.new("RGB", (48, 64)), "JPEG", subsampling=0)
+    frame, scan = model.index(b"\xff\xc0"), model.index(b"\xff\xda")
+    head = bytearray(model[: scan + 14])
+    head[frame + 11] = across << 4 | down
+    bits, before = "", [0, 0, 0]
+    levels = np.random.default_rng(0).integers(-60, 60, 1000).tolist()
+    for _ in range(-(-48 // (8 * across)) * -(-64 // (8 * down))):
+        for component in (*[0] * (across * down), 1, 2):
+            level = levels.pop()
+            bits += _block(model, component, level - before[component])
+            before[component] = level
+    bits += "1" * (-len(bits) % 8)
+    body = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    return bytes(head) + body + b"\xff\xd9"
+
+
+def _block(model: bytes, component: int, step: int) -> str:
+    """A block of one level, as bits: how far it is from the one before, and an end."""
+    number = 0 if component == 0 else 1
+    size = abs(step).bit_length()
+    value = step if step > 0 else step + (1 << size) - 1
+    level = _codes(model, number)[size] + (f"{value:0{size}b}" if size else "")
+    return level + _codes(model, 0x10 + number)[0]
 
 
 def _pngs() -> Seeds:
