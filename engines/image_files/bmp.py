@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BadImage, UnsupportedImage
-from engines.image_files.reading import CheckSize, Pixels
+from engines.image_files.reading import CheckSize, Pixels, looked_up
 
 _CORE, _INFO, _OS2 = 12, 40, 64
 _HEADERS = {_CORE, _INFO, 52, 56, _OS2, 108, 124}  # by their length in bytes
@@ -33,6 +33,7 @@ class _Header(NamedTuple):
     height: int  # negative where the first row is the topmost
     bits: int  # of a pixel
     compression: int
+    size_of_pixels: int  # bytes, as it says; 0 where it does not
     colours: int  # in the table; 0 for as many as the bits can tell apart
     table: int  # where it starts
     pixels: int  # where they start
@@ -68,11 +69,12 @@ def _header(data: bytes) -> _Header:
         raise BadImage("The BMP image is cut short.")
     if size == _CORE:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
-        return _Header(size, width, height, bits, _PLAIN, 0, 14 + size, pixels)
-    width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+        return _Header(size, width, height, bits, _PLAIN, 0, 0, 14 + size, pixels)
+    width, height, _, bits, compression, told = struct.unpack_from("<iiHHII", data, 18)
     (colours,) = struct.unpack_from("<I", data, 46)
     masks = {_MASKS: 12, _ALPHA_MASKS: 16}.get(compression, 0) if size == _INFO else 0
-    return _Header(size, width, height, bits, compression, colours, 14 + size + masks, pixels)
+    table = 14 + size + masks
+    return _Header(size, width, height, bits, compression, told, colours, table, pixels)
 
 
 def _check_form(header: _Header) -> None:
@@ -95,6 +97,10 @@ def _check_places(header: _Header, length: int, size: int) -> None:
     """Raises BadImage where the pixels are not whole, or overlap the headers or the table."""
     if header.pixels + size > length:
         raise BadImage("The BMP image is cut short.")
+    # Photoshop counts two bytes behind the pixels, others get it wrong; two signs are needed.
+    told_right = header.size_of_pixels == 0 or 0 <= header.size_of_pixels - size < 4
+    if not told_right and header.pixels + size != length:
+        raise BadImage("The BMP image is damaged: its width and height do not fit its pixels.")
     entry = 3 if header.size == _CORE else 4
     most = 1 << header.bits
     colours = header.colours
@@ -127,11 +133,10 @@ def _indices(rows: NDArray[np.uint8], header: _Header) -> NDArray[np.uint8]:
 
 
 def _of_indices(indices: NDArray[np.uint8], table: NDArray[np.uint8]) -> Pixels:
-    if int(indices.max()) >= len(table):
-        raise BadImage("The BMP image is damaged: it has colours beyond its table.")
-    if np.array_equal(table, np.arange(len(table), dtype=np.uint8)[:, None].repeat(3, axis=1)):
-        return np.ascontiguousarray(indices)  # a camera's grey picture
-    return table.take(indices, axis=0)
+    grey = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    if np.array_equal(table, grey):  # as of most cameras: its own picture
+        return np.ascontiguousarray(indices)
+    return looked_up(indices, table)
 
 
 def _masks(data: bytes, header: _Header) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from engines.image_files.reading import (
     Pixels,
     decode_with_cv2,
     exif_orientation,
+    looked_up,
     upright,
 )
 
@@ -65,9 +66,7 @@ def _coloured(grey: Pixels, bits: int, palette: bytes) -> Pixels:
     """(H, W, 3) RGB of indices (H, W) that are spread over 0 to 255."""
     indices = grey if bits == 8 else grey // (255 // ((1 << bits) - 1))
     table: NDArray[np.uint8] = np.frombuffer(palette, np.uint8).reshape(-1, 3)
-    if int(indices.max()) >= len(table):
-        raise BadImage("The PNG image is damaged: it has colours beyond its palette.")
-    return table.take(indices, axis=0)
+    return looked_up(indices, table)
 
 
 def _contents(data: bytes, check_size: CheckSize) -> _Contents:

@@ -62,6 +62,20 @@ def upright(image: Pixels, orientation: int) -> Pixels:
     return cv2.flip(image, _FLIPS[orientation]) if orientation in _FLIPS else image
 
 
+def looked_up(indices: Pixels, table: NDArray[np.uint8]) -> Pixels:
+    """(H, W, 3) RGB of the indices (H, W) of a table (N, 3).
+
+    Raises BadImage where an index lies beyond it: libraries show black there, or what comes next.
+    """
+    if int(indices.max()) >= len(table):
+        raise BadImage("The image is damaged: it has colours beyond its palette.")
+    rgb = np.empty((*indices.shape, 3), np.uint8)
+    for top in range(0, len(indices), 256):  # in bands: numpy makes 8 bytes of each index
+        band = slice(top, top + 256)
+        table.take(indices[band], axis=0, out=rgb[band], mode="clip")
+    return rgb
+
+
 def decode_with_cv2(data: bytes | bytearray) -> Pixels:
     """(H, W) or (H, W, 3) RGB, 8 or 16 bits. cv2 returns None for what it cannot decode."""
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION

@@ -42,6 +42,9 @@ _UNPACKED = {_RAW, _LZW, _DEFLATE, _OLD_DEFLATE, _PACKBITS}
 _HIDE_DAMAGE = {2: "fax", 3: "fax (Group 3)", 4: "fax (Group 4)", 6: "JPEG", 7: "JPEG"}
 _COLOUR_KINDS = {5: "CMYK", 6: "YCbCr", 8: "LAB", 9: "LAB", 10: "LAB", 32803: "of a raw sensor"}
 _RGB, _PALETTE = 2, 3
+_UNSPECIFIED = (
+    0  # an extra sample that nobody shall multiply or divide colours by: alpha is dropped
+)
 _MAX_VALUES = 3 << 8  # of a tag: a palette
 _MAX_BLOCKS = 1 << 18  # strips or tiles; 16 million pixels in tiles of 16 x 16 are 62,500
 _MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "I;16", "I;16B"}
@@ -292,6 +295,8 @@ def _twin(data: bytes, directory: _Directory, pixels: list[_Block]) -> bytes:
     compression = directory.one(_COMPRESSION, _RAW)
     if compression in (_RAW, _PACKBITS):
         tags.pop(_PREDICTOR, None)
+    if _EXTRA in tags:
+        tags[_EXTRA] = (_UNSPECIFIED,) * len(tags[_EXTRA])
     if _COLOURS in tags:
         tags[_COLOURS] = _16_bit(tags[_COLOURS])
     view = memoryview(data)

@@ -95,6 +95,17 @@ def test_a_bmp_of_16_bits_reaches_from_black_to_white() -> None:
     assert decode(bmp(padded(words), (4, 1), 16)).tolist() == expected
 
 
+def test_a_bmp_of_another_width_or_height_than_its_pixels_is_refused() -> None:
+    """Two signs are needed: many writers get the size of the pixels wrong, and many cameras pad."""
+    good = bmp(padded(picture()[..., ::-1].reshape(41, -1)), (53, 41), 24)
+    wrong = good[:34] + b"\x11\x22\0\0" + good[38:]
+    photoshop = good[:34] + struct.pack("<I", 41 * 160 + 2) + good[38:] + bytes(2)
+    for whole in (good, wrong, good + bytes(512), photoshop):
+        assert np.array_equal(decode(whole), picture())
+    for size in ((51, 41), (53, 40), (40, 41)):
+        assert "do not fit" in refused(good[:18] + struct.pack("<ii", *size) + good[26:])
+
+
 @pytest.mark.parametrize(
     ("masks", "what"),
     [

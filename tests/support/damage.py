@@ -77,7 +77,12 @@ def resealed(data: bytes) -> bytes:
 
 
 def tiff(
-    pixels: NDArray[np.generic], *, tile: int = 0, orientation: int = 1, planar: int = 1
+    pixels: NDArray[np.generic],
+    *,
+    tile: int = 0,
+    orientation: int = 1,
+    planar: int = 1,
+    extra: int = 2,
 ) -> bytes:
     """A TIFF of any depth, Deflate, in one strip or in tiles: Pillow writes no tiles."""
     height, width = pixels.shape[:2]
@@ -108,7 +113,7 @@ def tiff(
     }
     shape = {322: [tile], 323: [tile]} if tile else {278: [height]}
     places = {324: offsets, 325: counts} if tile else {273: offsets, 279: counts}
-    alpha = {338: [2]} if channels == 4 else {}
+    alpha = {338: [extra]} if channels == 4 else {}
     return tiff_file(body, tags | shape | places | alpha)
 
 

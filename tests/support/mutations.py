@@ -190,6 +190,7 @@ def _tiffs() -> Seeds:
     colour = Image.fromarray(picture())
     grey, few = colour.convert("L"), colour.quantize(16)
     strips = {278: 8}
+    seen_through = Image.fromarray(np.dstack([picture(), picture()[..., 0] | 1]))
     return {
         "tiff_palette": saved(few, "TIFF"),
         "tiff_strips": saved(colour, "TIFF", tiffinfo=strips, compression="tiff_lzw"),
@@ -197,7 +198,11 @@ def _tiffs() -> Seeds:
         "tiff_bilevel": saved(colour.convert("1"), "TIFF"),
         "tiff_planes": tiff(np.ascontiguousarray(picture())),
         "tiff_turned": tiff(picture(), orientation=6),
-        "tiff_alpha": saved(colour.convert("RGBA"), "TIFF", compression="tiff_lzw"),
+        "tiff_alpha": saved(seen_through, "TIFF", compression="tiff_lzw"),
+        "tiff_associated": tiff(np.asarray(seen_through), extra=1),
+        "tiff_alpha16": tiff(np.asarray(seen_through).astype(np.uint16) * 257),
+        "tiff_associated16": tiff(np.asarray(seen_through).astype(np.uint16) * 257, extra=1),
+        "tiff_grey_alpha": saved(seen_through.convert("LA"), "TIFF"),
     }
 
 
