@@ -19,7 +19,8 @@ from engines.image_files.reading import CheckSize, Pixels, looked_up
 _CORE, _INFO, _OS2 = 12, 40, 64
 _HEADERS = {_CORE, _INFO, 52, 56, _OS2, 108, 124}  # by their length in bytes
 _PLAIN, _MASKS, _ALPHA_MASKS = 0, 3, 6
-_COMPRESSIONS = {1: "run-length encoded", 2: "run-length encoded", 4: "a JPEG", 5: "a PNG"}
+_RUNS = "run-length encoded"
+_COMPRESSIONS = {1: _RUNS, 2: _RUNS, 4: "a JPEG inside", 5: "a PNG inside"}
 _FIVE_BITS = (0x7C00, 0x03E0, 0x001F)  # of red, green and blue, where nothing else is said
 _SIX_BITS = (0xF800, 0x07E0, 0x001F)
 _BYTES = tuple(0xFF << shift for shift in (0, 8, 16, 24))
@@ -80,7 +81,7 @@ def _header(data: bytes) -> _Header:
 def _check_form(header: _Header) -> None:
     if header.compression in _COMPRESSIONS:
         raise UnsupportedImage(
-            f"The BMP image is {_COMPRESSIONS[header.compression]} inside; save it uncompressed."
+            f"The BMP image is {_COMPRESSIONS[header.compression]}; save it uncompressed."
         )
     masked = header.compression in (_MASKS, _ALPHA_MASKS)
     if header.bits not in (1, 4, 8, 16, 24, 32) or not (

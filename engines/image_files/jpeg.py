@@ -23,6 +23,7 @@ _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # frames; the others are table
 _READ_FRAMES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive", 0xC9: "arithmetic",
                 0xCA: "progressive arithmetic"}  # fmt: skip
 _PROGRESSIVE = {0xC2, 0xCA}
+_USUAL = {bytes((luma, 0x11, 0x11)) for luma in (0x11, 0x21, 0x12, 0x22, 0x41, 0x14)}
 _SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _DQT, _DHT = 0xDB, 0xC4
 _NOTES = {*range(0xE0, 0xF0), 0xFE}  # of applications and people
@@ -32,13 +33,14 @@ _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class _Frame(NamedTuple):
-    """What SOF says: its marker, the picture's size, and the components' ids."""
+    """What SOF says: its marker, the picture's size, ids and sampling of the components."""
 
     marker: int
     bits: int
     height: int
     width: int
     components: list[int]
+    sampling: bytes  # of each component, across in the upper four bits and down in the lower
 
 
 def read(data: bytes, check_size: CheckSize) -> Pixels:
@@ -50,7 +52,7 @@ def read(data: bytes, check_size: CheckSize) -> Pixels:
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError as error:
-        if "subsampling" not in str(error):
+        if len(frame.sampling) == 1 or frame.sampling in _USUAL:
             raise
         raise UnsupportedImage(
             "The JPEG image samples its colours in a way that Kensa does not read; save it with"
@@ -166,9 +168,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _frame(marker: int, body: bytes) -> _Frame:
     bits, height, width, count = struct.unpack_from(">BHHB", body)
     components = list(body[6 : 6 + 3 * count : 3])
+    sampling = body[7 : 7 + 3 * count : 3]
     if len(components) < count or len(set(components)) < count:
         raise BadImage("The JPEG image is damaged: its header contradicts itself.")
-    return _Frame(marker, bits, height, width, components)
+    return _Frame(marker, bits, height, width, components, sampling)
 
 
 def _check_form(frame: _Frame) -> None:
