@@ -196,9 +196,6 @@ def _check_form(directory: _Directory) -> None:
             " JPEG or PNG file."
         )
     bits, photometric = directory.same(_BITS, 1), directory.one(_PHOTOMETRIC)
-    colours = 3 if photometric == _RGB else 1
-    if photometric <= _PALETTE and directory.one(_SAMPLES, 1) < colours:
-        raise _nonsense()
     plain = (0, 1, _RGB, _PALETTE) if bits <= 8 else (1, _RGB)  # white is 0, black is 0
     readable = (
         photometric in plain
@@ -211,8 +208,17 @@ def _check_form(directory: _Directory) -> None:
     )
     if not readable:
         raise _unsupported(directory)
+    _check_extra(directory, 3 if photometric == _RGB else 1)
     if photometric == _PALETTE and len(directory.tags.get(_COLOURS, ())) != 3 << bits:
         raise BadImage("The TIFF image is damaged: its palette is missing, or of another length.")
+
+
+def _check_extra(directory: _Directory, colours: int) -> None:
+    """Raises BadImage where the samples are not the colours and what the file says of the others."""
+    extra = directory.one(_SAMPLES, 1) - colours
+    told = directory.tags.get(_EXTRA, (_UNSPECIFIED,) * max(0, extra))
+    if extra < 0 or len(told) != extra or not set(told) <= {_UNSPECIFIED, 1, 2}:
+        raise _nonsense()
 
 
 def _unsupported(directory: _Directory) -> UnsupportedImage:

@@ -196,6 +196,7 @@ def test_a_tiff_in_strips_is_right_in_every_order_of_these() -> None:
         {256: [8, 8]},
         {258: [8, 8]},
         {284: [3]},
+        {338: [2]},  # alpha that is not there
         {266: [2]},
     ],
     ids=str,
