@@ -101,7 +101,7 @@ def _mended(data: bytes) -> bytes:
         exif = data[start + 1] == _APP1 and data.startswith(b"Exif\0\0", start + 4)
         if exif and data[end : end + 1] != b"\xff":
             end = _note_before(data, start + 10, end)
-            data = data[: start + 2] + (end - start - 2).to_bytes(2, "big") + data[start + 4 :]
+            return data[: start + 2] + (end - start - 2).to_bytes(2, "big") + data[start + 4 :]
         position = end
     return data
 

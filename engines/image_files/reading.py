@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -17,6 +18,7 @@ CheckSize = Callable[[int, int], None]  # raises where width x height is too lar
 
 ORIENTATION = 274  # the tag, of EXIF and of TIFF
 _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}  # types of EXIF and TIFF, as struct writes them
+_MAX_SEGMENTS, _MAX_ENTRIES = 16, 1_000  # of EXIF; a camera writes 1, and some 20
 _FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # cv2's codes: 1 left-right, 0 up-down, -1 both
 
 
@@ -28,7 +30,8 @@ def exif_orientation(segments: Iterable[bytes]) -> int:
 
     Raises BadImage where there are two different orientations: nobody knows which side is up then.
     """
-    found = {value for segment in segments for value in _orientations(segment)}
+    read = islice(segments, _MAX_SEGMENTS)
+    found = {value for segment in read for value in _orientations(segment)}
     if len(found) > 1:
         raise BadImage(
             f"The image says twice which side is up, {' and '.join(map(str, sorted(found)))} of"
@@ -47,7 +50,8 @@ def _orientations(exif: bytes) -> Iterable[int]:
     if not 8 <= place <= len(exif) - 2:
         return
     (count,) = struct.unpack_from(f"{order}H", exif, place)
-    for entry in range(place + 2, min(place + 2 + 12 * count, len(exif) - 11), 12):
+    end = place + 2 + 12 * min(count, _MAX_ENTRIES)
+    for entry in range(place + 2, min(end, len(exif) - 11), 12):
         tag, kind, length = struct.unpack_from(f"{order}HHI", exif, entry)
         if tag == ORIENTATION and kind in _WHOLE_NUMBERS and length == 1:
             (value,) = struct.unpack_from(order + _WHOLE_NUMBERS[kind], exif, entry + 8)

@@ -45,6 +45,8 @@ _RGB, _PALETTE = 2, 3
 _UNSPECIFIED = (
     0  # an extra sample that nobody shall multiply or divide colours by: alpha is dropped
 )
+_MAX_EXTRA = 3  # samples of a pixel that are no colours
+_MAX_SLACK = 16 << 20  # bytes by which tiles may be larger than a small picture
 _MAX_VALUES = 3 << 8  # of a tag: a palette
 _MAX_BLOCKS = 1 << 18  # strips or tiles; 16 million pixels in tiles of 16 x 16 are 62,500
 _MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "I;16", "I;16B"}
@@ -214,11 +216,13 @@ def _check_form(directory: _Directory) -> None:
 
 
 def _check_extra(directory: _Directory, colours: int) -> None:
-    """Raises BadImage where the samples are not the colours and what the file says of the others."""
+    """Raises BadImage where there are not the colours, or other samples than the file says."""
     extra = directory.one(_SAMPLES, 1) - colours
     told = directory.tags.get(_EXTRA, (_UNSPECIFIED,) * max(0, extra))
     if extra < 0 or len(told) != extra or not set(told) <= {_UNSPECIFIED, 1, 2}:
         raise _nonsense()
+    if extra > _MAX_EXTRA:
+        raise _unsupported(directory)
 
 
 def _unsupported(directory: _Directory) -> UnsupportedImage:
@@ -236,6 +240,10 @@ def _places(directory: _Directory, length: int, check_size: CheckSize) -> list[_
     offsets, sizes, needed = _blocks(directory, check_size)
     if len(offsets) != len(needed) or len(sizes) != len(needed):
         raise BadImage("The TIFF image is damaged: some of its strips or tiles are missing.")
+    pixels_bits = directory.same(_BITS, 1) * directory.one(_SAMPLES, 1)
+    picture = directory.one(_WIDTH) * directory.one(_LENGTH) * pixels_bits // 8
+    if sum(needed) > max(4 * picture, _MAX_SLACK):  # a bomb; tiles as large as the picture fit
+        raise BadImage("The TIFF image is damaged: its tiles are far larger than the picture.")
     if directory.one(_COMPRESSION, _RAW) == _RAW:
         # The last strip may be as long as the others though the picture ends before.
         whole = all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -220,6 +221,24 @@ def test_deflate_in_a_tiff_must_unpack_to_just_its_rows() -> None:
         tags = {256: [53], 257: [41], 258: [8, 8, 8], 259: [8], 262: [2], 273: [8], 277: [3],
                 278: [41], 279: [len(other)]}  # fmt: skip
         assert "does not unpack to its rows" in refused(tiff_file(other, tags))
+
+
+def test_a_bomb_of_tiles_around_a_flat_picture_is_refused_before_it_is_unpacked() -> None:
+    """4,096 tiles of a megapixel each, in 4 MB."""
+    tile = zlib.compress(bytes(16 * 60_000), 9)
+    tags = {256: [65_535], 257: [200], 258: [8], 259: [8], 262: [1], 277: [1], 322: [16],
+            323: [60_000], 324: [8 + len(tile) * n for n in range(4096)],
+            325: [len(tile)] * 4096}  # fmt: skip
+    start = time.process_time()
+    assert "far larger than the picture" in refused(tiff_file(tile * 4096, tags))
+    assert time.process_time() - start < 0.5
+
+
+def test_exif_without_end_costs_nothing() -> None:
+    many = directory(*[entry(40_000, 3, 1, 0)] * 5000)
+    start = time.process_time()
+    decode(with_exif(*[many] * 400))
+    assert time.process_time() - start < 0.5
 
 
 def big_tiff(pixels: np.ndarray, order: str) -> bytes:
