@@ -2,17 +2,9 @@
 
 Training and serving both call `load`, so a score means the same in both.
 
-Damaged files are refused, never scored: a half-black picture would get a verdict. Each kind goes to
-a reader that is strict about it:
-
-- JPEG: libjpeg-turbo through simplejpeg, where a warning is an error.
-- PNG: the CRC of every chunk is checked here, the stream inside by libpng (cv2).
-- BMP: cv2, which refuses short pixel data. The format has no checksum.
-- TIFF: libtiff through Pillow. Not cv2: it returns the rows that failed to decompress as black, and
-  darkens colours by their alpha. Uncompressed, LZW, Deflate and PackBits only: libtiff shows
-  damaged JPEG and fax data as a picture.
-
-BigTIFF is not read: it is for files of more than 4 GB.
+Damaged files are refused, never scored: a half-black picture would get a verdict. Each kind has a
+reader in `engines.image_files` that is strict about it: libraries show what they can, and guess the
+rest. What one of them raises on a picture leaves as BadImage, so it never ends a run.
 
 What comes after the end of a JPEG, PNG or BMP is ignored, as libjpeg and libpng do: many cameras
 pad. Grey becomes RGB by repetition, palettes are expanded, 1 bit becomes 0 and 255, alpha is
@@ -21,57 +13,44 @@ dropped. The EXIF orientation (in TIFF, the tag) is applied, once. Colour profil
 
 from __future__ import annotations
 
+import logging
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
-from engines.errors import BadImage, ImageTooLarge, UnsupportedImage
-
-Pixels = NDArray[Any]  # uint8 or uint16, (H, W) grey or (H, W, 3) RGB
+from engines.errors import BadImage, ImageTooLarge, KensaError, UnsupportedImage
+from engines.image_files import bmp, jpeg, png, tiff
+from engines.image_files.reading import CheckSize, Pixels
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 MAX_SIDE = 65_535  # pixels: JPEG's own limit, far below the one of cv2
-_MAX_PNG_CHUNKS = 100_000  # 32 MiB of empty chunks would keep a thread busy for seconds
-_MAX_JPEG_SCANS = 500  # 883 scans over 16 million pixels, in 58 KB, took 2.3 s; 1 to 20 are usual
-_MAX_JPEG_SEGMENTS = 1_000
-# Tags of TIFF, and of EXIF, which is a TIFF without pixels.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _PLANAR = 258, 262, 274, 284
-_TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 322, 323, 339
-_LAYOUT = {256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339}
-_EXIF, _GPS, _MAKER_NOTE, _INTEROP = 34665, 34853, 37500, 40965  # directories below the first
-_TYPE_BYTES = dict(enumerate((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8)))
-_TIFF_COMPRESSIONS = {"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits"}
-_TIFF_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "I;16", "I;16B"}
 
 # What simplejpeg, cv2 and Pillow raise at damaged bytes: documented, or seen when fuzzing.
 _DECODER_ERRORS = (
     cv2.error,
+    IndexError,
     OSError,
     OverflowError,
     SyntaxError,
     TypeError,
     ValueError,
     struct.error,
+    zlib.error,
 )
 
-# Pillow reads uncompressed TIFF itself, and leaves strips that are missing black. libtiff does not.
-TiffImagePlugin.READ_LIBTIFF = True
-# What is wrong with a file is in the answer; the log of a server must not fill with it too.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 _set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4.x or 5
 _set_log_level(1)  # fatal only
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +117,20 @@ def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return resized
 
 
+def enlarged(width: int, height: int, size: int) -> str | None:
+    """A sentence where a picture is at most half as wide or high as what the model sees; else None.
+
+    It is judged all the same: a model may have learned from just such pictures.
+    """
+    if 2 * min(width, height) > size:
+        return None
+    return (
+        f"The picture is only {width} x {height} pixels, and was enlarged to the {size} x {size} of"
+        " the model: fine defects cannot show. Send it as the camera took it; where it is that"
+        " small, train with a smaller image_size."
+    )
+
+
 def measured_bit_depth(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> int:
     """The smallest of 8, 10, 12, 14 and 16 bits that holds every value of an image file.
 
@@ -156,22 +149,45 @@ def _read(data: bytes, limits: ImageLimits) -> Pixels:
         raise ImageTooLarge(
             f"The image file has {len(data):,} bytes, more than the {limits.max_bytes:,} allowed."
         )
-    for kind, (reader, magics) in _READERS.items():
-        if data.startswith(magics):
-            with _named_errors(kind):
-                return reader(data, limits)
-    raise UnsupportedImage("This is not a JPEG, PNG, BMP or TIFF image; send one of these.")
+    kind = readable_kind(data)
+    with _named_errors(kind):
+        return _READERS[kind](data, partial(check_size, limits))
+
+
+def readable_kind(data: bytes) -> str:
+    """`kind_of` a file; raises UnsupportedImage, with what to do, where Kensa does not read it."""
+    kind = kind_of(data)
+    if kind not in _READERS:
+        raise UnsupportedImage(_OTHER_KINDS.get(kind, _UNKNOWN_KIND))
+    return kind
+
+
+def kind_of(data: bytes) -> str:
+    """What kind of file begins like this: "JPEG", "PNG", ..., or "unknown"."""
+    for kind, starts in _STARTS.items():
+        if data.startswith(starts):
+            return kind
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    if data[4:8] == b"ftyp":  # the container that MP4 has as well
+        return {b"he": "HEIC", b"mi": "HEIC", b"av": "AVIF"}.get(data[8:10], "unknown")
+    return "unknown"
 
 
 @contextmanager
 def _named_errors(kind: str) -> Iterator[None]:
     """The seam to the image libraries: whatever they raise leaves as BadImage."""
+    message = f"The {kind} image is damaged, or of a form that Kensa does not read."
     try:
         yield
+    except (KensaError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"The {kind} image has too many pixels.") from error
     except _DECODER_ERRORS as error:
-        message = f"The {kind} image is damaged, or of a form that Kensa does not read."
+        raise BadImage(message) from error
+    except Exception as error:
+        _log.exception("a decoder failed in a way that nobody foresaw: the image is refused")
         raise BadImage(message) from error
 
 
@@ -183,183 +199,6 @@ def check_size(limits: ImageLimits, width: int, height: int) -> None:
             f"The image is {width} x {height} pixels; allowed are {limits.max_pixels:,} in all "
             f"and {MAX_SIDE:,} a side."
         )
-
-
-def _read_jpeg(data: bytes, limits: ImageLimits) -> Pixels:
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    check_size(limits, width, height)
-    if colours not in {"YCbCr", "RGB", "Gray"}:
-        raise UnsupportedImage(f"The JPEG image is {colours}; save it as RGB or grey.")
-    if data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
-        raise UnsupportedImage(f"The JPEG image has more than {_MAX_JPEG_SCANS} scans.")
-    return _upright(simplejpeg.decode_jpeg(data, "RGB", strict=True), _jpeg_orientation(data))
-
-
-def _jpeg_orientation(data: bytes) -> int:
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        marker, length = struct.unpack_from(">HH", data, position)
-        if marker == 0xFFE1 and data.startswith(b"Exif\0\0", position + 4):
-            return _exif_orientation(data[position + 10 : position + 2 + length])
-        if marker == 0xFFDA:  # the pixels begin
-            break
-        position += 1 if marker == 0xFFFF else 2 + length  # 0xFF may be repeated as padding
-    return 1
-
-
-def _read_png(data: bytes, limits: ImageLimits) -> Pixels:
-    orientation = 1
-    for number, (kind, body) in enumerate(_png_chunks(data)):
-        if number == 0:
-            if kind != b"IHDR":
-                raise BadImage("The PNG image is damaged: it does not start with its header.")
-            check_size(limits, *struct.unpack_from(">II", body))
-        elif kind == b"acTL":
-            raise UnsupportedImage("The PNG image is animated; send one picture.")
-        elif kind == b"eXIf":
-            orientation = _exif_orientation(body)
-    return _upright(_decode_with_cv2(data), orientation)
-
-
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The kind and body of each chunk up to IEND. Raises BadImage where one is cut or altered."""
-    position = 8  # after the signature
-    for _ in range(_MAX_PNG_CHUNKS):
-        if position + 12 > len(data):
-            raise BadImage("The PNG image is cut short.")
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
-        if end + 4 > len(data):
-            raise BadImage("The PNG image is cut short.")
-        body = data[position + 8 : end]
-        if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[end : end + 4], "big"):
-            raise BadImage("The PNG image is damaged: a checksum does not match.")
-        yield kind, body
-        if kind == b"IEND":
-            return
-        position = end + 4
-    raise BadImage(f"The PNG image has more than {_MAX_PNG_CHUNKS:,} chunks.")
-
-
-def _read_bmp(data: bytes, limits: ImageLimits) -> Pixels:
-    with Image.open(BytesIO(data), formats=["BMP"]) as header:
-        check_size(limits, *header.size)
-        if header.info.get("compression") in (1, 2):
-            # Nothing in a run-length file says how many pixels it should hold.
-            raise UnsupportedImage("The BMP image is run-length encoded; save it uncompressed.")
-    return _decode_with_cv2(data)
-
-
-def _read_tiff(data: bytes, limits: ImageLimits) -> Pixels:
-    directory = _tiff_directory(data)
-    with Image.open(BytesIO(data), formats=["TIFF"]) as image:
-        check_size(limits, *image.size)
-        # Pillow skips entries that libtiff may understand: a tile of 1 GB could hide there.
-        if directory & _LAYOUT != set(image.tag_v2) & _LAYOUT:
-            raise BadImage("The TIFF image is damaged: its directory of tags makes no sense.")
-        bits = _check_tiff(image, limits)
-        image.load()  # strict, and turns the picture upright
-        if image.mode.startswith("I;16"):
-            return np.asarray(image)
-        if bits == 8:
-            return _rgb_of(image)
-    # Pillow keeps 8 bits of 16-bit colour, so it only was the judge. cv2 turns it upright as well.
-    return _decode_with_cv2(data)
-
-
-def _tiff_directory(data: bytes) -> set[int]:
-    """The tags of the first directory, after a look at every directory that Pillow will read."""
-    directory = _directory(data)
-    for pointer in directory.keys() & {_EXIF, _GPS}:
-        _directory(data, directory[pointer])
-    if directory.keys() & {_MAKER_NOTE, _INTEROP}:
-        raise BadImage("The TIFF image is damaged: tags of EXIF stand among its own.")
-    return set(directory)
-
-
-def _check_tiff(image: Any, limits: ImageLimits) -> int:
-    """Bits per channel, 8 (or less) or 16. Raises for what cannot be read, or not strictly."""
-    tags = image.tag_v2
-    # A tile is unpacked whole, however small the picture.
-    check_size(limits, tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1))
-    if image.is_animated:
-        raise UnsupportedImage("The TIFF image has several pages; send one picture.")
-    if image.info.get("compression") not in _TIFF_COMPRESSIONS:
-        raise UnsupportedImage(
-            f"The TIFF image is compressed as {image.info.get('compression')}, where damage goes "
-            "unnoticed; save it uncompressed, as LZW or Deflate, or as a JPEG or PNG file."
-        )
-    bits = max(tags.get(_BITS_PER_SAMPLE, (1,)))
-    photometric = tags.get(_PHOTOMETRIC, 0)
-    plain = (0, 1, 2, 3) if bits <= 8 else (1, 2)  # white is 0, black is 0, RGB, palette
-    readable = (
-        image.mode in _TIFF_MODES
-        and photometric in plain
-        and (bits <= 8 or (bits == 16 and tags.get(_PLANAR, 1) == 1))
-        and max(tags.get(_SAMPLE_FORMAT, (1,))) == 1  # unsigned
-    )
-    if not readable:
-        raise UnsupportedImage(
-            f"The TIFF image is {image.mode}, {bits} bits a channel, photometric {photometric}; "
-            "save it as grey or RGB of 8 or 16 bits."
-        )
-    return 8 if bits <= 8 else 16
-
-
-def _rgb_of(image: Image.Image) -> Pixels:
-    """(H, W, 3) RGB in bands of rows, because Pillow's conversions copy the picture three times."""
-    width, height = image.size
-    rgb = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, 256):
-        bottom = min(top + 256, height)
-        rgb[top:bottom] = np.asarray(image.crop((0, top, width, bottom)).convert("RGB"))
-    return rgb
-
-
-def _decode_with_cv2(data: bytes) -> Pixels:
-    """(H, W) or (H, W, 3) RGB, 8 or 16 bits. cv2 returns None for what it cannot decode."""
-    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-    image: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if image is None:
-        raise BadImage("The image is damaged: its pixels cannot be decoded.")
-    if image.ndim == 3:
-        for top in range(0, len(image), 256):  # in bands: a second whole picture is 48 MB
-            band = image[top : top + 256]
-            band[...] = cv2.cvtColor(band, cv2.COLOR_BGR2RGB)
-    return image
-
-
-def _exif_orientation(exif: bytes) -> int:
-    return _directory(exif.removeprefix(b"Exif\0\0")).get(_ORIENTATION, 1)
-
-
-def _directory(data: bytes, place: int | None = None) -> dict[int, int]:
-    """A directory of TIFF or EXIF data, the first one or that at `place`: tag -> value or offset.
-
-    Raises BadImage where a tag comes twice (libraries differ in which one counts), or where the
-    entries point to more bytes than there are: Pillow 12 copies these, so that a small file in
-    which many entries share the same bytes takes all memory.
-    """
-    order = "<" if data[:2] == b"II" else ">"
-    if place is None:
-        (place,) = struct.unpack_from(f"{order}I", data, 4)
-    (count,) = struct.unpack_from(f"{order}H", data, place)
-    values, pointed_to = {}, 0
-    for entry in range(place + 2, place + 2 + 12 * count, 12):
-        tag, kind, length = struct.unpack_from(f"{order}HHI", data, entry)
-        (values[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, entry + 8)
-        pointed_to += length * _TYPE_BYTES.get(kind, 8)
-    if len(values) < count or pointed_to > len(data):
-        raise BadImage("The image is damaged: its directory of tags makes no sense.")
-    return values
-
-
-def _upright(image: Pixels, orientation: int) -> Pixels:
-    """Undo an EXIF orientation: 1 to 8, anything else counts as 1."""
-    if orientation in (5, 6, 7, 8):
-        image = cv2.transpose(image)
-    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # cv2's codes: 1 left-right, 0 up-down, -1 both
-    return cv2.flip(image, flips[orientation]) if orientation in flips else image
 
 
 def _to_8_bits(image: Pixels, bit_depth: int) -> Pixels:
@@ -376,10 +215,41 @@ def _to_8_bits(image: Pixels, bit_depth: int) -> Pixels:
     return np.right_shift(image, bit_depth - 8, out=narrow, casting="unsafe")
 
 
-_Reader = Callable[[bytes, ImageLimits], Pixels]
-_READERS: dict[str, tuple[_Reader, tuple[bytes, ...]]] = {
-    "JPEG": (_read_jpeg, (b"\xff\xd8\xff",)),
-    "PNG": (_read_png, (b"\x89PNG\r\n\x1a\n",)),
-    "BMP": (_read_bmp, (b"BM",)),
-    "TIFF": (_read_tiff, (b"II*\0", b"MM\0*")),
+_STARTS: dict[str, bytes | tuple[bytes, ...]] = {
+    "JPEG": b"\xff\xd8\xff",
+    "PNG": b"\x89PNG\r\n\x1a\n",
+    "BMP": b"BM",
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "BigTIFF": (b"II+\0", b"MM\0+"),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "PDF": b"%PDF",
+    "SVG": (b"<svg", b"<?xml"),
+    "zip": b"PK\3\4",
+    "gzip": b"\x1f\x8b",
+    "base64": (b"data:image/", b"/9j/", b"iVBORw0KGgo"),
+}
+_READERS: dict[str, Callable[[bytes, CheckSize], Pixels]] = {
+    "JPEG": jpeg.read,
+    "PNG": png.read,
+    "BMP": bmp.read,
+    "TIFF": tiff.read,
+    "BigTIFF": tiff.read,
+}
+_UNKNOWN_KIND = "This is not a JPEG, PNG, BMP or TIFF image; send one of these."
+_OTHER_KINDS = {
+    kind: f"This is a {kind} image, which Kensa does not read; save it as a JPEG, PNG, BMP or TIFF"
+    " image."
+    for kind in ("WebP", "GIF", "JPEG 2000", "JPEG XL", "SVG")
+} | {
+    "HEIC": "This is a HEIC image, as phones take them, which Kensa does not read; set the camera"
+    ' to JPEG ("most compatible"), or save it as a JPEG, PNG, BMP or TIFF image.',
+    "AVIF": "This is an AVIF image, which Kensa does not read; save it as a JPEG, PNG, BMP or TIFF"
+    " image.",
+    "PDF": "This is a PDF, not an image; send the picture in it as a JPEG, PNG, BMP or TIFF image.",
+    "zip": "This is a zip, not an image; send one JPEG, PNG, BMP or TIFF image.",
+    "gzip": "This is compressed with gzip; send the JPEG, PNG, BMP or TIFF image as it is.",
+    "base64": "This is an image as base64 text; send the bytes of the JPEG, PNG, BMP or TIFF image"
+    " themselves.",
 }

@@ -17,7 +17,7 @@ from app.http.base_body import Body, error_response
 from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
 from engines.errors import BadRequest, Conflict, KensaError
-from engines.image import ImageLimits
+from engines.image import ImageLimits, kind_of, readable_kind
 from engines.store.datasets import CATEGORY, Datasets, Split, read_file
 from engines.store.image_names import checked_name
 from engines.store.image_zip import is_zip, unzip
@@ -428,6 +428,8 @@ class Intake:
             yield
 
     def _store(self, name: str, data: bytes) -> None:
+        if kind_of(data) != "unknown":
+            readable_kind(data)  # WebP is named before its name, which may be missing, is judged
         name = checked_name(name)
         first = name not in self.names
         place = (self.category, self.split, name)

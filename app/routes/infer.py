@@ -45,6 +45,14 @@ class HeatmapBody(Body):
     )
 
 
+class ImageBody(Body):
+    """What was judged."""
+
+    format: str = Field(description="What the file is by its bytes: JPEG, PNG, BMP or TIFF.")
+    width: int = Field(description="Pixels, upright.")
+    height: int = Field(description="Pixels, upright.")
+
+
 class InspectionBody(Body):
     """The verdict on one part."""
 
@@ -57,6 +65,10 @@ class InspectionBody(Body):
     score: float = Field(description="`raw_score` scaled to 0 ... 1 by the model's calibration.")
     threshold: float = Field(description="The limit for `score`.")
     raw_threshold: float = Field(description="The same limit for `raw_score`.")
+    image: ImageBody
+    hint: str | None = Field(
+        description="What speaks against the picture, though it was judged; else null."
+    )
     heatmap: HeatmapBody | None = Field(description="Null unless asked for with `heatmap=true`.")
     timing: TimingBody
 
@@ -81,6 +93,8 @@ _EXAMPLE = {
     "score": 0.8712,
     "threshold": 0.5,
     "raw_threshold": 1.6204,
+    "image": {"format": "JPEG", "width": 1280, "height": 1024},
+    "hint": None,
     "heatmap": None,
     "timing": {"queue_ms": 0.2, "decode_ms": 6.1, "infer_ms": 21.4, "total_ms": 28.0},
 }
@@ -94,6 +108,8 @@ _HEADERS = {
     "X-Kensa-Threshold": "The limit for it.",
     "X-Kensa-Raw-Score": "The score in the model's own units.",
     "X-Kensa-Raw-Threshold": "The limit for it.",
+    "X-Kensa-Image": "The format of the file, its width and height: JPEG 1280x1024.",
+    "X-Kensa-Hint": "What speaks against the picture, though it was judged; absent otherwise.",
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -296,7 +312,8 @@ def _answer(inspection: Inspection, answer: Answer, request_id: str) -> Response
 
 
 def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
-    verdict = inspection.verdict
+    verdict, seen = inspection.verdict, inspection.seen
+    hint = {"X-Kensa-Hint": seen.hint} if seen.hint else {}
     return {
         "X-Kensa-Id": request_id,
         "X-Kensa-Model-Name": inspection.model.name,
@@ -306,11 +323,14 @@ def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
         "X-Kensa-Threshold": f"{verdict.threshold:.6f}",
         "X-Kensa-Raw-Score": f"{verdict.raw_score:.6g}",
         "X-Kensa-Raw-Threshold": f"{verdict.raw_threshold:.6g}",
+        "X-Kensa-Image": f"{seen.kind} {seen.width}x{seen.height}",
+        **hint,
     }
 
 
 def _body(inspection: Inspection, request_id: str) -> InspectionBody:
     verdict, timing, model = inspection.verdict, inspection.timing, inspection.model
+    seen = inspection.seen
     size = model.runtime.image_size
     heatmap = None
     if inspection.drawing is not None:
@@ -326,6 +346,8 @@ def _body(inspection: Inspection, request_id: str) -> InspectionBody:
         score=verdict.score,
         threshold=verdict.threshold,
         raw_threshold=verdict.raw_threshold,
+        image=ImageBody(format=seen.kind, width=seen.width, height=seen.height),
+        hint=seen.hint,
         heatmap=heatmap,
         timing=TimingBody(
             queue_ms=round(timing.queue_ms, 2),

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from app.serving.admission import Admission
 from app.serving.inference_statistics import InferenceStatistics, Timing
 from app.settings import Settings
-from engines.image import ImageLimits, decode, resize
+from engines.image import ImageLimits, decode, enlarged, kind_of, resize
 from engines.runtimes import cuda
 from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
@@ -29,11 +29,21 @@ Image = bytes | NDArray[np.uint8]
 Result = TypeVar("Result")
 
 
+class Seen(NamedTuple):
+    """The picture that came: what kind of file it was, and how many pixels, upright."""
+
+    kind: str  # "JPEG", ...; "pixels" where no file came
+    width: int
+    height: int
+    hint: str | None  # what speaks against judging it, though it was judged
+
+
 @dataclass(frozen=True)
 class Inspection:
     """A verdict and what belongs to it."""
 
     model: Resident
+    seen: Seen
     verdict: Verdict
     anomaly_map: NDArray[np.float32]  # (h, w), raw
     drawing: bytes | None  # the PNG that was asked for
@@ -128,15 +138,18 @@ class Inspector:
         """Decode, run, judge, draw if asked."""
         began = time.perf_counter()
 
-        def see() -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8]]:
-            picture = image
+        def see() -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], Seen]:
+            kind, picture = "pixels", image
             if isinstance(picture, bytes):
+                kind = kind_of(picture)
                 picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
+            height, width = picture.shape[:2]
+            about = Seen(kind, width, height, enlarged(width, height, model.runtime.image_size))
             pixels = resize(picture, model.runtime.image_size)  # (S, S, 3)
-            return picture if drawing == "overlay" else None, pixels
+            return picture if drawing == "overlay" else None, pixels, about
 
         seen = await _timed(self._decoders, see)
-        picture, pixels = seen.result
+        picture, pixels, about = seen.result
         ran = await self.batcher.infer(model.runtime, pixels, model.name)
         raw_score, anomaly_map = ran.result  # (h, w)
         verdict = judge(raw_score, model.scale)
@@ -151,7 +164,8 @@ class Inspector:
             total_ms=(time.perf_counter() - began) * 1000,
         )
         self._note(model, verdict, pixels)
-        done = Inspection(model, verdict, anomaly_map, drawn.result if drawn else None, timing)
+        png = drawn.result if drawn else None
+        done = Inspection(model, about, verdict, anomaly_map, png, timing)
         self.on_inspection(done)
         return done
 

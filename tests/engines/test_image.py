@@ -152,10 +152,10 @@ def test_exif_of_any_byte_order_behind_other_segments_and_padding_counts() -> No
     assert np.array_equal(decode(jpeg[:2] + segment + jpeg[2:]), np.rot90(decode(jpeg), 2))
 
 
-def test_exif_that_cannot_be_read_is_damage() -> None:
-    """Which side is up is not known then."""
-    with pytest.raises(BadImage):
-        decode(png(ORIENTED, extra=png_chunk(b"eXIf", exif(6)[6:-9])))
+def test_exif_that_cannot_be_read_turns_nothing() -> None:
+    """The picture is whole."""
+    cut = png(ORIENTED, extra=png_chunk(b"eXIf", exif(6)[6:-9]))
+    assert np.array_equal(decode(cut), ORIENTED)
 
 
 def test_an_orientation_after_the_pixels_of_a_png_counts() -> None:
@@ -327,7 +327,6 @@ def test_refusals_do_not_fill_the_log(capfd: pytest.CaptureFixture[str]) -> None
         b"part 7, left camera",
         b"\0" * 100,
         b"\x89PN",
-        b"II+\0" + SEEDS["tiff_lzw"][4:],  # BigTIFF
     ],
 )
 def test_other_kinds_are_refused_with_what_to_send(data: bytes) -> None:
@@ -448,7 +447,7 @@ def with_entry(data: bytes, tag: int, kind: int, count: int, value: int) -> byte
 
 
 def test_a_tile_that_only_libtiff_sees_is_refused() -> None:
-    """Found by fuzzing: Pillow skips entries of unknown types, libtiff unpacked 1.6 GB."""
+    """Found by fuzzing: Pillow skipped entries of unknown types, libtiff unpacked 1.6 GB."""
     for kind in (17, 99):
         hidden = with_entry(tiff(picture()), 322, kind, 1, 60_000)
         with pytest.raises(BadImage, match="directory"):
@@ -456,16 +455,19 @@ def test_a_tile_that_only_libtiff_sees_is_refused() -> None:
 
 
 def test_tags_that_share_their_bytes_cannot_fill_the_memory() -> None:
-    """Pillow 12 copies the bytes of every entry: 500 entries of 4 MB were 2 GB."""
+    """Pillow 12 copies the bytes of every entry: 500 entries of 4 MB were 2 GB. It sees none."""
     good = tiff(picture())
     start = struct.unpack_from("<I", good, 4)[0]
     many = b"".join(struct.pack("<HHII", 1000 + i, 7, len(good), 0) for i in range(500))
     below = struct.pack("<H", 500) + many + bytes(4)
     moved = good[:start] + below + good[start:]
     moved = moved[:4] + struct.pack("<I", start + len(below)) + moved[8:]
+    tracemalloc.start()
     for pointer in (34665, 34853):
-        with pytest.raises(BadImage, match="directory"):
-            decode(with_entry(moved, pointer, 4, 1, start))
+        assert np.array_equal(decode(with_entry(moved, pointer, 4, 1, start)), picture())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000
 
 
 def test_scans_and_chunks_without_end_are_refused() -> None:

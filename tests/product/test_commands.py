@@ -28,6 +28,7 @@ import retrain
 from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.store.bundle import Bundle, check_hash, read_bank, write_bank
+from support.mutations import flat_jpeg
 from support.project import ROOT, run, write_meta
 from workers.sample_parts.write_dataset import write_dataset
 
@@ -554,13 +555,16 @@ def test_a_broken_image_is_named_and_left_out_and_the_others_are_judged(
     shutil.copytree(sample_data / "test/sample_bracket/normal", tmp_path, dirs_exist_ok=True)
     torn = tmp_path / "0002.png"
     torn.write_bytes(torn.read_bytes()[:-100])
+    (tmp_path / "third.jpg").write_bytes(flat_jpeg(3, 1))  # a sampling that no library here reads
+    (tmp_path / "turned.jpg").write_bytes(flat_jpeg(1, 4))
     done = inspect(kensa_model, tmp_path)
     assert done.returncode == 1
     assert "0002.png: not judged: " in done.stderr
-    assert "5 judged" in done.stderr
-    assert "1 not judged" in done.stderr
+    assert "third.jpg: not judged: " in done.stderr
+    assert "6 judged" in done.stderr
+    assert "2 not judged" in done.stderr
     names = [row["filename"] for row in table(tmp_path / "result_patchcore.csv")]
-    assert names == ["0000.png", "0001.png", "0003.png", "0004.png", "0005.png"]
+    assert names == ["0000.png", "0001.png", "0003.png", "0004.png", "0005.png", "turned.jpg"]
 
 
 # ---- interruptions ----------------------------------------------------------------------------

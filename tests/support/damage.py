@@ -77,7 +77,12 @@ def resealed(data: bytes) -> bytes:
 
 
 def tiff(
-    pixels: NDArray[np.generic], *, tile: int = 0, orientation: int = 1, planar: int = 1
+    pixels: NDArray[np.generic],
+    *,
+    tile: int = 0,
+    orientation: int = 1,
+    planar: int = 1,
+    extra: int = 2,
 ) -> bytes:
     """A TIFF of any depth, Deflate, in one strip or in tiles: Pillow writes no tiles."""
     height, width = pixels.shape[:2]
@@ -108,11 +113,11 @@ def tiff(
     }
     shape = {322: [tile], 323: [tile]} if tile else {278: [height]}
     places = {324: offsets, 325: counts} if tile else {273: offsets, 279: counts}
-    alpha = {338: [2]} if channels == 4 else {}
-    return _tiff_file(body, tags | shape | places | alpha)
+    alpha = {338: [extra]} if channels == 4 else {}
+    return tiff_file(body, tags | shape | places | alpha)
 
 
-def _tiff_file(body: bytes, tags: dict[int, list[int]]) -> bytes:
+def tiff_file(body: bytes, tags: dict[int, list[int]]) -> bytes:
     """Header, pixel data, the long values, and the directory at the end."""
     body += b"\0" * (len(body) % 2)
     entries = []

@@ -35,6 +35,7 @@ from engines.store.datasets import Datasets
 from engines.store.image_names import checked_name
 from engines.store.image_zip import MAX_FILES, unzip
 from support.damage import damaged, picture, png, saved, seeds
+from support.mutations import flat_jpeg, structured_seeds
 from support.server import FORM, PART, RAW, Server, agreed, connected_socket, received, serving
 from support.waiting import until
 from workers.learning.dataset import Category
@@ -273,6 +274,31 @@ def test_a_zip_may_hold_folders_and_what_is_no_image_is_passed_over(place: Place
     }
     assert answer.json()["skipped"][-1]["names"][0] == "photos/Thumbs.db"
     assert set(place.stored()) == {"1.png", "2.PNG"}
+
+
+def test_a_picture_that_a_library_stumbles_over_loses_no_neighbour_in_a_zip(
+    place: Place,
+) -> None:
+    jpegs = structured_seeds("jpeg")
+    files = {f"{number}.png": image(number) for number in range(5)}
+    files |= {"turned.jpg": jpegs["jpeg_411_turned"], "third.jpg": flat_jpeg(3, 1)}
+    answer = place.send_zip(zipped(files)).json()
+    assert answer["added"] == [*(f"{number}.png" for number in range(5)), "turned.jpg"]
+    assert [(one["name"], one["code"]) for one in answer["refused"]] == [
+        ("third.jpg", "unsupported_image")
+    ]
+
+
+@pytest.mark.parametrize("query", [{}, {"name": "a.webp"}, {"name": "a.jpg"}])
+def test_a_webp_is_named_before_its_name_is_judged(place: Place, query: dict[str, str]) -> None:
+    answer = place.client.post(
+        place.url,
+        params=query,
+        content=b"RIFF\x1a\0\0\0WEBPVP8 " + bytes(99),
+        headers={"Content-Type": "image/webp"},
+    )
+    assert (answer.status_code, agreed(answer)) == (415, "unsupported_image")
+    assert "WebP" in answer.json()["error"]
 
 
 def test_a_zip_with_a_comment_or_something_before_it_is_read(place: Place) -> None:

@@ -34,8 +34,9 @@ from engines.errors import KensaError
 from engines.image import decode
 from engines.meta import Meta
 from engines.runtimes.compiled_cache import KEPT, seal_cache, usable_cache
-from support.damage import damaged, picture, png_chunk, saved, seeds
+from support.damage import damaged, picture, png, png_chunk, saved, seeds
 from support.fake_model import FakeRuntime, fake_model
+from support.mutations import mutations
 from support.project import ROOT
 from support.server import FORM, PART, RAW, Server, agreed, connected_socket, received, serving
 
@@ -72,6 +73,8 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
         "score",
         "threshold",
         "raw_threshold",
+        "image",
+        "hint",
         "heatmap",
         "timing",
     ]
@@ -79,6 +82,8 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
     assert body["label"] == ("Anomaly" if body["is_anomalous"] else "Normal")
     assert 0 <= body["score"] <= 1
     assert re.fullmatch(r"0001-[0-9a-f]{12}", body["model_version"])
+    assert body["image"] == {"format": "JPEG", "width": 768, "height": 1024}
+    assert body["hint"] is None
     assert body["heatmap"] is None
     timing = body["timing"]
     parts = timing["queue_ms"] + timing["decode_ms"] + timing["infer_ms"]
@@ -96,6 +101,48 @@ def test_a_form_and_a_raw_body_get_the_same_verdict(
         assert raw.json()["raw_score"] == form.json()["raw_score"]
     else:  # 16 bits, and the model learned from 8
         assert agreed(raw) == agreed(form) == "bad_image"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "bmp", "tiff"])
+def test_every_form_of_a_file_and_every_damage_to_its_structure_gets_an_answer(
+    server: Server, kind: str
+) -> None:
+    """A verdict that names the format, or a refusal in words."""
+    for file in mutations(kind, 30):
+        answer = server.infer(file.data)
+        if answer.status_code == 200:
+            assert answer.json()["image"]["format"] == kind.upper(), file.name
+        else:
+            assert agreed(answer) in ("bad_image", "unsupported_image", "image_too_large")
+
+
+def test_a_picture_far_smaller_than_what_the_model_sees_is_judged_with_a_hint(
+    server: Server,
+) -> None:
+    answer = server.infer(saved(Image.fromarray(picture(32, 32)), "PNG"))
+    assert answer.status_code == 200
+    assert answer.json()["hint"] == answer.headers["x-kensa-hint"]
+    assert re.search(r"only 32 x 32 pixels.*Send it as the camera took it", answer.json()["hint"])
+    assert answer.headers["x-kensa-image"] == "PNG 32x32"
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"RIFF\x1a\0\0\0WEBPVP8 ", "WebP"),
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\x1f\x8b\x08\0", "gzip"),
+    ],
+)
+def test_other_kinds_are_named_whatever_the_request_calls_them(
+    server: Server, start: bytes, said: str
+) -> None:
+    for media_type in ("image/webp", "image/jpeg", "application/octet-stream"):
+        answer = server.client.post(
+            "/infer", content=start + bytes(99), headers={"Content-Type": media_type}
+        )
+        assert (answer.status_code, agreed(answer)) == (415, "unsupported_image")
+        assert said in answer.json()["error"]
 
 
 def test_text_is_one_line_for_a_plc(server: Server, photo: bytes) -> None:
@@ -298,6 +345,20 @@ def _decodes(data: bytes, bit_depth: int | None) -> bool:
     except KensaError:
         return False
     return True
+
+
+def test_pictures_with_strange_notes_write_nothing_into_the_log(server: Server) -> None:
+    """libpng and libtiff have lines of their own for these, and would write one per part."""
+    strange = b"".join(png_chunk(kind, b"\xff\0") for kind in (b"iCCP", b"gAMA", b"tRNS", b"eXIf"))
+    before = server.log.read_bytes()
+    for data in (
+        png(picture(), extra=strange),
+        png(picture()[..., 0], extra=strange),
+        saved(Image.fromarray(picture()), "TIFF", tiffinfo={40_000: "note", 274: 99}),
+    ):
+        answer = server.infer(data)
+        assert answer.status_code == 200, answer.text
+    assert server.log.read_bytes() == before
 
 
 def test_a_client_that_leaves_while_sending_leaves_no_trace(server: Server, photo: bytes) -> None:

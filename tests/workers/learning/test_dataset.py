@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engines import image
 from engines.errors import BadDataset
 from engines.meta import Meta
+from support.mutations import flat_jpeg
 from support.project import PATCHCORE
 from workers.learning.dataset import Category, Images, measure_bit_depth
 from workers.models import Training, patchcore
@@ -97,6 +98,19 @@ def test_an_empty_category_says_which_endings_count(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "cat" / "in_a_subfolder" / "1.png")
     with pytest.raises(BadDataset, match=r"holds no images.*\.png"):
         Category.find(tmp_path, "cat")
+
+
+def test_a_picture_that_a_library_stumbles_over_is_named_and_its_neighbours_are_learned(
+    tmp_path: Path,
+) -> None:
+    paths = [picture(tmp_path / f"{number}.png", value=20 * number) for number in range(5)]
+    for name, data in (("turned.jpg", flat_jpeg(1, 4)), ("third.jpg", flat_jpeg(3, 1))):
+        (tmp_path / name).write_bytes(data)
+        paths.append(tmp_path / name)
+    source = images(paths)
+    assert sum(map(len, source)) == 6
+    assert [path.name for path in source.broken] == ["third.jpg"]
+    assert "save it with 4:4:4" in source.broken[tmp_path / "third.jpg"]
 
 
 @pytest.mark.parametrize(
