@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -41,6 +43,7 @@ from app.open_inference.tensors import (
     INPUTS,
     OUTPUTS,
     SHARED_MEMORY,
+    InferRequest,
     TensorKind,
     most_bytes,
     read_json,
@@ -302,21 +305,28 @@ async def infer(request: Request, model: Called) -> Response:
     inspector.admission.check_room()
     with inspector.admission.holding() as hold:
         body = await _body(request, most_bytes(inspector.limits), hold)
-        wanted = await asyncio.to_thread(
-            read_request, body, request.headers.get(HEADER_LENGTH), inspector.limits
-        )
+        arrived, length = time.monotonic(), request.headers.get(HEADER_LENGTH)
+        reading = inspector.beside(partial(read_request, body, length, inspector.limits))
+        wanted = await within_deadline(request, reading)
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admission.admitted():
-            inspecting = _inspect_all(inspector, held, wanted.images, wanted.tensor)
             within_ms = math.ceil(wanted.timeout_us / 1000) or LEFT_TO_THE_SERVER_MS
-            inspections = await within_deadline(request, inspecting, within_ms)
-    content, json_length = await asyncio.to_thread(write_answer, wanted, inspections)
+            answering = _answer(inspector, held, wanted)
+            content, json_length = await within_deadline(request, answering, within_ms, arrived)
     headers = {"X-Request-ID": request_id(request)}
     if json_length is None:
         return Response(content, media_type="application/json", headers=headers)
     headers[HEADER_LENGTH] = str(json_length)
     return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+async def _answer(
+    inspector: Inspector, model: Resident, wanted: InferRequest
+) -> tuple[bytes, int | None]:
+    """Inspect the images of a request, and write its answer: see `write_answer`."""
+    inspections = await _inspect_all(inspector, model, wanted.images, wanted.tensor)
+    return await inspector.beside(lambda: write_answer(wanted, inspections))
 
 
 async def _inspect_all(
