@@ -251,6 +251,12 @@ async def _file_of_form(request: Request, most: int, hold: Callable[[int], None]
         try:
             form = await parser.parse()
         except MultiPartException as error:
+            if error.message.startswith("Part exceeded"):  # Starlette's word for one without a name
+                raise BadRequest(
+                    "A part of the form is as large as a file and has no filename: send it as a"
+                    ' file, with filename="part.jpg" in its Content-Disposition (curl -F'
+                    " file=@part.jpg does so)."
+                ) from None
             raise BadRequest(f"The form cannot be read: {error.message}") from None
     file = form.get("file")
     if isinstance(file, UploadFile):

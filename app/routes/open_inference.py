@@ -58,7 +58,6 @@ from engines.errors import (
     ImageTooLarge,
     NotReady,
     UnknownVersion,
-    UnsupportedBody,
 )
 from engines.serving.resident import Resident
 from engines.store.versions import Store
@@ -99,7 +98,7 @@ _BODY: dict[int | str, dict[str, Any]] = {
     415: error_response(
         "Not an image that Kensa reads, or a body that is compressed.",
         unsupported_image="file[3]: This is not a JPEG, PNG, BMP or TIFF image; send one of these.",
-        unsupported_body="Kensa does not read a body that is compressed as gzip: send it as it is.",
+        unsupported_body="Kensa does not read a body that is compressed as gzip: send it as it ...",
     ),
 }
 _INFER = {
@@ -465,11 +464,6 @@ async def _body(
 
     `hold` is told how many bytes have come, see `Admission.holding`.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding != "identity":
-        raise UnsupportedBody(
-            f"Kensa does not read a body that is compressed as {encoding[:50]}: send it as it is."
-        )
     too_large = ImageTooLarge(
         f"The request has more than the {most:,} bytes allowed: send fewer images in one."
     )
