@@ -11,11 +11,13 @@ import sys
 import threading
 from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from app.settings import Settings, table, unknown_variables
+from app.http.starting import Starting
 from engines.errors import EXIT_CODE, BadSettings, KensaError
-from engines.logs import set_up
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
 
@@ -35,6 +37,10 @@ def main() -> None:
         from engines.threshold_command import main as threshold
 
         sys.exit(threshold(sys.argv[2:]))
+    # Early, so imports that take time come after: process 1 of a container hears no signal that it
+    # has no handler for. uvicorn raises it again once it has stopped in good order: no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
@@ -42,6 +48,8 @@ def main() -> None:
     from engines.machine.memory import keep_together
 
     keep_together()
+    from app.settings import Settings
+
     try:
         settings = Settings.read()
         settings.data  # noqa: B018 (raises where there is no place for it)
@@ -74,9 +82,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(settings: Settings, listener: socket.socket) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then exit with 0."""
-    # uvicorn raises the signal again once it has stopped in good order: that is no failure.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    starting = Starting(listener)
+    log.info("Kensa starts; %s answers 503 until it is ready", url)
 
     import uvicorn
 
@@ -87,6 +96,17 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     cuda.when_lost(_end_soon)
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            open_models = self.lifespan.startup
+
+            async def open_models_first() -> None:
+                await open_models()
+                starting.end()
+
+            self.lifespan.startup = open_models_first
+            await super().startup(sockets)
+            log.info("Kensa %s listens on %s, its documentation is /docs", version(), url)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.stopping.set()  # for answers that would never end by themselves
             await super().shutdown(sockets)
@@ -106,9 +126,6 @@ def serve(settings: Settings, listener: socket.socket) -> None:
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
-    host, port = listener.getsockname()[:2]
-    at = f"[{host}]" if ":" in host else host
-    log.info("Kensa %s listens on http://%s:%d, its documentation is /docs", version(), at, port)
     Server(config).run(sockets=[listener])
 
 
@@ -142,6 +159,9 @@ def _end_soon(why: str) -> None:
 
 def _log_lines(settings: Settings) -> None:
     """Lines on stderr. uvicorn only speaks up when something is wrong."""
+    from app.settings import unknown_variables
+    from engines.logs import set_up
+
     set_up(settings.log_level, settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what clients do wrong
@@ -150,6 +170,8 @@ def _log_lines(settings: Settings) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from app.settings import table
+
     lines = [
         f"  {name} ({f'default {default}' if default else 'not set'})\n      {meaning}"
         for name, default, _, meaning in table()

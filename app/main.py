@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from app.http.access import Access
 from app.http.body_limit import BodyLimit
+from app.http.head import HeadAsGet
 from app.http.known_hosts import KnownHosts
 from app.http.openapi import describe, operation_id
 from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
@@ -117,6 +118,7 @@ def create_app(settings: Settings) -> FastAPI:
     for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_middleware(BodyLimit, answer=answer_error)
+    app.add_middleware(HeadAsGet)
     if origins := settings.origin_names:
         everything = ["*"]
         app.add_middleware(
@@ -200,6 +202,8 @@ def _allowed(request: Request) -> str:
         for route in router.routes:
             if isinstance(route, Route) and route.path_regex.match(path):
                 allowed |= route.methods or set()
+    if "GET" in allowed:
+        allowed.add("HEAD")
     return ", ".join(sorted(allowed))
 
 

@@ -69,10 +69,14 @@ def decide(raw_score: float, raw_threshold: float) -> Label:
     """Anomaly above the threshold, Normal at it and below, as anomalib.
 
     Raises:
-        RuntimeFailed: the score is not a finite number, so nothing can be said of the part.
+        RuntimeFailed: the score is not a finite number, or is NaN because the map is not (see
+            `engines.runtimes.only_whole`), so nothing can be said of the part.
     """
     if not math.isfinite(raw_score):
-        raise RuntimeFailed(f"The model gave the score {raw_score}: no verdict. Convert it again.")
+        raise RuntimeFailed(
+            f"The model gave the score {raw_score}, or a map with values that are no numbers: no"
+            " verdict. Convert it again."
+        )
     return "Anomaly" if raw_score > raw_threshold else "Normal"
 
 

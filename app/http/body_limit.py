@@ -1,4 +1,4 @@
-"""How much is read of a body: 1 MiB, unless a route counts for itself."""
+"""What is read of a body: as it is, and 1 MiB, unless a route counts for itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.base_body import Answer
-from engines.errors import BodyTooLarge, KensaError
+from engines.errors import BodyTooLarge, KensaError, UnsupportedBody
 
 MAX_BODY = 1024 * 1024  # bytes, of a body that a route does not count itself
 
@@ -43,8 +43,19 @@ def _counts_itself(scope: Scope) -> bool:
     return bool(scope.get("state", {}).get("counts_itself"))
 
 
+def _problem(encoding: str) -> KensaError:
+    if encoding == "identity":
+        return BodyTooLarge(f"The body has more than the {MAX_BODY:,} bytes that are read here.")
+    return UnsupportedBody(
+        f"Kensa does not read a body that is compressed as {encoding[:50]}: send it as it is,"
+        " without the header Content-Encoding."
+    )
+
+
 class BodyLimit:
     """ASGI: no more than 1 MiB of a body is read, unless the route counts for itself.
+
+    None that is compressed: what it unpacks to has no length beforehand.
 
     It answers itself: an error that is raised while FastAPI reads a body becomes a 400.
     """
@@ -57,24 +68,23 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
         said = int(length) if length.isdecimal() else 0
+        encoding = headers.get("content-encoding", "identity").strip().lower()
         received, is_answered = 0, False
 
         async def count() -> Message:
             nonlocal received, is_answered
             if is_answered:
                 return {"type": "http.disconnect"}
-            if said <= MAX_BODY or _counts_itself(scope):
+            if encoding == "identity" and (said <= MAX_BODY or _counts_itself(scope)):
                 message = await receive()
                 received += len(message.get("body", b""))
                 if received <= MAX_BODY or _counts_itself(scope):
                     return message
             is_answered = True
-            problem = BodyTooLarge(
-                f"The body has more than the {MAX_BODY:,} bytes that are read here."
-            )
-            response = await self._answer(Request(scope), problem)
+            response = await self._answer(Request(scope), _problem(encoding))
             await response(scope, receive, send)
             return {"type": "http.disconnect"}
 

@@ -34,7 +34,11 @@ log = logging.getLogger("kensa")
 MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
 MAX_PIPELINED = 32  # requests of one connection that wait for the one before them
 SLOWEST = 64 * 1024  # bytes a second, of a body: each such piece makes up for a second
-LINGER_S = 1.0  # how long a client that was refused may still send, so that it reads the answer
+# A client that was refused may still send, so that it reads the answer: until it has been quiet for
+# so long, and no longer or more than that.
+LINGER_S = 1.0
+READ_ON_S = 10.0
+READ_ON = 256 * 1024 * 1024  # bytes
 PROBE_S = 0.1  # between two looks at a client that has shut down its side
 SPARE = 64  # connections beyond the limit that are there at a time, to be told so
 BACKLOG = 128  # connections that asyncio takes at a time, before any of them can be refused
@@ -77,6 +81,9 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # the request that the application has
         self._problem: KensaError | None = None  # why the parser was stopped
         self._ended = False  # nothing more is read
+        self._lingers_until = 0.0  # the answer has left; in the loop's time, 0 where it does not
+        self._passed_over = 0  # bytes that came after the answer
+        self._last_read = 0.0
         self._is_stopping = False
         self._receiving: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
@@ -124,7 +131,8 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The server stops, and waits so long; a request must arrive two seconds before that."""
-        super().shutdown()
+        if not self._lingers_until:
+            super().shutdown()
         self._is_stopping = True
         if self._part == "body" and not self._ended:
             grace = self.config.timeout_graceful_shutdown or 0
@@ -141,8 +149,9 @@ class Connection(HttpToolsProtocol):
 
     def _take_place(self) -> None:
         """Close the connection that has been idle longest, or refuse this one."""
-        idle = [one for one in self.connections if isinstance(one, Connection) and one is not self]
-        idle = [one for one in idle if not one._is_busy and not one._ended]
+        others = [one for one in self.connections if isinstance(one, Connection)]
+        idle = [one for one in others if one is not self and not one._is_busy]
+        idle = [one for one in idle if not one._ended or one._lingers_until]
         if not idle:
             self._refuse(
                 TooManyConnections(
@@ -151,7 +160,7 @@ class Connection(HttpToolsProtocol):
                 )
             )
             return
-        oldest = min(idle, key=lambda one: one._idle_since)
+        oldest = min(idle, key=lambda one: (not one._lingers_until, one._idle_since))
         self.connections.discard(oldest)
         oldest._ended = True
         oldest.transport.close()
@@ -161,6 +170,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
+            self._pass_over(len(data))
             return
         self._raw += len(data)
         self._data = data
@@ -198,11 +208,14 @@ class Connection(HttpToolsProtocol):
         self._part = "body"
         self._due = self.loop.time() + self._receive_s
         super().on_headers_complete()
+        self.cycle.transport = _Closing(self)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
         if not self.cycle.response_complete:
             self._due = min(self._due + len(body) / SLOWEST, self.loop.time() + self._receive_s)
+        else:
+            self._pass_over(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -278,6 +291,10 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._idle_since = self.loop.time()
+        if self._lingers_until:
+            self.server_state.total_requests += 1
+            self._watch_writing()
+            return
         super().on_response_complete()
         if self._part == "body" and not self._is_busy:  # what is left of it is of no use
             self._expect_by(min(self._due, self._idle_since + self._receive_s))
@@ -323,15 +340,42 @@ class Connection(HttpToolsProtocol):
             self.transport.write(self._answer(problem))
         self._linger()
 
+    def _close(self) -> None:
+        """The answer of a request is complete, and it was the last one of this connection."""
+        if self._part == "body" and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
     def _linger(self) -> None:
-        """Close once the client had time to read: closed over unread bytes, TCP takes them back."""
+        """Close once the client had time to read: closed over unread bytes, TCP takes them back.
+
+        Proxies send the whole body first, and so do most clients: they look for the answer after.
+        """
         self._ended = True
+        self._last_read = self.loop.time()
+        self._lingers_until = self._last_read + READ_ON_S
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
         self.transport.write_eof()
         if self._receiving is not None:
             self._receiving.cancel()
-        self._receiving = self.loop.call_later(LINGER_S, self.transport.abort)
+        self._receiving = self.loop.call_later(LINGER_S, self._look_at_lingering)
+
+    def _look_at_lingering(self) -> None:
+        quiet_at = self._last_read + LINGER_S
+        until = min(quiet_at, self._lingers_until)
+        if self._is_stopping or self.loop.time() >= until:
+            self.transport.close()
+        else:
+            self._receiving = self.loop.call_at(until, self._look_at_lingering)
+
+    def _pass_over(self, count: int) -> None:
+        """So many bytes came that nobody wants."""
+        self._last_read = self.loop.time()
+        self._passed_over += count
+        if self._passed_over > READ_ON:
+            self.transport.abort()
 
     def _answer(self, problem: KensaError) -> bytes:
         body = json.dumps({"error": str(problem), "code": problem.code}).encode()
@@ -365,6 +409,15 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             was_asked = True
         self._probing = self.loop.call_later(PROBE_S, self._probe, was_asked)
+
+
+class _Closing:
+    """The transport as a request has it: to close is left to the connection, see `_close`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+        self.close = connection._close
 
 
 def _head_too_large() -> HeadTooLarge:

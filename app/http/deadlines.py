@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -16,21 +17,28 @@ Result = TypeVar("Result")
 
 
 async def within_deadline(
-    request: Request, work: Coroutine[Any, Any, Result], within_ms: int
+    request: Request,
+    work: Coroutine[Any, Any, Result],
+    within_ms: int = LEFT_TO_THE_SERVER_MS,
+    since: float | None = None,
 ) -> Result:
     """The result of `work`, which is cancelled once nobody wants it any more.
 
     The whole body of the request must have been read.
+
+    Args:
+        since: when that was, on `time.monotonic`'s clock; now where it is not given.
 
     Raises:
         DeadlineExceeded: it is not there within so many milliseconds, or KENSA_DEADLINE_MS.
         ClientDisconnect: the client has closed the connection.
     """
     within_ms = min(within_ms, request.app.state.settings.deadline_ms)
+    left_s = within_ms / 1000 + (0.0 if since is None else since - time.monotonic())
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
     try:
         both, first = {working, leaving}, asyncio.FIRST_COMPLETED
-        await asyncio.wait(both, timeout=within_ms / 1000, return_when=first)
+        await asyncio.wait(both, timeout=max(left_s, 0), return_when=first)
         if working.done():
             return working.result()
         if leaving.done():

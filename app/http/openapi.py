@@ -73,6 +73,12 @@ WITH_JSON: Answers = {  # a body in JSON
         " Content-Type application/json.",
     ),
 }
+WITH_BODY: Answers = {
+    415: error_response(
+        "The body is compressed.",
+        unsupported_body="Kensa does not read a body that is compressed as gzip: send it as it ...",
+    ),
+}
 
 
 def _content(operation: Operation) -> dict[str, Any]:
@@ -84,6 +90,7 @@ _TABLES: list[tuple[Answers, Callable[[Operation], bool]]] = [
     (ANY, lambda _: True),
     (WITH_INPUT, lambda operation: bool(operation.get("parameters") or _content(operation))),
     (SECURED, lambda operation: "security" in operation),
+    (WITH_BODY, lambda operation: bool(_content(operation))),
     (WITH_JSON, lambda operation: "application/json" in _content(operation)),
 ]
 

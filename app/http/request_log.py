@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -90,6 +91,8 @@ class RequestLog:
             message = f"{scope['method'][:20]} {path} {status} in {ms:.1f} ms"
             if "code" in fields:
                 message += f", {fields['code']}: {fields.get('error', '')}"
+            if "part" in fields:
+                message += f", part {json.dumps(fields['part'], ensure_ascii=False)}"
             extra = {"method": method, "route": route, "path": path, "status": status}
             log.log(level, "%s", message, extra={**extra, "ms": round(ms, 2), **fields})
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from app.http.base_body import Body
+from app.http.part import MEANING, SCHEMA
 
 MAX_IMAGES = 64  # of one request
 
@@ -70,6 +71,7 @@ class InferParameters(StrictBody):
         default=0, ge=0, description="Microseconds until 504, at most KENSA_DEADLINE_MS; 0: that."
     )
     binary_data_output: bool = Field(default=False, description="All outputs behind the JSON.")
+    part: str = Field(default="", description=f"{MEANING} Comes back.", json_schema_extra=SCHEMA)
 
 
 class InferBody(StrictBody):
@@ -104,6 +106,9 @@ class InferredBody(Body):
     model_name: str
     model_version: str
     id: str | None = Field(default=None, description="The request's.")
+    parameters: dict[str, str] = Field(
+        default_factory=dict, description="`part`, where the request has one."
+    )
     outputs: list[OutputTensorBody]
 
 

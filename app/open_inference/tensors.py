@@ -64,6 +64,7 @@ class InferRequest:
     images: Sequence[Image]
     outputs: dict[str, bool]  # name -> whether as binary data
     timeout_us: int = 0  # 0: none
+    part: str = ""  # what the client calls it
 
 
 # ---- from a body to images ----------------------------------------------------------------------
@@ -123,8 +124,9 @@ def read_request(body: bytearray, json_length: str | None, limits: ImageLimits) 
         raise BadRequest(f"There is no input {_short(tensor.name)}: send image or file.")
     data = _binary_data(tensor, memoryview(body)[length:])
     images = readers[tensor.name](tensor, data, limits)
+    asked = request.parameters
     return InferRequest(
-        request.id, tensor.name, images, _outputs(request), request.parameters.timeout
+        request.id, tensor.name, images, _outputs(request), asked.timeout, asked.part
     )
 
 
@@ -288,9 +290,15 @@ def write_answer(
         else:
             output["data"] = values.ravel().tolist()
         described.append(output)
-    body = {"model_name": model.name, "model_version": model.version, "outputs": described}
+    body: dict[str, Any] = {
+        "model_name": model.name,
+        "model_version": model.version,
+        "outputs": described,
+    }
     if request.id is not None:
         body["id"] = request.id
+    if request.part:
+        body["parameters"] = {"part": request.part}
     head = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     return b"".join((head, *tails)), len(head) if tails else None
 

@@ -17,6 +17,7 @@ from app.http.access import needs
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import LEFT_TO_THE_SERVER_MS, within_deadline
+from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, in_header, part_of
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
@@ -57,6 +58,7 @@ class InspectionBody(Body):
     """The verdict on one part."""
 
     id: str = Field(description="The X-Request-ID of the request, or a new one.")
+    part: str | None = Field(None, description="What the request called the part, as it was sent.")
     model_name: str
     model_version: str = Field(description="Changes whenever a file of the model changes.")
     label: Label
@@ -85,6 +87,7 @@ _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "applicati
 _BINARY = {"type": "string", "format": "binary"}
 _EXAMPLE = {
     "id": "5f0c8e6c0b1d4a6f9d7c2f0e8a3b1c4d",
+    "part": "KB-2046/A 17",
     "model_name": "sample_bracket",
     "model_version": "3f9a0c41d2e8",
     "label": "Anomaly",
@@ -101,6 +104,7 @@ _EXAMPLE = {
 _HEADERS = {
     "X-Request-ID": "The id of the inspection.",
     "X-Kensa-Id": "The same.",
+    ANSWERED: "What the request called the part, percent-encoded where it is not ASCII.",
     "X-Kensa-Model-Name": "The model that judged.",
     "X-Kensa-Model-Version": "Its version.",
     "X-Kensa-Label": "Normal or Anomaly.",
@@ -162,7 +166,10 @@ _FORM = {
     "schema": {
         "type": "object",
         "required": ["file"],
-        "properties": {"file": {**_BINARY, "description": "A JPEG, PNG, BMP or TIFF image."}},
+        "properties": {
+            "file": {**_BINARY, "description": "A JPEG, PNG, BMP or TIFF image."},
+            "part": {**SCHEMA, "description": MEANING},
+        },
     }
 }
 _REQUEST_BODY = {
@@ -182,13 +189,21 @@ _ID_PARAMETER = {
     "schema": {"type": "string", "examples": ["line-3.part_17"]},
 }
 
+_PART_PARAMETER = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": f"{MEANING} Percent-encoded where it is not ASCII.",
+    "schema": {**SCHEMA, "pattern": "^[ -$&-~]*$"},
+}
+
 
 @router.post(
     "/infer",
     summary="Inspect one image",
     response_model=InspectionBody,
     responses=_RESPONSES,
-    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_ID_PARAMETER]},
+    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_ID_PARAMETER, _PART_PARAMETER]},
 )
 async def infer(
     request: Request,
@@ -201,6 +216,7 @@ async def infer(
     deadline_ms: Annotated[
         int, Query(ge=1, description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS.")
     ] = LEFT_TO_THE_SERVER_MS,
+    part: Annotated[str, Query(description=MEANING, json_schema_extra=SCHEMA)] = "",
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
 
@@ -208,6 +224,7 @@ async def infer(
     for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
     """
     inspector: Inspector = request.app.state.inspector
+    called = part_of(request)
     inspector.residents.call(model or None)  # before the image is read
     inspector.admission.check_room()
     answer = wanted(request.headers.get("accept", ""))
@@ -216,18 +233,21 @@ async def infer(
         drawing = "heatmap"
     try:
         with inspector.admission.holding() as hold:
-            data = await read_image(request, inspector.limits.max_bytes, hold)
+            data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
+            called = called or checked(in_form)
             with inspector.admission.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
                 inspection = await within_deadline(request, inspecting, deadline_ms)
     except BadImage:
         inspector.counts.refused += 1
         raise
-    return _answer(inspection, answer, request_id(request))
+    return _answer(inspection, answer, request_id(request), called)
 
 
-async def read_image(request: Request, max_bytes: int, hold: Callable[[int], None]) -> bytes:
-    """The image file in a request: the body itself, or the part `file` of a form.
+async def read_image(
+    request: Request, max_bytes: int, hold: Callable[[int], None]
+) -> tuple[bytes, str]:
+    """The image file in a request, the body itself or the part `file` of a form; its field `part`.
 
     Args:
         hold: is told how many bytes have come, see `Inspector.holding`.
@@ -243,7 +263,7 @@ async def read_image(request: Request, max_bytes: int, hold: Callable[[int], Non
     if media_type == "multipart/form-data":
         return await _file_of_form(request, max_bytes + FORM_OVERHEAD, hold)
     if media_type.startswith("image/") or media_type == "application/octet-stream":
-        return b"".join([chunk async for chunk in _capped(request, max_bytes, hold)])
+        return b"".join([chunk async for chunk in _capped(request, max_bytes, hold)]), ""
     raise UnsupportedBody(
         f"Kensa does not read a body of type {media_type[:100]}: send the image with Content-Type"
         " image/jpeg (or png, bmp, tiff), or a multipart/form-data form with a part named file."
@@ -260,17 +280,26 @@ def _capped(
     return body_of(request, most, too_large, hold)
 
 
-async def _file_of_form(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
+async def _file_of_form(
+    request: Request, most: int, hold: Callable[[int], None]
+) -> tuple[bytes, str]:
     async with contextlib.aclosing(_capped(request, most, hold)) as chunks:
         parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=MAX_FIELDS)
         parser.spool_max_size = most  # in memory: a temporary file for each image wears out a disk
         try:
             form = await parser.parse()
         except MultiPartException as error:
+            if error.message.startswith("Part exceeded"):  # Starlette's word for one without a name
+                raise BadRequest(
+                    "A part of the form is as large as a file and has no filename: send it as a"
+                    ' file, with filename="part.jpg" in its Content-Disposition (curl -F'
+                    " file=@part.jpg does so)."
+                ) from None
             raise BadRequest(f"The form cannot be read: {error.message}") from None
     file = form.get("file")
     if isinstance(file, UploadFile):
-        return await file.read()
+        part = form.get("part", "")
+        return await file.read(), part if isinstance(part, str) else ""
     raise BadRequest(
         "The form has no file part named file (one with a filename);"
         f" it has: {', '.join(sorted(form))[:200] or 'nothing'}."
@@ -299,15 +328,15 @@ def _quality(answer: str, accept: str) -> float:
     return ranges.get(answer, ranges.get(group, ranges.get("*/*", 0.0)))
 
 
-def _answer(inspection: Inspection, answer: Answer, request_id: str) -> Response:
-    headers = _headers(inspection, request_id)
+def _answer(inspection: Inspection, answer: Answer, request_id: str, part: str | None) -> Response:
+    headers = _headers(inspection, request_id) | in_header(part)
     if answer == "image/png":
         return Response(inspection.drawing, media_type=answer, headers=headers)
     if answer == "text/plain":
         verdict = inspection.verdict
         line = f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
         return Response(line, media_type=answer, headers=headers)
-    body = _body(inspection, request_id).model_dump_json()
+    body = _body(inspection, request_id, part).model_dump_json()
     return Response(body, media_type=answer, headers=headers)
 
 
@@ -328,7 +357,7 @@ def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
     }
 
 
-def _body(inspection: Inspection, request_id: str) -> InspectionBody:
+def _body(inspection: Inspection, request_id: str, part: str | None) -> InspectionBody:
     verdict, timing, model = inspection.verdict, inspection.timing, inspection.model
     seen = inspection.seen
     size = model.runtime.image_size
@@ -338,6 +367,7 @@ def _body(inspection: Inspection, request_id: str) -> InspectionBody:
         heatmap = HeatmapBody(width=size, height=size, png=png)
     return InspectionBody(
         id=request_id,
+        part=part,
         model_name=model.name,
         model_version=model.version,
         label=verdict.label,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -19,6 +21,7 @@ from app.http.access import needs
 from app.http.base_body import error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import LEFT_TO_THE_SERVER_MS, within_deadline
+from app.http.part import checked, in_header, part_of
 from app.http.request_log import request_id
 from app.open_inference.bodies import (
     MAX_IMAGES,
@@ -41,6 +44,7 @@ from app.open_inference.tensors import (
     INPUTS,
     OUTPUTS,
     SHARED_MEMORY,
+    InferRequest,
     TensorKind,
     most_bytes,
     read_json,
@@ -55,7 +59,6 @@ from engines.errors import (
     ImageTooLarge,
     NotReady,
     UnknownVersion,
-    UnsupportedBody,
 )
 from engines.serving.resident import Resident
 from engines.store.versions import Store
@@ -96,7 +99,7 @@ _BODY: dict[int | str, dict[str, Any]] = {
     415: error_response(
         "Not an image that Kensa reads, or a body that is compressed.",
         unsupported_image="file[3]: This is not a JPEG, PNG, BMP or TIFF image; send one of these.",
-        unsupported_body="Kensa does not read a body that is compressed as gzip: send it as it is.",
+        unsupported_body="Kensa does not read a body that is compressed as gzip: send it as it ...",
     ),
 }
 _INFER = {
@@ -302,21 +305,29 @@ async def infer(request: Request, model: Called) -> Response:
     inspector.admission.check_room()
     with inspector.admission.holding() as hold:
         body = await _body(request, most_bytes(inspector.limits), hold)
-        wanted = await asyncio.to_thread(
-            read_request, body, request.headers.get(HEADER_LENGTH), inspector.limits
-        )
+        arrived, length = time.monotonic(), request.headers.get(HEADER_LENGTH)
+        reading = inspector.beside(partial(read_request, body, length, inspector.limits))
+        wanted = await within_deadline(request, reading)
+        called = checked(wanted.part) or part_of(request)
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admission.admitted():
-            inspecting = _inspect_all(inspector, held, wanted.images, wanted.tensor)
             within_ms = math.ceil(wanted.timeout_us / 1000) or LEFT_TO_THE_SERVER_MS
-            inspections = await within_deadline(request, inspecting, within_ms)
-    content, json_length = await asyncio.to_thread(write_answer, wanted, inspections)
-    headers = {"X-Request-ID": request_id(request)}
+            answering = _answer(inspector, held, wanted)
+            content, json_length = await within_deadline(request, answering, within_ms, arrived)
+    headers = {"X-Request-ID": request_id(request), **in_header(called)}
     if json_length is None:
         return Response(content, media_type="application/json", headers=headers)
     headers[HEADER_LENGTH] = str(json_length)
     return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+async def _answer(
+    inspector: Inspector, model: Resident, wanted: InferRequest
+) -> tuple[bytes, int | None]:
+    """Inspect the images of a request, and write its answer: see `write_answer`."""
+    inspections = await _inspect_all(inspector, model, wanted.images, wanted.tensor)
+    return await inspector.beside(lambda: write_answer(wanted, inspections))
 
 
 async def _inspect_all(
@@ -455,11 +466,6 @@ async def _body(
 
     `hold` is told how many bytes have come, see `Admission.holding`.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding != "identity":
-        raise UnsupportedBody(
-            f"Kensa does not read a body that is compressed as {encoding[:50]}: send it as it is."
-        )
     too_large = ImageTooLarge(
         f"The request has more than the {most:,} bytes allowed: send fewer images in one."
     )

@@ -96,6 +96,10 @@ class Inspector:
         """Give back the memory of a model's last parts."""
         self._recent.pop(name, None)
 
+    async def beside(self, work: Callable[[], Result]) -> Result:
+        """Do work that belongs to a part in the threads that decode, which nothing else uses."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+
     async def in_a_gap(self, work: Callable[[], Result]) -> Result:
         """Do `work` in the engine's thread while no part is being inspected.
 

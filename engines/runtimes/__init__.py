@@ -20,6 +20,24 @@ class Batches:
 
 ALONE = Batches()
 
+# What a maximum over NaN is, in OpenVINO and elsewhere: the least float32 (bf16 rounds it to less
+# than it). No score and no distance is anywhere near.
+NO_NUMBER = 1e38
+
+
+def only_whole(scores: NDArray[np.float32], *of: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scores (N,), NaN in place of each where it, or any of its map, is no finite number.
+
+    A score alone proves nothing: OpenVINO's ReduceMax makes -3.4e38 of a map full of NaN, which
+    would be "Normal". NaN gets no verdict, and the other images of a batch keep theirs.
+
+    Args:
+        of: maps, or whatever else the scores were made of, (N, ...) each.
+    """
+    parts = (one.reshape(len(scores), -1) for one in (scores, *of))
+    whole = np.logical_and.reduce([(np.abs(part) < NO_NUMBER).all(axis=1) for part in parts])
+    return np.where(whole, scores, np.float32(np.nan))
+
 
 class Runtime(Protocol):
     """One model, open and ready. `infer` is called by one thread at a time."""
@@ -58,7 +76,8 @@ class Runtime(Protocol):
             size: `batches.size` where it is not given; another one must have been prepared.
 
         Returns:
-            Raw scores (N,) and raw anomaly maps (N, h, w), float32, owned by the caller.
+            Raw scores (N,) and raw anomaly maps (N, h, w), float32, owned by the caller. The score
+            of an image is NaN where anything of its map is no finite number, see `only_whole`.
 
         Raises:
             RuntimeFailed: the device or the runtime gave up.

@@ -20,13 +20,21 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, RuntimeFailed
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
-from engines.runtimes import ALONE, Batches
+from engines.runtimes import ALONE, Batches, only_whole
 from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
 
 # bf16 is for the search where there is a memory bank, because there it changes no score (a backbone
 # in bf16 moved one of 78 photos by more than 1 %), and for the whole graph where there is none.
 Precision = Literal["f32", "bf16"]
+
+
+# Operations that may give a number where they were given NaN, and some that never do.
+_HIDE_NAN = {"ReduceMax", "ReduceMin", "MaxPool", "Relu", "Clamp", "Maximum", "Minimum"}
+_KEEP_NAN = {
+    "Squeeze", "Unsqueeze", "Reshape", "Gather", "Slice", "StridedSlice", "Transpose", "Convert",
+    "Add", "Subtract", "Multiply", "Divide", "Sqrt", "Power", "Abs", "Negative",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class OpenVINORuntime:
         model = _read(core, onnx)
         self._image_size, self._map_size = _sizes(model, onnx)
         _check_finite(model, onnx)
+        _show_what_hides(model)
         self._config = dict(config)
         self._search: Search | None = None
         self._rows: int | None = None
@@ -113,6 +122,7 @@ class OpenVINORuntime:
         if self._ready_for(size) is None:
             self._prepared = None  # before the next one takes memory
             model = _read(self._core, self._onnx)  # again: to keep it would take memory
+            _show_what_hides(model)
             if self._search is not None:
                 model = _cut_at_embedding(model, self._onnx, self._channels)
             self._prepared = _Ready.of(self._compile(model, size), Batches(size))
@@ -177,8 +187,9 @@ class OpenVINORuntime:
             ]
         except RuntimeError as error:
             raise RuntimeFailed(f"OpenVINO failed: {error}.") from error
-        scores, maps = zip(*found, strict=True)
-        return np.array(scores, np.float32), np.stack(maps)
+        scores, each = zip(*found, strict=True)
+        maps = np.stack(each)
+        return only_whole(np.array(scores, np.float32), maps), maps
 
     def _infer_some(
         self, images: NDArray[np.uint8], ready: _Ready
@@ -192,7 +203,9 @@ class OpenVINORuntime:
         outputs = request.infer({"image": images}, share_outputs=True)
         for index in range(count):
             if self._search is None:
-                yield float(outputs["score"][index]), outputs["map"][index].copy()
+                score, before = outputs["score"][index : index + 1], range(2, len(outputs))
+                (whole,) = only_whole(score, *(outputs[at][index : index + 1] for at in before))
+                yield float(whole), outputs["map"][index].copy()
             else:
                 score, distances = self._search.score(outputs["embedding"][index])
                 yield score, distances.reshape(self._map_size)
@@ -241,6 +254,36 @@ def _check_finite(model: ov.Model, onnx: Path) -> None:
         is_weight = node.get_type_name() == "Constant" and node.get_element_type().is_real()
         if is_weight and not np.isfinite(node.data).all():
             raise BadBundle(f"{onnx} holds weights that are not finite: train it again.")
+
+
+def _show_what_hides(model: ov.Model) -> None:
+    """Add to a graph's outputs what score and map are the maximum of, or are cut off from.
+
+    OpenVINO makes numbers of NaN there: of a VAE's map, for instance, which is the maximum of each
+    2 x 2 pixels. Looked for only from the end of the graph on, as far as numbers are merely moved
+    and reckoned with; so these tensors are about as small as a map.
+    """
+    ends = [model.output(name).get_node().input_value(0) for name in ("score", "map")]
+    found: dict[tuple[str, int], ov.Output] = {}
+    seen: set[str] = set()
+    while ends:
+        node = ends.pop().get_node()
+        if node.get_friendly_name() in seen or node.get_type_name() not in _HIDE_NAN | _KEEP_NAN:
+            continue
+        seen.add(node.get_friendly_name())
+        sources = [value for value in node.input_values() if _is_per_image(value)]
+        ends += sources
+        if node.get_type_name() in _HIDE_NAN:
+            for value in sources:
+                found[value.get_node().get_friendly_name(), value.get_index()] = value
+    model.add_outputs(list(found.values()))
+
+
+def _is_per_image(value: ov.Output) -> bool:
+    """Whether a tensor is made of the images, (N, ...), and no constant."""
+    shape = value.partial_shape
+    is_real = bool(value.get_element_type().is_real())
+    return is_real and shape.rank.get_length() > 0 and bool(shape[0].is_dynamic)
 
 
 def _sizes(model: ov.Model, onnx: Path) -> tuple[int, tuple[int, int]]:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,9 +68,12 @@ class Search:
     def score(self, embedding: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
         """The embedding (P, C) of one image -> its raw score, and each patch's distance (P,).
 
-        The score is eq. 7 of arXiv:2106.08265, as anomalib computes it.
+        The score is eq. 7 of arXiv:2106.08265, as anomalib computes it. NaN, both, for an
+        embedding that is not finite: a minimum over NaN is a number in OpenVINO.
         """
         queries = embedding - self._rows.mean
+        if not np.isfinite(_half_squares(queries)).all():
+            return math.nan, np.full(len(queries), np.nan, np.float32)
         distances = self._distances(queries)
         likely = queries[np.argsort(distances)[-CANDIDATES:]]
         nearest, distance = self._closest(likely, 1)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle, KensaError, RuntimeFailed, StalePlan
-from engines.runtimes import ALONE, Batches
+from engines.runtimes import ALONE, Batches, only_whole
 from engines.runtimes.cuda import CHUNK, NON_BLOCKING, Bank, Buffer, Gpu, gpu
 
 _FULL = re.compile(r"out ?of ?memory|could not be allocated", re.IGNORECASE)
@@ -113,9 +113,7 @@ class TensorRTRuntime:
         parts = [images[start : start + size] for start in range(0, len(images), size)]
         found = [self._gpu.call(lambda part=part: session.run(part)) for part in parts]  # type: ignore[misc]
         scores, maps = (np.concatenate(one) for one in zip(*found, strict=True))
-        if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
-            raise RuntimeFailed("The engine gives scores that are no numbers.")
-        return scores, maps
+        return only_whole(scores, maps), maps
 
     def prepare(self, size: int) -> None:
         """Nothing: memory for the largest batch was taken when it was opened."""

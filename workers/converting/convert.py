@@ -269,6 +269,11 @@ def _auroc(
             before.append(score(batch))
             after += [runtime.infer(image[None])[0] for image in batch]
     runtime.close()
+    if not np.isfinite(np.concatenate(after)).all():
+        raise BadBundle(
+            "int8 gives scores that are no numbers; nothing was written. Try --fp16 in the place of"
+            " --int8."
+        )
     found = {
         "float32": float(roc_auc_score(defective, np.concatenate(before))),
         "int8": float(roc_auc_score(defective, np.concatenate(after))),

@@ -98,7 +98,8 @@ class PatchCore(nn.Module):
         # |q - b|^2 = |q|^2 + 2 (|b|^2 / 2 - q.b)
         nearest = (half_norm - query @ bank.T).amin(dim=1)  # (n*patches,)
         squared = query.square().sum(dim=1) + 2 * nearest
-        distance = squared.clamp_min(0).sqrt().reshape(n, patches)
+        # Cut off at zero, where rounding may end; a clamp would make a number of NaN in an engine.
+        distance = ((squared + squared.abs()) / 2).sqrt().reshape(n, patches)
 
         decides = distance.argmax(dim=1)  # (n,)
         query = query.reshape(n, patches, channels)[torch.arange(n), decides]  # (n, C)

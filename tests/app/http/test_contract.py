@@ -443,6 +443,8 @@ def test_a_method_that_a_path_does_not_take_is_refused_with_all_that_it_takes(
     found = operations(document())
     for path in {name.split(" ")[1] for name in found}:
         takes = {name.split(" ")[0] for name in found if name.split(" ")[1] == path}
+        if "GET" in takes:
+            takes.add("HEAD")
         if method not in takes:
             target = path.format(**named(path, known))
             answer = exchange(server, method, target)
@@ -573,3 +575,47 @@ def test_what_any_route_may_answer_stands_on_every_operation() -> None:
         "internal_error",
     }
     assert "Or: " in infer["description"]
+
+
+def test_head_works_wherever_get_does(server: Server, known: dict[str, Any]) -> None:
+    """The head of GET, and no body; a stream of events ends there."""
+    asked = 0
+    for name in operations(document()):
+        method, path = name.split(" ")
+        if method != "GET":
+            continue
+        asked += 1
+        target = path.format(**named(path, known))
+        got, head = None, server.client.head(target)
+        if not path.endswith("/events"):
+            got = server.client.get(target)
+        assert head.content == b""
+        assert head.status_code == (got.status_code if got is not None else 200), target
+        if got is not None:
+            assert head.headers["content-type"] == got.headers["content-type"]
+    assert asked > 20
+    assert server.client.head("/docs").status_code == 200
+    refused = server.client.head("/infer")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert "HEAD" in server.client.put("/livez").headers["allow"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
+def test_a_compressed_body_is_refused_by_name_wherever_there_is_one(
+    server: Server, known: dict[str, Any], encoding: str
+) -> None:
+    server.client.post("/v2/repository/models/bracket/load")  # others may have unloaded it
+    for name, operation in operations(document()).items():
+        media_types = operation.get("requestBody", {}).get("content", {})
+        if not media_types:
+            continue
+        method, path = name.split(" ")
+        headers = {"Content-Encoding": encoding, "Content-Type": next(iter(media_types))}
+        if "multipart/form-data" in media_types:
+            headers["Content-Type"] = "multipart/form-data; boundary=b"
+        target = path.format(**named(path, known))
+        answer = server.client.request(
+            method, target, params={"name": "a"}, content=b"\x1f\x8b", headers=headers
+        )
+        assert (answer.status_code, agreed(answer)) == (415, "unsupported_body"), name
+        assert f"compressed as {encoding}" in answer.json()["error"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,15 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
+from app.main import create_app
 from app.open_inference.tensors import InferRequest, read_request, write_answer
 from app.serving.inspection import Inspection
+from app.settings import Settings
 from engines.errors import BadImage, BadRequest, RuntimeFailed
 from engines.image import ImageLimits, decode
 from engines.meta import Meta
 from support.damage import damaged, png
+from support.fake_model import fake_model
 from support.oip_client import (
     Client,
     connected,
@@ -378,6 +382,45 @@ def test_what_cannot_be_done_is_refused_with_our_sentence(client: Client, name: 
 def test_a_timeout_is_a_deadline(client: Client) -> None:
     with pytest.raises(triton.InferenceServerException, match=r"\[504\] .* within 1 ms"):
         client.infer(NAME, [files_input([photo_file()])], timeout=1000)
+
+
+def busy(threads: ThreadPoolExecutor | None, tmp_path: Path, deadline_ms: int) -> httpx.Response:
+    """What a part gets while these threads, or those that decode, have work for 3 s."""
+    settings = Settings(data_dir=tmp_path, worker="off", deadline_ms=deadline_ms)
+    app = create_app(settings)
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": [7] * 192}
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+        ):
+            inspector = app.state.inspector
+            inspector.residents.put(fake_model(0.5))
+            if threads is not None:
+                asyncio.get_running_loop().set_default_executor(threads)
+                work = [asyncio.to_thread(time.sleep, 3)]
+            else:
+                work = [inspector.beside(lambda: time.sleep(3)) for _ in range(2)]
+            working = asyncio.gather(*work)
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+            answer = await client.post("/v2/models/fake/infer", json={"inputs": [tensor]})
+            assert time.monotonic() - began < 2
+            await working
+            return answer
+
+    return asyncio.run(ask())
+
+
+def test_a_part_does_not_wait_for_the_threads_that_lists_are_read_in(tmp_path: Path) -> None:
+    assert busy(ThreadPoolExecutor(1), tmp_path, 5000).status_code == 200
+
+
+def test_reading_and_writing_are_within_the_deadline_too(tmp_path: Path) -> None:
+    answer = busy(None, tmp_path, 300)
+    assert (answer.status_code, agreed(answer)) == (504, "deadline_exceeded")
 
 
 def test_a_map_too_large_for_json_or_not_of_numbers_is_refused() -> None:

@@ -275,6 +275,17 @@ def test_a_bad_request_is_refused_in_the_agreed_form(server: Server, name: str) 
     assert (answer.status_code, agreed(answer)) == (status, code), answer.text
 
 
+def test_a_part_without_a_filename_is_told_how_to_be_a_file(server: Server) -> None:
+    """Whether it is small, or larger than Starlette lets a field be."""
+    for size in (1000, 3 * 1024 * 1024):
+        part = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+        content = part + os.urandom(size) + b"\r\n--b--\r\n"
+        answer = server.client.post("/infer", content=content, headers=FORM)
+        assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+        assert "filename" in answer.json()["error"]
+        assert "KB" not in answer.json()["error"]
+
+
 def test_unknown_paths_and_methods_are_refused_in_the_agreed_form(server: Server) -> None:
     for path in ("/nope", "/infer/", "/static-offline-docs/nope", "/%00"):
         answer = server.client.get(path)

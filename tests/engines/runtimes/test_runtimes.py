@@ -19,18 +19,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import openvino as ov
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle, RuntimeFailed
 from engines.files import sha256
 from engines.runtimes import ALONE, Batches, Runtime, cuda
 from engines.runtimes.cuda import gpu
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
-from engines.runtimes.openvino_bank_search import TILE
+from engines.runtimes.openvino_bank_search import TILE, Search
 from engines.runtimes.tensorrt import TensorRTRuntime
 from engines.store.bundle import Bundle
+from engines.verdict import decide
 from support.double import doubled
+from support.graphs import value
 from support.plans import build
 from support.project import ROOT
 
@@ -40,6 +44,42 @@ Opener = Callable[[Path, Bank | None], Runtime]
 
 NEIGHBOURS = 9  # anomalib's num_neighbors
 SIZE, CHANNELS, PATCHES = 256, 384, (32, 32)  # of resnet18, layer2 and layer3
+
+
+Node = tuple[str, list[str], str, dict[str, Any]]  # what it does, to what, its name, how
+
+
+def as_channels(name: str, what: str) -> list[Node]:
+    """A map (N, h, w) through an operation that wants (N, C, h, w)."""
+    return [
+        ("Unsqueeze", [name, "first"], "wide", {}),
+        (what, ["wide"], "most_of_each", {"kernel_shape": [1, 1]}),
+        ("Squeeze", ["most_of_each", "first"], "map", {}),
+    ]
+
+
+def ending_in(nodes: list[Node]) -> bytes:
+    """A graph whose map is made from `features_`: green less red; its score is the largest."""
+    constants = {
+        "weights": np.float32([-1, 2, 0]), "zero": np.float32(0), "most": np.float32(1e6),
+        "one": np.float32(1), "first": np.array([1], np.int64),
+    }  # fmt: skip
+    made = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["pixels", "weights"], ["features_"]),
+        *(helper.make_node(what, of, [name], **how) for what, of, name, how in nodes),
+        helper.make_node("ReduceMax", ["map"], ["score"], axes=[1, 2], keepdims=0),
+    ]
+    whole = helper.make_graph(
+        made,
+        "tiny",
+        [value("image", TensorProto.UINT8, ["n", 4, 4, 3])],
+        [value("score", TensorProto.FLOAT, ["n"]), value("map", TensorProto.FLOAT, ["n", 4, 4])],
+        [numpy_helper.from_array(np.asarray(one), name) for name, one in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    graph: bytes = helper.make_model(whole, ir_version=8, opset_imports=opsets).SerializeToString()
+    return graph
 
 
 @dataclass(frozen=True)
@@ -437,6 +477,62 @@ def test_a_runtime_outlives_the_bank_and_the_graph_it_was_opened_with(
     opened.close()
     del filler
     assert scores == [runtime.infer(image[None])[0][0] for image in images]
+
+
+# What is no number
+
+
+ROOTS = {  # red pixels are below zero, where there is no root
+    "the map is the root": [("Sqrt", ["features_"], "map", {})],
+    "a maximum of each 1 x 1": [("Sqrt", ["features_"], "r", {}), *as_channels("r", "MaxPool")],
+    "cut off at zero": [("Sqrt", ["features_"], "r", {}), ("Relu", ["r"], "map", {})],
+    "kept within limits": [
+        ("Sqrt", ["features_"], "r", {}), ("Clip", ["r", "zero", "most"], "c", {}),
+        ("Mul", ["c", "one"], "map", {}),
+    ],
+    "the larger of two": [("Sqrt", ["features_"], "r", {}), ("Max", ["r", "zero"], "map", {})],
+}  # fmt: skip
+
+
+SEEN_IN_A_PLAN = {"the map is the root", "a maximum of each 1 x 1"}
+
+
+@pytest.mark.parametrize("ends", ROOTS)
+def test_a_map_that_is_no_number_is_no_score_and_its_neighbours_keep_theirs(
+    kind: Kind, ends: str, tmp_path: Path
+) -> None:
+    if kind.around is not nullcontext and ends not in SEEN_IN_A_PLAN:
+        pytest.skip("a plan gives score and map alone: our graphs hide nothing before these")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(ending_in(ROOTS[ends]))
+    runtime = kind.open(path, None)
+    red, white = (np.full((4, 4, 3), colour, np.uint8) for colour in ([255, 0, 0], [9, 9, 9]))
+    spot = white.copy()
+    spot[2, 1] = red[0, 0]  # one pixel is enough
+    alone, _ = runtime.infer(white[None])
+    assert np.isfinite(alone).all()
+    for broken in (red, spot):
+        scores, _ = runtime.infer(np.stack([white, broken, white]))
+        assert [np.isfinite(score) for score in scores] == [True, False, True]
+        assert scores[0] == scores[2] == pytest.approx(alone[0], rel=kind.bankless)
+        with pytest.raises(RuntimeFailed, match="no verdict"):
+            decide(float(scores[1]), 0.5)
+    runtime.close()
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_an_embedding_that_is_no_number_is_no_score(
+    embeddings: NDArray[np.float32], bank: Bank, precision: str
+) -> None:
+    search = Search(ov.Core(), bank, len(embeddings[0]), {}, in_bf16=precision == "bf16")
+    whole, _ = search.score(embeddings[0])
+    for strange in (np.nan, np.inf, -np.inf, 3e38):
+        broken = embeddings[0].copy()
+        broken[7, 5] = strange
+        score, distances = search.score(broken)
+        assert np.isnan(score)
+        assert not np.isfinite(distances).any()
+    assert search.score(embeddings[0])[0] == whole
 
 
 # What is refused

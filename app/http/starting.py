@@ -1,0 +1,105 @@
+"""`Starting`: what answers at the port while the server is not ready to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import uuid
+
+BACKLOG = 128  # connections that asyncio takes at a time
+RETRY_AFTER_S = 2
+LINGER_S = 1.0  # quiet for so long, a client that was answered is closed
+READ_ON_S = 10.0  # and by then in any case
+MAX_HEAD = 64 * 1024  # bytes
+SENTENCE = "Kensa is starting: it loads its models. Try again in a few seconds."
+
+
+class Starting:
+    """503 with `Retry-After` to everybody, at once, in a thread of its own.
+
+    Importing what serves and opening models takes seconds. Who asks meanwhile would find the port
+    closed, or wait in the system's queue with a deadline that nobody keeps. Only the standard
+    library is imported here, so that it begins early.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        loop = self._loop = asyncio.new_event_loop()
+        self._open: set[_Refused] = set()
+        self._ended = threading.Event()
+        self._listening = loop.run_until_complete(
+            loop.create_server(
+                lambda: _Refused(loop, self._open),
+                sock=listener.dup(),  # asyncio closes it, and the server goes on with the other
+                backlog=BACKLOG,
+            )
+        )
+        threading.Thread(target=self._run, name="starting", daemon=True).start()
+
+    def end(self) -> None:
+        """Take no more connections; those that were taken are answered meanwhile."""
+        self._loop.call_soon_threadsafe(self._listening.close)
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._ended.wait()
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self._until_all_are_gone())
+        self._loop.close()
+
+    async def _until_all_are_gone(self) -> None:
+        while not self._ended.is_set() or self._open:
+            await asyncio.sleep(0.05)
+
+
+class _Refused(asyncio.Protocol):
+    """One client. It is read on, since closing over unread bytes would take the answer back."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, others: set[_Refused]) -> None:
+        self._loop, self._others = loop, others
+        self._head, self._answered = b"", False
+        self._last_read = self._until = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._others.add(self)
+        self._last_read = self._loop.time()
+        self._until = self._last_read + READ_ON_S
+        self._loop.call_later(LINGER_S, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        self._last_read = self._loop.time()
+        if self._answered:
+            return
+        self._head += data
+        if b"\r\n\r\n" in self._head or len(self._head) > MAX_HEAD:
+            self._answered = True
+            self._transport.write(answer(self._head))
+            self._transport.write_eof()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._others.discard(self)
+
+    def _look(self) -> None:
+        now, until = self._loop.time(), min(self._last_read + LINGER_S, self._until)
+        if now >= until:
+            self._transport.close()
+        elif not self._transport.is_closing():
+            self._loop.call_at(until, self._look)
+
+
+def answer(head: bytes) -> bytes:
+    """What a request gets: in the agreed form, as one line of text where it wants that."""
+    lines = head.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
+    accepts = b",".join(line[7:] for line in lines if line.startswith(b"accept:"))
+    media_type, body = "application/json", json.dumps({"error": SENTENCE, "code": "not_ready"})
+    if b"text/plain" in accepts and b"json" not in accepts:
+        media_type, body = "text/plain; charset=utf-8", "ERR not_ready\n"
+    said = (
+        "HTTP/1.1 503 Service Unavailable\r\n"
+        f"content-type: {media_type}\r\ncontent-length: {len(body)}\r\n"
+        f"retry-after: {RETRY_AFTER_S}\r\nx-request-id: {uuid.uuid4().hex}\r\n"
+        f"connection: close\r\n\r\n{'' if head.startswith(b'HEAD ') else body}"
+    )
+    return said.encode()
