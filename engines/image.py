@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -40,6 +40,7 @@ from PIL import Image, TiffImagePlugin
 from engines.errors import BadImage, ImageTooLarge, UnsupportedImage
 
 Pixels = NDArray[Any]  # uint8 or uint16, (H, W) grey or (H, W, 3) RGB
+Resizing = Literal["each_axis"]  # as meta.json names it; see `resize`
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 MAX_SIDE = 65_535  # pixels: JPEG's own limit, far below the one of cv2
@@ -95,13 +96,17 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def load(
-    data: bytes, size: int, limits: ImageLimits = DEFAULT_LIMITS, bit_depth: int | None = None
+    data: bytes,
+    size: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    bit_depth: int | None = None,
+    resizing: Resizing | None = "each_axis",
 ) -> NDArray[np.uint8]:
     """What a model sees of an image file: decoded and resized, (size, size, 3) uint8 RGB.
 
-    Arguments and errors are those of `decode`.
+    Arguments and errors are those of `decode` and `resize`.
     """
-    return resize(decode(data, limits, bit_depth), size)
+    return resize(decode(data, limits, bit_depth), size, resizing)
 
 
 def decode(
@@ -118,20 +123,38 @@ def decode(
     decoded, and BadImage for damage and for values above `bit_depth`. No bytes make it raise
     anything else; ValueError is for a `bit_depth` that is none.
     """
+    return to_rgb(read(data, limits), bit_depth)
+
+
+def read(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Pixels:
+    """The upright pixels as the file holds them, 8 or 16 bits; errors as of `decode`."""
+    return _read(data, limits)
+
+
+def to_rgb(image: Pixels, bit_depth: int | None) -> NDArray[np.uint8]:
+    """What `read` found, as `decode` returns it."""
     bits = 16 if bit_depth is None else bit_depth
     if not 8 <= bits <= 16:
         raise ValueError(f"bit_depth is {bits}, not 8 to 16")
-    image = _to_8_bits(_read(data, limits), bits)
+    image = _to_8_bits(image, bits)
     if image.ndim == 2:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     return np.ascontiguousarray(image)
 
 
-def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize(
+    image: NDArray[np.uint8], size: int, how: Resizing | None = "each_axis"
+) -> NDArray[np.uint8]:
     """Stretch (H, W, 3) to (size, size, 3), whatever the shape of the picture.
 
-    Averages the pixels where neither side grows, interpolates between them otherwise.
+    An axis that shrinks is averaged, one that grows is interpolated, each by itself.
+    With `how` None, for models whose meta.json does not name it, both are interpolated as soon as
+    one of them grows: what is narrow along the other may be passed over.
     """
+    height, width = image.shape[:2]
+    if how == "each_axis" and min(height, width) < size < max(height, width):
+        between = (size, height) if width > size else (width, size)
+        image = cv2.resize(image, between, interpolation=cv2.INTER_AREA)
     shrinks = min(image.shape[:2]) >= size
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     resized: NDArray[np.uint8] = cv2.resize(image, (size, size), interpolation=interpolation)

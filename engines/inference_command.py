@@ -54,7 +54,10 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
     for path in paths:
         try:
             picture = image.load(
-                path.read_bytes(), runtime.image_size, bit_depth=meta.bit_depth if meta else None
+                path.read_bytes(),
+                runtime.image_size,
+                bit_depth=meta.bit_depth if meta else None,
+                resizing=meta.resize if meta else None,
             )
         except BadImage as error:
             print(f"{path.name}: not judged: {error}", file=sys.stderr)

@@ -72,6 +72,7 @@ def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
         *_strange_lines(images.get("strange", []), out_dir),
         *_knowledge_lines(report, report.get("before", {})),
         *_calibration_lines(report["calibration"]),
+        *(f"note         {note}" for note in report.get("notes", [])),
         f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
         f" verify {seconds['verify']:.1f}",
         f"written to   {out_dir}",

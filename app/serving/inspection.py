@@ -132,7 +132,8 @@ class Inspector:
             picture = image
             if isinstance(picture, bytes):
                 picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
-            pixels = resize(picture, model.runtime.image_size)  # (S, S, 3)
+            size, how = model.runtime.image_size, model.meta.resize
+            pixels = resize(picture, size, how)  # (S, S, 3)
             return picture if drawing == "overlay" else None, pixels
 
         seen = await _timed(self._decoders, see)

@@ -502,15 +502,41 @@ def test_load_is_decode_then_resize() -> None:
         assert np.array_equal(load(data, 32), resize(decode(data), 32)), name
 
 
-def test_shrinking_averages_and_anything_else_interpolates() -> None:
+def test_shrinking_averages_and_growing_interpolates() -> None:
     for shape, method in [
         ((64, 96), cv2.INTER_AREA),
         ((32, 96), cv2.INTER_AREA),
-        ((16, 96), cv2.INTER_LINEAR),
+        ((16, 32), cv2.INTER_LINEAR),
         ((16, 16), cv2.INTER_LINEAR),
     ]:
         image = picture(*shape)
         assert np.array_equal(resize(image, 32), cv2.resize(image, (32, 32), interpolation=method))
+
+
+def test_an_axis_that_shrinks_is_averaged_also_where_the_other_one_grows() -> None:
+    """A streak of 10 pixels in 4,096 x 255, at every place, is as clear as with 256 lines."""
+    for start in range(1000, 1064):
+        seen = []
+        for lines in (255, 256):
+            part = np.full((lines, 4096, 3), 120, np.uint8)
+            part[:, start : start + 10] = 220
+            seen.append(resize(part, 256))
+            assert np.array_equal(seen[-1].transpose(1, 0, 2), resize(lying(part), 256))
+        assert np.abs(seen[0].astype(int) - seen[1]).max() <= 1, start
+        assert seen[0].max() > 120 + 25
+
+
+def lying(part: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(part.transpose(1, 0, 2))
+
+
+def test_a_model_without_the_key_sees_what_it_was_trained_on() -> None:
+    for shape in [(16, 96), (96, 16), (255, 4096), (64, 96), (16, 16), (32, 7)]:
+        image = picture(*shape)
+        method = cv2.INTER_AREA if min(shape) >= 32 else cv2.INTER_LINEAR
+        as_before = cv2.resize(image, (32, 32), interpolation=method)
+        assert np.array_equal(resize(image, 32, None), as_before)
+        assert np.array_equal(load(png(image), 32, resizing=None), as_before)
 
 
 def test_resizing_stretches_to_a_contiguous_square() -> None:

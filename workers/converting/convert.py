@@ -229,7 +229,7 @@ def _normals(
     if request.category is not None and request.data_root is not None:
         paths = Category.find(request.data_root, request.category).train
         spread = paths[:: max(1, len(paths) // RANGE_IMAGES)][:RANGE_IMAGES]
-        parts += list(Images(spread, meta.image_size, 4, meta.bit_depth, progress))
+        parts += list(Images(spread, meta, 4, progress))
         said.append(f"{len(spread)} training images of {request.category}")
     if not parts:
         raise BadRequest(
@@ -264,7 +264,7 @@ def _auroc(
     after: list[NDArray[np.float32]] = []
     runtime = OpenVINORuntime(graph, bank)
     for paths, is_defective in ((category.test_normal, False), (category.test_anomaly, True)):
-        for batch in Images(paths, meta.image_size, 4, meta.bit_depth, progress):
+        for batch in Images(paths, meta, 4, progress):
             defective += [is_defective] * len(batch)
             before.append(score(batch))
             after += [runtime.infer(image[None])[0] for image in batch]

@@ -294,7 +294,7 @@ def _look(path: Path, group: Group, model: _Model, threshold: float, overlay: Pa
     """From the bytes of a file to a verdict, as serving does it, and to the overlay on disk."""
     began = time.perf_counter()
     picture = image.decode(bytes_of(path), bit_depth=model.meta.bit_depth)  # (H, W, 3)
-    pixels = image.resize(picture, model.runtime.image_size)  # (S, S, 3)
+    pixels = image.resize(picture, model.runtime.image_size, model.meta.resize)  # (S, S, 3)
     decoded = time.perf_counter()
     scores, maps = model.runtime.infer(pixels[None])  # (1,), (1, h, w)
     inferred = time.perf_counter()

@@ -117,7 +117,8 @@ def describe(checkpoint: Checkpoint, request: Import) -> tuple[Meta, list[str]]:
         notes.append("the checkpoint does not say its image_sensitivity: taken as 0.5")
     meta = Meta.model_validate({"model": kind, **own, "image_size": DEFAULT_SIZE})
     size = _agreed(checkpoint, "image_size", size, request.image_size)
-    return meta.with_(image_size=size), notes
+    # anomalib's own averages along each axis that shrinks, too.
+    return meta.with_(image_size=size, resize="each_axis"), notes
 
 
 def _backbone(checkpoint: Checkpoint, request: Import) -> dict[str, Any]:
@@ -289,7 +290,7 @@ def _read_pictures(folder: Path, meta: Meta, progress: Progress) -> tuple[Meta, 
     if not paths:
         raise BadDataset(f"{folder} holds no images: --images takes a folder of normal parts.")
     meta = meta.with_(bit_depth=measure_bit_depth(paths))
-    images = Images(paths, meta.image_size, 4, meta.bit_depth, progress, progress.phase("images"))
+    images = Images(paths, meta, 4, progress, progress.phase("images"))
     batches = list(images)
     if not batches:
         raise BadDataset(f"No image in {folder} can be read.")

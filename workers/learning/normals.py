@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
-from workers.learning.dataset import Category, Images
+from workers.learning.dataset import Category, Images, notes_on
 from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
 from workers.learning.normal_scores import USUAL_SCALE, NormalScores
@@ -74,9 +74,13 @@ class Course:
         """The images that could not be read, and why."""
         return {str(path): why for images in self.read for path, why in images.broken.items()}
 
+    def notes(self) -> list[str]:
+        """What a person should know of the pictures that were read."""
+        files = {path: file for images in self.read for path, file in images.files.items()}
+        return notes_on(files, self.meta.image_size)
+
     def _images(self, paths: list[Path], phase: str) -> Images:
-        meta = self.meta
-        found = Images(paths, meta.image_size, self.how.batch, meta.bit_depth, self.progress)
+        found = Images(paths, self.meta, self.how.batch, self.progress)
         found.tick = self.progress.phase(phase)
         self.read.append(found)
         return found

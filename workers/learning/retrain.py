@@ -85,6 +85,8 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     if learned_before is not None:
         kind.load(model, learned_before)
     known = kind.summary(model) if kind.knows(model) else None
+    if known is None:  # what goes on from a model sees pictures as that one does
+        meta = meta.with_(resize="each_axis")
     loaded = time.perf_counter()
     learned = _learn(request, meta, kind, model, category, progress)
     meta = learned.calibration.write_to(meta).with_(score_kind=kind.SCORE_KIND)
@@ -98,6 +100,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "strange": [str(path) for path in learned.normals.strange],
             "skipped": learned.broken,
         },
+        "notes": learned.notes,
         "tested": learned.tested,
         **({"before": known} if known else {}),
         **kind.summary(model),
@@ -132,6 +135,7 @@ class _Learned:
     tested: dict[str, int]  # test images that the threshold was found with
     sheet: bytes | None  # a JPEG of the strange pictures
     broken: dict[str, str]
+    notes: list[str]
     seconds: float  # spent on learning alone
 
 
@@ -161,7 +165,11 @@ def _learn(
         "anomaly": len(defective.paths),
     }
     strange = _sheet(course, normals.strange, calibration)
-    return _Learned(calibration, normals, golden, tested, strange, course.broken(), course.seconds)
+    notes = course.notes()
+    for note in notes:
+        progress.say(f"note: {note}")
+    broken, seconds = course.broken(), course.seconds
+    return _Learned(calibration, normals, golden, tested, strange, broken, notes, seconds)
 
 
 def _sheet(course: Course, strange: list[Path], calibration: Calibration) -> bytes | None:

@@ -14,7 +14,7 @@ from engines import image
 from engines.errors import BadDataset
 from engines.meta import Meta
 from support.project import PATCHCORE
-from workers.learning.dataset import Category, Images, measure_bit_depth
+from workers.learning.dataset import Category, Images, measure_bit_depth, notes_on
 from workers.models import Training, patchcore
 from workers.progress import Progress
 
@@ -40,7 +40,12 @@ def deep(path: Path, bits: int) -> Path:
 
 
 def images(paths: list[Path], batch: int = 4, size: int = 32) -> Images:
-    return Images(paths, size, batch, None, QUIET)
+    return Images(paths, meta(size), batch, QUIET)
+
+
+def meta(size: int = 32, bit_depth: int | None = None) -> Meta:
+    about = {**PATCHCORE, "image_size": size, "resize": "each_axis"}
+    return Meta.model_validate(about).with_(bit_depth=bit_depth)
 
 
 def firsts(batches: list[NDArray[np.uint8]]) -> list[int]:
@@ -128,7 +133,7 @@ def test_a_broken_image_is_named_and_counted_and_the_rest_is_read(
 ) -> None:
     paths = [picture(tmp_path / f"{n:02}.png", value=20 * n) for n in range(10)]
     paths[broken].write_bytes(paths[broken].read_bytes()[:-30])
-    source = Images(paths, 32, 4, None, Progress())
+    source = Images(paths, meta(), 4, Progress())
     assert firsts(list(source)) == [20 * n for n in range(10) if n != broken]
     assert list(source.broken) == [paths[broken]]
     assert source.broken[paths[broken]] in capsys.readouterr().err
@@ -163,9 +168,9 @@ def test_where_all_images_are_broken_there_is_nothing_to_learn(tmp_path: Path) -
     for path in paths:
         path.write_bytes(b"no image")
     source = images(paths)
-    meta = Meta.model_validate(PATCHCORE)
+    about = meta()
     with pytest.raises(BadDataset, match="no usable training image"):
-        patchcore.train(patchcore.build(meta, "untrained"), meta, source, Training(), QUIET)
+        patchcore.train(patchcore.build(about, "untrained"), about, source, Training(), QUIET)
     assert len(source.broken) == 3
 
 
@@ -186,9 +191,24 @@ def test_a_broken_image_does_not_count_for_the_bit_depth(tmp_path: Path) -> None
 
 def test_a_picture_deeper_than_the_known_bit_depth_is_broken_not_clipped(tmp_path: Path) -> None:
     paths = [deep(tmp_path / "1.png", 10), deep(tmp_path / "2.png", 12)]
-    source = Images(paths, 32, 4, 10, QUIET)
+    source = Images(paths, meta(bit_depth=10), 4, QUIET)
     assert len(next(iter(source))) == 1
     assert list(source.broken) == paths[1:]
+
+
+def test_pictures_longer_than_4_to_1_are_told_with_what_to_do(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / "square.png"), tmp_path / "4.png", tmp_path / "web.png"]
+    cv2.imwrite(str(paths[1]), np.zeros((32, 128), np.uint8))
+    source = images(paths[:2])
+    list(source)
+    assert notes_on(source.files, 32) == []
+    cv2.imwrite(str(paths[2]), np.zeros((20, 320), np.uint8))
+    list(source := images(paths))
+    (note,) = notes_on(source.files, 32)
+    assert "1 of 3 pictures" in note
+    assert "web.png (320 x 20, 16:1): 10 pixels along the longer side become one" in note
+    assert "tiles of at most 4:1" in note
+    assert "image_size" in note
 
 
 def test_a_reader_that_stops_early_leaves_no_thread_behind(tmp_path: Path) -> None:

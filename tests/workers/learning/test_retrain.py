@@ -125,6 +125,36 @@ def padim(tmp_path: Path) -> Line:
 # ---- from nothing -----------------------------------------------------------------------------
 
 
+def test_a_new_training_resizes_each_axis_by_itself_and_an_update_as_its_model_does(
+    line: Line,
+) -> None:
+    put(line.train, *range(6))
+    line.learn()
+    assert line.written()["resize"] == "each_axis"
+    put(line.train, 6)
+    line.go_on()
+    assert line.written()["resize"] == "each_axis"
+    meta = line.out / "meta.json"
+    of_an_older_kensa = {key: value for key, value in line.written().items() if key != "resize"}
+    meta.write_text(json.dumps(of_an_older_kensa))
+    put(line.train, 7)
+    line.go_on()
+    assert "resize" not in line.written()
+
+
+def test_long_pictures_are_told_in_log_summary_and_report(patchcore: Line) -> None:
+    for path in put(patchcore.train, *range(6)):
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (640, 100)))
+    said = Said()
+    report = retrain(patchcore.request(), said)
+    (note,) = report["notes"]
+    assert "640 x 100, 6.4:1" in note
+    assert f"note: {note}" in said.lines
+    assert f"note         {note}" in summarise_training(report, patchcore.out)
+    kept = json.loads((patchcore.out / "report.json").read_text())
+    assert kept["notes"] == [note]
+
+
 def test_every_picture_is_learned_and_scored_by_what_had_not_learned_it(line: Line) -> None:
     put(line.train, *range(10))
     report = line.learn()
