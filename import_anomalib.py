@@ -31,6 +31,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, metavar="D", help="folder of normal parts that it has not learned:"
         " some are kept to check later forms of the model with, so that bf16 may be used; a"
         " checkpoint without a threshold gets one from them")  # fmt: skip
+    add("--bit_depth", type=int, choices=(8, 10, 12, 14, 16), help="bits that the camera gives, in"
+        " 16-bit files of --images, and later of the line")  # fmt: skip
     parsed = parser.parse_args(arguments)
     if parsed.layers is not None:
         parsed.layers = [layer.strip() for layer in parsed.layers.split(",")]

@@ -45,6 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " finds more of the defects in test/ (default: as in meta.json, else 0.05)")  # fmt: skip
     add("--keep_strange", action="store_true", help="learn pictures too that are unlike the others"
         " and unlike what is known (patchcore, padim)")  # fmt: skip
+    add("--bit_depth", type=int, choices=(8, 10, 12, 14, 16), help="bits that the camera gives, in"
+        " 16-bit files (default: as in meta.json). Where an update changes it, all pictures are"
+        " learned anew")  # fmt: skip
     add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
         " (default on)")  # fmt: skip
     parsed = parser.parse_args(arguments)

@@ -116,8 +116,8 @@ def decode(
 
     `bit_depth` (8 to 16) is how many bits of a 16-bit file the camera fills; None means all 16.
     The upper 8 of these are kept (`value >> (bit_depth - 8)`), the same for every image: a dark
-    picture stays dark. It comes from meta.json (see `measured_bit_depth`), and does not matter for
-    8-bit files.
+    picture stays dark. It comes from meta.json, where the operator states it, and does not matter
+    for 8-bit files.
 
     Raises UnsupportedImage for a kind that Kensa does not read, ImageTooLarge before anything is
     decoded, and BadImage for damage and for values above `bit_depth`. No bytes make it raise
@@ -164,8 +164,8 @@ def resize(
 def measured_bit_depth(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> int:
     """The smallest of 8, 10, 12, 14 and 16 bits that holds every value of an image file.
 
-    8 for 8-bit files. A dark picture measures less than its camera's depth, so training takes the
-    largest over all its images. Raises what `decode` raises.
+    8 for 8-bit files. A dark picture measures less than its camera's depth, so this is for showing
+    a picture, and no model is made of it. Raises what `decode` raises.
     """
     highest = int(_read(data, limits).max())
     return next(depth for depth in (8, 10, 12, 14, 16) if highest < 1 << depth)
@@ -393,7 +393,8 @@ def _to_8_bits(image: Pixels, bit_depth: int) -> Pixels:
     if highest >= 1 << bit_depth:
         raise BadImage(
             f"The image has values up to {highest}, but the model learned from {bit_depth}-bit "
-            "images: the camera's bit depth differs from the one learned."
+            "images: the camera's bit depth differs from the one learned. Learn with the camera's"
+            " own, which bit_depth in meta.json states."
         )
     narrow = np.empty(image.shape, np.uint8)
     return np.right_shift(image, bit_depth - 8, out=narrow, casting="unsafe")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.store.bundle import Bundle, check_hash, read_bank, write_bank
 from support.project import ROOT, run, write_meta
+from workers.sample_parts.drawing import draw_part
 from workers.sample_parts.write_dataset import write_dataset
 
 CATEGORY = "VisA_pipe_fryum"
@@ -253,14 +255,17 @@ def test_a_broken_training_image_is_named_and_skipped_and_counted(
 ) -> None:
     data = Path(shutil.copytree(pipe_data, tmp_path / "data"))
     torn = data / "train" / CATEGORY / "0002.png"
+    for number in range(6):
+        picture = draw_part(100 + number, None, 256)[0]
+        cv2.imwrite(str(torn.with_name(f"more_{number}.png")), picture)
     torn.write_bytes(torn.read_bytes()[:5000])
     assert retrain.main(flags_of(seed, tmp_path / "out", data_root=data)) == 0
     report = as_json(tmp_path / "out" / "report.json")
-    assert report["images"]["learned"] == 5
+    assert report["images"]["learned"] == 11
     assert list(report["images"]["skipped"]) == [str(torn)]
     said = capsys.readouterr()
     assert f"skipped {torn}" in said.err
-    assert "learned      5 images, 1 broken ones skipped" in said.out
+    assert "learned      11 images, 1 broken ones skipped" in said.out
     assert str(torn) in (tmp_path / "out" / "retrain.log").read_text()
 
 

@@ -24,7 +24,7 @@ from workers.converting.parity import FLOAT32_LIMIT
 from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate
-from workers.learning.dataset import Images, measure_bit_depth
+from workers.learning.dataset import MOST_BROKEN, Images, bit_depth_of
 from workers.models.patchcore import NEIGHBOURS
 from workers.progress import Progress
 
@@ -42,6 +42,7 @@ class Import:
     layers: list[str] | None = None
     image_size: int | None = None
     images: Path | None = None
+    bit_depth: int | None = None
 
 
 def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
             _load_learned(checkpoint, meta, kind, model, folder / getattr(meta, kind.LEARNED))
         names, golden = [], None
         if request.images is not None:
-            meta, pictures = _read_pictures(request.images, meta, progress)
+            meta, pictures = _read_pictures(request.images, request.bit_depth, meta, progress)
             scores = kind.scores(model, [pictures])
             meta = _with_threshold(checkpoint, meta, pictures, scores)
             golden = _golden(pictures, scores, meta)
@@ -284,13 +285,16 @@ def _check_no_old_golden(request: Import) -> None:
         )
 
 
-def _read_pictures(folder: Path, meta: Meta, progress: Progress) -> tuple[Meta, NDArray[np.uint8]]:
+def _read_pictures(
+    folder: Path, bit_depth: int | None, meta: Meta, progress: Progress
+) -> tuple[Meta, NDArray[np.uint8]]:
     """meta.json with their bit depth, and the pictures (n, S, S, 3) of a folder."""
     paths = files_in(folder)
     if not paths:
         raise BadDataset(f"{folder} holds no images: --images takes a folder of normal parts.")
-    meta = meta.with_(bit_depth=measure_bit_depth(paths))
+    meta = meta.with_(bit_depth=bit_depth or bit_depth_of(paths))
     images = Images(paths, meta, 4, progress, progress.phase("images"))
+    images.most_broken = len(paths) // MOST_BROKEN
     batches = list(images)
     if not batches:
         raise BadDataset(f"No image in {folder} can be read.")

@@ -32,6 +32,7 @@ from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
 MOST_NAMES, MOST_OF_A_NAME = 20, 100  # of strange pictures in a job's answer; characters
+MOST_NOTES, MOST_OF_A_NOTE = 10, 1000  # on the pictures; characters
 MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
 TIMING = "timing"  # in the data folder: what TensorRT measured of its kernels here
 # What share of a job its phases are: where each begins and ends.
@@ -126,16 +127,17 @@ def _succeeded(store: Store, kind: str, request: dict[str, Any], version: str) -
     if kind == "convert":
         return ended
     name = request["model"]
-    found = read_report(store.folder(name, version)).get("images")
+    folder = store.folder(name, version)
+    report = read_report(folder)
+    found, notes = report.get("images"), report.get("notes")
     if not isinstance(found, dict):
         return ended
-    folder = store.folder(name, version)
     shown = read_strange(folder, Meta.read(folder / META)) is not None
     see = f" See them at /models/{name}/versions/{version}/strange." if shown else ""
-    return {**ended, "images": _told(found, see)}
+    return {**ended, "images": _told(found, see, notes if isinstance(notes, list) else [])}
 
 
-def _told(images: dict[str, Any], see: str) -> dict[str, Any]:
+def _told(images: dict[str, Any], see: str, notes: list[Any]) -> dict[str, Any]:
     """Of report.json's `images` what a job says: numbers, and a few names of bounded length."""
     strange = images.get("strange", [])
     names = [Path(name).name[:MOST_OF_A_NAME] for name in strange[:MOST_NAMES]]
@@ -151,6 +153,7 @@ def _told(images: dict[str, Any], see: str) -> dict[str, Any]:
         "skipped": len(images.get("skipped", {})),
         "names": names,
         "note": note if names else None,
+        "notes": [str(one)[:MOST_OF_A_NOTE] for one in notes[:MOST_NOTES]],
     }
 
 
@@ -210,8 +213,11 @@ def _learn(
     meta_json, learned = work / META, None
     if source is None:
         meta = Meta.parse({"model": request.kind, **request.meta})
+        bit_depth = meta.bit_depth
     else:
-        meta = Meta.read(source / META).with_(**request.meta)
+        before = Meta.read(source / META)
+        meta = before.with_(**request.meta)
+        bit_depth, meta = meta.bit_depth, meta.with_(bit_depth=before.bit_depth)
         weights = weights or source / meta.weights_pth
         if weights != "untrained" and not Path(weights).is_file():
             raise BadWeights(
@@ -237,6 +243,7 @@ def _learn(
             false_rejects=request.false_rejects,
             false_rejects_cap=request.false_rejects_cap,
             keep_strange=request.keep_strange,
+            bit_depth=bit_depth,
         ),
         progress,
     )

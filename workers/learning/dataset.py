@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from workers.progress import Progress, Tick
 T = TypeVar("T")
 
 THREADS = 2  # decoding; the backbone takes the rest of the machine
+MOST_BROKEN = 10  # one in so many pictures may be broken; more would make another training
+SURE = 1 << 14  # a value from which on all 16 bits are filled, whatever the scene
 LONG = 4  # times as long as wide: pressed into a square, little is left of the longer side
 
 
@@ -30,6 +32,11 @@ class Category:
     train: list[Path]
     test_normal: list[Path]
     test_anomaly: list[Path]
+
+    @property
+    def count(self) -> int:
+        """How many images there are in all."""
+        return len(self.train) + len(self.test_normal) + len(self.test_anomaly)
 
     @classmethod
     def find(cls, root: Path, name: str) -> Category:
@@ -76,6 +83,9 @@ class File(NamedTuple):
 class Images:
     """Image files as batches. A broken one is named and left out; the others go on.
 
+    Iterating raises BadDataset where a file cannot be read at all, where one has more bits than the
+    model learned, and, at the end, where more than `most_broken` were left out.
+
     Attributes:
         broken: file and reason of every image that was left out, filled while iterating.
         used: the files that were read, in order, filled while iterating.
@@ -87,6 +97,7 @@ class Images:
     batch: int
     progress: Progress
     tick: Tick = lambda done, total: None
+    most_broken: int | None = None  # None: as many as there are
     broken: dict[Path, str] = field(default_factory=dict)
     used: list[Path] = field(default_factory=list)
     files: dict[Path, File] = field(default_factory=dict)
@@ -102,6 +113,8 @@ class Images:
                 pixels, self.files[path] = loaded
                 self.used.append(path)
                 ready.append(pixels)
+            if done == len(self.paths) and self.most_broken is not None:
+                check_broken(self.broken, len(self.paths), self.most_broken)
             if len(ready) == self.batch or (ready and done == len(self.paths)):
                 yield np.stack(ready)
                 ready = []
@@ -110,19 +123,70 @@ class Images:
     def _load(self, path: Path) -> tuple[NDArray[np.uint8], File] | str:
         meta = self.meta
         try:
-            stored = image.read(path.read_bytes())
+            stored = image.read(bytes_of(path))
+            _check_bits(path, stored, meta.bit_depth)
             rgb = image.to_rgb(stored, meta.bit_depth)
-            file = File(rgb.shape[1], rgb.shape[0], stored.dtype == np.uint16)
-            return image.resize(rgb, meta.image_size, meta.resize), file
         except BadImage as error:
             return str(error)
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
+        file = File(rgb.shape[1], rgb.shape[0], stored.dtype == np.uint16)
+        return image.resize(rgb, meta.image_size, meta.resize), file
+
+
+def bytes_of(path: Path) -> bytes:
+    """The bytes of a file that is to be learned from.
+
+    Raises:
+        BadDataset: it went away, or the disk does not give it: what would be learned from the
+            others is not what was asked for.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadDataset(
+            f"{path} cannot be read: {error.strerror}. Nothing was learned, because pictures"
+            " must stay where they are until all were read: see that they are all there, and begin"
+            " again."
+        ) from error
+
+
+def check_broken(broken: Mapping[Any, str], of: int, most: int) -> None:
+    """Raise BadDataset where more than `most` of so many pictures were left out as broken."""
+    if len(broken) > most:
+        path, why = next(iter(broken.items()))
+        raise BadDataset(
+            f"{len(broken)} of {of} pictures cannot be read, more than one in {MOST_BROKEN}, so"
+            f" nothing was learned. The first is {path}: {why} Save them again, or take them away."
+        )
+
+
+def _check_bits(path: Path, stored: image.Pixels, bit_depth: int | None) -> None:
+    """Raise BadDataset where a picture has more bits than were learned, or stated."""
+    bits = bit_depth or 16
+    highest = int(stored.max()) if stored.dtype == np.uint16 else 0
+    if highest >> bits:
+        raise BadDataset(
+            f"{path} has values up to {highest}, which are more than {bits} bits, the bit_depth of"
+            f" this model: nothing was learned. {_SAY_BITS.format(_deep_enough(highest))}"
+        )
 
 
 def notes_on(files: dict[Path, File], size: int) -> list[str]:
     """What a person should know of the pictures that a model of `size` learned from: sentences."""
-    return _on_long_ones(files, size)
+    return _on_mixed_ones(files) + _on_long_ones(files, size)
+
+
+def _on_mixed_ones(files: dict[Path, File]) -> list[str]:
+    """That some have 8 bits and others 16, which nothing puts on one scale."""
+    deep = [path for path, file in files.items() if file.is_deep]
+    shallow = [path for path, file in files.items() if not file.is_deep]
+    if not deep or not shallow:
+        return []
+    return [
+        f"{len(deep)} pictures have 16 bits, such as {deep[0].name}, and {len(shallow)} have 8,"
+        f" such as {shallow[0].name}: of the first the upper 8 bits of bit_depth are seen, the"
+        " others as they are, so one part may look darker in one kind than in the other. Save all"
+        " of them as the line sends its parts."
+    ]
 
 
 def _on_long_ones(files: dict[Path, File], size: int) -> list[str]:
@@ -141,16 +205,46 @@ def _on_long_ones(files: dict[Path, File], size: int) -> list[str]:
     ]
 
 
-def measure_bit_depth(paths: list[Path]) -> int:
-    """The bits that the camera of these images fills: 8, or up to 16. Broken ones do not count."""
+_SAY_BITS = (
+    "Say how many bits the camera gives, probably {}: bit_depth in meta.json, in `meta` of a job,"
+    " or --bit_depth of the command."
+)
 
-    def measure(path: Path) -> int:
-        try:
-            return image.measured_bit_depth(path.read_bytes())
-        except (BadImage, OSError):
-            return 8
 
-    return max(depth for _, depth in _in_order(paths, measure, THREADS))
+def bit_depth_of(paths: list[Path]) -> int:
+    """The bits that the camera of these images fills, where they leave no doubt: 8 or 16.
+
+    Broken images do not count.
+
+    Raises:
+        BadDataset: they do not say it. A dark scene of a 12-bit camera looks like one of 10 bits,
+            and a model of these would refuse the next part that shines.
+    """
+    highest = [value for _, value in _in_order(paths, _highest, THREADS) if value is not None]
+    if not highest:
+        return 8
+    if max(highest) >= SURE:
+        return 16
+    raise BadDataset(
+        f"{len(highest)} of {len(paths)} pictures have 16 bits, and no value above {max(highest)}:"
+        " that does not tell a dark scene from a camera with fewer bits."
+        f" {_SAY_BITS.format(_deep_enough(max(highest)))}"
+    )
+
+
+def _highest(path: Path) -> int | None:
+    """The highest value of a 16-bit image, None for another or a broken one."""
+    try:
+        stored = image.read(bytes_of(path))
+    except BadImage:
+        return None
+    return int(stored.max()) if stored.dtype == np.uint16 else None
+
+
+def _deep_enough(highest: int) -> str:
+    """The bit depths of cameras that may give a value: `12, 14 or 16`."""
+    *others, last = (str(bits) for bits in (10, 12, 14, 16) if not highest >> bits)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _in_order(paths: list[Path], work: Callable[[Path], T], ahead: int) -> Iterator[tuple[Path, T]]:

@@ -12,18 +12,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadMeta
+from engines.errors import BadDataset, BadMeta
 from engines.files import sha256, staged
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.promise import UNTRAINED
-from engines.store.bundle import REPORT, STRANGE, check_hash, write_report
+from engines.store.bundle import REPORT, STRANGE, check_hash, read_report, write_report
 from engines.store.golden import Golden, evenly
 from engines.store.known_scores import KnownScores
 from engines.verdict import Scale
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
-from workers.learning.dataset import Category, measure_bit_depth
+from workers.learning.dataset import Category, bit_depth_of
 from workers.learning.eyesight import eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.learning.strange import SHOWN, sheet
@@ -50,6 +50,7 @@ class Retrain:
     false_rejects: float | None = None  # None: as meta.json has it
     false_rejects_cap: float | None = None
     keep_strange: bool = False
+    bit_depth: int | None = None  # of the camera; None: as meta.json has it
 
     @property
     def known(self) -> Path | None:
@@ -73,12 +74,11 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
         )
     kind = models.module(meta.model)
-    learned_before = request.known
-    if learned_before is not None:
-        _check_origin(learned_before, meta, kind, request.meta_json)
+    if request.known is not None:
+        _check_origin(request.known, meta, kind, request.meta_json)
     category = Category.find(request.data_root, request.category)
-    if meta.bit_depth is None:
-        meta = meta.with_(bit_depth=measure_bit_depth(category.train))
+    request, meta = _with_bit_depth(request, meta, category, progress)
+    learned_before = request.known
     if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):
         progress.say(short)
     model = kind.build(meta, request.pretrained_pth)
@@ -100,6 +100,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "strange": [str(path) for path in learned.normals.strange],
             "skipped": learned.broken,
         },
+        "bit_depth": meta.bit_depth,
         "notes": learned.notes,
         "tested": learned.tested,
         **({"before": known} if known else {}),
@@ -113,6 +114,45 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     }
     _write(request.out_dir, meta, kind, model, learned, report)
     return report
+
+
+def _with_bit_depth(
+    request: Retrain, meta: Meta, category: Category, progress: Progress
+) -> tuple[Retrain, Meta]:
+    """The camera's bits in meta.json; where they change, a request that learns all anew.
+
+    What was learned at another bit depth knows another brightness, so nothing can be added to it.
+
+    Raises:
+        BadDataset: nobody says what the bits are, or they change and not all is there to be learned
+            anew.
+    """
+    asked = request.bit_depth or meta.bit_depth
+    if request.known is None:
+        return request, meta.with_(bit_depth=asked or bit_depth_of(category.train))
+    before = read_report(request.known.parent).get("bit_depth") or meta.bit_depth
+    if (asked or 16) == (before or 16):
+        return request, meta
+    _check_all_are_there(request.known, category)
+    progress.say(
+        f"bit_depth was {before or 16} and is now {asked or 16}: all {len(category.train)} pictures"
+        " are learned anew"
+    )
+    return replace(request, load_bank=None, load_stats=None), meta.with_(bit_depth=asked)
+
+
+def _check_all_are_there(learned: Path, category: Category) -> None:
+    """Raise BadDataset where learning anew would forget pictures that are known."""
+    known = KnownScores.read(learned.parent).learned
+    there = {KnownScores.mark(path) for path in category.train}
+    gone = sum(mark not in there for mark in known)
+    if gone or not known:
+        how_many = f"{gone} of {len(known)} pictures" if known else "which pictures, nobody knows,"
+        raise BadDataset(
+            f"bit_depth can only change where all is learned anew, and {how_many} that {learned}"
+            " was learned from are no longer there: put them back, or learn without what is known"
+            " (no --load_bank or --load_stats; a job: update=false)."
+        )
 
 
 def _learning(request: Retrain, meta: Meta, category: Category) -> memory_needs.Learning:
@@ -144,7 +184,7 @@ def _learn(
 ) -> _Learned:
     """Train or update, and calibrate on images that the model has not learned at that time."""
     how = models.Training(request.epochs, request.batch, request.penalty_dir)
-    course = Course(kind, model, meta, how, progress)
+    course = Course(kind, model, meta, how, progress, category)
     known = KnownScores.none()
     if kind.INCREMENTAL:
         if request.known is not None:

@@ -10,16 +10,16 @@ import pytest
 from engines.store.bundle import REPORT, write_report
 from engines.store.versions import Store
 from support.plans import seal, tiny_bank, tiny_bundle
-from workers.jobs.job_process import MOST_NAMES, MOST_OF_A_NAME, do
+from workers.jobs.job_process import MOST_NAMES, MOST_NOTES, MOST_OF_A_NAME, MOST_OF_A_NOTE, do
 from workers.progress import Progress
 
 JOB = "retrain-0123456789ab"
 
 
-def ended(folder: Path, images: Any, kind: str = "retrain") -> dict[str, Any]:
+def ended(folder: Path, images: Any, kind: str = "retrain", notes: Any = None) -> dict[str, Any]:
     """How a job ends that was killed after it had published a version with this report."""
     made = tiny_bundle(folder / "made", tiny_bank(1))
-    write_report(made, {"images": images, "parity": {"openvino_f32": {"ok": True}}})
+    write_report(made, {"images": images, "notes": notes, "parity": {"openvino_f32": {"ok": True}}})
     assert (made / REPORT).is_file()
     seal(made)
     store = Store(folder / "data" / "models")
@@ -46,6 +46,13 @@ def test_however_many_there_are_the_answer_stays_short(tmp_path: Path) -> None:
     assert len(images["names"]) == MOST_NAMES
     assert len(images["note"]) < MOST_NAMES * (MOST_OF_A_NAME + 2) + 250
     assert " and others. " in images["note"]
+
+
+def test_what_else_is_to_know_of_the_pictures_is_told_and_bounded(tmp_path: Path) -> None:
+    said = ["8 and 16 bits are mixed.", *("x" * 5000 for _ in range(50))]
+    notes = ended(tmp_path, {"learned": 9, "skipped": {}}, notes=said)["images"]["notes"]
+    assert notes[0] == said[0]
+    assert (len(notes), max(map(len, notes))) == (MOST_NOTES, MOST_OF_A_NOTE)
 
 
 def test_where_all_were_learned_there_is_nothing_to_do(tmp_path: Path) -> None:

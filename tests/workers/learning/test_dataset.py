@@ -14,7 +14,7 @@ from engines import image
 from engines.errors import BadDataset
 from engines.meta import Meta
 from support.project import PATCHCORE
-from workers.learning.dataset import Category, Images, measure_bit_depth, notes_on
+from workers.learning.dataset import Category, Images, bit_depth_of, notes_on
 from workers.models import Training, patchcore
 from workers.progress import Progress
 
@@ -140,17 +140,33 @@ def test_a_broken_image_is_named_and_counted_and_the_rest_is_read(
     assert len(source.used) == 9
 
 
-def test_files_that_cannot_be_read_at_all_are_named_too(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png")
-    gone = tmp_path / "gone.png"
-    gone.symlink_to(tmp_path / "nowhere.png")
-    empty, folder = tmp_path / "empty.png", tmp_path / "folder.png"
+def test_an_empty_file_is_a_broken_one(tmp_path: Path) -> None:
+    good, empty = picture(tmp_path / "good.png"), tmp_path / "empty.png"
     empty.touch()
-    folder.mkdir()
-    source = images([empty, folder, gone, good])
+    source = images([empty, good])
     assert len(next(iter(source))) == 1
-    assert set(source.broken) == {empty, folder, gone}
-    assert "cannot be read" in source.broken[gone]
+    assert list(source.broken) == [empty]
+
+
+def test_a_file_that_the_disk_does_not_give_ends_the_reading(tmp_path: Path) -> None:
+    good, gone = picture(tmp_path / "good.png"), tmp_path / "gone.png"
+    with pytest.raises(BadDataset, match=r"gone\.png cannot be read: No such file"):
+        list(images([good, gone]))
+    with pytest.raises(BadDataset, match=r"gone\.png cannot be read: No such file"):
+        bit_depth_of([good, gone])
+
+
+def test_more_broken_ones_than_allowed_end_it(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{n}.png") for n in range(6)]
+    for path in paths[3:5]:
+        path.write_bytes(b"no image")
+    source = images(paths)
+    source.most_broken = 2
+    assert sum(map(len, source)) == 4
+    source = images(paths)
+    source.most_broken = 1
+    with pytest.raises(BadDataset, match=r"2 of 6 pictures cannot be read.*3\.png"):
+        list(source)
 
 
 def test_progress_counts_broken_images_too(tmp_path: Path) -> None:
@@ -174,26 +190,33 @@ def test_where_all_images_are_broken_there_is_nothing_to_learn(tmp_path: Path) -
     assert len(source.broken) == 3
 
 
-def test_the_bit_depth_is_that_of_the_deepest_image(tmp_path: Path) -> None:
-    paths = [picture(tmp_path / "0.png"), deep(tmp_path / "1.png", 10), deep(tmp_path / "2.png", 8)]
-    assert measure_bit_depth(paths) == 10
-    assert measure_bit_depth([*paths, deep(tmp_path / "9.png", 12)]) == 12
-    assert measure_bit_depth(paths[:1]) == 8
+def test_8_bit_files_and_files_that_fill_16_say_their_bit_depth(tmp_path: Path) -> None:
+    plain, full = picture(tmp_path / "0.png"), deep(tmp_path / "1.png", 16)
+    assert bit_depth_of([plain]) == 8
+    assert bit_depth_of([plain, full]) == 16
+
+
+@pytest.mark.parametrize(
+    ("bits", "may_be"), [(8, "10, 12, 14 or 16"), (12, "12, 14 or 16"), (14, "14 or 16")]
+)
+def test_darker_ones_do_not_and_are_asked_about(tmp_path: Path, bits: int, may_be: str) -> None:
+    paths = [picture(tmp_path / "0.png"), deep(tmp_path / "1.png", bits)]
+    with pytest.raises(BadDataset, match=f"no value above {2**bits - 1}.*gives, probably {may_be}"):
+        bit_depth_of(paths)
 
 
 def test_a_broken_image_does_not_count_for_the_bit_depth(tmp_path: Path) -> None:
-    twelve, torn = deep(tmp_path / "1.png", 12), deep(tmp_path / "2.png", 16)
+    plain, torn = picture(tmp_path / "1.png"), deep(tmp_path / "2.png", 12)
     torn.write_bytes(torn.read_bytes()[:-40])
-    gone = tmp_path / "gone.png"
-    assert measure_bit_depth([torn, twelve, gone]) == 12
-    assert measure_bit_depth([torn, gone]) == 8
+    assert bit_depth_of([torn, plain]) == 8
+    assert bit_depth_of([torn]) == 8
 
 
-def test_a_picture_deeper_than_the_known_bit_depth_is_broken_not_clipped(tmp_path: Path) -> None:
+def test_a_picture_deeper_than_the_known_bit_depth_ends_it_with_what_to_do(tmp_path: Path) -> None:
     paths = [deep(tmp_path / "1.png", 10), deep(tmp_path / "2.png", 12)]
     source = Images(paths, meta(bit_depth=10), 4, QUIET)
-    assert len(next(iter(source))) == 1
-    assert list(source.broken) == paths[1:]
+    with pytest.raises(BadDataset, match=r"2\.png has values up to 4095.*12, 14 or 16: bit_depth"):
+        list(source)
 
 
 def test_pictures_longer_than_4_to_1_are_told_with_what_to_do(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from support.progress import Said
 from workers.commands import summarise_training
 from workers.learning.retrain import Retrain, retrain
 from workers.learning.strange import GAP, LABEL, SIDE
-from workers.progress import Progress
+from workers.progress import Progress, Tick
 from workers.sample_parts.drawing import draw_part
 
 CATEGORY = "bracket"
@@ -269,13 +269,130 @@ def test_a_bank_of_one_row_is_refused_and_not_taken_for_one_that_judges(patchcor
 
 
 def test_broken_images_are_named_and_the_others_learned(line: Line) -> None:
-    paths = put(line.train, *range(8))
+    paths = put(line.train, *range(20))
     paths[2].write_bytes(b"no picture")
     paths[7].write_bytes(paths[7].read_bytes()[:500])
     report = line.learn()
-    assert report["images"]["learned"] == 6
+    assert report["images"]["learned"] == 18
     assert set(report["images"]["skipped"]) == {str(paths[2]), str(paths[7])}
-    assert len(line.known().learned) == 6
+    assert len(line.known().learned) == 18
+
+
+def test_more_than_one_broken_picture_in_ten_is_no_success(line: Line) -> None:
+    paths = put(line.train, *range(12))
+    for path in paths[4:6]:
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(BadDataset, match=r"2 of 12 pictures cannot be read.*0004\.png"):
+        line.learn()
+    assert not line.out.exists()
+    paths[4].unlink()  # one of eleven
+    assert line.learn()["images"]["learned"] == 10
+
+
+def test_broken_test_pictures_count_too(patchcore: Line) -> None:
+    put(patchcore.train, *range(6))
+    for path in put(patchcore.test / "anomaly", *range(4), defect="stain"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(BadDataset, match="4 of 10 pictures cannot be read"):
+        patchcore.learn()
+
+
+class Unmounting(Progress):
+    """Takes the pictures away once some were read, as a network drive that goes does."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(quiet=True)
+        self._folder = folder
+
+    def phase(self, name: str) -> Tick:
+        def tick(done: int, total: int) -> None:
+            if done == 4 and name == "images":
+                shutil.rmtree(self._folder)
+
+        return tick
+
+
+def test_pictures_that_go_away_while_they_are_read_end_the_training(line: Line) -> None:
+    put(line.train, *range(40))
+    with pytest.raises(BadDataset, match=r"cannot be read: No such file.*see that they are all"):
+        retrain(line.request(), Unmounting(line.train))
+    assert not line.out.exists()
+
+
+# ---- 16 bits ----------------------------------------------------------------------------------
+
+
+def put_deep(folder: Path, *seeds: int, highest: int) -> list[Path]:
+    """Parts of a camera with more than 8 bits, grey, whose brightest pixel is `highest`."""
+    paths = put(folder, *seeds)
+    for path in paths:
+        grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE).astype(float)
+        cv2.imwrite(str(path), (grey / grey.max() * highest).round().astype(np.uint16))
+    return paths
+
+
+def test_a_dark_set_of_16_bit_files_is_not_guessed_from_but_asked_about(patchcore: Line) -> None:
+    put_deep(patchcore.train, *range(5), highest=835)
+    with pytest.raises(BadDataset, match=r"no value above 835.*10, 12, 14 or 16.*bit_depth"):
+        patchcore.learn()
+    assert not patchcore.out.exists()
+    patchcore.learn(bit_depth=12)
+    assert patchcore.written()["bit_depth"] == 12
+    put_deep(patchcore.train, 5, highest=4000)  # a glint: no flag is needed any more
+    assert patchcore.go_on()["images"]["learned"] == 1
+    assert patchcore.written()["bit_depth"] == 12
+
+
+def test_files_that_fill_16_bits_leave_no_doubt(patchcore: Line) -> None:
+    put_deep(patchcore.train, *range(5), highest=50_000)
+    patchcore.learn()
+    assert patchcore.written()["bit_depth"] == 16
+
+
+def test_an_update_raises_the_bit_depth_and_learns_all_anew_where_all_is_there(line: Line) -> None:
+    paths = put_deep(line.train, *range(8), highest=835)
+    line.learn(bit_depth=10)  # as a Kensa that guessed had it
+    before = line.content()
+    put_deep(line.train, 8, 9, highest=3000)
+    with pytest.raises(BadDataset, match=r"0008\.png has values up to 3000.*12, 14 or 16"):
+        line.go_on()
+    assert line.content() == before
+    said = Said()
+    report = line.go_on(said, bit_depth=12)
+    assert "bit_depth was 10 and is now 12: all 10 pictures are learned anew" in said.text
+    assert (report["images"]["known"], line.written()["bit_depth"]) == (0, 12)
+    line.train.joinpath("new").mkdir()
+    anew = replace(line.request(bit_depth=12), out_dir=line.folder / "anew")
+    retrain(anew, QUIET)
+    name = LEARNED[line.kind]
+    with np.load(line.out / name) as ours, np.load(anew.out_dir / name) as other:
+        assert all(np.array_equal(ours[key], other[key]) for key in other.files)
+    paths[0].unlink()
+    with pytest.raises(BadDataset, match=r"1 of 10 pictures that .* are no longer there"):
+        line.go_on(bit_depth=14)
+
+
+def test_a_bit_depth_that_was_changed_in_meta_json_by_hand_is_noticed(patchcore: Line) -> None:
+    put_deep(patchcore.train, *range(6), highest=835)
+    patchcore.learn(bit_depth=10)
+    meta = patchcore.out / "meta.json"
+    meta.write_text(json.dumps({**patchcore.written(), "bit_depth": 12}))
+    put_deep(patchcore.train, 6, highest=3000)
+    assert patchcore.go_on()["images"]["known"] == 0
+    assert patchcore.written()["bit_depth"] == 12
+
+
+def test_a_folder_that_mixes_8_and_16_bits_is_told_in_log_summary_and_report(
+    patchcore: Line,
+) -> None:
+    put(patchcore.train, *range(4))
+    put_deep(patchcore.train, 4, 5, highest=60_000)
+    said = Said()
+    report = retrain(patchcore.request(), said)
+    (note,) = report["notes"]
+    assert "2 pictures have 16 bits, such as 0004.png, and 4 have 8, such as 0000.png" in note
+    assert f"note: {note}" in said.lines
+    assert f"note         {note}" in summarise_training(report, patchcore.out)
 
 
 # ---- strange pictures -------------------------------------------------------------------------
