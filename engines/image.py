@@ -42,7 +42,13 @@ from engines.errors import BadImage, ImageTooLarge, UnsupportedImage
 Pixels = NDArray[Any]  # uint8 or uint16, (H, W) grey or (H, W, 3) RGB
 Resizing = Literal["each_axis"]  # as meta.json names it; see `resize`
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"}
+# Pictures that are not read: whoever finds them in a folder says so.
+OTHER_PICTURES = {
+    ".webp", ".heic", ".heif", ".avif", ".gif", ".jp2", ".j2k", ".jxl", ".jxr", ".apng", ".svg",
+    ".pgm", ".ppm", ".pnm", ".pbm", ".pfm", ".tga", ".exr", ".hdr", ".psd", ".ico", ".btf", ".raw",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".mp4", ".avi", ".mov", ".mkv",
+}  # fmt: skip
 MAX_SIDE = 65_535  # pixels: JPEG's own limit, far below the one of cv2
 _MAX_PNG_CHUNKS = 100_000  # 32 MiB of empty chunks would keep a thread busy for seconds
 _MAX_JPEG_SCANS = 500  # 883 scans over 16 million pixels, in 58 KB, took 2.3 s; 1 to 20 are usual
@@ -88,11 +94,13 @@ DEFAULT_LIMITS = ImageLimits()
 
 def files_in(folder: Path) -> list[Path]:
     """The image files of a folder by the endings of their names, sorted; none if it is missing."""
-    return sorted(
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden names; nothing if it is missing."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in there if not path.name.startswith("."))
 
 
 def load(

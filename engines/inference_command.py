@@ -100,10 +100,13 @@ def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:
 def _images(data: Path) -> list[Path]:
     if data.is_file():
         return [data]
-    paths = image.files_in(data)
+    read = image.SUFFIXES
+    paths = [
+        path for path in image.visible(data) if path.suffix.lower() in read | image.OTHER_PICTURES
+    ]  # the others are refused one by one, rather than passed over
     if not data.exists():
         raise BadDataset(f"{data} does not exist: -d takes an image or a folder of images.")
-    if not paths:
+    if not any(path.suffix.lower() in read for path in paths):
         raise BadDataset(f"{data} holds no images ({', '.join(sorted(image.SUFFIXES))}).")
     return paths
 

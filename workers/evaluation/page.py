@@ -232,7 +232,7 @@ def _case(part: Seen, threshold: float, overlays: Path, bit_depth: int | None) -
         ("anomaly", "Normal"): "Missed defect",
         ("anomaly", "Anomaly"): "Defect, found",
     }[part.group, part.label]
-    name = escape(part.path.name)
+    name = escape(part.name)
     return (
         f'<article class="case"><div><img alt="{name}" src="{_data_uri(picture)}">'
         f'<img alt="{name}, overlay" src="{_data_uri(overlay)}"></div>'

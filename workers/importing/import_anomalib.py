@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
-from engines.image import files_in
 from engines.meta import Kind, Meta
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
@@ -24,7 +23,7 @@ from workers.converting.parity import FLOAT32_LIMIT
 from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate
-from workers.learning.dataset import MOST_BROKEN, Images, bit_depth_of
+from workers.learning.dataset import MOST_BROKEN, Images, bit_depth_of, find_pictures
 from workers.models.patchcore import NEIGHBOURS
 from workers.progress import Progress
 
@@ -289,7 +288,7 @@ def _read_pictures(
     folder: Path, bit_depth: int | None, meta: Meta, progress: Progress
 ) -> tuple[Meta, NDArray[np.uint8]]:
     """meta.json with their bit depth, and the pictures (n, S, S, 3) of a folder."""
-    paths = files_in(folder)
+    paths = find_pictures(folder, progress)
     if not paths:
         raise BadDataset(f"{folder} holds no images: --images takes a folder of normal parts.")
     meta = meta.with_(bit_depth=bit_depth or bit_depth_of(paths))

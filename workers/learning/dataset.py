@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from workers.progress import Progress, Tick
 T = TypeVar("T")
 
 THREADS = 2  # decoding; the backbone takes the rest of the machine
+NAMED = 5  # files that a sentence names
 MOST_BROKEN = 10  # one in so many pictures may be broken; more would make another training
 SURE = 1 << 14  # a value from which on all 16 bits are filled, whatever the scene
 LONG = 4  # times as long as wide: pressed into a square, little is left of the longer side
@@ -27,11 +29,16 @@ LONG = 4  # times as long as wide: pressed into a square, little is left of the 
 
 @dataclass(frozen=True)
 class Category:
-    """The images of one category in the layout of the README."""
+    """The images of one category in the layout of the README.
+
+    Attributes:
+        passed_over: what lies beside them and is no part of it: where and what, and the files.
+    """
 
     train: list[Path]
     test_normal: list[Path]
     test_anomaly: list[Path]
+    passed_over: dict[str, list[Path]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -57,14 +64,102 @@ class Category:
                 if there
                 else f"{folder} does not exist: put the normal images there."
             )
-        train = image.files_in(folder)
-        if not train:
+        train = _below(folder, _is_good)
+        if not train.images:
             raise BadDataset(
                 f"{folder} holds no images: put normal images there"
                 f" ({', '.join(sorted(image.SUFFIXES))})."
+                f" {' '.join(notes_on_passed_over(train.passed_over))}".rstrip()
             )
-        test = root / "test" / name
-        return cls(train, image.files_in(test / "normal"), image.files_in(test / "anomaly"))
+        tests = find_tests(root, name)
+        return cls(
+            train.images,
+            tests.test_normal,
+            tests.test_anomaly,
+            {**train.passed_over, **tests.passed_over},
+        )
+
+
+def find_tests(root: Path, name: str) -> Category:
+    """The test images of a category, without those to learn from; none where there are none."""
+    folder = root / "test" / name
+    beside = _below(folder, _none, leave_out=("normal", "anomaly"))
+    normal = _below(folder / "normal", _is_good)
+    anomaly = _below(folder / "anomaly", _is_no_good)
+    over = {**beside.passed_over, **normal.passed_over, **anomaly.passed_over}
+    if beside.images:
+        over[f"{folder}: neither in normal nor in anomaly"] = beside.images
+    return Category([], normal.images, anomaly.images, over)
+
+
+def find_pictures(folder: Path, progress: Progress) -> list[Path]:
+    """The images of a folder of normal parts; what is passed over is told."""
+    found = _below(folder, _is_good)
+    for note in notes_on_passed_over(found.passed_over):
+        progress.say(note)
+    return found.images
+
+
+def notes_on_passed_over(passed_over: dict[str, list[Path]]) -> list[str]:
+    """What was passed over, a sentence for each kind: how many, and what they are called."""
+    return [
+        f"Passed over {len(paths)} in {where}: {', '.join(path.name for path in paths[:NAMED])}"
+        f"{' and others' if len(paths) > NAMED else ''}."
+        for where, paths in passed_over.items()
+    ]
+
+
+class _Found(NamedTuple):
+    images: list[Path]
+    passed_over: dict[str, list[Path]]
+
+
+def _is_good(folder: str) -> bool:
+    """Whether a folder's name says that normal parts are in it."""
+    return folder.lower() in {"good", "normal", "ok"}
+
+
+def _is_no_good(folder: str) -> bool:
+    return not _is_good(folder)
+
+
+def _every(_: str) -> bool:
+    return True
+
+
+def _none(_: str) -> bool:
+    return False
+
+
+def _below(folder: Path, belongs: Callable[[str], bool], leave_out: tuple[str, ...] = ()) -> _Found:
+    """The images of a folder and of the folders in it that belong to it, and what is passed over.
+
+    Args:
+        belongs: whether a folder of that name does.
+        leave_out: folders that somebody else looks into.
+    """
+    images, over = [], defaultdict[str, list[Path]](list)
+    for path in image.visible(folder):
+        ending = path.suffix.lower()
+        if path.is_dir():
+            if path.name in leave_out:
+                continue
+            if path.resolve() in folder.resolve().parents or path.resolve() == folder.resolve():
+                continue  # a link in a circle
+            inside = _below(path, _every if belongs(path.name) else _none)
+            over |= inside.passed_over
+            if belongs(path.name):
+                images += inside.images
+            elif inside.images:
+                over[f"{path}, which is none of the folders that are read"] = inside.images
+        elif ending in image.OTHER_PICTURES:
+            over[f"{folder} that end in {ending} (save them as PNG, JPEG, BMP or TIFF)"] += [path]
+        elif ending in image.SUFFIXES:
+            if path.is_file():
+                images.append(path)
+            else:
+                over[f"{folder} that are links to nowhere"] += [path]
+    return _Found(images, dict(over))
 
 
 class File(NamedTuple):

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
-from workers.learning.dataset import MOST_BROKEN, Category, Images, check_broken, notes_on
+from workers.learning.dataset import (
+    MOST_BROKEN,
+    Category,
+    Images,
+    check_broken,
+    notes_on,
+    notes_on_passed_over,
+)
 from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
 from workers.learning.normal_scores import USUAL_SCALE, NormalScores
@@ -86,7 +93,8 @@ class Course:
     def notes(self) -> list[str]:
         """What a person should know of the pictures that were read."""
         files = {path: file for images in self.read for path, file in images.files.items()}
-        return notes_on(files, self.meta.image_size)
+        passed_over = notes_on_passed_over(self.category.passed_over)
+        return [*passed_over, *notes_on(files, self.meta.image_size)]
 
     def _images(self, paths: list[Path], phase: str) -> Images:
         found = Images(paths, self.meta, self.how.batch, self.progress)

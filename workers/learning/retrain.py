@@ -100,6 +100,9 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "strange": [str(path) for path in learned.normals.strange],
             "skipped": learned.broken,
         },
+        "passed_over": {
+            where: [str(path) for path in paths] for where, paths in category.passed_over.items()
+        },
         "bit_depth": meta.bit_depth,
         "notes": learned.notes,
         "tested": learned.tested,

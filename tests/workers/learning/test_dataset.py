@@ -14,7 +14,7 @@ from engines import image
 from engines.errors import BadDataset
 from engines.meta import Meta
 from support.project import PATCHCORE
-from workers.learning.dataset import Category, Images, bit_depth_of, notes_on
+from workers.learning.dataset import Category, Images, bit_depth_of, notes_on, notes_on_passed_over
 from workers.models import Training, patchcore
 from workers.progress import Progress
 
@@ -70,6 +70,70 @@ def test_hidden_files_subfolders_and_other_files_are_not_images(tmp_path: Path) 
     found = Category.find(tmp_path, "cat")
     assert [path.name for path in found.train] == ["good.png"]
     assert (found.test_normal, found.test_anomaly) == ([], [])
+
+
+def test_good_folders_and_folders_of_defects_are_read(tmp_path: Path) -> None:
+    train, test = tmp_path / "train" / "cat", tmp_path / "test" / "cat"
+    good = [picture(train / "1.png"), picture(train / "good" / "2.png")]
+    normal = [picture(test / "normal" / "3.png"), picture(test / "normal" / "OK" / "4.png")]
+    defects = [picture(test / "anomaly" / kind / "5.png") for kind in ("dent", "scratch")]
+    found = Category.find(tmp_path, "cat")
+    assert (found.train, found.test_normal, found.test_anomaly) == (good, normal, defects)
+    assert found.passed_over == {}
+
+
+def test_jpegs_by_their_other_names_are_read(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / "train" / "cat" / name) for name in ("a.jpg", "b.jpg")]
+    ends = (".jfif", ".JPE")
+    renamed = [path.rename(path.with_suffix(end)) for path, end in zip(paths, ends, strict=True)]
+    found = Category.find(tmp_path, "cat").train
+    assert found == renamed
+    assert len(next(iter(images(found)))) == 2
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path: Path) -> None:
+    train, test = tmp_path / "train" / "cat", tmp_path / "test" / "cat"
+    picture(train / "1.png")
+    for name in ("b.webp", "a.WEBP", "c.heic", "notes.txt", ".hidden.webp"):
+        (train / name).write_bytes(b"RIFF")
+    (train / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (train / "good").mkdir()
+    (train / "good" / "circle").symlink_to(train)
+    picture(train / "defects" / "2.png")
+    picture(test / "good" / "3.png")
+    picture(test / "4.png")
+    picture(test / "anomaly" / "good" / "5.png")
+    found = Category.find(tmp_path, "cat")
+    assert [path.name for path in found.train] == ["1.png"]
+    assert (found.test_normal, found.test_anomaly) == ([], [])
+    notes = notes_on_passed_over(found.passed_over)
+    for said in (
+        f"Passed over 2 in {train} that end in .webp (save them as PNG, JPEG, BMP or TIFF): a.WEBP",
+        f"Passed over 1 in {train} that end in .heic",
+        f"Passed over 1 in {train} that are links to nowhere: gone.png.",
+        f"Passed over 1 in {train / 'defects'}, which is none of the folders that are read: 2.png.",
+        f"Passed over 1 in {test / 'good'}, which is none",
+        f"Passed over 1 in {test}: neither in normal nor in anomaly: 4.png.",
+        f"Passed over 1 in {test / 'anomaly' / 'good'}, which is none",
+    ):
+        assert sum(note.startswith(said) for note in notes) == 1, said
+    assert len(notes) == 7
+
+
+def test_many_names_are_cut_short(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "cat" / "1.png")
+    for number in range(40):
+        (tmp_path / "train" / "cat" / f"{number:02}.webp").touch()
+    (note,) = notes_on_passed_over(Category.find(tmp_path, "cat").passed_over)
+    assert note.startswith("Passed over 40 in")
+    assert note.endswith(": 00.webp, 01.webp, 02.webp, 03.webp, 04.webp and others.")
+
+
+def test_a_folder_of_nothing_but_other_pictures_says_so(tmp_path: Path) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "a.heic").touch()
+    with pytest.raises(BadDataset, match=r"holds no images.*Passed over 1 .*\.heic.*a\.heic"):
+        Category.find(tmp_path, "cat")
 
 
 def test_the_test_images_of_the_category_are_found(tmp_path: Path) -> None:

@@ -319,6 +319,22 @@ def test_pictures_that_go_away_while_they_are_read_end_the_training(line: Line) 
     assert not line.out.exists()
 
 
+def test_what_is_passed_over_is_told_in_log_summary_and_report(patchcore: Line) -> None:
+    put(patchcore.train, *range(6))
+    (patchcore.train / "6.webp").touch()
+    put(patchcore.test / "anomaly" / "stain", 7, defect="stain")
+    said = Said()
+    report = retrain(patchcore.request(), said)
+    (note,) = report["notes"]
+    assert note.startswith("Passed over 1 in")
+    assert note.endswith("6.webp.")
+    assert f"note: {note}" in said.lines
+    assert f"note         {note}" in summarise_training(report, patchcore.out)
+    kept = json.loads((patchcore.out / "report.json").read_text())
+    assert list(kept["passed_over"].values()) == [[str(patchcore.train / "6.webp")]]
+    assert kept["tested"] == {"normal": 0, "anomaly": 1}
+
+
 # ---- 16 bits ----------------------------------------------------------------------------------
 
 
