@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import cache_folder, run, summarise_conversion
+from workers.commands import cache_folder, run, show, summarise_conversion
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.converting.convert import Convert, convert
 
         report = convert(Convert(**flags, cache=cache_folder()), progress)
-        print("\n".join(summarise_conversion(report, flags["out_dir"])))
+        show(summarise_conversion(report, flags["out_dir"]))
 
     return run(work, progress)
 

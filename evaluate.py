@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 
-from workers.commands import run
+from workers.commands import run, show
 from workers.progress import Progress
 
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.evaluation.evaluate import Evaluate, evaluate, summarise_evaluation
 
         report = evaluate(Evaluate(**flags), progress)
-        print("\n".join(summarise_evaluation(report, flags["out_dir"])))
+        show(summarise_evaluation(report, flags["out_dir"]))
 
     return run(work, progress)
 

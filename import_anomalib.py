@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import run
+from workers.commands import run, show
 from workers.progress import Progress
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.importing.import_anomalib import Import, import_anomalib, summarise_import
 
         report = import_anomalib(Import(**flags), progress)
-        print("\n".join(summarise_import(report, flags["out_dir"])))
+        show(summarise_import(report, flags["out_dir"]))
 
     return run(work, progress)
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import run, summarise_training
+from workers.commands import run, show, summarise_training
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.learning.retrain import Retrain, retrain
 
         report = retrain(Retrain(**flags), progress)
-        print("\n".join(summarise_training(report, flags["out_dir"])))
+        show(summarise_training(report, flags["out_dir"]))
 
     return run(work, progress)
 

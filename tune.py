@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import INTERRUPTED, run
+from workers.commands import INTERRUPTED, run, show
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.learning.tune import summarise_search, tune
 
         found = tune(request := Tune(**flags), progress)
-        print("\n".join(summarise_search(request, found)))
+        show(summarise_search(request, found))
         stopped = found.stopped
 
     return run(work, progress) or (INTERRUPTED if stopped else 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EXIT_CODE, KensaError
+from engines.files import print_anything, printable
 from engines.store.bundle import STRANGE
 from workers.progress import Progress
 
@@ -29,6 +30,7 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         0, 2 for what the user can mend (`KensaError`, a file or folder that cannot be written),
         130 after Ctrl-C. Anything else is a fault of ours and leaves with its traceback.
     """
+    print_anything()
     hush_libraries()
     try:
         work()
@@ -45,6 +47,11 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         progress.fail("Stopped. Nothing was changed.")
         return INTERRUPTED
     return 0
+
+
+def show(summary: list[str]) -> None:
+    """Print what a command did, for a person."""
+    print(printable("\n".join(summary)), flush=True)  # noqa: T201
 
 
 def cache_folder() -> Path | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
 from engines.errors import BadRequest
+from engines.files import printable
 from engines.image import SUFFIXES
 
 _MAX_NAME = 128  # characters
@@ -51,7 +51,7 @@ def is_image(name: str) -> bool:
 
 def shown(name: str) -> str:
     """A name from the disk as JSON can hold it: it need not be UTF-8."""
-    return os.fsencode(name).decode("utf-8", "replace")
+    return printable(name)
 
 
 def readable(name: bytes) -> str:

@@ -219,6 +219,31 @@ def test_the_threshold_of_the_command_is_on_the_raw_score(
     assert sum(row["decision"] == "Anomaly" for row in rows) == len(scores) - 2
 
 
+def test_no_name_and_no_terminal_loses_the_verdicts_of_a_folder(
+    seed: Path, spec: dict[str, Done], tmp_path: Path
+) -> None:
+    """Names as Japanese Windows writes them into a zip, and a stdout that knows ASCII only."""
+    engine, parts = seed / "models" / "PatchCore" / "engine", tmp_path / "parts"
+    parts.mkdir()
+    picture = sorted((seed / "data/test" / CATEGORY / "anomaly").iterdir())[0].read_bytes()
+    for name in ("1.png", "2検査.png", "3" + os.fsdecode("検査.png".encode("cp932"))):
+        (parts / name).write_bytes(picture)
+    command: list[str | Path] = [ROOT / "bin/patchcore", "-e", engine / "model.onnx"]
+    command += ["-m", engine / "memory_bank.npz", "-d", parts, "-i", "256", "-t", "100"]
+    done = run(*command, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    names = ["1.png", "2検査.png", r"3\x8c\x9f\x8d\xb8.png"]
+    rows = table(tmp_path / "result_patchcore.csv")
+    assert [row["filename"] for row in rows] == names
+    assert len(done.stdout.splitlines()) == 3
+    (parts / "4.webp").write_bytes(b"RIFF0000WEBPVP8 ")
+    (parts / "5.png").symlink_to(tmp_path / "nowhere.png")
+    done = run(*command, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "4.webp: not judged: " in done.stderr
+    assert "5.png: not judged: it cannot be read: No such file" in done.stderr
+    assert [row["filename"] for row in table(tmp_path / "result_patchcore.csv")] == names
+
+
 # ---- variations -------------------------------------------------------------------------------
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,7 +21,7 @@ import numpy as np
 
 from engines import image
 from engines.errors import BadBundle, BadDataset, BadImage, BadRequest
-from engines.files import staged
+from engines.files import json_text, printable, staged
 from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.runtimes.openvino import OpenVINORuntime
@@ -46,6 +46,7 @@ PREDICTIONS = "predictions.csv"
 EVALUATION = "evaluation.json"
 PAGE = "evaluation.html"
 OVERLAYS = "overlays"
+SEPARATORS = r"[/\\]"
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
         }
         report["notes"] = [*passed_over, *_notes(request, model, report)]
         _write_predictions(folder / PREDICTIONS, seen)
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
+        (folder / EVALUATION).write_text(json_text(report), encoding="utf-8")
         page = evaluation_page(
             report,
             seen,
@@ -112,7 +112,7 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
             model.meta,
             read_strange(request.model_dir, model.meta),
         )
-        (folder / PAGE).write_text(page, encoding="utf-8")
+        (folder / PAGE).write_text(printable(page), encoding="utf-8")
     return report
 
 
@@ -336,7 +336,9 @@ def _look(test: _Test, model: _Model, threshold: float, overlay: Path) -> Seen:
 
 def _overlay_names(tests: list[_Test]) -> dict[Path, str]:
     """A file name per image, with the group before it; the ending stays where a stem is twice."""
-    flat = {test.path: f"{test.group}_{test.name.replace('/', '_')}" for test in tests}
+    flat = {
+        test.path: f"{test.group}_{re.sub(SEPARATORS, '_', printable(test.name))}" for test in tests
+    }
     stems = Counter(Path(name).stem for name in flat.values())
     names, taken = {}, set[str]()
     for path, name in flat.items():
@@ -499,4 +501,4 @@ def _write_predictions(path: Path, seen: list[Seen]) -> None:
         for part in seen:
             numbers = f"{part.raw_score:.9g}", f"{part.score:.6f}"  # 9 digits: float32 in full
             correct = str(part.correct).lower()
-            table.writerow([part.name, part.group, *numbers, part.label, correct])
+            table.writerow([printable(part.name), part.group, *numbers, part.label, correct])

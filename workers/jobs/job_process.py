@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadBundle, BadWeights, KensaError, NoWorker, UnknownVersion
+from engines.files import print_anything, printable
 from engines.logs import FORMAT, set_up
 from engines.machine import job_memory
 from engines.meta import Meta
@@ -49,6 +50,7 @@ def main(data: Path, job_id: str, kind: str) -> int:
     """Do the job on stdin, and leave result.json."""
     die_with_parent()
     give_way()
+    print_anything()
     hush_libraries()
     set_up("warning", os.environ.get(FORMAT, "text"), "job")
     folder = JobFolder(data, job_id)
@@ -67,6 +69,8 @@ def main(data: Path, job_id: str, kind: str) -> int:
         progress.say(traceback.format_exc())
         sentence = "The job failed in a way nobody foresaw; its log says how."
         ended = {"state": "failed", "code": "internal_error", "error": sentence}
+    if "error" in ended:
+        ended["error"] = printable(ended["error"])  # it may name a file whose name is not UTF-8
     folder.clean()
     try:
         progress.end(ended)

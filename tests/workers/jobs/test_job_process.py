@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engines.queue.job_folder import JobFolder
+from engines.queue.protocol import PACE
 from engines.store.bundle import REPORT, write_report
 from engines.store.versions import Store
 from support.plans import seal, tiny_bank, tiny_bundle
+from support.project import ROOT
 from workers.jobs.job_process import MOST_NAMES, MOST_NOTES, MOST_OF_A_NAME, MOST_OF_A_NOTE, do
 from workers.progress import Progress
 
@@ -58,6 +65,24 @@ def test_what_else_is_to_know_of_the_pictures_is_told_and_bounded(tmp_path: Path
 def test_where_all_were_learned_there_is_nothing_to_do(tmp_path: Path) -> None:
     images = ended(tmp_path, {"learned": 9, "skipped": {}})["images"]
     assert (images["strange"], images["names"], images["note"]) == (0, [], None)
+
+
+def test_an_error_that_names_a_file_whose_name_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    (train / os.fsdecode("検査.png".encode("cp932"))).write_bytes(b"no picture")
+    meta = {"backbone": "resnet18", "layers": ["layer2"], "coreset_ratio": 0.1, "image_size": 64}
+    asked = {"model": "part", "category": "bolt", "kind": "patchcore", "meta": meta}
+    done = subprocess.run(
+        [sys.executable, "-m", "workers.jobs.job_process", str(tmp_path), JOB, "retrain"],
+        input=json.dumps({**asked, "pretrained": "untrained"}), text=True, cwd=ROOT,
+        env={**os.environ, PACE: "full"}, check=True,
+    )  # fmt: skip
+    found = JobFolder(tmp_path, JOB).result()
+    assert found is not None, done
+    assert (found["state"], found["code"]) == ("failed", "bad_dataset")
+    assert r"\x8c\x9f\x8d\xb8.png" in found["error"]
+    assert found["error"].encode()
 
 
 @pytest.mark.parametrize("report", [None, "many", []])

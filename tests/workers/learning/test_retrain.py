@@ -6,6 +6,7 @@ Real models, tiny: untrained backbones at 64 pixels.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from engines.store.bundle import read_strange
 from engines.store.golden import Golden
 from engines.store.known_scores import SCORES, KnownScores
 from support.progress import Said
-from workers.commands import summarise_training
+from workers.commands import show, summarise_training
 from workers.learning.retrain import Retrain, retrain
 from workers.learning.strange import GAP, LABEL, SIDE
 from workers.progress import Progress, Tick
@@ -409,6 +410,28 @@ def test_a_folder_that_mixes_8_and_16_bits_is_told_in_log_summary_and_report(
     assert "2 pictures have 16 bits, such as 0004.png, and 4 have 8, such as 0000.png" in note
     assert f"note: {note}" in said.lines
     assert f"note         {note}" in summarise_training(report, patchcore.out)
+
+
+def test_names_that_are_not_utf_8_are_written_escaped(
+    patchcore: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(patchcore.train, *range(12))
+    name = os.fsdecode("検査".encode("cp932"))
+    (patchcore.train / f"{name}.png").write_bytes(b"no picture")
+    (patchcore.train / f"{name}.webp").touch()
+    put_strange(patchcore.train, "0003_b.png")
+    (patchcore.train / "0003_b.png").rename(patchcore.train / f"0003{name}.png")
+    log = patchcore.folder / "retrain.log"
+    report = retrain(patchcore.request(), Progress(log))
+    shown = r"\x8c\x9f\x8d\xb8"
+    show(summarise_training(report, patchcore.out))
+    told = capsys.readouterr().out
+    assert f"unlike what is known: 0003{shown}.png" in told
+    assert f"{shown}.webp" in told
+    assert f"skipped {patchcore.train}/{shown}.png" in log.read_text(encoding="utf-8")
+    kept = json.loads((patchcore.out / "report.json").read_text(encoding="utf-8"))
+    assert list(kept["images"]["skipped"]) == [f"{patchcore.train}/{shown}.png"]
+    assert kept["images"]["strange"] == [f"{patchcore.train}/0003{shown}.png"]
 
 
 # ---- strange pictures -------------------------------------------------------------------------
