@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from engines.image import ImageLimits
 from workers.commands import run, show
 from workers.progress import Progress
 
@@ -33,6 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " checkpoint without a threshold gets one from them")  # fmt: skip
     add("--bit_depth", type=int, choices=(8, 10, 12, 14, 16), help="bits that the camera gives, in"
         " 16-bit files of --images, and later of the line")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if parsed.layers is not None:
         parsed.layers = [layer.strip() for layer in parsed.layers.split(",")]
@@ -41,6 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     progress = Progress()
 
     def work() -> None:

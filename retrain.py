@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from engines.image import ImageLimits
 from workers.commands import run, show, summarise_training
 from workers.models import KINDS
 from workers.progress import Progress
@@ -50,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " learned anew")  # fmt: skip
     add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
         " (default on)")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if parsed.epochs < 1 or parsed.batch < 1:
         parser.error("--epochs and --batch must be at least 1")
@@ -66,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     log = flags.pop("log") == "on"
     progress = Progress(flags["out_dir"] / "retrain.log" if log else None)
 

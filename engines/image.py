@@ -24,7 +24,8 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -37,7 +38,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
-from engines.errors import BadImage, ImageTooLarge, UnsupportedImage
+from engines.errors import BadImage, BadSettings, ImageTooLarge, UnsupportedImage
 
 Pixels = NDArray[Any]  # uint8 or uint16, (H, W) grey or (H, W, 3) RGB
 Resizing = Literal["each_axis"]  # as meta.json names it; see `resize`
@@ -87,6 +88,42 @@ class ImageLimits:
 
     max_bytes: int = 32 * 1024 * 1024
     max_pixels: int = 16_000_000
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> ImageLimits:
+        """Those of the server that started this process; the usual ones where it says none.
+
+        Raises:
+            BadSettings: they are no numbers.
+        """
+        usual = cls().environment()
+        found = {name: environment.get(name) or value for name, value in usual.items()}
+        try:
+            return cls(*(int(value) for value in found.values()))
+        except ValueError:
+            raise BadSettings(f"{found} must be whole numbers.") from None
+
+    def environment(self) -> dict[str, str]:
+        """What `read` reads: settings of the server."""
+        return {
+            "KENSA_MAX_IMAGE_BYTES": str(self.max_bytes),
+            "KENSA_MAX_IMAGE_PIXELS": str(self.max_pixels),
+        }
+
+    @staticmethod
+    def add_flags(parser: ArgumentParser) -> None:
+        """Let a command take them as flags, as `of_flags` reads them."""
+        usual, add = ImageLimits(), parser.add_argument
+        add("--max_image_bytes", type=int, default=usual.max_bytes, metavar="N",
+            help=f"largest image file that is read (default {usual.max_bytes})")  # fmt: skip
+        add("--max_image_pixels", type=int, default=usual.max_pixels, metavar="N",
+            help="largest image that is read, width x height"
+            f" (default {usual.max_pixels})")  # fmt: skip
+
+    @classmethod
+    def of_flags(cls, flags: dict[str, Any]) -> ImageLimits:
+        """Take them out of the flags of a command."""
+        return cls(flags.pop("max_image_bytes"), flags.pop("max_image_pixels"))
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -185,7 +222,8 @@ def _read(data: bytes, limits: ImageLimits) -> Pixels:
         raise BadImage("The image is empty: 0 bytes.")
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(
-            f"The image file has {len(data):,} bytes, more than the {limits.max_bytes:,} allowed."
+            f"The image file has {len(data):,} bytes, more than the {limits.max_bytes:,} allowed"
+            " by KENSA_MAX_IMAGE_BYTES, or --max_image_bytes of a command."
         )
     for kind, (reader, magics) in _READERS.items():
         if data.startswith(magics):
@@ -212,7 +250,8 @@ def check_size(limits: ImageLimits, width: int, height: int) -> None:
     if width * height > limits.max_pixels or max(width, height) > MAX_SIDE:
         raise ImageTooLarge(
             f"The image is {width} x {height} pixels; allowed are {limits.max_pixels:,} in all "
-            f"and {MAX_SIDE:,} a side."
+            f"and {MAX_SIDE:,} a side: raise KENSA_MAX_IMAGE_PIXELS, or --max_image_pixels of a"
+            " command."
         )
 
 

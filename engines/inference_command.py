@@ -58,6 +58,7 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
             picture = image.load(
                 path.read_bytes(),
                 runtime.image_size,
+                flags.limits,
                 bit_depth=meta.bit_depth if meta else None,
                 resizing=meta.resize if meta else None,
             )
@@ -96,7 +97,9 @@ def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:
         " square input, pixels")  # fmt: skip
     add("-t", "--threshold", type=float, required=True, metavar="X", help="raw score above which a"
         " part is an anomaly")  # fmt: skip
+    image.ImageLimits.add_flags(parser)
     flags = parser.parse_args(arguments)
+    flags.limits = image.ImageLimits.of_flags(vars(flags))
     if not math.isfinite(flags.threshold):
         parser.error("-t must be a finite number")
     return flags

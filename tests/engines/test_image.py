@@ -7,6 +7,7 @@ import struct
 import time
 import tracemalloc
 import zlib
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from engines.errors import BadImage, ImageTooLarge, KensaError, UnsupportedImage
+from engines.errors import BadImage, BadSettings, ImageTooLarge, KensaError, UnsupportedImage
 from engines.image import ImageLimits, decode, load, measured_bit_depth, resize
 from support.damage import Damaged, damaged, picture, png, png_chunk, png_rows, saved, seeds, tiff
 
@@ -486,6 +487,30 @@ def test_limits_are_values_and_inclusive(name: str) -> None:
         decode(data, ImageLimits(max_bytes=len(data) - 1))
     with pytest.raises(ImageTooLarge, match="pixels"):
         decode(data, ImageLimits(max_pixels=height * width - 1))
+
+
+def test_limits_travel_through_the_environment_and_through_flags() -> None:
+    limits = ImageLimits(64_000_000, 20_000_000)
+    assert ImageLimits.read(limits.environment()) == limits
+    assert ImageLimits.read({}) == ImageLimits()
+    assert ImageLimits.read({"KENSA_MAX_IMAGE_PIXELS": "20000000"}).max_pixels == 20_000_000
+    with pytest.raises(BadSettings, match="whole numbers"):
+        ImageLimits.read({"KENSA_MAX_IMAGE_PIXELS": "many"})
+    parser = ArgumentParser()
+    ImageLimits.add_flags(parser)
+    asked = vars(parser.parse_args(["--max_image_pixels", "20000000"]))
+    assert ImageLimits.of_flags(asked) == ImageLimits(max_pixels=20_000_000)
+    assert asked == {}
+
+
+def test_what_is_too_large_says_which_limit_to_raise() -> None:
+    data = png(np.zeros((40, 50), np.uint8))
+    for limits, said in (
+        (ImageLimits(max_pixels=1999), "KENSA_MAX_IMAGE_PIXELS, or --max_image_pixels"),
+        (ImageLimits(max_bytes=20), "KENSA_MAX_IMAGE_BYTES, or --max_image_bytes"),
+    ):
+        with pytest.raises(ImageTooLarge, match=said):
+            decode(data, limits)
 
 
 def test_a_very_wide_picture_is_too_large_and_not_an_error_of_cv2() -> None:

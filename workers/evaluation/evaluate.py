@@ -22,6 +22,7 @@ import numpy as np
 from engines import image
 from engines.errors import BadBundle, BadDataset, BadImage, BadRequest
 from engines.files import json_text, printable, staged
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.runtimes.openvino import OpenVINORuntime
@@ -60,6 +61,7 @@ class Evaluate:
     masks: Path | None = None
     threshold: float | None = None  # raw score; None: the model's own
     worst: int = 8
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
@@ -79,10 +81,13 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
         threshold = model.scale.raw_threshold if request.threshold is None else request.threshold
         facts = _facts(request.model_dir, model)
         try:
-            seen, skipped = _look_at(tests, model, threshold, folder / OVERLAYS, progress)
+            seen, skipped = _look_at(request, tests, model, threshold, folder / OVERLAYS, progress)
         finally:
             model.runtime.close()
-        pixel = pixel_measures(seen, masks, model.meta.image_size, progress) if masks else None
+        pixel = None
+        if masks:
+            size = model.meta.image_size
+            pixel = pixel_measures(seen, masks, size, progress, request.limits)
         report: dict[str, Any] = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "category": request.category,
@@ -111,6 +116,7 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
             request.worst,
             model.meta,
             read_strange(request.model_dir, model.meta),
+            request.limits,
         )
         (folder / PAGE).write_text(printable(page), encoding="utf-8")
     return report
@@ -276,6 +282,7 @@ def _convert(trained: Path, engine: Path, progress: Progress) -> None:
 
 
 def _look_at(
+    request: Evaluate,
     tests: list[_Test],
     model: _Model,
     threshold: float,
@@ -297,7 +304,7 @@ def _look_at(
     tick = progress.phase("images")
     for done, test in enumerate(tests, 1):
         try:
-            seen.append(_look(test, model, threshold, overlays / names[test.path]))
+            seen.append(_look(test, model, request.limits, threshold, overlays / names[test.path]))
         except BadImage as error:
             skipped[str(test.path)] = str(error)
             progress.say(f"skipped {test.path}: {error}")
@@ -307,10 +314,10 @@ def _look_at(
     return seen, skipped
 
 
-def _look(test: _Test, model: _Model, threshold: float, overlay: Path) -> Seen:
+def _look(test: _Test, model: _Model, limits: ImageLimits, threshold: float, overlay: Path) -> Seen:
     """From the bytes of a file to a verdict, as serving does it, and to the overlay on disk."""
     began = time.perf_counter()
-    picture = image.decode(bytes_of(test.path), bit_depth=model.meta.bit_depth)  # (H, W, 3)
+    picture = image.decode(bytes_of(test.path), limits, model.meta.bit_depth)  # (H, W, 3)
     pixels = image.resize(picture, model.runtime.image_size, model.meta.resize)  # (S, S, 3)
     decoded = time.perf_counter()
     scores, maps = model.runtime.infer(pixels[None])  # (1,), (1, h, w)

@@ -119,7 +119,11 @@ def _at_most(errors: int | None, images: int) -> float | None:
 
 
 def pixel_measures(
-    seen: list[Seen], masks: Path, size: int, progress: Progress
+    seen: list[Seen],
+    masks: Path,
+    size: int,
+    progress: Progress,
+    limits: image.ImageLimits = image.DEFAULT_LIMITS,
 ) -> dict[str, Any] | None:
     """Compare the maps with the masks, pixel by pixel, at the size of the masks.
 
@@ -145,7 +149,7 @@ def pixel_measures(
     for done, part in enumerate(used, 1):
         tick(done, len(used))
         try:
-            labels = _regions_of(part, masks)
+            labels = _regions_of(part, masks, limits)
         except (BadImage, BadDataset) as error:
             refused[part.name] = str(error)
             progress.say(f"left out of the pixel measures: {error}")
@@ -200,13 +204,13 @@ def label_regions(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     return np.asarray(labels, np.int32)
 
 
-def _regions_of(part: Seen, masks: Path) -> NDArray[np.int32]:
+def _regions_of(part: Seen, masks: Path, limits: image.ImageLimits) -> NDArray[np.int32]:
     """The regions of an image (H, W); BadImage or BadDataset where its mask cannot be used."""
     if part.group == "normal":
         return np.zeros(part.size, np.int32)
     path = mask_path(masks, part.name)
     try:
-        mask = image.decode(bytes_of(path)).max(axis=2) > 0
+        mask = image.decode(bytes_of(path), limits).max(axis=2) > 0
     except BadImage as error:
         raise BadDataset(f"{path}: {error}") from None
     (height, width), (its_height, its_width) = part.size, mask.shape

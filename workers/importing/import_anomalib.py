@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Kind, Meta
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
@@ -42,6 +43,7 @@ class Import:
     image_size: int | None = None
     images: Path | None = None
     bit_depth: int | None = None
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
             _load_learned(checkpoint, meta, kind, model, folder / getattr(meta, kind.LEARNED))
         names, golden = [], None
         if request.images is not None:
-            meta, pictures = _read_pictures(request.images, request.bit_depth, meta, progress)
+            meta, pictures = _read_pictures(request, request.images, meta, progress)
             scores = kind.scores(model, [pictures])
             meta = _with_threshold(checkpoint, meta, pictures, scores)
             golden = _golden(pictures, scores, meta)
@@ -285,14 +287,15 @@ def _check_no_old_golden(request: Import) -> None:
 
 
 def _read_pictures(
-    folder: Path, bit_depth: int | None, meta: Meta, progress: Progress
+    request: Import, folder: Path, meta: Meta, progress: Progress
 ) -> tuple[Meta, NDArray[np.uint8]]:
     """meta.json with their bit depth, and the pictures (n, S, S, 3) of a folder."""
     paths = find_pictures(folder, progress)
     if not paths:
         raise BadDataset(f"{folder} holds no images: --images takes a folder of normal parts.")
-    meta = meta.with_(bit_depth=bit_depth or bit_depth_of(paths))
+    meta = meta.with_(bit_depth=request.bit_depth or bit_depth_of(paths, request.limits))
     images = Images(paths, meta, 4, progress, progress.phase("images"))
+    images.limits = request.limits
     images.most_broken = len(paths) // MOST_BROKEN
     batches = list(images)
     if not batches:

@@ -29,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engines.errors import EXIT_CODE, BadSettings, KensaError, NoShared
 from engines.files import write_atomically
+from engines.image import ImageLimits
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import RetrainRequest
@@ -189,7 +190,9 @@ def prepare(
     if kind != "retrain":
         return {}
     folder.root.mkdir(parents=True, exist_ok=True)
+    limits = ImageLimits.read(os.environ).environment()  # of the line, wherever it is learned
     wanted = {"device": fleet.device, "model": request["model"], "retrain": request}
+    wanted |= {"limits": limits}
     parent = start_version(data, RetrainRequest(**request))
 
     def send() -> str:

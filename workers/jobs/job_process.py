@@ -15,6 +15,7 @@ from typing import Any
 
 from engines.errors import BadBundle, BadWeights, KensaError, NoWorker, UnknownVersion
 from engines.files import print_anything, printable
+from engines.image import ImageLimits
 from engines.logs import FORMAT, set_up
 from engines.machine import job_memory
 from engines.meta import Meta
@@ -194,7 +195,8 @@ def _retrain(
     parent = start_version(data, request)
     source = None if parent is None else store.check(request.model, parent)
     weights = named_weights(data, request)
-    trained = _learn(request, parent, source, data / "datasets", weights, work, progress)
+    limits = ImageLimits.read(os.environ)
+    trained = _learn(request, parent, source, data / "datasets", weights, work, progress, limits)
     if not request.convert:
         return trained
     how = _as_before(data, source, request.category)
@@ -209,6 +211,7 @@ def _learn(
     weights: str | Path | None,
     work: Path,
     progress: JobProgress,
+    limits: ImageLimits,
 ) -> Path:
     """Learn on top of the version in `source`, or from nothing; the folder of what was made."""
     from workers.commands import summarise_training
@@ -248,6 +251,7 @@ def _learn(
             false_rejects_cap=request.false_rejects_cap,
             keep_strange=request.keep_strange,
             bit_depth=bit_depth,
+            limits=limits,
         ),
         progress,
     )
@@ -278,8 +282,10 @@ def _train_for_another(
         patiently(lambda: shared.pull(f"{device}/inputs", wanted["inputs"], source, ticked), folder)
         start = None if wanted["parent"] is None else source / "start"
     weights = named_weights(source, request)
+    limits = ImageLimits.read(wanted.get("limits") or os.environ)
+    datasets = source / "datasets"
     trained = _learn(
-        request, wanted["parent"], start, source / "datasets", weights, folder.work, progress
+        request, wanted["parent"], start, datasets, weights, folder.work, progress, limits
     )
     if device == fleet.device:
         shutil.rmtree(folder.root / "trained", ignore_errors=True)
@@ -360,6 +366,7 @@ def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Pa
 
     progress.phase("convert")
     meta = Meta.read(source / META)
+    how["limits"] = ImageLimits.read(os.environ)
     request = Convert(meta.model, source / meta.weights_pth, source / META, target, **how)
     for line in summarise_conversion(convert(request, progress), target)[1:-1]:
         progress.say(line)

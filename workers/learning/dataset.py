@@ -193,6 +193,7 @@ class Images:
     progress: Progress
     tick: Tick = lambda done, total: None
     most_broken: int | None = None  # None: as many as there are
+    limits: image.ImageLimits = image.DEFAULT_LIMITS
     broken: dict[Path, str] = field(default_factory=dict)
     used: list[Path] = field(default_factory=list)
     files: dict[Path, File] = field(default_factory=dict)
@@ -218,7 +219,7 @@ class Images:
     def _load(self, path: Path) -> tuple[NDArray[np.uint8], File] | str:
         meta = self.meta
         try:
-            stored = image.read(bytes_of(path))
+            stored = image.read(bytes_of(path), self.limits)
             _check_bits(path, stored, meta.bit_depth)
             rgb = image.to_rgb(stored, meta.bit_depth)
         except BadImage as error:
@@ -306,7 +307,7 @@ _SAY_BITS = (
 )
 
 
-def bit_depth_of(paths: list[Path]) -> int:
+def bit_depth_of(paths: list[Path], limits: image.ImageLimits = image.DEFAULT_LIMITS) -> int:
     """The bits that the camera of these images fills, where they leave no doubt: 8 or 16.
 
     Broken images do not count.
@@ -315,7 +316,11 @@ def bit_depth_of(paths: list[Path]) -> int:
         BadDataset: they do not say it. A dark scene of a 12-bit camera looks like one of 10 bits,
             and a model of these would refuse the next part that shines.
     """
-    highest = [value for _, value in _in_order(paths, _highest, THREADS) if value is not None]
+
+    def look(path: Path) -> int | None:
+        return _highest(path, limits)
+
+    highest = [value for _, value in _in_order(paths, look, THREADS) if value is not None]
     if not highest:
         return 8
     if max(highest) >= SURE:
@@ -327,10 +332,10 @@ def bit_depth_of(paths: list[Path]) -> int:
     )
 
 
-def _highest(path: Path) -> int | None:
+def _highest(path: Path, limits: image.ImageLimits) -> int | None:
     """The highest value of a 16-bit image, None for another or a broken one."""
     try:
-        stored = image.read(bytes_of(path))
+        stored = image.read(bytes_of(path), limits)
     except BadImage:
         return None
     return int(stored.max()) if stored.dtype == np.uint16 else None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
 from workers.learning.dataset import (
@@ -49,6 +50,7 @@ class Course:
     how: Training
     progress: Progress
     category: Category
+    limits: ImageLimits = DEFAULT_LIMITS
     read: list[Images] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -97,7 +99,7 @@ class Course:
         return [*passed_over, *notes_on(files, self.meta.image_size)]
 
     def _images(self, paths: list[Path], phase: str) -> Images:
-        found = Images(paths, self.meta, self.how.batch, self.progress)
+        found = Images(paths, self.meta, self.how.batch, self.progress, limits=self.limits)
         found.tick = self.progress.phase(phase)
         self.read.append(found)
         return found

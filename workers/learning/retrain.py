@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadDataset, BadMeta
 from engines.files import sha256, staged
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.promise import UNTRAINED
@@ -51,6 +52,7 @@ class Retrain:
     false_rejects_cap: float | None = None
     keep_strange: bool = False
     bit_depth: int | None = None  # of the camera; None: as meta.json has it
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
     @property
     def known(self) -> Path | None:
@@ -132,7 +134,7 @@ def _with_bit_depth(
     """
     asked = request.bit_depth or meta.bit_depth
     if request.known is None:
-        return request, meta.with_(bit_depth=asked or bit_depth_of(category.train))
+        return request, meta.with_(bit_depth=asked or bit_depth_of(category.train, request.limits))
     before = read_report(request.known.parent).get("bit_depth") or meta.bit_depth
     if (asked or 16) == (before or 16):
         return request, meta
@@ -187,7 +189,7 @@ def _learn(
 ) -> _Learned:
     """Train or update, and calibrate on images that the model has not learned at that time."""
     how = models.Training(request.epochs, request.batch, request.penalty_dir)
-    course = Course(kind, model, meta, how, progress, category)
+    course = Course(kind, model, meta, how, progress, category, request.limits)
     known = KnownScores.none()
     if kind.INCREMENTAL:
         if request.known is not None:

@@ -164,6 +164,7 @@ def _train(values: dict[str, Any], space: Space, request: Tune) -> dict[str, Any
             epochs=request.epochs,
             batch=request.batch,
             penalty_dir=request.penalty_dir,
+            limits=request.limits,
         )
         report = retrain(training, Progress(quiet=True))
         names = {meta.weights_pth, meta.memory_bank, meta.stats} - {None}

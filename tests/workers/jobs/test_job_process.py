@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
 from engines.queue.job_folder import JobFolder
@@ -19,6 +20,7 @@ from support.plans import seal, tiny_bank, tiny_bundle
 from support.project import ROOT
 from workers.jobs.job_process import MOST_NAMES, MOST_NOTES, MOST_OF_A_NAME, MOST_OF_A_NOTE, do
 from workers.progress import Progress
+from workers.sample_parts.drawing import draw_part
 
 JOB = "retrain-0123456789ab"
 
@@ -67,19 +69,38 @@ def test_where_all_were_learned_there_is_nothing_to_do(tmp_path: Path) -> None:
     assert (images["strange"], images["names"], images["note"]) == (0, [], None)
 
 
+def test_a_job_reads_pictures_as_large_as_the_server_does(tmp_path: Path) -> None:
+    """Four pictures of 128 x 128, where the server takes 16,000 pixels and then 17,000."""
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    for seed in range(4):
+        cv2.imwrite(str(train / f"{seed}.png"), draw_part(seed, None, 128)[0])
+    found = learned(tmp_path, "1", KENSA_MAX_IMAGE_PIXELS="16000")
+    assert (found["state"], found["code"]) == ("failed", "bad_dataset")
+    assert "128 x 128 pixels; allowed are 16,000" in found["error"]
+    assert learned(tmp_path, "2", KENSA_MAX_IMAGE_PIXELS="17000")["state"] == "succeeded"
+
+
+def learned(data: Path, job: str, **environment: str) -> dict[str, Any]:
+    """How a training ends in the process of a job, as the worker starts it."""
+    meta = {"backbone": "resnet18", "layers": ["layer2"], "coreset_ratio": 0.1, "image_size": 64}
+    asked = {"model": "part", "category": "bolt", "kind": "patchcore", "meta": meta}
+    asked |= {"pretrained": "untrained", "convert": False}
+    subprocess.run(
+        [sys.executable, "-m", "workers.jobs.job_process", str(data), job, "retrain"],
+        input=json.dumps(asked), text=True, cwd=ROOT, check=True,
+        env={**os.environ, PACE: "full", **environment},
+    )  # fmt: skip
+    found = JobFolder(data, job).result()
+    assert found is not None
+    return found
+
+
 def test_an_error_that_names_a_file_whose_name_is_not_utf_8_is_told(tmp_path: Path) -> None:
     train = tmp_path / "datasets" / "train" / "bolt"
     train.mkdir(parents=True)
     (train / os.fsdecode("検査.png".encode("cp932"))).write_bytes(b"no picture")
-    meta = {"backbone": "resnet18", "layers": ["layer2"], "coreset_ratio": 0.1, "image_size": 64}
-    asked = {"model": "part", "category": "bolt", "kind": "patchcore", "meta": meta}
-    done = subprocess.run(
-        [sys.executable, "-m", "workers.jobs.job_process", str(tmp_path), JOB, "retrain"],
-        input=json.dumps({**asked, "pretrained": "untrained"}), text=True, cwd=ROOT,
-        env={**os.environ, PACE: "full"}, check=True,
-    )  # fmt: skip
-    found = JobFolder(tmp_path, JOB).result()
-    assert found is not None, done
+    found = learned(tmp_path, JOB)
     assert (found["state"], found["code"]) == ("failed", "bad_dataset")
     assert r"\x8c\x9f\x8d\xb8.png" in found["error"]
     assert found["error"].encode()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from engines.errors import BadBundle, BadDataset
+from engines.image import ImageLimits
 from engines.limits import Limits
 from engines.meta import Meta
 from engines.store.bundle import read_strange
@@ -334,6 +335,15 @@ def test_what_is_passed_over_is_told_in_log_summary_and_report(patchcore: Line) 
     kept = json.loads((patchcore.out / "report.json").read_text())
     assert list(kept["passed_over"].values()) == [[str(patchcore.train / "6.webp")]]
     assert kept["tested"] == {"normal": 0, "anomaly": 1}
+
+
+def test_larger_pictures_are_learned_where_the_limits_say_so(patchcore: Line) -> None:
+    paths = put(patchcore.train, *range(5))
+    for path in paths:
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (5000, 3300)))
+    with pytest.raises(BadDataset, match=r"5 of 5 .*5000 x 3300.*--max_image_pixels"):
+        patchcore.learn()
+    assert patchcore.learn(limits=ImageLimits(max_pixels=20_000_000))["images"]["learned"] == 5
 
 
 # ---- 16 bits ----------------------------------------------------------------------------------
