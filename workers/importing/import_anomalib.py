@@ -76,7 +76,7 @@ def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
             golden = _golden(pictures, scores, meta)
             names.append(golden.write(folder))
         else:
-            meta = _with_threshold(checkpoint, meta)
+            meta = _with_threshold(checkpoint, meta.with_(bit_depth=request.bit_depth))
         report = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": meta.model,

@@ -197,7 +197,7 @@ def prepare(
 
     def send() -> str:
         try:
-            files = needed(data, RetrainRequest(**request), parent)
+            files = needed(data, RetrainRequest(**request), parent, folder.say)
             return shared.push(f"{fleet.device}/inputs", files, _shown(folder, "send"))
         except FileNotFoundError as error:
             raise NoShared(f"{error.filename} went away while it was sent.") from None

@@ -266,17 +266,23 @@ def _check_bits(path: Path, stored: image.Pixels, bit_depth: int | None) -> None
         )
 
 
-def notes_on(files: dict[Path, File], size: int) -> list[str]:
-    """What a person should know of the pictures that a model of `size` learned from: sentences."""
-    return _on_mixed_ones(files) + _on_long_ones(files, size)
+def notes_on(files: dict[Path, File], meta: Meta) -> list[str]:
+    """What a person should know of the pictures that a model learned from: sentences."""
+    return _on_mixed_ones(files, meta.bit_depth or 8) + _on_long_ones(files, meta.image_size)
 
 
-def _on_mixed_ones(files: dict[Path, File]) -> list[str]:
-    """That some have 8 bits and others 16, which nothing puts on one scale."""
+def _on_mixed_ones(files: dict[Path, File], bit_depth: int) -> list[str]:
+    """That some have 8 bits and others 16, now or before, which nothing puts on one scale."""
     deep = [path for path, file in files.items() if file.is_deep]
     shallow = [path for path, file in files.items() if not file.is_deep]
-    if not deep or not shallow:
+    if not shallow or (not deep and bit_depth <= 8):
         return []
+    if not deep:
+        return [
+            f"The pictures have 8 bits, such as {shallow[0].name}, but bit_depth says {bit_depth},"
+            " as of 16-bit files that were learned before, or will come: one part may look darker"
+            " in one kind than in the other. Save all of them as the line sends its parts."
+        ]
     return [
         f"{len(deep)} pictures have 16 bits, such as {deep[0].name}, and {len(shallow)} have 8,"
         f" such as {shallow[0].name}: of the first the upper 8 bits of bit_depth are seen, the"

@@ -96,7 +96,7 @@ class Course:
         """What a person should know of the pictures that were read."""
         files = {path: file for images in self.read for path, file in images.files.items()}
         passed_over = notes_on_passed_over(self.category.passed_over)
-        return [*passed_over, *notes_on(files, self.meta.image_size)]
+        return [*passed_over, *notes_on(files, self.meta)]
 
     def _images(self, paths: list[Path], phase: str) -> Images:
         found = Images(paths, self.meta, self.how.batch, self.progress, limits=self.limits)

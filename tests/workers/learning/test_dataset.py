@@ -283,15 +283,22 @@ def test_a_picture_deeper_than_the_known_bit_depth_ends_it_with_what_to_do(tmp_p
         list(source)
 
 
+def test_8_bit_pictures_for_a_model_of_16_bit_ones_are_told(tmp_path: Path) -> None:
+    list(source := images([picture(tmp_path / "a.png")]))
+    assert notes_on(source.files, meta(bit_depth=8)) == []
+    (note,) = notes_on(source.files, meta(bit_depth=12))
+    assert "have 8 bits, such as a.png, but bit_depth says 12" in note
+
+
 def test_pictures_longer_than_4_to_1_are_told_with_what_to_do(tmp_path: Path) -> None:
     paths = [picture(tmp_path / "square.png"), tmp_path / "4.png", tmp_path / "web.png"]
     cv2.imwrite(str(paths[1]), np.zeros((32, 128), np.uint8))
     source = images(paths[:2])
     list(source)
-    assert notes_on(source.files, 32) == []
+    assert notes_on(source.files, meta()) == []
     cv2.imwrite(str(paths[2]), np.zeros((20, 320), np.uint8))
     list(source := images(paths))
-    (note,) = notes_on(source.files, 32)
+    (note,) = notes_on(source.files, meta())
     assert "1 of 3 pictures" in note
     assert "web.png (320 x 20, 16:1): 10 pixels along the longer side become one" in note
     assert "tiles of at most 4:1" in note
