@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import cache_folder, run, summarise_conversion
+from engines.image import ImageLimits
+from workers.commands import cache_folder, run, show, summarise_conversion
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -41,6 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
     add("--use_dla", action="store_true", help="build the plan for DLA, with --fp16 or --int8"
         " (default off; Orin Nano has none)")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     for flag, model in (("memory_bank", "patchcore"), ("stats", "padim")):
         if getattr(parsed, flag) is not None and parsed.model != model:
@@ -56,13 +58,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     progress = Progress()
 
     def work() -> None:
         from workers.converting.convert import Convert, convert
 
         report = convert(Convert(**flags, cache=cache_folder()), progress)
-        print("\n".join(summarise_conversion(report, flags["out_dir"])))
+        show(summarise_conversion(report, flags["out_dir"]))
 
     return run(work, progress)
 

@@ -8,7 +8,8 @@ import math
 import sys
 from pathlib import Path
 
-from workers.commands import run
+from engines.image import ImageLimits
+from workers.commands import run, show
 from workers.progress import Progress
 
 
@@ -32,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " (default: the model's own)")  # fmt: skip
     add("--worst", type=int, default=8, metavar="N", help="how many of the worst mistakes the page"
         " shows (default 8)")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if parsed.threshold is not None and not math.isfinite(parsed.threshold):
         parser.error("--threshold must be a finite number")
@@ -42,13 +44,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     progress = Progress()
 
     def work() -> None:
         from workers.evaluation.evaluate import Evaluate, evaluate, summarise_evaluation
 
         report = evaluate(Evaluate(**flags), progress)
-        print("\n".join(summarise_evaluation(report, flags["out_dir"])))
+        show(summarise_evaluation(report, flags["out_dir"]))
 
     return run(work, progress)
 

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import run
+from engines.image import ImageLimits
+from workers.commands import run, show
 from workers.progress import Progress
 
 
@@ -31,6 +32,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, metavar="D", help="folder of normal parts that it has not learned:"
         " some are kept to check later forms of the model with, so that bf16 may be used; a"
         " checkpoint without a threshold gets one from them")  # fmt: skip
+    add("--bit_depth", type=int, choices=(8, 10, 12, 14, 16), help="bits that the camera gives, in"
+        " 16-bit files of --images, and later of the line")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if parsed.layers is not None:
         parsed.layers = [layer.strip() for layer in parsed.layers.split(",")]
@@ -39,13 +43,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     progress = Progress()
 
     def work() -> None:
         from workers.importing.import_anomalib import Import, import_anomalib, summarise_import
 
         report = import_anomalib(Import(**flags), progress)
-        print("\n".join(summarise_import(report, flags["out_dir"])))
+        show(summarise_import(report, flags["out_dir"]))
 
     return run(work, progress)
 

@@ -7,8 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from engines.image import ImageLimits
 from engines.limits import LEAST_SHARE, share
-from workers.commands import run, summarise_training
+from workers.commands import run, show, summarise_training
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -46,8 +47,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " finds more of the defects in test/ (default: as in meta.json, else 0.05)")  # fmt: skip
     add("--keep_strange", action="store_true", help="learn pictures too that are unlike the others"
         " and unlike what is known (patchcore, padim)")  # fmt: skip
+    add("--bit_depth", type=int, choices=(8, 10, 12, 14, 16), help="bits that the camera gives, in"
+        " 16-bit files (default: as in meta.json). Where an update changes it, all pictures are"
+        " learned anew")  # fmt: skip
     add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
         " (default on)")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if parsed.epochs < 1 or parsed.batch < 1:
         parser.error("--epochs and --batch must be at least 1")
@@ -65,6 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     log = flags.pop("log") == "on"
     progress = Progress(flags["out_dir"] / "retrain.log" if log else None)
 
@@ -72,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.learning.retrain import Retrain, retrain
 
         report = retrain(Retrain(**flags), progress)
-        print("\n".join(summarise_training(report, flags["out_dir"])))
+        show(summarise_training(report, flags["out_dir"]))
 
     return run(work, progress)
 

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import INTERRUPTED, run
+from engines.image import ImageLimits
+from workers.commands import INTERRUPTED, run, show
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -39,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=4, metavar="N", help="images at once (default 4)")
     add("--timeout", type=float, metavar="S", help="begin no trial after so many seconds")
     add("--penalty_dir", type=Path, metavar="D", help="as for retrain.py (efficientad)")
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if min(parsed.trials, parsed.epochs, parsed.batch) < 1:
         parser.error("--trials, --epochs and --batch must be at least 1")
@@ -58,6 +60,7 @@ def _words(text: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = vars(parse(arguments))
+    flags["limits"] = ImageLimits.of_flags(flags)
     progress = Progress()
     stopped = False
 
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         from workers.learning.tune import summarise_search, tune
 
         found = tune(request := Tune(**flags), progress)
-        print("\n".join(summarise_search(request, found)))
+        show(summarise_search(request, found))
         stopped = found.stopped
 
     return run(work, progress) or (INTERRUPTED if stopped else 0)

@@ -243,7 +243,7 @@ def _learn(how: Callable[..., None], model: Any, subject: Subject, paths: list[P
     from workers.progress import Progress
 
     silent = Progress(quiet=True)
-    images = Images(paths, SIDE, 4, subject.meta.bit_depth, silent)
+    images = Images(paths, subject.meta, 4, silent)
     how(model, subject.meta, images, Training(), silent)
 
 

@@ -7,13 +7,18 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+
+_NOT_IN_UTF_8 = re.compile(r"[\ud800-\udfff]")  # as Python reads bytes that are not UTF-8
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -106,3 +111,26 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):  # missing, not JSON, or absurdly so
         return None
     return found if isinstance(found, dict) else None
+
+
+def printable(text: str) -> str:
+    """A text as UTF-8 can hold it: bytes of a file's name that are none are written as `\\x83`."""
+    return _NOT_IN_UTF_8.sub(_escaped, text)
+
+
+def json_text(content: Any) -> str:
+    """Indented JSON whose texts are all `printable`."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return _NOT_IN_UTF_8.sub(lambda found: f"\\{_escaped(found)}", text) + "\n"
+
+
+def print_anything() -> None:
+    """Let stdout and stderr escape what their encoding does not have, rather than raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a test may have put another in its place
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"

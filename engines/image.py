@@ -16,22 +16,32 @@ from __future__ import annotations
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.errors import BadImage, ImageTooLarge, KensaError, UnsupportedImage
+from engines.errors import BadImage, BadSettings, ImageTooLarge, KensaError, UnsupportedImage
 from engines.image_files import bmp, jpeg, png, tiff
 from engines.image_files.reading import CheckSize, Pixels
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+Resizing = Literal["each_axis"]  # as meta.json names it; see `resize`
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"}
+# Pictures that are not read: whoever finds them in a folder says so.
+OTHER_PICTURES = {
+    ".webp", ".heic", ".heif", ".avif", ".gif", ".jp2", ".j2k", ".jxl", ".jxr", ".apng", ".svg",
+    ".pgm", ".ppm", ".pnm", ".pbm", ".pfm", ".tga", ".exr", ".hdr", ".psd", ".ico", ".btf", ".raw",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".mp4", ".avi", ".mov", ".mkv",
+}  # fmt: skip
 MAX_SIDE = 65_535  # pixels: JPEG's own limit, far below the one of cv2
 
 # What simplejpeg, cv2 and Pillow raise at damaged bytes: documented, or seen when fuzzing.
@@ -60,27 +70,69 @@ class ImageLimits:
     max_bytes: int = 32 * 1024 * 1024
     max_pixels: int = 16_000_000
 
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> ImageLimits:
+        """Those of the server that started this process; the usual ones where it says none.
+
+        Raises:
+            BadSettings: they are no numbers.
+        """
+        usual = cls().environment()
+        found = {name: environment.get(name) or value for name, value in usual.items()}
+        try:
+            return cls(*(int(value) for value in found.values()))
+        except ValueError:
+            raise BadSettings(f"{found} must be whole numbers.") from None
+
+    def environment(self) -> dict[str, str]:
+        """What `read` reads: settings of the server."""
+        return {
+            "KENSA_MAX_IMAGE_BYTES": str(self.max_bytes),
+            "KENSA_MAX_IMAGE_PIXELS": str(self.max_pixels),
+        }
+
+    @staticmethod
+    def add_flags(parser: ArgumentParser) -> None:
+        """Let a command take them as flags, as `of_flags` reads them."""
+        usual, add = ImageLimits(), parser.add_argument
+        add("--max_image_bytes", type=int, default=usual.max_bytes, metavar="N",
+            help=f"largest image file that is read (default {usual.max_bytes})")  # fmt: skip
+        add("--max_image_pixels", type=int, default=usual.max_pixels, metavar="N",
+            help="largest image that is read, width x height"
+            f" (default {usual.max_pixels})")  # fmt: skip
+
+    @classmethod
+    def of_flags(cls, flags: dict[str, Any]) -> ImageLimits:
+        """Take them out of the flags of a command."""
+        return cls(flags.pop("max_image_bytes"), flags.pop("max_image_pixels"))
+
 
 DEFAULT_LIMITS = ImageLimits()
 
 
 def files_in(folder: Path) -> list[Path]:
     """The image files of a folder by the endings of their names, sorted; none if it is missing."""
-    return sorted(
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden names; nothing if it is missing."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in there if not path.name.startswith("."))
 
 
 def load(
-    data: bytes, size: int, limits: ImageLimits = DEFAULT_LIMITS, bit_depth: int | None = None
+    data: bytes,
+    size: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    bit_depth: int | None = None,
+    resizing: Resizing | None = "each_axis",
 ) -> NDArray[np.uint8]:
     """What a model sees of an image file: decoded and resized, (size, size, 3) uint8 RGB.
 
-    Arguments and errors are those of `decode`.
+    Arguments and errors are those of `decode` and `resize`.
     """
-    return resize(decode(data, limits, bit_depth), size)
+    return resize(decode(data, limits, bit_depth), size, resizing)
 
 
 def decode(
@@ -90,27 +142,45 @@ def decode(
 
     `bit_depth` (8 to 16) is how many bits of a 16-bit file the camera fills; None means all 16.
     The upper 8 of these are kept (`value >> (bit_depth - 8)`), the same for every image: a dark
-    picture stays dark. It comes from meta.json (see `measured_bit_depth`), and does not matter for
-    8-bit files.
+    picture stays dark. It comes from meta.json, where the operator states it, and does not matter
+    for 8-bit files.
 
     Raises UnsupportedImage for a kind that Kensa does not read, ImageTooLarge before anything is
     decoded, and BadImage for damage and for values above `bit_depth`. No bytes make it raise
     anything else; ValueError is for a `bit_depth` that is none.
     """
+    return to_rgb(read(data, limits), bit_depth)
+
+
+def read(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Pixels:
+    """The upright pixels as the file holds them, 8 or 16 bits; errors as of `decode`."""
+    return _read(data, limits)
+
+
+def to_rgb(image: Pixels, bit_depth: int | None) -> NDArray[np.uint8]:
+    """What `read` found, as `decode` returns it."""
     bits = 16 if bit_depth is None else bit_depth
     if not 8 <= bits <= 16:
         raise ValueError(f"bit_depth is {bits}, not 8 to 16")
-    image = _to_8_bits(_read(data, limits), bits)
+    image = _to_8_bits(image, bits)
     if image.ndim == 2:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     return np.ascontiguousarray(image)
 
 
-def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize(
+    image: NDArray[np.uint8], size: int, how: Resizing | None = "each_axis"
+) -> NDArray[np.uint8]:
     """Stretch (H, W, 3) to (size, size, 3), whatever the shape of the picture.
 
-    Averages the pixels where neither side grows, interpolates between them otherwise.
+    An axis that shrinks is averaged, one that grows is interpolated, each by itself.
+    With `how` None, for models whose meta.json does not name it, both are interpolated as soon as
+    one of them grows: what is narrow along the other may be passed over.
     """
+    height, width = image.shape[:2]
+    if how == "each_axis" and min(height, width) < size < max(height, width):
+        between = (size, height) if width > size else (width, size)
+        image = cv2.resize(image, between, interpolation=cv2.INTER_AREA)
     shrinks = min(image.shape[:2]) >= size
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     resized: NDArray[np.uint8] = cv2.resize(image, (size, size), interpolation=interpolation)
@@ -134,8 +204,8 @@ def enlarged(width: int, height: int, size: int) -> str | None:
 def measured_bit_depth(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> int:
     """The smallest of 8, 10, 12, 14 and 16 bits that holds every value of an image file.
 
-    8 for 8-bit files. A dark picture measures less than its camera's depth, so training takes the
-    largest over all its images. Raises what `decode` raises.
+    8 for 8-bit files. A dark picture measures less than its camera's depth, so this is for showing
+    a picture, and no model is made of it. Raises what `decode` raises.
     """
     highest = int(_read(data, limits).max())
     return next(depth for depth in (8, 10, 12, 14, 16) if highest < 1 << depth)
@@ -147,7 +217,8 @@ def _read(data: bytes, limits: ImageLimits) -> Pixels:
         raise BadImage("The image is empty: 0 bytes.")
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(
-            f"The image file has {len(data):,} bytes, more than the {limits.max_bytes:,} allowed."
+            f"The image file has {len(data):,} bytes, more than the {limits.max_bytes:,} allowed"
+            " by KENSA_MAX_IMAGE_BYTES, or --max_image_bytes of a command."
         )
     kind = readable_kind(data)
     with _named_errors(kind):
@@ -197,7 +268,8 @@ def check_size(limits: ImageLimits, width: int, height: int) -> None:
     if width * height > limits.max_pixels or max(width, height) > MAX_SIDE:
         raise ImageTooLarge(
             f"The image is {width} x {height} pixels; allowed are {limits.max_pixels:,} in all "
-            f"and {MAX_SIDE:,} a side."
+            f"and {MAX_SIDE:,} a side: raise KENSA_MAX_IMAGE_PIXELS, or --max_image_pixels of a"
+            " command."
         )
 
 
@@ -209,7 +281,8 @@ def _to_8_bits(image: Pixels, bit_depth: int) -> Pixels:
     if highest >= 1 << bit_depth:
         raise BadImage(
             f"The image has values up to {highest}, but the model learned from {bit_depth}-bit "
-            "images: the camera's bit depth differs from the one learned."
+            "images: the camera's bit depth differs from the one learned. Learn with the camera's"
+            " own, which bit_depth in meta.json states."
         )
     narrow = np.empty(image.shape, np.uint8)
     return np.right_shift(image, bit_depth - 8, out=narrow, casting="unsafe")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines import image
 from engines.errors import EXIT_CODE, BadBundle, BadDataset, BadImage, KensaError, StalePlan
-from engines.files import write_atomically
+from engines.files import print_anything, printable, write_atomically
 from engines.meta import Kind, Meta
 from engines.runtimes import Runtime
 from engines.store.bundle import ONNX, PLAN, read_bank, read_report
@@ -26,6 +26,7 @@ NOT_ALL_JUDGED = 1  # exit code when some images could not be read; the others a
 
 def main(kind: Kind, arguments: list[str] | None = None) -> int:
     """Run `./patchcore` and its like; returns the exit code."""
+    print_anything()
     flags = _parse(kind, arguments)
     try:
         return _inspect_all(kind, flags)
@@ -52,16 +53,24 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
         )
     rows: list[tuple[str, str, str]] = []
     for path in paths:
+        name = printable(path.name)
         try:
             picture = image.load(
-                path.read_bytes(), runtime.image_size, bit_depth=meta.bit_depth if meta else None
+                path.read_bytes(),
+                runtime.image_size,
+                flags.limits,
+                bit_depth=meta.bit_depth if meta else None,
+                resizing=meta.resize if meta else None,
             )
+        except OSError as error:  # it went away, or the disk does not give it
+            print(f"{name}: not judged: it cannot be read: {error.strerror}", file=sys.stderr)
+            continue
         except BadImage as error:
-            print(f"{path.name}: not judged: {error}", file=sys.stderr)
+            print(f"{name}: not judged: {error}", file=sys.stderr)
             continue
         raw_score = float(runtime.infer(picture[None])[0][0])
-        rows.append((path.name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
-        print(f"{path.name}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
+        rows.append((name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
+        print(f"{name}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
     table = Path(f"result_{kind}.csv")
     write_atomically(table.resolve(), _csv(rows))
     rejects = sum(row[2] == "Anomaly" for row in rows)
@@ -88,7 +97,9 @@ def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:
         " square input, pixels")  # fmt: skip
     add("-t", "--threshold", type=float, required=True, metavar="X", help="raw score above which a"
         " part is an anomaly")  # fmt: skip
+    image.ImageLimits.add_flags(parser)
     flags = parser.parse_args(arguments)
+    flags.limits = image.ImageLimits.of_flags(vars(flags))
     if not math.isfinite(flags.threshold):
         parser.error("-t must be a finite number")
     return flags
@@ -97,10 +108,13 @@ def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:
 def _images(data: Path) -> list[Path]:
     if data.is_file():
         return [data]
-    paths = image.files_in(data)
+    read = image.SUFFIXES
+    paths = [
+        path for path in image.visible(data) if path.suffix.lower() in read | image.OTHER_PICTURES
+    ]  # the others are refused one by one, rather than passed over
     if not data.exists():
         raise BadDataset(f"{data} does not exist: -d takes an image or a folder of images.")
-    if not paths:
+    if not any(path.suffix.lower() in read for path in paths):
         raise BadDataset(f"{data} holds no images ({', '.join(sorted(image.SUFFIXES))}).")
     return paths
 

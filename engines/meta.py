@@ -52,6 +52,7 @@ class Meta(BaseModel):
     decay_at: float | None = Field(None, gt=0, le=1)  # then a tenth of the rate
     image_size: int = Field(ge=32, le=4096)
     bit_depth: int | None = Field(None, ge=8, le=16)  # of 16-bit images, found in training
+    resize: Literal["each_axis"] | None = None  # see `engines.image.resize`; absent in older files
     weights_pth: str = "model.pth"
     memory_bank: str | None = None
     stats: str | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EXIT_CODE, KensaError
+from engines.files import print_anything, printable
 from engines.limits import TRAINED
 from engines.promise import FEW_FOUND
 from engines.store.bundle import STRANGE
@@ -31,6 +32,7 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         0, 2 for what the user can mend (`KensaError`, a file or folder that cannot be written),
         130 after Ctrl-C. Anything else is a fault of ours and leaves with its traceback.
     """
+    print_anything()
     hush_libraries()
     try:
         work()
@@ -47,6 +49,11 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         progress.fail("Stopped. Nothing was changed.")
         return INTERRUPTED
     return 0
+
+
+def show(summary: list[str]) -> None:
+    """Print what a command did, for a person."""
+    print(printable("\n".join(summary)), flush=True)  # noqa: T201
 
 
 def cache_folder() -> Path | None:
@@ -74,6 +81,7 @@ def summarise_training(report: dict[str, Any], out_dir: Path) -> list[str]:
         *_strange_lines(images.get("strange", []), out_dir),
         *_knowledge_lines(report, report.get("before", {})),
         *_calibration_lines(report["calibration"], report.get("threshold", {})),
+        *(f"note         {note}" for note in report.get("notes", [])),
         f"seconds      load {seconds['load']:.1f}, learn {seconds['learn']:.1f},"
         f" verify {seconds['verify']:.1f}",
         f"written to   {out_dir}",

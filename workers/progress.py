@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engines.files import printable
+
 PLAIN_EVERY_S = 5.0  # seconds between two plain lines of one phase
 
 Tick = Callable[[int, int], None]  # (done, total)
@@ -27,13 +29,14 @@ class Progress:
 
     def say(self, line: str) -> None:
         """One line for a person, at once."""
+        line = printable(line)
         if not self._quiet:
             tqdm.write(line, file=sys.stderr)
         self._to_log(line)
 
     def fail(self, sentence: str) -> None:
         """Say why the work ended without a result; never itself the reason for another error."""
-        sentence = " ".join(sentence.split())  # what libraries say may be a paragraph
+        sentence = printable(" ".join(sentence.split()))  # what libraries say may be a paragraph
         tqdm.write(f"error: {sentence}", file=sys.stderr)
         with contextlib.suppress(OSError):
             self._to_log(f"error: {sentence}")

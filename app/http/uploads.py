@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.http.body_limit import body_of
 from engines.errors import BadRequest, UnsupportedBody, UploadTooLarge
 from engines.store.datasets import Datasets, room
-from engines.store.image_names import readable
+from engines.store.image_names import sent_name
 from engines.store.image_zip import MAX_FILES
 
 BLOCK = 1024 * 1024  # bytes of an upload that are written at once
@@ -177,9 +177,9 @@ class _Form:
         self._header, self._value = b"", b""
 
     def _open(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        if b"filename" in options:  # other fields are read over
-            part = Part(readable(options[b"filename"]), self._folder / str(self._seen))
+        name = sent_name(self._disposition)
+        if name is not None:  # other fields are read over
+            part = Part(name, self._folder / str(self._seen))
             self._parts.append(part)
             self._file = part.path.open("wb")
 

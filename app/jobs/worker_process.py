@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.settings import Settings
+from engines.image import ImageLimits
 from engines.logs import FORMAT
 from engines.machine.job_memory import JOB_MEMORY
 from engines.queue.protocol import PACE, PARENT, RUNNING
@@ -72,6 +73,7 @@ class WorkerProcess:
             return
         failures = 0
         fleet = self._settings.fleet
+        limits = ImageLimits(self._settings.max_image_bytes, self._settings.max_image_pixels)
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
@@ -83,6 +85,7 @@ class WorkerProcess:
                     PACE: self._settings.job_pace,
                     JOB_MEMORY: self._settings.job_memory,
                     FORMAT: self._settings.log_format,
+                    **limits.environment(),
                     PARENT: str(os.getpid()),
                     **(fleet.environment() if fleet else {}),
                 },

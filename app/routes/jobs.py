@@ -56,6 +56,7 @@ class ImagesBody(Body):
     names: list[str] = Field(description="Of the strange ones, up to 20.")
     skipped: int = Field(description="That could not be read; the job's log names them.")
     note: str | None = Field(None, description="What to do about the strange ones.")
+    notes: list[str] = Field([], description="What else a person should know of the pictures.")
 
 
 class JobBody(Body):

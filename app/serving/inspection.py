@@ -148,8 +148,9 @@ class Inspector:
                 kind = kind_of(picture)
                 picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
             height, width = picture.shape[:2]
-            about = Seen(kind, width, height, enlarged(width, height, model.runtime.image_size))
-            pixels = resize(picture, model.runtime.image_size)  # (S, S, 3)
+            size, how = model.runtime.image_size, model.meta.resize
+            about = Seen(kind, width, height, enlarged(width, height, size))
+            pixels = resize(picture, size, how)  # (S, S, 3)
             return picture if drawing == "overlay" else None, pixels, about
 
         seen = await _timed(self._decoders, see)

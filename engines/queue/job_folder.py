@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines.files import read_object, write_atomically
+from engines.files import printable, read_object, write_atomically
 
 
 class JobFolder:
@@ -60,7 +60,7 @@ class JobFolder:
         """Add a line to the log."""
         self.root.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
 
     def go_on_with(self, text: str) -> None:
         """Let the log be what it was at the first call, and then what another machine says."""

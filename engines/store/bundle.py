@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle
-from engines.files import sha256, write_atomically
+from engines.files import json_text, sha256, write_atomically
 from engines.meta import Meta
 from engines.store.known_scores import SCORES
 
@@ -187,5 +187,4 @@ def read_report(root: Path) -> dict[str, Any]:
 
 def write_report(root: Path, report: dict[str, Any]) -> None:
     """Write report.json into a folder."""
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(root / REPORT, (text + "\n").encode())
+    write_atomically(root / REPORT, json_text(report).encode())

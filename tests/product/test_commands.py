@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from engines.meta import Meta
 from engines.store.bundle import Bundle, check_hash, read_bank, write_bank
 from support.mutations import flat_jpeg
 from support.project import ROOT, run, write_meta
+from workers.sample_parts.drawing import draw_part
 from workers.sample_parts.write_dataset import write_dataset
 
 CATEGORY = "VisA_pipe_fryum"
@@ -218,6 +220,31 @@ def test_the_threshold_of_the_command_is_on_the_raw_score(
     assert sum(row["decision"] == "Anomaly" for row in rows) == len(scores) - 2
 
 
+def test_no_name_and_no_terminal_loses_the_verdicts_of_a_folder(
+    seed: Path, spec: dict[str, Done], tmp_path: Path
+) -> None:
+    """Names as Japanese Windows writes them into a zip, and a stdout that knows ASCII only."""
+    engine, parts = seed / "models" / "PatchCore" / "engine", tmp_path / "parts"
+    parts.mkdir()
+    picture = sorted((seed / "data/test" / CATEGORY / "anomaly").iterdir())[0].read_bytes()
+    for name in ("1.png", "2検査.png", "3" + os.fsdecode("検査.png".encode("cp932"))):
+        (parts / name).write_bytes(picture)
+    command: list[str | Path] = [ROOT / "bin/patchcore", "-e", engine / "model.onnx"]
+    command += ["-m", engine / "memory_bank.npz", "-d", parts, "-i", "256", "-t", "100"]
+    done = run(*command, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    names = ["1.png", "2検査.png", r"3\x8c\x9f\x8d\xb8.png"]
+    rows = table(tmp_path / "result_patchcore.csv")
+    assert [row["filename"] for row in rows] == names
+    assert len(done.stdout.splitlines()) == 3
+    (parts / "4.webp").write_bytes(b"RIFF0000WEBPVP8 ")
+    (parts / "5.png").symlink_to(tmp_path / "nowhere.png")
+    done = run(*command, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "4.webp: not judged: " in done.stderr
+    assert "5.png: not judged: it cannot be read: No such file" in done.stderr
+    assert [row["filename"] for row in table(tmp_path / "result_patchcore.csv")] == names
+
+
 # ---- variations -------------------------------------------------------------------------------
 
 
@@ -254,14 +281,17 @@ def test_a_broken_training_image_is_named_and_skipped_and_counted(
 ) -> None:
     data = Path(shutil.copytree(pipe_data, tmp_path / "data"))
     torn = data / "train" / CATEGORY / "0002.png"
+    for number in range(6):
+        picture = draw_part(100 + number, None, 256)[0]
+        cv2.imwrite(str(torn.with_name(f"more_{number}.png")), picture)
     torn.write_bytes(torn.read_bytes()[:5000])
     assert retrain.main(flags_of(seed, tmp_path / "out", data_root=data)) == 0
     report = as_json(tmp_path / "out" / "report.json")
-    assert report["images"]["learned"] == 5
+    assert report["images"]["learned"] == 11
     assert list(report["images"]["skipped"]) == [str(torn)]
     said = capsys.readouterr()
     assert f"skipped {torn}" in said.err
-    assert "learned      5 images, 1 broken ones skipped" in said.out
+    assert "learned      11 images, 1 broken ones skipped" in said.out
     assert str(torn) in (tmp_path / "out" / "retrain.log").read_text()
 
 

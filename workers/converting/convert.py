@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadMeta, BadRequest, BadWeights, NoTensorRT
 from engines.files import sha256, staged
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
@@ -63,6 +64,7 @@ class Convert:
     category: str | None = None
     before: Path | None = None  # a folder whose plan may do; None: out_dir
     cache: Path | None = None  # a folder for what TensorRT measured of its kernels
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
     @property
     def precision(self) -> Precision:
@@ -229,7 +231,7 @@ def _normals(
     if request.category is not None and request.data_root is not None:
         paths = Category.find(request.data_root, request.category).train
         spread = paths[:: max(1, len(paths) // RANGE_IMAGES)][:RANGE_IMAGES]
-        parts += list(Images(spread, meta.image_size, 4, meta.bit_depth, progress))
+        parts += list(Images(spread, meta, 4, progress, limits=request.limits))
         said.append(f"{len(spread)} training images of {request.category}")
     if not parts:
         raise BadRequest(
@@ -264,7 +266,7 @@ def _auroc(
     after: list[NDArray[np.float32]] = []
     runtime = OpenVINORuntime(graph, bank)
     for paths, is_defective in ((category.test_normal, False), (category.test_anomaly, True)):
-        for batch in Images(paths, meta.image_size, 4, meta.bit_depth, progress):
+        for batch in Images(paths, meta, 4, progress, limits=request.limits):
             defective += [is_defective] * len(batch)
             before.append(score(batch))
             after += [runtime.infer(image[None])[0] for image in batch]

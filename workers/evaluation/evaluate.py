@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
+import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engines import image
 from engines.errors import BadBundle, BadDataset, BadImage, BadRequest
-from engines.files import staged
+from engines.files import json_text, printable, staged
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.runtimes.openvino import OpenVINORuntime
@@ -38,12 +40,14 @@ from workers.evaluation.measures import (
 )
 from workers.evaluation.page import evaluation_page
 from workers.evaluation.threshold_origin import origin_facts, origin_notes
+from workers.learning.dataset import find_tests, notes_on_passed_over
 from workers.progress import Progress
 
 PREDICTIONS = "predictions.csv"
 EVALUATION = "evaluation.json"
 PAGE = "evaluation.html"
 OVERLAYS = "overlays"
+SEPARATORS = r"[/\\]"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Evaluate:
     masks: Path | None = None
     threshold: float | None = None  # raw score; None: the model's own
     worst: int = 8
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
@@ -69,17 +74,20 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
         KensaError: the flags, the model or the folders do not allow it. `out_dir` is as it was.
     """
     _check_out_dir(request.out_dir)
-    tests = _test_images(request)
+    tests, passed_over = _test_images(request)
     masks = _masks_folder(request, tests)
     with tempfile.TemporaryDirectory() as scratch, _in_whole(request.out_dir) as folder:
         model = _open(request.model_dir, Path(scratch), progress)
         threshold = model.scale.raw_threshold if request.threshold is None else request.threshold
         facts = _facts(request.model_dir, model)
         try:
-            seen, skipped = _look_at(tests, model, threshold, folder / OVERLAYS, progress)
+            seen, skipped = _look_at(request, tests, model, threshold, folder / OVERLAYS, progress)
         finally:
             model.runtime.close()
-        pixel = pixel_measures(seen, masks, model.meta.image_size, progress) if masks else None
+        pixel = None
+        if masks:
+            size = model.meta.image_size
+            pixel = pixel_measures(seen, masks, size, progress, request.limits)
         report: dict[str, Any] = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "category": request.category,
@@ -98,10 +106,9 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
                 "infer": round(median(part.infer_ms for part in seen), 2),
             },
         }
-        report["notes"] = _notes(request, model, report)
+        report["notes"] = [*passed_over, *_notes(request, model, report)]
         _write_predictions(folder / PREDICTIONS, seen)
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
+        (folder / EVALUATION).write_text(json_text(report), encoding="utf-8")
         page = evaluation_page(
             report,
             seen,
@@ -109,8 +116,9 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
             request.worst,
             model.meta,
             read_strange(request.model_dir, model.meta),
+            request.limits,
         )
-        (folder / PAGE).write_text(page, encoding="utf-8")
+        (folder / PAGE).write_text(printable(page), encoding="utf-8")
     return report
 
 
@@ -167,24 +175,39 @@ def _errors(report: dict[str, Any]) -> list[str]:
 # ---- what is judged ------------------------------------------------------------------------------
 
 
-def _test_images(request: Evaluate) -> list[tuple[Path, Group]]:
-    """The test images of the category; BadDataset where there are none."""
+class _Test(NamedTuple):
+    """A test image: what it is, and what it is called in the folder of its group."""
+
+    path: Path
+    group: Group
+    name: str
+
+
+def _test_images(request: Evaluate) -> tuple[list[_Test], list[str]]:
+    """The test images of the category, and what was passed over; BadDataset where none are."""
     if not request.data_root.is_dir():
         raise BadDataset(
             f"{request.data_root} does not exist: --data_root takes the folder that holds test/."
         )
     folder = request.data_root / "test" / request.category
-    tests = [(path, group) for group in GROUPS for path in image.files_in(folder / group)]
+    found = find_tests(request.data_root, request.category)
+    groups: dict[Group, list[Path]] = {"normal": found.test_normal, "anomaly": found.test_anomaly}
+    tests = [
+        _Test(path, group, path.relative_to(folder / group).as_posix())
+        for group in GROUPS
+        for path in groups[group]
+    ]
     if not tests:
         there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
         known = f" Categories that are there: {', '.join(there)}." if there else ""
         raise BadDataset(
             f"{folder}/normal and {folder}/anomaly hold no images: put test images there.{known}"
+            f" {' '.join(notes_on_passed_over(found.passed_over))}".rstrip()
         )
-    return tests
+    return tests, notes_on_passed_over(found.passed_over)
 
 
-def _masks_folder(request: Evaluate, tests: list[tuple[Path, Group]]) -> Path | None:
+def _masks_folder(request: Evaluate, tests: list[_Test]) -> Path | None:
     """Where the masks are, None where there are none.
 
     Raises:
@@ -195,11 +218,11 @@ def _masks_folder(request: Evaluate, tests: list[tuple[Path, Group]]) -> Path | 
         return usual if usual.is_dir() else None
     if not request.masks.is_dir():
         raise BadDataset(f"{request.masks} does not exist: --masks takes a folder of PNG files.")
-    defective = [path for path, group in tests if group == "anomaly"]
-    if defective and not any(mask_path(request.masks, path).is_file() for path in defective):
+    defective = [test.name for test in tests if test.group == "anomaly"]
+    if defective and not any(mask_path(request.masks, name).is_file() for name in defective):
         raise BadDataset(
-            f"{request.masks} holds no mask of these images: that of {defective[0].name} would be"
-            f" {mask_path(request.masks, defective[0]).name}."
+            f"{request.masks} holds no mask of these images: that of {defective[0]} would be"
+            f" {mask_path(Path(), defective[0])}."
         )
     return request.masks
 
@@ -259,7 +282,8 @@ def _convert(trained: Path, engine: Path, progress: Progress) -> None:
 
 
 def _look_at(
-    tests: list[tuple[Path, Group]],
+    request: Evaluate,
+    tests: list[_Test],
     model: _Model,
     threshold: float,
     overlays: Path,
@@ -278,23 +302,23 @@ def _look_at(
     rt = model.runtime
     progress.say(f"judging {len(tests)} images with {rt.name} in {rt.precision}")
     tick = progress.phase("images")
-    for done, (path, group) in enumerate(tests, 1):
+    for done, test in enumerate(tests, 1):
         try:
-            seen.append(_look(path, group, model, threshold, overlays / names[path]))
+            seen.append(_look(test, model, request.limits, threshold, overlays / names[test.path]))
         except BadImage as error:
-            skipped[str(path)] = str(error)
-            progress.say(f"skipped {path}: {error}")
+            skipped[str(test.path)] = str(error)
+            progress.say(f"skipped {test.path}: {error}")
         tick(done, len(tests))
     if not seen:
         raise BadDataset(f"None of the {len(tests)} test images can be read; see above.")
     return seen, skipped
 
 
-def _look(path: Path, group: Group, model: _Model, threshold: float, overlay: Path) -> Seen:
+def _look(test: _Test, model: _Model, limits: ImageLimits, threshold: float, overlay: Path) -> Seen:
     """From the bytes of a file to a verdict, as serving does it, and to the overlay on disk."""
     began = time.perf_counter()
-    picture = image.decode(bytes_of(path), bit_depth=model.meta.bit_depth)  # (H, W, 3)
-    pixels = image.resize(picture, model.runtime.image_size)  # (S, S, 3)
+    picture = image.decode(bytes_of(test.path), limits, model.meta.bit_depth)  # (H, W, 3)
+    pixels = image.resize(picture, model.runtime.image_size, model.meta.resize)  # (S, S, 3)
     decoded = time.perf_counter()
     scores, maps = model.runtime.infer(pixels[None])  # (1,), (1, h, w)
     inferred = time.perf_counter()
@@ -303,8 +327,9 @@ def _look(path: Path, group: Group, model: _Model, threshold: float, overlay: Pa
     heat = heatmap(maps[0], model.scale, model.runtime.image_size)
     overlay.write_bytes(overlay_png(picture, heat, model.scale.normalise(threshold)))
     return Seen(
-        path=path,
-        group=group,
+        path=test.path,
+        name=test.name,
+        group=test.group,
         label=label,
         raw_score=raw,
         score=model.scale.normalise(raw),
@@ -316,13 +341,20 @@ def _look(path: Path, group: Group, model: _Model, threshold: float, overlay: Pa
     )
 
 
-def _overlay_names(tests: list[tuple[Path, Group]]) -> dict[Path, str]:
+def _overlay_names(tests: list[_Test]) -> dict[Path, str]:
     """A file name per image, with the group before it; the ending stays where a stem is twice."""
-    stems = [(group, path.stem) for path, group in tests]
-    return {
-        path: f"{group}_{path.stem if stems.count((group, path.stem)) == 1 else path.name}.png"
-        for path, group in tests
+    flat = {
+        test.path: f"{test.group}_{re.sub(SEPARATORS, '_', printable(test.name))}" for test in tests
     }
+    stems = Counter(Path(name).stem for name in flat.values())
+    names, taken = {}, set[str]()
+    for path, name in flat.items():
+        stem = Path(name).stem if stems[Path(name).stem] == 1 else name
+        while stem in taken:  # a/b.png and a_b.png
+            stem += "_"
+        taken.add(stem)
+        names[path] = f"{stem}.png"
+    return names
 
 
 def _facts(root: Path, model: _Model) -> dict[str, Any]:
@@ -476,4 +508,4 @@ def _write_predictions(path: Path, seen: list[Seen]) -> None:
         for part in seen:
             numbers = f"{part.raw_score:.9g}", f"{part.score:.6f}"  # 9 digits: float32 in full
             correct = str(part.correct).lower()
-            table.writerow([part.path.name, part.group, *numbers, part.label, correct])
+            table.writerow([printable(part.name), part.group, *numbers, part.label, correct])

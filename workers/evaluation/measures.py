@@ -36,6 +36,7 @@ class Seen:
     """One test image, and what the model says of it."""
 
     path: Path
+    name: str  # in the folder of its group: `scratch/000.png`
     group: Group  # what it is
     label: Label  # what it is taken for
     raw_score: float
@@ -118,7 +119,11 @@ def _at_most(errors: int | None, images: int) -> float | None:
 
 
 def pixel_measures(
-    seen: list[Seen], masks: Path, size: int, progress: Progress
+    seen: list[Seen],
+    masks: Path,
+    size: int,
+    progress: Progress,
+    limits: image.ImageLimits = image.DEFAULT_LIMITS,
 ) -> dict[str, Any] | None:
     """Compare the maps with the masks, pixel by pixel, at the size of the masks.
 
@@ -130,10 +135,10 @@ def pixel_measures(
         regions, step, missing and refused; None where no mask has the name of a defective image.
     """
     defective = [part for part in seen if part.group == "anomaly"]
-    missing = [part.path.name for part in defective if not mask_path(masks, part.path).is_file()]
+    missing = [part.name for part in defective if not mask_path(masks, part.name).is_file()]
     if len(missing) == len(defective):
         return None
-    used = [part for part in seen if part.path.name not in missing or part.group == "normal"]
+    used = [part for part in seen if part.name not in missing or part.group == "normal"]
     step = math.ceil(math.sqrt(sum(math.prod(part.size) for part in used) / MOST_PIXELS))
     whole = _range_of([part.anomaly_map for part in used])
     scores = [np.empty(0, np.float32)]
@@ -144,9 +149,9 @@ def pixel_measures(
     for done, part in enumerate(used, 1):
         tick(done, len(used))
         try:
-            labels = _regions_of(part, masks)
+            labels = _regions_of(part, masks, limits)
         except (BadImage, BadDataset) as error:
-            refused[part.path.name] = str(error)
+            refused[part.name] = str(error)
             progress.say(f"left out of the pixel measures: {error}")
             continue
         heat = cv2.resize(heatmap(part.anomaly_map, whole, size), part.size[::-1])
@@ -199,19 +204,19 @@ def label_regions(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     return np.asarray(labels, np.int32)
 
 
-def _regions_of(part: Seen, masks: Path) -> NDArray[np.int32]:
+def _regions_of(part: Seen, masks: Path, limits: image.ImageLimits) -> NDArray[np.int32]:
     """The regions of an image (H, W); BadImage or BadDataset where its mask cannot be used."""
     if part.group == "normal":
         return np.zeros(part.size, np.int32)
-    path = mask_path(masks, part.path)
+    path = mask_path(masks, part.name)
     try:
-        mask = image.decode(bytes_of(path)).max(axis=2) > 0
+        mask = image.decode(bytes_of(path), limits).max(axis=2) > 0
     except BadImage as error:
         raise BadDataset(f"{path}: {error}") from None
     (height, width), (its_height, its_width) = part.size, mask.shape
     if mask.shape != part.size:
         raise BadDataset(
-            f"{path} is {its_width} x {its_height} pixels, but {part.path.name} is"
+            f"{path} is {its_width} x {its_height} pixels, but {part.name} is"
             f" {width} x {height}: a mask has the size of its picture."
         )
     if not mask.any():
@@ -219,8 +224,9 @@ def _regions_of(part: Seen, masks: Path) -> NDArray[np.int32]:
     return label_regions(mask)
 
 
-def mask_path(masks: Path, picture: Path) -> Path:
-    return masks / f"{picture.stem}.png"
+def mask_path(masks: Path, picture: str) -> Path:
+    """Where the mask of a picture is, by its name in the folder of its group."""
+    return (masks / picture).with_suffix(".png")
 
 
 def _range_of(maps: list[NDArray[np.float32]]) -> Scale:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from workers.evaluation.measures import AUPRO_LIMIT, Group, Seen, scores_of, wit
 SHOWN_PX = 480  # the longer side of a picture in the page
 BARS = 28  # of the histogram
 NAMES: dict[Group, str] = {"normal": "normal", "anomaly": "defective"}
+Decode = Callable[[bytes], NDArray[np.uint8]]
 
 STYLE = """
 :root { color-scheme: light; --ink: #17202b; --soft: #5b6675; --line: #d9dee5; --pale: #f4f6f8;
@@ -78,6 +81,7 @@ def evaluation_page(
     worst: int,
     meta: Meta,
     strange: bytes | None = None,
+    limits: image.ImageLimits = image.DEFAULT_LIMITS,
 ) -> str:
     """One HTML page that loads nothing: measures, charts, the worst mistakes, the model.
 
@@ -88,8 +92,10 @@ def evaluation_page(
         worst: how many mistakes are shown.
         meta: of the model.
         strange: a JPEG of the pictures that its training left out.
+        limits: within which pictures are read.
     """
     threshold = report["threshold"]["raw"]
+    decode = partial(image.decode, limits=limits, bit_depth=meta.bit_depth)
     normal, defective = scores_of(seen, "normal"), scores_of(seen, "anomaly")
     images, category = report["images"], escape(report["category"])
     curves = ""
@@ -115,7 +121,7 @@ defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p
 <table>{_rows({name.capitalize(): words for name, words in report["origin"].items()})}</table>
 {threshold_origin.drawn_chart(meta, threshold)}
 {_left_out(strange)}
-{_cases(seen, threshold, overlays, worst, meta.bit_depth)}
+{_cases(seen, threshold, overlays, worst, decode)}
 <h2>Model</h2>
 <table>{_rows(_facts(report))}</table>
 </body></html>
@@ -204,9 +210,7 @@ def _left_out(strange: bytes | None) -> str:
     )
 
 
-def _cases(
-    seen: list[Seen], threshold: float, overlays: Path, worst: int, bit_depth: int | None
-) -> str:
+def _cases(seen: list[Seen], threshold: float, overlays: Path, worst: int, decode: Decode) -> str:
     """The worst mistakes, or where there are none the closest calls, as pictures."""
     wrong = sorted(
         (part for part in seen if not part.correct),
@@ -219,12 +223,12 @@ def _cases(
     title = "No mistakes; the closest calls"
     if wrong:
         title = f"The worst mistakes ({len(shown)} of {len(wrong)})"
-    cards = "".join(_case(part, threshold, overlays, bit_depth) for part in shown)
+    cards = "".join(_case(part, threshold, overlays, decode) for part in shown)
     return f'<h2>{title}</h2><section class="cases">{cards}</section>'
 
 
-def _case(part: Seen, threshold: float, overlays: Path, bit_depth: int | None) -> str:
-    picture = image.decode(part.path.read_bytes(), bit_depth=bit_depth)[..., ::-1]
+def _case(part: Seen, threshold: float, overlays: Path, decode: Decode) -> str:
+    picture = decode(part.path.read_bytes())[..., ::-1]
     overlay = cv2.imread(str(overlays / part.overlay))
     what = {
         ("normal", "Normal"): "Good part, passed",
@@ -232,7 +236,7 @@ def _case(part: Seen, threshold: float, overlays: Path, bit_depth: int | None) -
         ("anomaly", "Normal"): "Missed defect",
         ("anomaly", "Anomaly"): "Defect, found",
     }[part.group, part.label]
-    name = escape(part.path.name)
+    name = escape(part.name)
     return (
         f'<article class="case"><div><img alt="{name}" src="{_data_uri(picture)}">'
         f'<img alt="{name}, overlay" src="{_data_uri(overlay)}"></div>'

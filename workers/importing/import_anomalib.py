@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
-from engines.image import files_in
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Kind, Meta
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
@@ -24,7 +24,7 @@ from workers.converting.parity import FLOAT32_LIMIT
 from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate
-from workers.learning.dataset import Images, measure_bit_depth
+from workers.learning.dataset import MOST_BROKEN, Images, bit_depth_of, find_pictures
 from workers.models.patchcore import NEIGHBOURS
 from workers.progress import Progress
 
@@ -42,6 +42,8 @@ class Import:
     layers: list[str] | None = None
     image_size: int | None = None
     images: Path | None = None
+    bit_depth: int | None = None
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
@@ -68,13 +70,13 @@ def import_anomalib(request: Import, progress: Progress) -> dict[str, Any]:
             _load_learned(checkpoint, meta, kind, model, folder / getattr(meta, kind.LEARNED))
         names, golden = [], None
         if request.images is not None:
-            meta, pictures = _read_pictures(request.images, meta, progress)
+            meta, pictures = _read_pictures(request, request.images, meta, progress)
             scores = kind.scores(model, [pictures])
             meta = _with_threshold(checkpoint, meta, pictures, scores)
             golden = _golden(pictures, scores, meta)
             names.append(golden.write(folder))
         else:
-            meta = _with_threshold(checkpoint, meta)
+            meta = _with_threshold(checkpoint, meta.with_(bit_depth=request.bit_depth))
         report = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": meta.model,
@@ -117,7 +119,8 @@ def describe(checkpoint: Checkpoint, request: Import) -> tuple[Meta, list[str]]:
         notes.append("the checkpoint does not say its image_sensitivity: taken as 0.5")
     meta = Meta.model_validate({"model": kind, **own, "image_size": DEFAULT_SIZE})
     size = _agreed(checkpoint, "image_size", size, request.image_size)
-    return meta.with_(image_size=size), notes
+    # anomalib's own averages along each axis that shrinks, too.
+    return meta.with_(image_size=size, resize="each_axis"), notes
 
 
 def _backbone(checkpoint: Checkpoint, request: Import) -> dict[str, Any]:
@@ -283,13 +286,17 @@ def _check_no_old_golden(request: Import) -> None:
         )
 
 
-def _read_pictures(folder: Path, meta: Meta, progress: Progress) -> tuple[Meta, NDArray[np.uint8]]:
+def _read_pictures(
+    request: Import, folder: Path, meta: Meta, progress: Progress
+) -> tuple[Meta, NDArray[np.uint8]]:
     """meta.json with their bit depth, and the pictures (n, S, S, 3) of a folder."""
-    paths = files_in(folder)
+    paths = find_pictures(folder, progress)
     if not paths:
         raise BadDataset(f"{folder} holds no images: --images takes a folder of normal parts.")
-    meta = meta.with_(bit_depth=measure_bit_depth(paths))
-    images = Images(paths, meta.image_size, 4, meta.bit_depth, progress, progress.phase("images"))
+    meta = meta.with_(bit_depth=request.bit_depth or bit_depth_of(paths, request.limits))
+    images = Images(paths, meta, 4, progress, progress.phase("images"))
+    images.limits = request.limits
+    images.most_broken = len(paths) // MOST_BROKEN
     batches = list(images)
     if not batches:
         raise BadDataset(f"No image in {folder} can be read.")

@@ -30,16 +30,22 @@ log = logging.getLogger("kensa.worker")
 Result = TypeVar("Result")
 
 
-def needed(data: Path, request: RetrainRequest, parent: str | None) -> dict[str, Path]:
+def needed(
+    data: Path, request: RetrainRequest, parent: str | None, say: Callable[[str], None]
+) -> dict[str, Path]:
     """The files that learning needs: images, the version to start from, weights.
+
+    What of the images is passed over is not sent, so it is said here.
 
     Raises:
         BadDataset, BadBundle, BadWeights: something is missing or damaged.
     """
-    from workers.learning.dataset import Category  # which reads pictures
+    from workers.learning.dataset import Category, notes_on_passed_over  # which reads pictures
 
     datasets = data / "datasets"
     images = Category.find(datasets, request.category)
+    for note in notes_on_passed_over(images.passed_over):
+        say(f"note: {note}")
     files = {
         f"datasets/{path.relative_to(datasets).as_posix()}": path
         for path in (*images.train, *images.test_normal, *images.test_anomaly)

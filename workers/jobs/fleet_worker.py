@@ -29,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engines.errors import EXIT_CODE, BadSettings, KensaError, NoShared
 from engines.files import write_atomically
+from engines.image import ImageLimits
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import RetrainRequest
@@ -189,12 +190,14 @@ def prepare(
     if kind != "retrain":
         return {}
     folder.root.mkdir(parents=True, exist_ok=True)
+    limits = ImageLimits.read(os.environ).environment()  # of the line, wherever it is learned
     wanted = {"device": fleet.device, "model": request["model"], "retrain": request}
+    wanted |= {"limits": limits}
     parent = start_version(data, RetrainRequest(**request))
 
     def send() -> str:
         try:
-            files = needed(data, RetrainRequest(**request), parent)
+            files = needed(data, RetrainRequest(**request), parent, folder.say)
             return shared.push(f"{fleet.device}/inputs", files, _shown(folder, "send"))
         except FileNotFoundError as error:
             raise NoShared(f"{error.filename} went away while it was sent.") from None

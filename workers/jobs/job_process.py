@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadBundle, BadWeights, KensaError, NoWorker, UnknownVersion
+from engines.files import print_anything, printable
+from engines.image import ImageLimits
 from engines.logs import FORMAT, set_up
 from engines.machine import job_memory
 from engines.meta import Meta
@@ -32,6 +34,7 @@ from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
 MOST_NAMES, MOST_OF_A_NAME = 20, 100  # of strange pictures in a job's answer; characters
+MOST_NOTES, MOST_OF_A_NOTE = 10, 1000  # on the pictures; characters
 MEMORY_EVERY_S = 1.0  # a job that waits for memory looks again
 TIMING = "timing"  # in the data folder: what TensorRT measured of its kernels here
 # What share of a job its phases are: where each begins and ends.
@@ -48,6 +51,7 @@ def main(data: Path, job_id: str, kind: str) -> int:
     """Do the job on stdin, and leave result.json."""
     die_with_parent()
     give_way()
+    print_anything()
     hush_libraries()
     set_up("warning", os.environ.get(FORMAT, "text"), "job")
     folder = JobFolder(data, job_id)
@@ -66,6 +70,8 @@ def main(data: Path, job_id: str, kind: str) -> int:
         progress.say(traceback.format_exc())
         sentence = "The job failed in a way nobody foresaw; its log says how."
         ended = {"state": "failed", "code": "internal_error", "error": sentence}
+    if "error" in ended:
+        ended["error"] = printable(ended["error"])  # it may name a file whose name is not UTF-8
     folder.clean()
     try:
         progress.end(ended)
@@ -126,16 +132,17 @@ def _succeeded(store: Store, kind: str, request: dict[str, Any], version: str) -
     if kind == "convert":
         return ended
     name = request["model"]
-    found = read_report(store.folder(name, version)).get("images")
+    folder = store.folder(name, version)
+    report = read_report(folder)
+    found, notes = report.get("images"), report.get("notes")
     if not isinstance(found, dict):
         return ended
-    folder = store.folder(name, version)
     shown = read_strange(folder, Meta.read(folder / META)) is not None
     see = f" See them at /models/{name}/versions/{version}/strange." if shown else ""
-    return {**ended, "images": _told(found, see)}
+    return {**ended, "images": _told(found, see, notes if isinstance(notes, list) else [])}
 
 
-def _told(images: dict[str, Any], see: str) -> dict[str, Any]:
+def _told(images: dict[str, Any], see: str, notes: list[Any]) -> dict[str, Any]:
     """Of report.json's `images` what a job says: numbers, and a few names of bounded length."""
     strange = images.get("strange", [])
     names = [Path(name).name[:MOST_OF_A_NAME] for name in strange[:MOST_NAMES]]
@@ -151,6 +158,7 @@ def _told(images: dict[str, Any], see: str) -> dict[str, Any]:
         "skipped": len(images.get("skipped", {})),
         "names": names,
         "note": note if names else None,
+        "notes": [str(one)[:MOST_OF_A_NOTE] for one in notes[:MOST_NOTES]],
     }
 
 
@@ -187,7 +195,8 @@ def _retrain(
     parent = start_version(data, request)
     source = None if parent is None else store.check(request.model, parent)
     weights = named_weights(data, request)
-    trained = _learn(request, parent, source, data / "datasets", weights, work, progress)
+    limits = ImageLimits.read(os.environ)
+    trained = _learn(request, parent, source, data / "datasets", weights, work, progress, limits)
     if not request.convert:
         return trained
     how = _as_before(data, source, request.category)
@@ -202,6 +211,7 @@ def _learn(
     weights: str | Path | None,
     work: Path,
     progress: JobProgress,
+    limits: ImageLimits,
 ) -> Path:
     """Learn on top of the version in `source`, or from nothing; the folder of what was made."""
     from workers.commands import summarise_training
@@ -210,8 +220,11 @@ def _learn(
     meta_json, learned = work / META, None
     if source is None:
         meta = Meta.parse({"model": request.kind, **request.meta})
+        bit_depth = meta.bit_depth
     else:
-        meta = Meta.read(source / META).with_(**request.meta)
+        before = Meta.read(source / META)
+        meta = before.with_(**request.meta)
+        bit_depth, meta = meta.bit_depth, meta.with_(bit_depth=before.bit_depth)
         weights = weights or source / meta.weights_pth
         if weights != "untrained" and not Path(weights).is_file():
             raise BadWeights(
@@ -237,6 +250,8 @@ def _learn(
             false_rejects=request.false_rejects,
             false_rejects_cap=request.false_rejects_cap,
             keep_strange=request.keep_strange,
+            bit_depth=bit_depth,
+            limits=limits,
         ),
         progress,
     )
@@ -267,8 +282,10 @@ def _train_for_another(
         patiently(lambda: shared.pull(f"{device}/inputs", wanted["inputs"], source, ticked), folder)
         start = None if wanted["parent"] is None else source / "start"
     weights = named_weights(source, request)
+    limits = ImageLimits.read(wanted.get("limits") or os.environ)
+    datasets = source / "datasets"
     trained = _learn(
-        request, wanted["parent"], start, source / "datasets", weights, folder.work, progress
+        request, wanted["parent"], start, datasets, weights, folder.work, progress, limits
     )
     if device == fleet.device:
         shutil.rmtree(folder.root / "trained", ignore_errors=True)
@@ -349,6 +366,7 @@ def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Pa
 
     progress.phase("convert")
     meta = Meta.read(source / META)
+    how["limits"] = ImageLimits.read(os.environ)
     request = Convert(meta.model, source / meta.weights_pth, source / META, target, **how)
     for line in summarise_conversion(convert(request, progress), target)[1:-1]:
         progress.say(line)

@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
-from workers.learning.dataset import Category, Images
+from workers.learning.dataset import (
+    MOST_BROKEN,
+    Category,
+    Images,
+    check_broken,
+    notes_on,
+    notes_on_passed_over,
+)
 from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
 from workers.learning.normal_scores import USUAL_SCALE, NormalScores
@@ -42,6 +50,8 @@ class Course:
     meta: Meta
     how: Training
     progress: Progress
+    category: Category
+    limits: ImageLimits = DEFAULT_LIMITS
     read: list[Images] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -49,6 +59,7 @@ class Course:
         """Train, or update what it knows; what came of it, and the images that could be read."""
         how = self.kind.update if self.kind.knows(self.model) else self.kind.train
         began, images = time.perf_counter(), self._images(paths, "images")
+        images.most_broken = len(self.category.train) // MOST_BROKEN
         lesson = how(self.model, self.meta, images, self.how, self.progress)
         self.seconds += time.perf_counter() - began
         return lesson, images.used
@@ -72,12 +83,24 @@ class Course:
         return np.concatenate([np.empty((0, size, size, 3), np.uint8), *batches])
 
     def broken(self) -> dict[str, str]:
-        """The images that could not be read, and why."""
-        return {str(path): why for images in self.read for path, why in images.broken.items()}
+        """The images that could not be read, and why.
+
+        Raises:
+            BadDataset: they are too many for this to be the training that was asked for.
+        """
+        broken = {str(path): why for images in self.read for path, why in images.broken.items()}
+        listed = self.category.count
+        check_broken(broken, listed, listed // MOST_BROKEN)
+        return broken
+
+    def notes(self) -> list[str]:
+        """What a person should know of the pictures that were read."""
+        files = {path: file for images in self.read for path, file in images.files.items()}
+        passed_over = notes_on_passed_over(self.category.passed_over)
+        return [*passed_over, *notes_on(files, self.meta)]
 
     def _images(self, paths: list[Path], phase: str) -> Images:
-        meta = self.meta
-        found = Images(paths, meta.image_size, self.how.batch, meta.bit_depth, self.progress)
+        found = Images(paths, self.meta, self.how.batch, self.progress, limits=self.limits)
         found.tick = self.progress.phase(phase)
         self.read.append(found)
         return found

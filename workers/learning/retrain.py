@@ -12,19 +12,20 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadMeta
+from engines.errors import BadDataset, BadMeta
 from engines.files import sha256, staged
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.limits import TRAINED, is_number
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.promise import UNTRAINED
-from engines.store.bundle import REPORT, STRANGE, check_hash, write_report
+from engines.store.bundle import REPORT, STRANGE, check_hash, read_report, write_report
 from engines.store.golden import Golden, evenly
 from engines.store.known_scores import SCORES, KnownScores
 from engines.verdict import Scale
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
-from workers.learning.dataset import Category, measure_bit_depth
+from workers.learning.dataset import Category, bit_depth_of
 from workers.learning.eyesight import counted, eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.learning.strange import SHOWN, sheet
@@ -51,6 +52,8 @@ class Retrain:
     false_rejects: float | None = None  # None: as meta.json has it
     false_rejects_cap: float | None = None
     keep_strange: bool = False
+    bit_depth: int | None = None  # of the camera; None: as meta.json has it
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
     @property
     def known(self) -> Path | None:
@@ -74,18 +77,19 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
         )
     kind = models.module(meta.model)
-    learned_before = request.known
-    if learned_before is not None:
-        _check_origin(learned_before, meta, kind, request.meta_json)
+    if request.known is not None:
+        _check_origin(request.known, meta, kind, request.meta_json)
     category = Category.find(request.data_root, request.category)
-    if meta.bit_depth is None:
-        meta = meta.with_(bit_depth=measure_bit_depth(category.train))
+    request, meta = _with_bit_depth(request, meta, category, progress)
+    learned_before = request.known
     if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):
         progress.say(short)
     model = kind.build(meta, request.pretrained_pth)
     if learned_before is not None:
         kind.load(model, learned_before)
     known = kind.summary(model) if kind.knows(model) else None
+    if known is None:  # what goes on from a model sees pictures as that one does
+        meta = meta.with_(resize="each_axis")
     loaded = time.perf_counter()
     learned = _learn(request, meta, kind, model, category, progress)
     meta = learned.calibration.write_to(meta).with_(score_kind=kind.SCORE_KIND)
@@ -101,6 +105,11 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "strange": [str(path) for path in learned.normals.strange],
             "skipped": learned.broken,
         },
+        "passed_over": {
+            where: [str(path) for path in paths] for where, paths in category.passed_over.items()
+        },
+        "bit_depth": meta.bit_depth,
+        "notes": learned.notes,
         "tested": learned.tested,
         **({"before": known} if known else {}),
         **kind.summary(model),
@@ -114,6 +123,45 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     }
     _write(request.out_dir, meta, kind, model, learned, report)
     return report
+
+
+def _with_bit_depth(
+    request: Retrain, meta: Meta, category: Category, progress: Progress
+) -> tuple[Retrain, Meta]:
+    """The camera's bits in meta.json; where they change, a request that learns all anew.
+
+    What was learned at another bit depth knows another brightness, so nothing can be added to it.
+
+    Raises:
+        BadDataset: nobody says what the bits are, or they change and not all is there to be learned
+            anew.
+    """
+    asked = request.bit_depth or meta.bit_depth
+    if request.known is None:
+        return request, meta.with_(bit_depth=asked or bit_depth_of(category.train, request.limits))
+    before = read_report(request.known.parent).get("bit_depth") or meta.bit_depth
+    if (asked or 16) == (before or 16):
+        return request, meta
+    _check_all_are_there(request.known, category)
+    progress.say(
+        f"bit_depth was {before or 16} and is now {asked or 16}: all {len(category.train)} pictures"
+        " are learned anew"
+    )
+    return replace(request, load_bank=None, load_stats=None), meta.with_(bit_depth=asked)
+
+
+def _check_all_are_there(learned: Path, category: Category) -> None:
+    """Raise BadDataset where learning anew would forget pictures that are known."""
+    known = KnownScores.read(learned.parent).learned
+    there = {KnownScores.mark(path) for path in category.train}
+    gone = sum(mark not in there for mark in known)
+    if gone or not known:
+        how_many = f"{gone} of {len(known)} pictures" if known else "which pictures, nobody knows,"
+        raise BadDataset(
+            f"bit_depth can only change where all is learned anew, and {how_many} that {learned}"
+            " was learned from are no longer there: put them back, or learn without what is known"
+            " (no --load_bank or --load_stats; a job: update=false)."
+        )
 
 
 def _learning(request: Retrain, meta: Meta, category: Category) -> memory_needs.Learning:
@@ -136,6 +184,7 @@ class _Learned:
     tested: dict[str, int]  # test images that the threshold was found with
     sheet: bytes | None  # a JPEG of the strange pictures
     broken: dict[str, str]
+    notes: list[str]
     seconds: float  # spent on learning alone
 
 
@@ -144,7 +193,7 @@ def _learn(
 ) -> _Learned:
     """Train or update, and calibrate on images that the model has not learned at that time."""
     how = models.Training(request.epochs, request.batch, request.penalty_dir)
-    course = Course(kind, model, meta, how, progress)
+    course = Course(kind, model, meta, how, progress, category, request.limits)
     known = KnownScores.none()
     if kind.INCREMENTAL:
         if request.known is not None:
@@ -165,7 +214,11 @@ def _learn(
         "anomaly": len(defective.paths),
     }
     strange = _sheet(course, normals.strange, calibration)
-    return _Learned(calibration, normals, golden, tested, strange, course.broken(), course.seconds)
+    notes = course.notes()
+    for note in notes:
+        progress.say(f"note: {note}")
+    broken, seconds = course.broken(), course.seconds
+    return _Learned(calibration, normals, golden, tested, strange, broken, notes, seconds)
 
 
 def _sheet(course: Course, strange: list[Path], calibration: Calibration) -> bytes | None:

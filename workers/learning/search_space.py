@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import optuna
 
 from engines.errors import BadWeights
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
 from workers import models
 
@@ -45,6 +46,7 @@ class Tune:
     batch: int = 4
     timeout: float | None = None  # seconds
     penalty_dir: Path | None = None
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 class Stage(NamedTuple):

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from engines.errors import BadRequest
-from engines.files import sha256, write_atomically
+from engines.files import printable, sha256, write_atomically
 from workers.learning.dataset import Category
 from workers.learning.search_space import UNTRAINED, Space, Tune
 
@@ -160,7 +160,7 @@ def keep_results(study: optuna.Study, space: Space, request: Tune) -> Found:
     """Write trials.csv and the best meta.json."""
     trials, ended = study.get_trials(deepcopy=False), ended_trials(study)
     complete = [trial for trial in ended if trial.state is TrialState.COMPLETE]
-    write_atomically(request.out_dir / TRIALS, _table(trials, request.model).encode())
+    write_atomically(request.out_dir / TRIALS, printable(_table(trials, request.model)).encode())
     if not complete:
         return Found(trials, None, None, None)
     best = min(complete, key=_rank)

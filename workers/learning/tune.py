@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from engines.errors import BadDataset, BadMeta, BadRequest, KensaError
+from engines.files import printable
 from engines.meta import Meta
 from workers.learning.dataset import Category
 from workers.learning.retrain import Retrain, retrain
@@ -121,7 +122,7 @@ def _one_trial(study: optuna.Study, space: Space, request: Tune, progress: Progr
     try:
         report = _train(values, space, request)
     except KensaError as error:
-        trial.set_user_attr("reason", str(error))
+        trial.set_user_attr("reason", printable(str(error)))
         if not ended:  # the start itself: what is wrong with it is wrong with all
             study.tell(trial, state=TrialState.FAIL)
             raise
@@ -163,6 +164,7 @@ def _train(values: dict[str, Any], space: Space, request: Tune) -> dict[str, Any
             epochs=request.epochs,
             batch=request.batch,
             penalty_dir=request.penalty_dir,
+            limits=request.limits,
         )
         report = retrain(training, Progress(quiet=True))
         names = {meta.weights_pth, meta.memory_bank, meta.stats} - {None}

@@ -32,7 +32,7 @@ from PIL import Image
 from engines.errors import BadRequest, Conflict, KensaError, UnknownDataset, UploadTooLarge
 from engines.image import DEFAULT_LIMITS, decode
 from engines.store.datasets import Datasets
-from engines.store.image_names import checked_name
+from engines.store.image_names import checked_name, sent_name
 from engines.store.image_zip import MAX_FILES, unzip
 from support.damage import damaged, picture, png, saved, seeds
 from support.mutations import flat_jpeg, structured_seeds
@@ -406,6 +406,49 @@ def test_a_form_of_an_old_windows_client_is_read_right(place: Place) -> None:
     body = part + image() + b"\r\n--b--\r\n"
     answer = place.client.post(place.url, content=body, headers=FORM)
     assert answer.json()["added"] == ["検査.png"]
+
+
+WORDS = b"=?utf-8?B?5qSc5p+7LmpwZw==?="  # RFC 2047
+DOT_NET = b'filename="' + WORDS + b"\"; filename*=utf-8''%E6%A4%9C%E6%9F%BB.jpg"
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        (b"form-data; name=file; " + DOT_NET, "検査.jpg"),
+        (b'form-data; name="file"; filename="' + WORDS + b'"', "検査.jpg"),
+        (b"form-data; name=file; filename==?utf-8?Q?=E6=A4=9C.jpg?=", "検.jpg"),
+        (
+            b'form-data; filename="=?utf-8?B?5qSc5p+7?= =?utf-8?B?5qSc5p+7LmpwZw==?="',
+            "検査検査.jpg",
+        ),
+        (b"form-data; filename=\"__.jpg\"; filename*=UTF-8'ja'%E6%A4%9C.jpg", "検.jpg"),
+        (b"form-data; FILENAME*=utf-8''%E6%A4%9C.jpg; name=x", "検.jpg"),
+        (b"form-data; filename*=iso-8859-1''caf%E9.jpg", "caf\xe9.jpg"),
+        (b"form-data; filename*=no-such-encoding''%E6%A4%9C.jpg", "検.jpg"),
+        (b"form-data; filename*=undefined''%E6%A4%9C.jpg", "検.jpg"),
+        (b"form-data; filename*=plain.jpg", "plain.jpg"),
+        (b'form-data; filename="=?utf-8?B?a?="', "=?utf-8?B?a?="),
+        (b'form-data; filename="a; filename*=b.jpg"', "a; filename*=b.jpg"),
+        (b'form-data; filename="a\\"b.jpg"; name="file"', 'a"b.jpg'),
+        (b'form-data; filename="C:\\parts\\a.jpg"', "a.jpg"),
+        (b"form-data; filename=a b.jpg", "a b.jpg"),
+        ('form-data; filename="表.png"'.encode("cp932"), "表.png"),
+        (b'form-data; filename=""', ""),
+        (b'form-data; name="filename"', None),
+        (b"", None),
+    ],
+)
+def test_a_form_says_what_its_file_is_called(disposition: bytes, name: str | None) -> None:
+    assert sent_name(disposition) == name
+
+
+def test_a_form_of_dot_net_keeps_the_name_of_its_picture(place: Place) -> None:
+    part = PART.replace(b'filename="a"', DOT_NET)
+    assert part != PART
+    answer = place.client.post(place.url, content=part + image() + b"\r\n--b--\r\n", headers=FORM)
+    assert answer.json()["added"] == ["検査.jpg"]
+    assert set(place.stored()) == {"検査.jpg"}
 
 
 BAD_NAMES = [

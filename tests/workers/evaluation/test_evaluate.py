@@ -355,6 +355,33 @@ def test_images_of_one_stem_have_an_overlay_each(
     assert len(names) == len(result.rows) == 17
 
 
+def test_defects_in_folders_are_judged_measured_and_shown_each_by_its_own_name(
+    kensa_model: Path, own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defects, masks = test_folder(own_data, "anomaly"), own_data / "masks" / CATEGORY
+    for kind in ("burr", "dent"):
+        for number in ("00", "01"):
+            for folder in (defects, masks):
+                (folder / kind).mkdir(exist_ok=True)
+                (folder / f"{kind}_{number}.png").rename(folder / kind / f"{number}.png")
+    (masks / "dent" / "01.png").unlink()
+    windows = os.fsdecode("検査.png".encode("cp932"))
+    for folder in (defects, masks):
+        (folder / "burr" / "01.png").rename(folder / "burr" / windows)
+    (defects / "later.webp").touch()
+    result = evaluated(flags_of(kensa_model, own_data, tmp_path / "out"), capsys)
+    assert result.report["images"]["anomaly"] == 10
+    files = {"burr/00.png", "dent/00.png", r"burr/\x8c\x9f\x8d\xb8.png"}
+    assert files <= {row["file"] for row in result.rows}
+    names = {path.name for path in (result.out_dir / "overlays").iterdir()}
+    assert {"anomaly_burr_00.png", "anomaly_dent_00.png"} <= names
+    assert len(names) == len(result.rows)
+    pixel = result.report["pixel"]
+    assert (pixel["masks"], pixel["missing"], pixel["refused"]) == (9, ["dent/01.png"], {})
+    assert f"Passed over 1 in {defects} that end in .webp" in result.said
+    assert "later.webp" in result.page
+
+
 class Loads(HTMLParser):
     """Everything in a page that a browser would fetch."""
 

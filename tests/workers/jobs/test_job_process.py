@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
+from engines.queue.job_folder import JobFolder
+from engines.queue.protocol import PACE
 from engines.store.bundle import REPORT, write_report
 from engines.store.versions import Store
 from support.plans import seal, tiny_bank, tiny_bundle
-from workers.jobs.job_process import MOST_NAMES, MOST_OF_A_NAME, do
+from support.project import ROOT
+from workers.jobs.job_process import MOST_NAMES, MOST_NOTES, MOST_OF_A_NAME, MOST_OF_A_NOTE, do
 from workers.progress import Progress
+from workers.sample_parts.drawing import draw_part
 
 JOB = "retrain-0123456789ab"
 
 
-def ended(folder: Path, images: Any, kind: str = "retrain") -> dict[str, Any]:
+def ended(folder: Path, images: Any, kind: str = "retrain", notes: Any = None) -> dict[str, Any]:
     """How a job ends that was killed after it had published a version with this report."""
     made = tiny_bundle(folder / "made", tiny_bank(1))
-    write_report(made, {"images": images, "parity": {"openvino_f32": {"ok": True}}})
+    write_report(made, {"images": images, "notes": notes, "parity": {"openvino_f32": {"ok": True}}})
     assert (made / REPORT).is_file()
     seal(made)
     store = Store(folder / "data" / "models")
@@ -48,9 +57,53 @@ def test_however_many_there_are_the_answer_stays_short(tmp_path: Path) -> None:
     assert " and others. " in images["note"]
 
 
+def test_what_else_is_to_know_of_the_pictures_is_told_and_bounded(tmp_path: Path) -> None:
+    said = ["8 and 16 bits are mixed.", *("x" * 5000 for _ in range(50))]
+    notes = ended(tmp_path, {"learned": 9, "skipped": {}}, notes=said)["images"]["notes"]
+    assert notes[0] == said[0]
+    assert (len(notes), max(map(len, notes))) == (MOST_NOTES, MOST_OF_A_NOTE)
+
+
 def test_where_all_were_learned_there_is_nothing_to_do(tmp_path: Path) -> None:
     images = ended(tmp_path, {"learned": 9, "skipped": {}})["images"]
     assert (images["strange"], images["names"], images["note"]) == (0, [], None)
+
+
+def test_a_job_reads_pictures_as_large_as_the_server_does(tmp_path: Path) -> None:
+    """Four pictures of 128 x 128, where the server takes 16,000 pixels and then 17,000."""
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    for seed in range(4):
+        cv2.imwrite(str(train / f"{seed}.png"), draw_part(seed, None, 128)[0])
+    found = learned(tmp_path, "1", KENSA_MAX_IMAGE_PIXELS="16000")
+    assert (found["state"], found["code"]) == ("failed", "bad_dataset")
+    assert "128 x 128 pixels; allowed are 16,000" in found["error"]
+    assert learned(tmp_path, "2", KENSA_MAX_IMAGE_PIXELS="17000")["state"] == "succeeded"
+
+
+def learned(data: Path, job: str, **environment: str) -> dict[str, Any]:
+    """How a training ends in the process of a job, as the worker starts it."""
+    meta = {"backbone": "resnet18", "layers": ["layer2"], "coreset_ratio": 0.1, "image_size": 64}
+    asked = {"model": "part", "category": "bolt", "kind": "patchcore", "meta": meta}
+    asked |= {"pretrained": "untrained", "convert": False}
+    subprocess.run(
+        [sys.executable, "-m", "workers.jobs.job_process", str(data), job, "retrain"],
+        input=json.dumps(asked), text=True, cwd=ROOT, check=True,
+        env={**os.environ, PACE: "full", **environment},
+    )  # fmt: skip
+    found = JobFolder(data, job).result()
+    assert found is not None
+    return found
+
+
+def test_an_error_that_names_a_file_whose_name_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    (train / os.fsdecode("検査.png".encode("cp932"))).write_bytes(b"no picture")
+    found = learned(tmp_path, JOB)
+    assert (found["state"], found["code"]) == ("failed", "bad_dataset")
+    assert r"\x8c\x9f\x8d\xb8.png" in found["error"]
+    assert found["error"].encode()
 
 
 @pytest.mark.parametrize("report", [None, "many", []])

@@ -6,6 +6,7 @@ Real models, tiny: untrained backbones at 64 pixels.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from engines.errors import BadBundle, BadDataset
 from engines.files import sha256
+from engines.image import ImageLimits
 from engines.limits import Limits
 from engines.meta import Meta
 from engines.store.bundle import read_strange
@@ -24,10 +26,10 @@ from engines.store.golden import Golden
 from engines.store.known_scores import SCORES, KnownScores
 from engines.verdict import Scale
 from support.progress import Said
-from workers.commands import summarise_training
+from workers.commands import show, summarise_training
 from workers.learning.retrain import Retrain, retrain
 from workers.learning.strange import GAP, LABEL, SIDE
-from workers.progress import Progress
+from workers.progress import Progress, Tick
 from workers.sample_parts.drawing import draw_part
 
 CATEGORY = "bracket"
@@ -125,6 +127,36 @@ def padim(tmp_path: Path) -> Line:
 
 
 # ---- from nothing -----------------------------------------------------------------------------
+
+
+def test_a_new_training_resizes_each_axis_by_itself_and_an_update_as_its_model_does(
+    line: Line,
+) -> None:
+    put(line.train, *range(6))
+    line.learn()
+    assert line.written()["resize"] == "each_axis"
+    put(line.train, 6)
+    line.go_on()
+    assert line.written()["resize"] == "each_axis"
+    meta = line.out / "meta.json"
+    of_an_older_kensa = {key: value for key, value in line.written().items() if key != "resize"}
+    meta.write_text(json.dumps(of_an_older_kensa))
+    put(line.train, 7)
+    line.go_on()
+    assert "resize" not in line.written()
+
+
+def test_long_pictures_are_told_in_log_summary_and_report(patchcore: Line) -> None:
+    for path in put(patchcore.train, *range(6)):
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (640, 100)))
+    said = Said()
+    report = retrain(patchcore.request(), said)
+    (note,) = report["notes"]
+    assert "640 x 100, 6.4:1" in note
+    assert f"note: {note}" in said.lines
+    assert f"note         {note}" in summarise_training(report, patchcore.out)
+    kept = json.loads((patchcore.out / "report.json").read_text())
+    assert kept["notes"] == [note]
 
 
 def test_every_picture_is_learned_and_scored_by_what_had_not_learned_it(line: Line) -> None:
@@ -271,13 +303,177 @@ def test_a_bank_of_one_row_is_refused_and_not_taken_for_one_that_judges(patchcor
 
 
 def test_broken_images_are_named_and_the_others_learned(line: Line) -> None:
-    paths = put(line.train, *range(8))
+    paths = put(line.train, *range(20))
     paths[2].write_bytes(b"no picture")
     paths[7].write_bytes(paths[7].read_bytes()[:500])
     report = line.learn()
-    assert report["images"]["learned"] == 6
+    assert report["images"]["learned"] == 18
     assert set(report["images"]["skipped"]) == {str(paths[2]), str(paths[7])}
-    assert len(line.known().learned) == 6
+    assert len(line.known().learned) == 18
+
+
+def test_more_than_one_broken_picture_in_ten_is_no_success(line: Line) -> None:
+    paths = put(line.train, *range(12))
+    for path in paths[4:6]:
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(BadDataset, match=r"2 of 12 pictures cannot be read.*0004\.png"):
+        line.learn()
+    assert not line.out.exists()
+    paths[4].unlink()  # one of eleven
+    assert line.learn()["images"]["learned"] == 10
+
+
+def test_broken_test_pictures_count_too(patchcore: Line) -> None:
+    put(patchcore.train, *range(6))
+    for path in put(patchcore.test / "anomaly", *range(4), defect="stain"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(BadDataset, match="4 of 10 pictures cannot be read"):
+        patchcore.learn()
+
+
+class Unmounting(Progress):
+    """Takes the pictures away once some were read, as a network drive that goes does."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(quiet=True)
+        self._folder = folder
+
+    def phase(self, name: str) -> Tick:
+        def tick(done: int, total: int) -> None:
+            if done == 4 and name == "images":
+                shutil.rmtree(self._folder)
+
+        return tick
+
+
+def test_pictures_that_go_away_while_they_are_read_end_the_training(line: Line) -> None:
+    put(line.train, *range(40))
+    with pytest.raises(BadDataset, match=r"cannot be read: No such file.*see that they are all"):
+        retrain(line.request(), Unmounting(line.train))
+    assert not line.out.exists()
+
+
+def test_what_is_passed_over_is_told_in_log_summary_and_report(patchcore: Line) -> None:
+    put(patchcore.train, *range(6))
+    (patchcore.train / "6.webp").touch()
+    put(patchcore.test / "anomaly" / "stain", 7, defect="stain")
+    said = Said()
+    report = retrain(patchcore.request(), said)
+    (note,) = report["notes"]
+    assert note.startswith("Passed over 1 in")
+    assert note.endswith("6.webp.")
+    assert f"note: {note}" in said.lines
+    assert f"note         {note}" in summarise_training(report, patchcore.out)
+    kept = json.loads((patchcore.out / "report.json").read_text())
+    assert list(kept["passed_over"].values()) == [[str(patchcore.train / "6.webp")]]
+    assert kept["tested"] == {"normal": 0, "anomaly": 1}
+
+
+def test_larger_pictures_are_learned_where_the_limits_say_so(patchcore: Line) -> None:
+    paths = put(patchcore.train, *range(5))
+    for path in paths:
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (5000, 3300)))
+    with pytest.raises(BadDataset, match=r"5 of 5 .*5000 x 3300.*--max_image_pixels"):
+        patchcore.learn()
+    assert patchcore.learn(limits=ImageLimits(max_pixels=20_000_000))["images"]["learned"] == 5
+
+
+# ---- 16 bits ----------------------------------------------------------------------------------
+
+
+def put_deep(folder: Path, *seeds: int, highest: int) -> list[Path]:
+    """Parts of a camera with more than 8 bits, grey, whose brightest pixel is `highest`."""
+    paths = put(folder, *seeds)
+    for path in paths:
+        grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE).astype(float)
+        cv2.imwrite(str(path), (grey / grey.max() * highest).round().astype(np.uint16))
+    return paths
+
+
+def test_a_dark_set_of_16_bit_files_is_not_guessed_from_but_asked_about(patchcore: Line) -> None:
+    put_deep(patchcore.train, *range(5), highest=835)
+    with pytest.raises(BadDataset, match=r"no value above 835.*10, 12, 14 or 16.*bit_depth"):
+        patchcore.learn()
+    assert not patchcore.out.exists()
+    patchcore.learn(bit_depth=12)
+    assert patchcore.written()["bit_depth"] == 12
+    put_deep(patchcore.train, 5, highest=4000)  # a glint: no flag is needed any more
+    assert patchcore.go_on()["images"]["learned"] == 1
+    assert patchcore.written()["bit_depth"] == 12
+
+
+def test_files_that_fill_16_bits_leave_no_doubt(patchcore: Line) -> None:
+    put_deep(patchcore.train, *range(5), highest=50_000)
+    patchcore.learn()
+    assert patchcore.written()["bit_depth"] == 16
+
+
+def test_an_update_raises_the_bit_depth_and_learns_all_anew_where_all_is_there(line: Line) -> None:
+    paths = put_deep(line.train, *range(8), highest=835)
+    line.learn(bit_depth=10)  # as a Kensa that guessed had it
+    before = line.content()
+    put_deep(line.train, 8, 9, highest=3000)
+    with pytest.raises(BadDataset, match=r"0008\.png has values up to 3000.*12, 14 or 16"):
+        line.go_on()
+    assert line.content() == before
+    said = Said()
+    report = line.go_on(said, bit_depth=12)
+    assert "bit_depth was 10 and is now 12: all 10 pictures are learned anew" in said.text
+    assert (report["images"]["known"], line.written()["bit_depth"]) == (0, 12)
+    line.train.joinpath("new").mkdir()
+    anew = replace(line.request(bit_depth=12), out_dir=line.folder / "anew")
+    retrain(anew, QUIET)
+    name = LEARNED[line.kind]
+    with np.load(line.out / name) as ours, np.load(anew.out_dir / name) as other:
+        assert all(np.array_equal(ours[key], other[key]) for key in other.files)
+    paths[0].unlink()
+    with pytest.raises(BadDataset, match=r"1 of 10 pictures that .* are no longer there"):
+        line.go_on(bit_depth=14)
+
+
+def test_a_bit_depth_that_was_changed_in_meta_json_by_hand_is_noticed(patchcore: Line) -> None:
+    put_deep(patchcore.train, *range(6), highest=835)
+    patchcore.learn(bit_depth=10)
+    meta = patchcore.out / "meta.json"
+    meta.write_text(json.dumps({**patchcore.written(), "bit_depth": 12}))
+    put_deep(patchcore.train, 6, highest=3000)
+    assert patchcore.go_on()["images"]["known"] == 0
+    assert patchcore.written()["bit_depth"] == 12
+
+
+def test_a_folder_that_mixes_8_and_16_bits_is_told_in_log_summary_and_report(
+    patchcore: Line,
+) -> None:
+    put(patchcore.train, *range(4))
+    put_deep(patchcore.train, 4, 5, highest=60_000)
+    said = Said()
+    report = retrain(patchcore.request(), said)
+    (note,) = report["notes"]
+    assert "2 pictures have 16 bits, such as 0004.png, and 4 have 8, such as 0000.png" in note
+    assert f"note: {note}" in said.lines
+    assert f"note         {note}" in summarise_training(report, patchcore.out)
+
+
+def test_names_that_are_not_utf_8_are_written_escaped(
+    patchcore: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(patchcore.train, *range(12))
+    name = os.fsdecode("検査".encode("cp932"))
+    (patchcore.train / f"{name}.png").write_bytes(b"no picture")
+    (patchcore.train / f"{name}.webp").touch()
+    put_strange(patchcore.train, "0003_b.png")
+    (patchcore.train / "0003_b.png").rename(patchcore.train / f"0003{name}.png")
+    log = patchcore.folder / "retrain.log"
+    report = retrain(patchcore.request(), Progress(log))
+    shown = r"\x8c\x9f\x8d\xb8"
+    show(summarise_training(report, patchcore.out))
+    told = capsys.readouterr().out
+    assert f"unlike what is known: 0003{shown}.png" in told
+    assert f"{shown}.webp" in told
+    assert f"skipped {patchcore.train}/{shown}.png" in log.read_text(encoding="utf-8")
+    kept = json.loads((patchcore.out / "report.json").read_text(encoding="utf-8"))
+    assert list(kept["images"]["skipped"]) == [f"{patchcore.train}/{shown}.png"]
+    assert kept["images"]["strange"] == [f"{patchcore.train}/0003{shown}.png"]
 
 
 # ---- strange pictures -------------------------------------------------------------------------
