@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,10 @@ from engines.store.versions import META, Store
 from engines.verdict import Verdict, judge
 
 
-class GaveWay(Exception):
-    """Replaying ended before its end, for somebody who waits; it is done again after that."""
-
-
 class GateReplay:
     """Finds the images, asks a version about them, and keeps what the parts look like."""
 
-    def __init__(
-        self, store: Store, inspector: Inspector, is_awaited: Callable[[str], bool]
-    ) -> None:
-        self._is_awaited = is_awaited  # whether somebody waits to change a model
+    def __init__(self, store: Store, inspector: Inspector) -> None:
         self._store = store
         self._inspector = inspector
 
@@ -49,15 +41,9 @@ class GateReplay:
         return list(gate.replays(goldens, self._inspector.recent(name), size)), report
 
     async def ask(self, model: Resident, images: list[Replay]) -> list[Verdict]:
-        """What a version says of images, each while no part is being inspected.
-
-        Raises:
-            GaveWay: somebody waits to change the model, who is to wait for no gaps of the line.
-        """
+        """What a version says of images, each while no part is being inspected."""
         verdicts = []
         for one in images:
-            if self._is_awaited(model.name):
-                raise GaveWay
             infer = partial(model.runtime.infer, one.image[None])
             scores, _ = await self._inspector.in_a_gap(infer)
             verdicts.append(judge(float(scores[0]), model.scale))

@@ -220,10 +220,6 @@ class ModelManager:
         finally:
             self._changes[name] -= 1
 
-    def is_awaited(self, name: str) -> bool:
-        """Whether somebody waits for a change of a model to end."""
-        return self._changes[name] > 1
-
     def is_away(self, name: str) -> bool:
         """Whether a model is not in memory because a person, or another model, wants it so."""
         return name in self._residents.unloaded or name in self._residents.resting

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from app.serving.batch_retrial import BatchRetrial
-from app.serving.gate_replay import GateReplay, GaveWay
+from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
 from app.serving.model_manager import ModelManager
 from app.serving.probation import Probation
@@ -59,7 +59,7 @@ class Rollout:
         self._residents = inspector.residents
         self._settings = settings
         self._stale_plans = stale_plans
-        self._replay = GateReplay(store, inspector, models.is_awaited)
+        self._replay = GateReplay(store, inspector)
         self._probation = Probation(settings)
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
         self._failed: dict[tuple[str, str], float] = {}  # when, on the monotonic clock
@@ -158,11 +158,10 @@ class Rollout:
         version = manifest.version
         try:
             async with self._models.change(name):
-                is_late = await self._loader.do(lambda: self._is_late(name, version))
-                if is_late is None or self._models.is_away(name):  # since it was found
+                if self._models.is_away(name):  # since it was found
                     return
                 found: dict[str, Any]
-                if is_late:
+                if await self._loader.do(lambda: self._is_late(name, version)):
                     found = {"ok": False, "reasons": ["A newer version went live before it."]}
                 else:
                     found = await self._through_the_gate(name, manifest)
@@ -171,8 +170,6 @@ class Rollout:
                 await self._models.note_held(name)
                 self.on_swap(name, "held")
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
-        except GaveWay:
-            log.info("%s %s waits at the gate: somebody changes the model", name, version)
         except (BadBundle, BadMeta) as error:
             log.error("%s %s is refused: %s", name, version, error)
         except (KensaError, OSError) as error:
@@ -184,11 +181,8 @@ class Rollout:
             self.on_swap(name, "failed")
             log.exception("%s %s does not go live", name, version)
 
-    def _is_late(self, name: str, version: str) -> bool | None:
-        """Whether a newer version is live; None for one that is gone, an old one by now."""
+    def _is_late(self, name: str, version: str) -> bool:
         pointer, known = self._store.pointer(name), self._store.versions(name)
-        if version not in known:
-            return None
         return pointer is not None and pointer.live in known[known.index(version) + 1 :]
 
     async def _through_the_gate(self, name: str, manifest: Manifest) -> dict[str, Any]:
