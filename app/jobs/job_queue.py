@@ -26,8 +26,8 @@ from engines.queue.protocol import (
     scheduled_id,
     training_of,
 )
-from engines.queue.schedules import Schedules, last_due
-from engines.store.versions import NAME, Store
+from engines.queue.schedules import NAME, Schedules, last_due
+from engines.store.versions import Store
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 Outcome = Literal["live", "held", "refused", "published", "replaced"]

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from app.serving.batch_retrial import BatchRetrial
@@ -19,7 +20,7 @@ from app.serving.inspection import Inspector
 from app.serving.model_manager import ModelManager
 from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
-from app.settings import Settings
+from app.settings import Settings, name_of_folder
 from engines import promise
 from engines.errors import BadBundle, BadMeta, Conflict, KensaError
 from engines.limits import asked_for
@@ -84,17 +85,30 @@ class Rollout:
 
     async def _take_in_model_dir(self) -> None:
         """Publish the folder, and make it live unless these very files were taken in last time."""
-        name, source = self._settings.served_name, self._settings.model_dir
+        source = self._settings.model_dir
         assert source is not None
+        name = self._settings.served_name
 
         def take_in() -> None:
+            nonlocal name
+            name = self._name_of(source)
+            before = self._keeps_apart(name, source)
             if not (source / ONNX).is_file() and (source / META).is_file():
                 raise BadBundle(f"{source / ONNX} does not exist: make it with convtrt.py.")
             # Whoever sets the variable has the machine, so its plan is one of its own.
-            known = self._store.versions(name)
-            version = self._store.take_in(name, source, {"folder": str(source)}, plan=True)
+            known, live = self._store.versions(name), self._store.pointer(name)
+            origin = {"folder": str(source.absolute())}
+            version = self._store.take_in(name, source, origin, plan=True)
             if self._store.is_news(name, version, is_there=version in known):
                 self._store.activate(name, version)
+                if live is not None and live.live != version:
+                    log.warning("%s", _another_judges(name, version, source, before))
+            elif live is not None and live.live != version:
+                log.warning(
+                    "%s %s judges, as before, and not %s, which KENSA_MODEL_DIR names: its files"
+                    " have not changed since. POST /models/%s/versions/%s/activate lets it judge.",
+                    *(name, live.live, version, name, version),
+                )
             self._store.note_folder(name, version)
 
         problem = None
@@ -107,6 +121,32 @@ class Rollout:
         if problem is not None:
             self._residents.problems[name] = self._models.left_out[name] = problem
             log.error("%s is not taken in: %s", source, problem)
+
+    def _name_of(self, source: Path) -> str:
+        """What the folder's model is called; as an older Kensa called it, where that had no name
+        for letters other than those of ASCII.
+        """
+        name, old = self._settings.served_name, "default"
+        was_it = str(source) in self._store.folders(old).values()
+        is_new = self._settings.model_name is None and name not in self._store.names()
+        return old if is_new and was_it else name
+
+    def _keeps_apart(self, name: str, source: Path) -> str | None:
+        """The folder from which the model was taken in at the start before, if known.
+
+        Raises:
+            BadBundle: it is the folder of another model, of whose name the same was made.
+        """
+        for folder in self._store.folders(name).values():
+            other = Path(folder)
+            if self._settings.model_name is not None or other.name == source.absolute().name:
+                continue
+            if name_of_folder(other) == name:
+                raise BadBundle(
+                    f"The model {name} was made of {other}, whose name makes the same name: set"
+                    " KENSA_MODEL_NAME."
+                )
+        return self._store.last_folder(name)
 
     # ---- new versions -------------------------------------------------------------------------
 
@@ -380,3 +420,14 @@ class Rollout:
             return self._models.live(model.name) is model
         pointer = await self._loader.do(lambda: self._store.pointer(model.name))
         return pointer is not None and pointer.live == model.version
+
+
+def _another_judges(name: str, version: str, source: Path, before: str | None) -> str:
+    """A sentence for a model that KENSA_MODEL_DIR exchanges."""
+    sentence = f"{name} {version} judges from now on: KENSA_MODEL_DIR names {source}"
+    if before is None or Path(before) == source.absolute():
+        return f"{sentence}, which has changed. POST /models/{name}/rollback goes back."
+    return (
+        f"{sentence}. Until now {name} was the model of {before}: where these are different parts,"
+        " set KENSA_MODEL_NAME, so that each has a name of its own."
+    )

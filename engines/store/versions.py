@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
 from engines.files import sha256, sweep, sync_folder, write_atomically
@@ -35,10 +36,11 @@ from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, c
 from engines.store.golden import GOLDEN
 from engines.store.known_scores import SCORES
 
-NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
+NAME = r"^[\w-]{1,64}$"  # of a model: letters of any alphabet
 MANIFEST = "manifest.json"
 META = "meta.json"
 
+_NAME_BYTES = 200  # a file system takes 255
 _VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
 _POINTER = "live"
 _LOST = "the file that says which version is live is damaged or missing"
@@ -89,7 +91,7 @@ class Store:
         """The models that have a version, or had one."""
         if not self.root.is_dir():
             return []
-        names = (path.name for path in self.root.iterdir() if re.fullmatch(NAME, path.name))
+        names = (path.name for path in self.root.iterdir() if is_name(path.name))
         return sorted(name for name in names if self._is_known(name))
 
     def must_know(self, name: str) -> None:
@@ -374,7 +376,7 @@ class Store:
             BadRequest: the name is no name for a model.
             OSError: the disk is full; the store is as it was.
         """
-        if not re.fullmatch(NAME, name):
+        if not is_name(name):
             raise BadRequest(f"A model's name has up to 64 letters, digits, - and _, not {name!r}.")
         names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
         known = known or {}
@@ -481,6 +483,20 @@ class Store:
         is_new = self.gate(name, version) is None  # killed before it could go live
         return pointer is None and not self.candidates(name) and is_new
 
+    def folders(self, name: str) -> dict[str, str]:
+        """The versions that were taken in from a folder -> that folder, oldest first."""
+        found = {}
+        for version in self.versions(name):
+            with suppress(BadBundle, UnknownVersion):
+                found[version] = self.manifest(name, version).origin.get("folder")
+        return {version: folder for version, folder in found.items() if isinstance(folder, str)}
+
+    def last_folder(self, name: str) -> str | None:
+        """The folder that was taken in last; None where the version made of it is gone."""
+        last = _text(self._model(name) / _FOLDER)
+        found = [one for version, one in self.folders(name).items() if _digest_of(version) == last]
+        return next(reversed(found), None)
+
     def note_folder(self, name: str, version: str) -> None:
         """Remember which files a folder had that was taken in."""
         path, digest = self._model(name) / _FOLDER, _digest_of(version)
@@ -533,7 +549,7 @@ class Store:
         return None
 
     def _model(self, name: str) -> Path:
-        if not re.fullmatch(NAME, name):
+        if not is_name(name):
             raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
         return self.root / name
 
@@ -550,6 +566,12 @@ class Store:
         self.must_know(name)
         with _locked(self._model(name) / ".lock"):
             yield
+
+
+def is_name(name: str) -> bool:
+    """Whether a model may be called so: in one spelling only, and short enough for a folder."""
+    alone = name == normalize("NFC", name) and len(name.encode(errors="replace")) <= _NAME_BYTES
+    return alone and re.fullmatch(NAME, name) is not None
 
 
 @contextmanager

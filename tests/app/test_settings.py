@@ -94,7 +94,8 @@ def test_a_misspelt_variable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("models/PatchCore", "PatchCore"),
         ("models/part no. 7 (left)", "part-no-7-left"),
-        ("models/検査", "default"),
+        ("models/検査", "検査"),
+        ("models/検査・部品 (左)", "検査-部品-左"),
         ("models/" + "a" * 100, "a" * 64),
         (None, "default"),
     ],

@@ -34,7 +34,7 @@ PAGE = 4096  # bytes; a small file takes one
 BOLT = "bolt"
 KILLED = ROOT / "tests" / "support" / "killed.py"
 ABSENT = "0009-aaaaaaaaaaaa"
-BAD_NAMES = ["", ".", "..", "../x", "a/b", "/tmp", "a b", "bolt\n", "\0", "ボルト", "b" * 65,
+BAD_NAMES = ["", ".", "..", "../x", "a/b", "/tmp", "a b", "bolt\n", "\0", "ホ\u3099ルト", "b" * 65,
              ".staging", "bolt/0001-aaaaaaaaaaaa"]  # fmt: skip
 
 # Everything that is done to one model, or asked of it.
