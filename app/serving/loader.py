@@ -98,7 +98,10 @@ class Loader:
                 folder = self._store.check(name, version)
                 return open_model(folder, name, version, self.opening, beside)
             except (BadBundle, BadMeta) as error:
-                self._store.refuse(name, version, str(error))
+                try:
+                    self._store.refuse(name, version, str(error))
+                except OSError as why:  # it is tried again at the next start, and fails again
+                    log.warning("%s %s cannot be put aside: %s", name, version, why.strerror)
                 raise
 
         began = time.perf_counter()

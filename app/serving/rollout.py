@@ -351,8 +351,7 @@ class Rollout:
             found = self._store.gate(name, back.previous) or {"ok": True, "reasons": []}
             if reason is not None:
                 found = {**found, "ok": False, "reasons": [reason], "by_hand": False}
-            self._store.record_gate(name, back.previous, found)
-            self._store.roll_back(name)
+            self._store.roll_back(name, found)
 
         if reason is not None and self._models.is_away(name):
             await self._loader.write(write)  # nobody wants it in memory
@@ -386,12 +385,7 @@ class Rollout:
         """On the disk first: after a power cut the version that was named last comes back."""
         name, version = model.name, model.version
 
-        def write() -> None:
-            self._store.activate(name, version)
-            if self._store.gate(name, version) != found:
-                self._store.record_gate(name, version, found)
-
-        await self._loader.write(write)
+        await self._loader.write(lambda: self._store.activate(name, version, found))
         self._models.put(model)
         self.on_swap(name, "by_hand" if found.get("by_hand") else "live")
         log.info("Live: %s", describe(model))

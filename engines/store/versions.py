@@ -30,7 +30,7 @@ from typing import Any
 from unicodedata import normalize
 
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
-from engines.files import sha256, sweep, sync_folder, write_atomically
+from engines.files import replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
@@ -46,10 +46,12 @@ _POINTER = "live"
 _LOST = "the file that says which version is live is damaged or missing"
 _GATES = "gates"
 _REFUSED = "refused"
+_REASON = "reason.txt"
 _REFUSED_KEPT = 5
 _FOLDER = "folder"
 _THRESHOLD_OF = "threshold_of"  # in an origin
 _STAGING = ".staging"
+_WAS_ONCE = ".was_live"  # the mark of one that is being rolled back
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
 
@@ -107,7 +109,7 @@ class Store:
         """Versions that cannot be used -> why."""
         folder = self._model(name) / _REFUSED
         return {
-            version: _text(folder / version / "reason.txt") or "The reason was not kept."
+            version: _text(folder / version / _REASON) or "The reason was not kept."
             for version in _versions_in(folder)
         }
 
@@ -222,14 +224,17 @@ class Store:
                     return version
         return None
 
-    def activate(self, name: str, version: str) -> None:
+    def activate(self, name: str, version: str, found: dict[str, Any] | None = None) -> None:
         """Make a version the live one; the live one becomes the one before it.
 
         Where the live one is gone, the best of the others becomes that.
 
+        Args:
+            found: what the gate found, or a person said, which is recorded with it.
+
         Raises:
             UnknownModel, UnknownVersion: there is no such thing.
-            OSError: the disk is full; the pointer is as it was.
+            OSError: the disk is full; pointer and record are as they were.
         """
         with self._locked(name):
             self.folder(name, version)  # looked for inside the lock: it might be pruned just now
@@ -237,20 +242,27 @@ class Store:
             if pointer is not None and pointer.live == version:  # what was before it stays so
                 others = [one for one in self._named(name) if one in self.versions(name)] + others
             before = next((one for one in others if one != version), None)
-            with self._marked(name, version):
+            with self._recorded(name, version, found), self._marked(name, version):
                 self._point(name, version, before)
 
-    def roll_back(self, name: str) -> str:
+    def roll_back(self, name: str, found: dict[str, Any] | None = None) -> str:
         """Make the version before the live one live again, and return it.
 
         The one that was live is the one before then: a second call takes the first one back.
 
+        Args:
+            found: why, which is recorded as what the gate found of the one that was live.
+
         Raises:
             UnknownModel, Conflict: as `pointer_back`.
+            OSError: the disk is full; pointer and record are as they were.
         """
         with self._locked(name):
             back = self.pointer_back(name)
-            with self._marked(name, back.live, instead_of=back.previous):
+            with (
+                self._recorded(name, back.previous, found),
+                self._marked(name, back.live, instead_of=back.previous),
+            ):
                 self._point(name, back.live, back.previous)
         return back.live
 
@@ -284,17 +296,21 @@ class Store:
         others = [other for other in others if other.exists()]
         is_new = not mark.exists()
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-        for other in others:
-            other.unlink()
         try:
+            mark.touch()
+            for other in others:  # it keeps its place, so that undoing it needs no room
+                other.rename(other.with_name(_WAS_ONCE))
             yield
-        except OSError:
+        except BaseException:
             if is_new:
-                mark.unlink()
+                mark.unlink(missing_ok=True)
             for other in others:
-                other.touch()
+                with suppress(FileNotFoundError):
+                    other.with_name(_WAS_ONCE).rename(other)
             raise
+        for other in others:
+            with suppress(OSError):  # it says nothing
+                other.with_name(_WAS_ONCE).unlink()
 
     def _mark(self, name: str, version: str) -> Path:
         return self.gate_folder(name, version) / _WAS_LIVE
@@ -323,12 +339,21 @@ class Store:
 
     def record_gate(self, name: str, version: str, found: dict[str, Any]) -> None:
         """Keep what the gate found. Files that belong to it lie in `gate_folder` already."""
+        with self._locked(name), self._recorded(name, version, found):  # nobody prunes it now
+            pass
+
+    @contextmanager
+    def _recorded(self, name: str, version: str, found: dict[str, Any] | None) -> Iterator[None]:
+        """Keep what the gate found; undone when the body fails. Nothing where that is None."""
+        if found is None or found == self.gate(name, version):
+            yield
+            return
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-        with self._locked(name):  # nobody prunes the folder now
-            folder = self.gate_folder(name, version)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "gate.json", text.encode())
+        folder = self.gate_folder(name, version)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replaced(folder / "gate.json", text.encode()):
             sync_folder(folder.parent)
+            yield
 
     def gate_folder(self, name: str, version: str) -> Path:
         return self._model(name) / _GATES / version
@@ -400,8 +425,12 @@ class Store:
             (folder / MANIFEST).write_text(text, encoding="utf-8")
             _flush(folder, [*files, MANIFEST])
             folder.rename(model / version)
-            sync_folder(model)
-            sync_folder(self.root)
+            try:
+                sync_folder(model)
+                sync_folder(self.root)
+            except OSError:
+                (model / version).rename(folder)
+                raise
         return version
 
     def take_in(
@@ -507,10 +536,10 @@ class Store:
         """Put a version aside that cannot be used, so that nobody tries it again."""
         with self._locked(name):
             if version in self.versions(name):
-                target = self._model(name) / _REFUSED / version
+                folder, target = self._model(name) / version, self._model(name) / _REFUSED / version
                 target.parent.mkdir(exist_ok=True)
-                (self._model(name) / version).rename(target)
-                (target / "reason.txt").write_text(reason, encoding="utf-8")
+                with replaced(folder / _REASON, reason.encode(errors="replace")):
+                    folder.rename(target)
                 for old in _versions_in(target.parent)[:-_REFUSED_KEPT]:
                     shutil.rmtree(target.parent / old, ignore_errors=True)
 
