@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import secrets
@@ -125,7 +126,7 @@ class JobQueue:
                 if self._problem is not None:
                     log.info("The queue is reached again")
                 self._problem = None
-            except NoWorker as error:  # noqa: PERF203
+            except Exception as error:  # noqa: BLE001, PERF203 (whatever it is, it may pass)
                 self._say(str(error))
 
     def _say(self, problem: str) -> None:
@@ -278,7 +279,8 @@ class JobQueue:
             progress.pop("pid", None)
             job["progress"] = progress or None
         if job["version"] is not None:
-            self._add_outcome(job, ended["version"])
+            with contextlib.suppress(OSError):  # of a model that cannot be read
+                self._add_outcome(job, ended["version"])
         return job
 
     def _add_training(self, job: dict[str, Any], training: Any) -> None:

@@ -480,19 +480,29 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
-        store, answers = _store(request), rollout.answering(name)
-        pointer, versions = store.pointer(name), reversed(store.versions(name))
-        return StoredModelBody(
+        store = _store(request)
+        body = StoredModelBody(
             name=name,
             live=live,
-            previous=pointer.previous if pointer else None,
+            previous=None,
             problem=inspector.residents.problem(name),
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
-            versions=[_version(store, name, one, answers, rollout.is_coming) for one in versions],
-            refused=store.refused(name),
+            versions=[],
+            refused={},
         )
+        try:
+            pointer, answers = store.pointer(name), rollout.answering(name)
+            body.previous = pointer.previous if pointer else None
+            body.versions = [
+                _version(store, name, one, answers, rollout.is_coming)
+                for one in reversed(store.versions(name))
+            ]
+            body.refused = store.refused(name)
+        except OSError as error:  # the others are listed all the same
+            body.problem = body.problem or f"{name} cannot be read: {error}."
+        return body
 
     return await asyncio.to_thread(look)
 

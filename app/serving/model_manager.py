@@ -75,8 +75,11 @@ class ModelManager:
         for name in sorted(pinned.difference(names)):
             log.warning("KENSA_PINNED names %s, and there is no such model", name)
         for name in sorted(names, key=lambda name: (name not in pinned, name)):
-            async with self.change(name):
-                await self._load_where_it_fits(name, exchange=False)
+            try:
+                async with self.change(name):
+                    await self._load_where_it_fits(name, exchange=False)
+            except (KensaError, OSError) as error:  # noqa: PERF203 (the others judge)
+                self._not_ready(name, f"{name} cannot be read: {str(error).rstrip('.')}.")
 
     async def _load_where_it_fits(self, name: str, *, exchange: bool = True) -> None:
         """Bring the live version into memory beside the others; alone it is always tried.

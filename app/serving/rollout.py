@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from app.background import Background
 from app.serving.batch_retrial import BatchRetrial
 from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
@@ -22,7 +25,7 @@ from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings, name_of_folder
 from engines import promise
-from engines.errors import BadBundle, BadMeta, Conflict, KensaError
+from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownVersion
 from engines.limits import asked_for
 from engines.meta import Meta
 from engines.serving import gate
@@ -51,6 +54,7 @@ class Rollout:
         inspector: Inspector,
         settings: Settings,
         stale_plans: StalePlans,
+        background: Background,
     ) -> None:
         self.on_swap: Callable[[str, How], None] = lambda *_: None  # see docs/metrics.md
         self._store = store
@@ -60,6 +64,11 @@ class Rollout:
         self._residents = inspector.residents
         self._settings = settings
         self._stale_plans = stale_plans
+        self._background = background
+        self._urgent: Counter[str] = Counter()  # changes that no gate may keep waiting
+        self._replaying: dict[str, asyncio.Task[Any]] = {}  # gates that may be given up
+        self._unread: dict[str, str] = {}  # models that cannot be looked at, and why
+        self._pruned: dict[str, list[str]] = {}  # the versions that were left
         self._replay = GateReplay(store, inspector)
         self._probation = Probation(settings)
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
@@ -75,9 +84,10 @@ class Rollout:
         if self._settings.model_dir is not None:
             await self._take_in_model_dir()
         await self._models.load_all()
-        self._loader.begin(self._look_out())
+        keep, begin = self._background.keep, self._loader.begin
+        begin(keep("looks for new versions", self._look_out))
         retrial = BatchRetrial(self._inspector, self._loader.do, self._models.memory.owes_nothing)
-        self._loader.begin(retrial.run())
+        begin(keep("tries batches again", retrial.run))
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -159,46 +169,89 @@ class Rollout:
                 log.error("The models cannot be looked at: %s", error)
                 await asyncio.sleep(RETRY_AFTER_S)
                 continue
-            for name, manifest in waiting:
-                await self._consider(name, manifest)
+            for name, manifest in waiting:  # each in a task of its own, which may be given up
+                await asyncio.wait([self._loader.begin(self._consider(name, manifest))])
+            await self._prune()
             await self._stale_plans.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _waiting(self) -> list[tuple[str, Manifest]]:
-        """Published to go live, and not seen by the gate; oldest first."""
+        """Published to go live, and not seen by the gate; oldest first.
+
+        Nothing that is wrong with one model keeps the others waiting.
+        """
         found = []
         for name in self._store.names():
             if self._models.is_away(name):  # it waits until the model is loaded again
                 continue
-            pointer = self._store.pointer(name)
-            for version in self._store.versions(name):
-                key = (name, version)
-                failed = self._failed.get(key, -RETRY_AFTER_S)
-                if key in self._settled or time.monotonic() - failed < RETRY_AFTER_S:
-                    continue
-                if pointer is not None and version == pointer.live:
-                    continue
-                if self._store.gate(name, version) is not None:
-                    self._settled.add(key)
-                    continue
-                try:
-                    manifest = self._store.manifest(name, version)
-                except BadBundle as error:
-                    self._store.refuse(name, version, str(error))
-                    self.on_swap(name, "refused")
-                    continue
-                if manifest.origin.get("activate") is True:
-                    found.append((name, manifest))
-                else:
-                    self._settled.add(key)
+            try:
+                found += [(name, manifest) for manifest in self._waiting_of(name)]
+                self._unread.pop(name, None)
+            except (KensaError, OSError) as error:
+                if self._unread.get(name) != str(error):  # not twice a second
+                    log.error("%s cannot be looked at: %s", name, error)
+                self._unread[name] = str(error)
         return found
+
+    def _waiting_of(self, name: str) -> list[Manifest]:
+        found, pointer = [], self._store.pointer(name)
+        for version in self._store.versions(name):
+            key = (name, version)
+            failed = self._failed.get(key, -RETRY_AFTER_S)
+            if key in self._settled or time.monotonic() - failed < RETRY_AFTER_S:
+                continue
+            if pointer is not None and version == pointer.live:
+                continue
+            if self._store.gate(name, version) is not None:
+                self._settled.add(key)
+                continue
+            try:
+                manifest = self._store.manifest(name, version)
+            except UnknownVersion:  # somebody deleted it just now
+                continue
+            except BadBundle as error:
+                self._store.refuse(name, version, str(error))
+                self.on_swap(name, "refused")
+                continue
+            if manifest.origin.get("activate") is True:
+                found.append(manifest)
+            else:
+                self._settled.add(key)
+        return found
+
+    async def _prune(self) -> None:
+        """Delete old versions also where none went live: those that were held, or only kept."""
+
+        def changed() -> list[str]:
+            names = [name for name in self._store.names() if name not in self._unread]
+            return [name for name in names if self._store.versions(name) != self._pruned.get(name)]
+
+        for name in await self._loader.do(changed):
+            async with self._models.change(name):
+                await self._prune_one(name)
+
+    async def _prune_one(self, name: str) -> None:
+        """Delete old versions of a model, unless one of them still waits for the gate.
+
+        To be called while nobody else changes it.
+        """
+
+        def prune() -> None:
+            if not self._models.is_away(name) and not self._waiting_of(name):
+                self._store.prune(name, self._settings.keep_versions)
+            self._pruned[name] = self._store.versions(name)
+
+        try:
+            await self._loader.do(prune)
+        except (KensaError, OSError) as error:
+            log.warning("Old versions of %s cannot be deleted: %s", name, error)
 
     async def _consider(self, name: str, manifest: Manifest) -> None:
         """Show a version to the gate; what passes goes live. Whatever happens, others follow."""
         version = manifest.version
         try:
             async with self._models.change(name):
-                if self._models.is_away(name):  # since it was found
+                if self._models.is_away(name) or self._urgent[name]:  # since it was found
                     return
                 found: dict[str, Any]
                 if await self._loader.do(lambda: self._is_late(name, version)):
@@ -209,6 +262,8 @@ class Rollout:
                 await self._loader.write(lambda: self._store.record_gate(name, version, found))
                 self.on_swap(name, "held")
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
+        except UnknownVersion as error:
+            log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
         except (BadBundle, BadMeta) as error:
             log.error("%s %s is refused: %s", name, version, error)
         except (KensaError, OSError) as error:
@@ -219,8 +274,26 @@ class Rollout:
             self._failed[name, version] = time.monotonic()
             self.on_swap(name, "failed")
             log.exception("%s %s does not go live", name, version)
+        finally:
+            self._replaying.pop(name, None)
+
+    @asynccontextmanager
+    async def _at_once(self, name: str) -> AsyncIterator[None]:
+        """A change of a model that waits for no gate: one under way is given up, and begins again
+        afterwards.
+        """
+        self._urgent[name] += 1
+        try:
+            if (replaying := self._replaying.pop(name, None)) is not None:
+                replaying.cancel()
+                log.info("The gate of %s is given up for a change that somebody wants now", name)
+            async with self._models.change(name):
+                yield
+        finally:
+            self._urgent[name] -= 1
 
     def _is_late(self, name: str, version: str) -> bool:
+        self._store.folder(name, version)  # raises where somebody deleted it
         pointer, known = self._store.pointer(name), self._store.versions(name)
         return pointer is not None and pointer.live in known[known.index(version) + 1 :]
 
@@ -229,6 +302,8 @@ class Rollout:
         it live where it may.
         """
         began, version = time.perf_counter(), manifest.version
+        if (task := asyncio.current_task()) is not None:
+            self._replaying[name] = task
         limit = manifest.origin.get("max_flips")
         limit = self._settings.gate_flips if limit is None else float(limit)
         against = self._models.live(name)
@@ -248,6 +323,7 @@ class Rollout:
             found = gate.weigh(
                 replayed, report, against.version if against else None, limit, doubts
             )
+            self._replaying.pop(name, None)  # what follows is short, and done whole
             found["seconds"] = round(time.perf_counter() - began, 2)
             await self._loader.write(lambda: self._replay.keep_pictures(name, version, replayed))
             if found["ok"]:
@@ -263,7 +339,7 @@ class Rollout:
         Raises:
             UnknownModel, UnknownVersion, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
-        async with self._models.change(name):
+        async with self._at_once(name):
             await self._loader.do(lambda: self._store.folder(name, version))
             live = self._models.live(name)
             is_it = live is not None and live.version == version
@@ -287,7 +363,7 @@ class Rollout:
         Raises:
             UnknownModel, Conflict, BadRequest, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
-        async with self._models.change(name):
+        async with self._at_once(name):
             base = await self._loader.do(lambda: self.with_threshold(name))
 
             def publish() -> str:
@@ -335,7 +411,7 @@ class Rollout:
         Raises:
             UnknownModel, Conflict, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
-        async with self._models.change(name):
+        async with self._at_once(name):
             await self._roll_back(name, None)
 
     async def _roll_back(self, name: str, reason: str | None) -> None:
@@ -389,10 +465,7 @@ class Rollout:
         self._models.put(model)
         self.on_swap(name, "by_hand" if found.get("by_hand") else "live")
         log.info("Live: %s", describe(model))
-        try:
-            await self._loader.do(lambda: self._store.prune(name, self._settings.keep_versions))
-        except OSError as error:
-            log.warning("Old versions of %s cannot be deleted: %s", name, error)
+        await self._prune_one(name)
 
     # ---- the first parts of a new version -----------------------------------------------------
 
@@ -402,7 +475,7 @@ class Rollout:
 
     async def _roll_back_by_itself(self, model: Resident, reason: str) -> None:
         try:
-            async with self._models.change(model.name):
+            async with self._at_once(model.name):
                 if await self._is_named_live(model):  # not replaced in the meantime
                     await self._roll_back(model.name, reason)
         except (KensaError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,12 @@ class Opening:
 
 
 def open_model(
-    folder: Path, name: str, version: str, how: Opening, beside: Resident | None = None
+    folder: Path,
+    name: str,
+    version: str,
+    how: Opening,
+    beside: Resident | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Resident:
     """Open a version and warm it up.
 
@@ -49,6 +55,7 @@ def open_model(
         beside: a resident version. Where the new one has the same graph, its engine is used, and
             only the memory bank is loaded; where only meta.json differs, nothing is: both have the
             same runtime, which the last of them closes.
+        given_up: whether nobody wants it any more: then no batches are tried.
 
     Raises:
         BadMeta, BadBundle: its files are missing, damaged or do not fit together.
@@ -90,7 +97,7 @@ def open_model(
         if how.batching and not shared:
             if beside is not None and _alike(beside, model):
                 runtime.take_together(beside.runtime.batches)
-            elif free_bytes() > 2 * bytes_needed(folder):  # trying may take as much again
+            elif not given_up() and free_bytes() > 2 * bytes_needed(folder):  # for the trial
                 choose_batches(runtime)
     except BaseException:
         runtime.close()

@@ -41,6 +41,8 @@ MANIFEST = "manifest.json"
 META = "meta.json"
 
 _NAME_BYTES = 200  # a file system takes 255
+# Of a file that is missing, or is something else than a file that this user may read.
+_UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP}
 _VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
 _POINTER = "live"
 _LOST = "the file that says which version is live is damaged or missing"
@@ -94,11 +96,11 @@ class Store:
         if not self.root.is_dir():
             return []
         names = (path.name for path in self.root.iterdir() if is_name(path.name))
-        return sorted(name for name in names if self._is_known(name))
+        return sorted(name for name in names if self._may_be_known(name))
 
     def must_know(self, name: str) -> None:
         """Raise UnknownModel unless there is a model of that name."""
-        if not self._is_known(name):
+        if not self._may_be_known(name):
             raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
 
     def versions(self, name: str) -> list[str]:
@@ -552,13 +554,15 @@ class Store:
         """
         with self._locked(name):
             model, known, named = self._model(name), self.versions(name), self._named(name)
-            if not named or named[0] not in known:  # nobody knows which one is served: keep all
-                return []
-            kept = {*named, known[-1], *self._newest(name, known, max(keep, 1))}
+            was_live = named or (model / _POINTER).exists() or self.candidates(name)
+            if was_live and named[:1] not in [[one] for one in known]:
+                return []  # nobody knows which one is served: keep all
+            kept = {*named, *known[-1:], *self._newest(name, known, max(keep, 1))}
             gone = [version for version in known if version not in kept]
             for version in gone:  # out of sight in one step, so that nobody meets half of it
                 (model / version).rename(model / f".{version}")
-            sync_folder(model)
+            if gone:
+                sync_folder(model)
             gates = _versions_in(model / _GATES)
             left = [self.gate_folder(name, one) for one in gates if one not in self.versions(name)]
             for folder in (*model.glob(".*-*/"), *left):  # also of a process that was killed
@@ -581,6 +585,15 @@ class Store:
         if not is_name(name):
             raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
         return self.root / name
+
+    def _may_be_known(self, name: str) -> bool:
+        """The same; a folder that cannot be read is taken for a model, which has a problem."""
+        try:
+            return self._is_known(name)
+        except UnknownModel:
+            return False
+        except OSError:
+            return True
 
     def _is_known(self, name: str) -> bool:
         """Not for the folder that a publisher leaves who was killed, or found the disk full."""
@@ -645,8 +658,12 @@ def _digest_of(version: str) -> str:
 def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
+    except UnicodeDecodeError:
         return None
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            return None
+        raise
 
 
 def _there_is(names: list[str]) -> str:

@@ -756,8 +756,17 @@ def test_pruning_leaves_the_live_one_the_one_before_and_the_newest(
     assert store.prune(BOLT, keep) == []
 
 
-def test_nothing_is_pruned_before_a_version_is_live(store: Store) -> None:
+def test_before_a_version_was_live_the_newest_are_kept(store: Store) -> None:
     versions = published(store, 4)
+    assert store.prune(BOLT, 2) == versions[:2]
+    assert store.versions(BOLT) == versions[2:]
+
+
+def test_nothing_is_pruned_where_nobody_knows_which_one_is_live(store: Store) -> None:
+    versions = activated(store, 4)
+    pointer_file(store).unlink()
+    assert store.prune(BOLT, 1) == []
+    pointer_file(store).write_bytes(b"")
     assert store.prune(BOLT, 1) == []
     assert store.versions(BOLT) == versions
 
