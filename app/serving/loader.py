@@ -98,7 +98,8 @@ class Loader:
         def work() -> Resident:
             try:
                 folder = self._store.check(name, version)
-                return open_model(folder, name, version, self.opening, beside, given_up.is_set)
+                with self._store.opening(name, version):
+                    return open_model(folder, name, version, self.opening, beside, given_up.is_set)
             except (BadBundle, BadMeta) as error:
                 try:
                     self._store.refuse(name, version, str(error))

@@ -20,7 +20,7 @@ from app.background import Background
 from app.serving.batch_retrial import BatchRetrial
 from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
-from app.serving.model_manager import ModelManager
+from app.serving.model_manager import ENDED_IT, ModelManager
 from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings, name_of_folder
@@ -256,6 +256,8 @@ class Rollout:
                 found: dict[str, Any]
                 if await self._loader.do(lambda: self._is_late(name, version)):
                     found = {"ok": False, "reasons": ["A newer version went live before it."]}
+                elif await self._loader.do(lambda: self._store.did_not_end(name, version)):
+                    found = {"ok": False, "reasons": [f"It {ENDED_IT}."]}
                 else:
                     found = await self._through_the_gate(name, manifest)
             if not found["ok"]:

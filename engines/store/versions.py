@@ -3,7 +3,8 @@
     models/<name>/live                  the live version and the one before it, a line each
     models/<name>/folder                the hash of what KENSA_MODEL_DIR held when it was taken in
     models/<name>/0007-3f9a0c41d2e8/    a version: the files of a bundle, and manifest.json
-    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips
+    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips; and,
+                                        while it is being opened, a mark
     models/<name>/refused/0007-…/       a version that cannot be used, and why
 
 A version never changes once it is there. It appears in one rename, with everything flushed to the
@@ -53,6 +54,7 @@ _REFUSED_KEPT = 5
 _FOLDER = "folder"
 _THRESHOLD_OF = "threshold_of"  # in an origin
 _STAGING = ".staging"
+_OPENING = "opening"  # there while a version is being opened
 _WAS_ONCE = ".was_live"  # the mark of one that is being rolled back
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
@@ -360,6 +362,29 @@ class Store:
     def gate_folder(self, name: str, version: str) -> Path:
         return self._model(name) / _GATES / version
 
+    # ---- opening ------------------------------------------------------------------------------
+
+    @contextmanager
+    def opening(self, name: str, version: str) -> Iterator[None]:
+        """Remember on the disk that a version is being opened, in case that ends the process."""
+        mark = self.gate_folder(name, version) / _OPENING
+        with suppress(OSError):  # a full disk keeps nobody from judging
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(f"{_boot()}\n{_tries(mark) + 1}\n", encoding="ascii")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                mark.unlink()
+
+    def did_not_end(self, name: str, version: str) -> bool:
+        """Whether the last opening of a version ended the process.
+
+        After a restart of the machine, which may have had other reasons, only the second time.
+        """
+        mark = self.gate_folder(name, version) / _OPENING
+        return (_text(mark) or "").startswith(f"{_boot()}\n") or _tries(mark) > 1
+
     # ---- publishing, refusing, pruning --------------------------------------------------------
 
     @contextmanager
@@ -622,6 +647,17 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _boot() -> str:
+    """Another word after each start of the machine; the same where nobody tells."""
+    return (_text(Path("/proc/sys/kernel/random/boot_id")) or "unknown").strip()
+
+
+def _tries(mark: Path) -> int:
+    """How often a version was begun to be opened, and never was."""
+    _, _, tries = (_text(mark) or "").partition("\n")
+    return int(tries) if tries.strip().isdecimal() else 0
 
 
 def _digest(files: dict[str, str]) -> str:
