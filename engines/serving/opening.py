@@ -18,7 +18,6 @@ from engines.machine.memory import Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs
 from engines.meta import Meta
 from engines.runtimes import Runtime
-from engines.runtimes.compiled_cache import seal_cache
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
@@ -215,7 +214,6 @@ def _on_openvino(
     whole = OpenVINORuntime(
         bundle.onnx, bank, precision=precision, threads=how.threads, cache_dir=how.cache_dir
     )
-    seal_cache(how.cache_dir)
     return whole, False
 
 
