@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from app.http.starting import Starting
 from engines.errors import EXIT_CODE, BadSettings, KensaError
@@ -19,6 +22,8 @@ from engines.errors import EXIT_CODE, BadSettings, KensaError
 if TYPE_CHECKING:
     from app.settings import Settings
 
+TAKE_OVER_S = 5.0  # that a server may take to end, beside its grace ...
+MOST_GRACE_S = 60  # ... of which more is not waited for
 LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
 
 log = logging.getLogger("kensa")
@@ -57,11 +62,58 @@ def main() -> None:
         from app.http.access import Access
 
         Access(settings).must_be_safe()
+        lock = have_to_oneself(settings)
         listener = listen(settings.host, settings.port)
     except KensaError as error:
         sys.stderr.write(f"kensa: {error}\n")
         sys.exit(EXIT_CODE)
     serve(settings, listener)
+    del lock  # held until here
+
+
+def have_to_oneself(settings: Settings) -> TextIO | None:
+    """Hold the data folder's lock as long as the file is open; None where nothing can be written.
+
+    A server that is just being stopped is waited for.
+
+    Raises:
+        BadSettings: another server has the folder. After a rollback on one of the two, the other
+            would go on with the version that was rolled back.
+    """
+    path = settings.data / "server.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        log.warning(
+            "%s cannot be locked (%s): see to it that no other server has this folder",
+            *(settings.data, error.strerror),
+        )
+        return None
+    end = time.monotonic() + min(settings.shutdown_grace_s, MOST_GRACE_S) + TAKE_OVER_S
+    while not _is_locked(lock):
+        if time.monotonic() > end:
+            lock.seek(0)
+            raise BadSettings(
+                f"Another server has {settings.data} (process {lock.read().strip() or 'unknown'}):"
+                " stop it, or set KENSA_DATA_DIR to another folder for this one."
+            )
+        time.sleep(0.1)
+    with suppress(OSError):  # on a full disk it is held all the same
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+    return lock
+
+
+def _is_locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks
+        log.warning("%s cannot be locked: %s", lock.name, error.strerror)
+    return True
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from app.background import Background
 from app.http.access import Access
 from app.http.body_limit import BodyLimit
 from app.http.head import HeadAsGet
@@ -60,10 +61,11 @@ def create_app(settings: Settings) -> FastAPI:
     jobs = JobQueue(settings.data, store, settings.fleet)
     plans = StalePlans(jobs, inspector.residents, settings.worker)
     manager = ModelManager(store, inspector, settings, plans)
-    rollout = Rollout(store, manager, inspector, settings, plans)
+    background = Background()
+    rollout = Rollout(store, manager, inspector, settings, plans, background)
     jobs.answering = rollout.answering
     jobs.is_coming = rollout.is_coming
-    worker = WorkerProcess(settings.data, settings)
+    worker = WorkerProcess(settings.data, settings, background)
     metrics = Metrics(version())
     inspector.admission.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
@@ -108,7 +110,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.metrics = metrics
-    app.state.health = Health(inspector, jobs, worker, settings)
+    app.state.health = Health(inspector, jobs, worker, settings, background)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()

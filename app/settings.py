@@ -11,6 +11,7 @@ import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,10 +21,11 @@ from engines.promise import FEW_FOUND
 from engines.queue.fleet import Fleet
 
 PREFIX = "KENSA_"
-NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
+NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a key
+MODEL_NAME = r"^[\w-]{1,64}$"  # as in engines.store.versions, which would load numpy here
 _HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _HOSTS = rf"^({_HOST}( *, *{_HOST})*)?$"
-_NAMES = r"^([A-Za-z0-9_-]{1,64}( *, *[A-Za-z0-9_-]{1,64})*)?$"
+_NAMES = r"^([\w-]{1,64}( *, *[\w-]{1,64})*)?$"
 _ORIGIN = rf"https?://{_HOST}(:[0-9]{{1,5}})?"
 _ORIGINS = rf"^({_ORIGIN}( *, *{_ORIGIN})*)?$"
 
@@ -56,14 +58,15 @@ class Settings(BaseSettings):
     model_dir: Path | None = _setting(
         None,
         "folder",
-        "A model to take in at the start, as convtrt.py leaves it. Files that were taken in before"
-        " are not taken in again, so what was learned since stays live.",
+        "A model to take in at the start, as convtrt.py leaves it. It judges, unless these very"
+        " files were taken in at the start before: then what was learned since stays live, and the"
+        " log says so.",
     )
     model_name: str | None = _setting(
         None,
         "name",
         "What the model in KENSA_MODEL_DIR is called. Without it, the name of the folder.",
-        pattern=NAME,
+        pattern=MODEL_NAME,
     )
     max_upload_bytes: int = _setting(
         2 * 1024**3,
@@ -352,15 +355,25 @@ class Settings(BaseSettings):
             message = f"{name} is {problem['input']!r}, which is wrong: {problem['msg']}."
             raise BadSettings(message) from None
         settings.fleet  # noqa: B018 (raises what is wrong with it)
+        settings.served_name  # noqa: B018 (the same)
         return settings
 
     @property
     def served_name(self) -> str:
-        """What the model is called over HTTP: `model_name`, else made from its folder's name."""
-        if self.model_name is not None:
-            return self.model_name
-        folder = self.model_dir.resolve().name if self.model_dir is not None else ""
-        return re.sub(r"[^A-Za-z0-9_-]+", "-", folder).strip("-")[:64] or "default"
+        """What the model is called over HTTP: `model_name`, else made from its folder's name.
+
+        Raises:
+            BadSettings: there is nothing in that name to make one of.
+        """
+        if self.model_name is not None or self.model_dir is None:
+            return normalize("NFC", self.model_name or "default")
+        name = name_of_folder(self.model_dir)
+        if not name:
+            raise BadSettings(
+                f"KENSA_MODEL_DIR is {str(self.model_dir)!r}, and of that no name of a model can be"
+                " made: set KENSA_MODEL_NAME."
+            )
+        return name
 
     @property
     def host_names(self) -> list[str]:
@@ -370,7 +383,8 @@ class Settings(BaseSettings):
     @property
     def pinned_names(self) -> set[str]:
         """The names in `pinned`."""
-        return {name.strip() for name in self.pinned.split(",") if name.strip()}
+        names = normalize("NFC", self.pinned).split(",")
+        return {name.strip() for name in names if name.strip()}
 
     @property
     def origin_names(self) -> list[str]:
@@ -418,6 +432,12 @@ class Settings(BaseSettings):
         if data is None:
             raise BadSettings("This user has no home: set KENSA_DATA_DIR to a folder.")
         return data.absolute()
+
+
+def name_of_folder(folder: Path) -> str:
+    """The model's name that a folder's name makes; "" where it has no letter and no digit."""
+    name = re.sub(r"[^\w-]+", "-", normalize("NFC", folder.resolve().name)).strip("-")[:64]
+    return name if re.search(r"[^\W_]", name) else ""
 
 
 def _listed(names: str) -> list[str]:

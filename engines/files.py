@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -13,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,51 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with replaced(path, data, mode):
+        pass
+
+
+@contextmanager
+def replaced(path: Path, data: bytes, mode: int = 0o666) -> Iterator[None]:
+    """The same, for a write that holds only if others do: where the body fails, it is undone.
+
+    What was there is kept under a second name meanwhile, so that undoing it needs no room.
+    """
+    temporary, before = (path.with_name(f".{path.name}.{secrets.token_hex(4)}") for _ in range(2))
     try:
         created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(created, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        was_there = _kept(path, before)
         temporary.replace(path)
+        try:
+            sync_folder(path.parent)
+            yield
+        except BaseException:
+            if was_there:
+                before.replace(path)
+            else:
+                path.unlink(missing_ok=True)
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        for rest in (temporary, before):
+            with suppress(OSError):  # what was said of `path` holds all the same
+                rest.unlink()
+
+
+def _kept(path: Path, second: Path) -> bool:
+    """Give a file a second name, or a copy where there are none; False where it is missing."""
+    try:
+        second.hardlink_to(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        shutil.copyfile(path, second)
+    return True
 
 
 @contextmanager

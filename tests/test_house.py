@@ -30,8 +30,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("converting",), ("evaluation", "importing", "jobs", "demo"),
     ),
     "app": (
-        ("settings",), ("jobs",), ("serving",), ("watching",), ("http",), ("open_inference",),
-        ("routes",), ("main",), ("__main__",),
+        ("settings", "background"), ("jobs",), ("serving",), ("watching",), ("http",),
+        ("open_inference",), ("routes",), ("main",), ("__main__",),
     ),
 }  # fmt: skip
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import secrets
@@ -26,13 +27,15 @@ from engines.queue.protocol import (
     scheduled_id,
     training_of,
 )
-from engines.queue.schedules import Schedules, last_due
-from engines.store.versions import NAME, Store
+from engines.queue.schedules import NAME, Schedules, last_due
+from engines.store.versions import Store
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 Outcome = Literal["live", "held", "refused", "published", "replaced"]
 
 KEPT = 500  # ended jobs
+TIDY_EVERY_S = 600.0  # old jobs are looked for at least so often
+AT_ONCE = 100  # jobs that are forgotten in one go
 LOOK_EVERY_S = 1.0  # whether a locked database can be opened, or one far away still answers
 SILENT_S = 15.0  # a database far away that did not answer for so long is gone
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled", "interrupted")
@@ -67,6 +70,7 @@ class JobQueue:
         self._answered = 0.0  # on the monotonic clock
         self._opening = threading.Lock()
         self._closing = threading.Event()
+        self._tidy = threading.Event()  # set: old jobs are looked for now
         self._schedules = Schedules(data)
         self.answering: Callable[[str], str | None] | None = None  # the server's, for outcomes
         self.is_coming: Callable[[str, str], bool] | None = None  # the same
@@ -89,6 +93,9 @@ class JobQueue:
         with self._opening:
             while self._client is None:
                 self._try_to_open()
+                if self._client is not None:
+                    threading.Thread(target=self._keep_tidy, daemon=True).start()
+                    return
                 may_pass = self._fleet or "database is locked" in (self.problem or "")
                 if not may_pass or self._closing.wait(LOOK_EVERY_S):
                     return
@@ -125,7 +132,7 @@ class JobQueue:
                 if self._problem is not None:
                     log.info("The queue is reached again")
                 self._problem = None
-            except NoWorker as error:  # noqa: PERF203
+            except Exception as error:  # noqa: BLE001, PERF203 (whatever it is, it may pass)
                 self._say(str(error))
 
     def _say(self, problem: str) -> None:
@@ -135,6 +142,7 @@ class JobQueue:
 
     def close(self) -> None:
         self._closing.set()
+        self._tidy.set()
         if self._client is not None:
             self._client.destroy()
 
@@ -174,7 +182,7 @@ class JobQueue:
             if "disk is full" in str(error):
                 raise DiskFull("Nothing was queued: the disk is full. Free some space.") from error
             raise
-        self.prune()
+        self._tidy.set()  # beside it: who asks for a job does not wait for old ones to go
         return self.get(job_id)
 
     def _refuse_a_second(self, model: str) -> None:
@@ -278,7 +286,8 @@ class JobQueue:
             progress.pop("pid", None)
             job["progress"] = progress or None
         if job["version"] is not None:
-            self._add_outcome(job, ended["version"])
+            with contextlib.suppress(OSError):  # of a model that cannot be read
+                self._add_outcome(job, ended["version"])
         return job
 
     def _add_training(self, job: dict[str, Any], training: Any) -> None:
@@ -387,19 +396,36 @@ class JobQueue:
 
     # ---- keeping it small ---------------------------------------------------------------------
 
+    def _keep_tidy(self) -> None:
+        """Forget old jobs, whoever began them: schedules begin some, and nobody asks for these."""
+        while not self._closing.is_set():
+            self._tidy.clear()
+            try:
+                self.prune()
+            except Exception as error:  # noqa: BLE001 (whatever it is, it may pass)
+                if self._closing.is_set():
+                    return
+                log.warning("Old jobs cannot be deleted: %s", " ".join(str(error).split())[:200])
+            self._tidy.wait(TIDY_EVERY_S)
+
     def prune(self) -> None:
         """Forget the oldest ended jobs beyond `KEPT`."""
         client = self._reached()
         ended = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
-        old = client.list_workflows(
-            status=ended, sort_desc=True, offset=KEPT, load_output=False, **self._mine
-        )
-        for one in old:
-            # In this order, so that the next call ends what a kill in between leaves.
-            shutil.rmtree(JobFolder(self._data, one.workflow_id).root, ignore_errors=True)
+        while not self._closing.is_set():
+            old = client.list_workflows(
+                status=ended, sort_desc=True, offset=KEPT, limit=AT_ONCE,
+                load_input=False, load_output=False, **self._mine,
+            )  # fmt: skip
+            for one in old:
+                # In this order, so that the next call ends what a kill in between leaves.
+                shutil.rmtree(JobFolder(self._data, one.workflow_id).root, ignore_errors=True)
+            if not old:
+                return
+            ids = [one.workflow_id for one in old]
             if self._fleet is not None:
-                client.delete_workflow(training_of(one.workflow_id))
-            client.delete_workflow(one.workflow_id)
+                client.delete_workflows([training_of(one) for one in ids])
+            client.delete_workflows(ids)
 
     def _reached(self) -> Any:
         if self._client is None or (self._fleet and self.problem):

@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable
 from importlib.util import find_spec
 from pathlib import Path
 
+from app.background import Background
 from app.settings import Settings
 from engines.image import ImageLimits
 from engines.logs import FORMAT
@@ -32,9 +32,10 @@ log = logging.getLogger("kensa")
 class WorkerProcess:
     """Starts `workers.jobs`, again when it ends, and stops its job while a part is inspected."""
 
-    def __init__(self, data: Path, settings: Settings) -> None:
+    def __init__(self, data: Path, settings: Settings, background: Background) -> None:
         self._data = data
         self._settings = settings
+        self._background = background
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._job: int | None = None  # the process of the job that runs; also its process group
@@ -54,12 +55,14 @@ class WorkerProcess:
             return "not installed: pip install 'kensa[train]'"
         return "running" if self._process and self._process.returncode is None else "starting"
 
-    def start(self, after: Awaitable[None]) -> None:
+    def start(self, after: asyncio.Future[None]) -> None:
         """Start it once the queue is there, unless a setting forbids it or it can do nothing."""
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._look_after(after))]
+        keep = self._background.keep
+        looking = keep("looks after the worker", lambda: self._look_after(after))
+        self._tasks = [loop.create_task(looking)]
         if self._settings.job_pace == "pause" and self._settings.worker != "off":
-            self._tasks.append(loop.create_task(self._hold_back()))
+            self._tasks.append(loop.create_task(keep("holds jobs back", self._hold_back)))
 
     async def close(self) -> None:
         """Stop it. Its job is begun again when the next one starts."""
@@ -67,7 +70,7 @@ class WorkerProcess:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _look_after(self, after: Awaitable[None]) -> None:
+    async def _look_after(self, after: asyncio.Future[None]) -> None:
         await after
         if self._settings.worker == "off" or not _can_work():
             return

@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
@@ -345,7 +346,7 @@ def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
     hint = {"X-Kensa-Hint": seen.hint} if seen.hint else {}
     return {
         "X-Kensa-Id": request_id,
-        "X-Kensa-Model-Name": inspection.model.name,
+        "X-Kensa-Model-Name": quote(inspection.model.name),  # headers are ASCII
         "X-Kensa-Model-Version": inspection.model.version,
         "X-Kensa-Label": verdict.label,
         "X-Kensa-Score": f"{verdict.score:.6f}",

@@ -25,8 +25,9 @@ from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import job_memory
 from engines.meta import Meta
 from engines.queue.job_requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.queue.schedules import NAME
 from engines.store.datasets import Datasets
-from engines.store.versions import NAME, Store
+from engines.store.versions import Store
 
 
 class ProgressBody(Body):

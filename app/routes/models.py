@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
@@ -25,7 +26,7 @@ from engines.meta import Meta
 from engines.promise import drawn_found, promise
 from engines.store.bundle import ONNX, read_strange
 from engines.store.datasets import Datasets, room
-from engines.store.versions import META, Store
+from engines.store.versions import META, NAME, Store
 from engines.verdict import Label, Scale
 
 
@@ -290,9 +291,7 @@ async def take_in(
     response: Response,
     name: Annotated[
         str,
-        Query(
-            description="What to call it.", pattern=r"^[A-Za-z0-9_-]{1,64}$", examples=["bracket"]
-        ),
+        Query(description="What to call it.", pattern=NAME, examples=["bracket"]),
     ],
     activate: Annotated[
         bool, Query(description="Let it go live when it passes the gate; else it is only kept.")
@@ -317,7 +316,7 @@ async def take_in(
             if len(parts) != 1:
                 raise BadRequest(f"The form has {len(parts)} files; send one zip.")
             version = await asyncio.to_thread(publish, parts[0].path)
-    response.headers["Location"] = f"/models/{name}/versions/{version}"
+    response.headers["Location"] = f"/models/{quote(name)}/versions/{version}"
     has_engine = (store.folder(name, version) / ONNX).is_file()
     return TakenInBody(name=name, version=version, needs_conversion=not has_engine)
 
@@ -481,19 +480,29 @@ async def _described(request: Request, name: str) -> StoredModelBody:
     at_rest = name in inspector.residents.resting
 
     def look() -> StoredModelBody:
-        store, answers = _store(request), rollout.answering(name)
-        pointer, versions = store.pointer(name), reversed(store.versions(name))
-        return StoredModelBody(
+        store = _store(request)
+        body = StoredModelBody(
             name=name,
             live=live,
-            previous=pointer.previous if pointer else None,
+            previous=None,
             problem=inspector.residents.problem(name),
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
-            versions=[_version(store, name, one, answers, rollout.is_coming) for one in versions],
-            refused=store.refused(name),
+            versions=[],
+            refused={},
         )
+        try:
+            pointer, answers = store.pointer(name), rollout.answering(name)
+            body.previous = pointer.previous if pointer else None
+            body.versions = [
+                _version(store, name, one, answers, rollout.is_coming)
+                for one in reversed(store.versions(name))
+            ]
+            body.refused = store.refused(name)
+        except OSError as error:  # the others are listed all the same
+            body.problem = body.problem or f"{name} cannot be read: {error}."
+        return body
 
     return await asyncio.to_thread(look)
 

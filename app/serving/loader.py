@@ -93,19 +93,39 @@ class Loader:
             BadBundle, BadMeta, StalePlan, NoTensorRT, OutOfMemory: as `open_model`.
         """
 
+        given_up = threading.Event()
+
         def work() -> Resident:
             try:
                 folder = self._store.check(name, version)
-                return open_model(folder, name, version, self.opening, beside)
+                with self._store.opening(name, version):
+                    return open_model(folder, name, version, self.opening, beside, given_up.is_set)
             except (BadBundle, BadMeta) as error:
-                self._store.refuse(name, version, str(error))
+                try:
+                    self._store.refuse(name, version, str(error))
+                except OSError as why:  # it is tried again at the next start, and fails again
+                    log.warning("%s %s cannot be put aside: %s", name, version, why.strerror)
                 raise
 
         began = time.perf_counter()
-        model = await self.do(work)
+        opening = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            model = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            given_up.set()
+            self._leave(name, self._shut_unwanted(opening))
+            raise
         self._holders[id(model.runtime)] += 1
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)
         return model
+
+    async def _shut_unwanted(self, opening: asyncio.Future[Resident]) -> None:
+        """Close what was opened for a change that was given up meanwhile."""
+        await asyncio.wait([opening])
+        if not opening.cancelled() and opening.exception() is None:
+            model = opening.result()
+            self._holders[id(model.runtime)] += 1
+            await self.shut(model)
 
     async def let_go(self, model: Resident) -> None:
         """Close a version once the last request that it has to answer is answered."""
@@ -114,8 +134,11 @@ class Loader:
 
     def let_go_soon(self, model: Resident) -> None:
         """The same, and `until_gone` waits for it."""
-        leaving = self._leaving.setdefault(model.name, set())
-        task = self.begin(self.let_go(model))
+        self._leave(model.name, self.let_go(model))
+
+    def _leave(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        leaving = self._leaving.setdefault(name, set())
+        task = self.begin(work)
         leaving.add(task)
         task.add_done_callback(leaving.discard)
 

@@ -7,6 +7,7 @@ promised off what is free.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from app.serving.loader import Loader
 from app.settings import Settings
-from engines.errors import OutOfMemory
+from engines.errors import BadBundle, BadMeta, OutOfMemory
 from engines.machine import job_memory
-from engines.machine.memory import MIB, Free, Need, Short
+from engines.machine.memory import MIB, Free, Need, Short, total_bytes
 from engines.serving.opening import gpu_memory, memory_needed
 from engines.serving.resident import Residents
 
@@ -76,6 +77,23 @@ class MemoryLedger:
         if found is not None:
             what = self._why_none_rests(name) or "unload another model"
             raise OutOfMemory(f"{name} {version} needs {found.needed}, and {found.free}: {what}.")
+
+    async def must_be_possible(self, name: str, version: str) -> None:
+        """Raise OutOfMemory where a version needs more than there is at all, used or not.
+
+        Also of the first model, which is tried else whatever is free.
+        """
+
+        def look() -> Short | None:
+            needed = memory_needed(self._folder_of(name, version), self._loader.opening)
+            return Need(needed.host).short_of(Free(total_bytes()))
+
+        with contextlib.suppress(BadMeta, BadBundle):  # opening says it
+            if (found := await self._loader.do(look)) is not None:
+                raise OutOfMemory(
+                    f"{name} {version} needs {found.needed}, and this machine has no more than"
+                    f" {found.there // MIB} MiB: it is not opened."
+                )
 
     def settle(self, name: str) -> None:
         """What was promised to a model is taken, or no longer needed."""

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from app.serving.inspection import Inspector
 from app.serving.loader import Loader
@@ -28,6 +29,9 @@ from engines.errors import (
 )
 from engines.serving.resident import Resident, held_back, in_its_place, nobody_instead
 from engines.store.versions import Store
+
+# Of a version, as the clause of a sentence.
+ENDED_IT = "ended the server while it was opened, so that it is not opened again by itself"
 
 log = logging.getLogger("kensa")
 
@@ -75,8 +79,11 @@ class ModelManager:
         for name in sorted(pinned.difference(names)):
             log.warning("KENSA_PINNED names %s, and there is no such model", name)
         for name in sorted(names, key=lambda name: (name not in pinned, name)):
-            async with self.change(name):
-                await self._load_where_it_fits(name, exchange=False)
+            try:
+                async with self.change(name):
+                    await self._load_where_it_fits(name, exchange=False)
+            except (KensaError, OSError) as error:  # noqa: PERF203 (the others judge)
+                self._not_ready(name, f"{name} cannot be read: {str(error).rstrip('.')}.")
 
     async def _load_where_it_fits(self, name: str, *, exchange: bool = True) -> None:
         """Bring the live version into memory beside the others; alone it is always tried.
@@ -102,15 +109,21 @@ class ModelManager:
             return
         await self._load_live(name)
 
-    async def _load_live(self, name: str) -> None:
+    async def _load_live(self, name: str, *, by_hand: bool = False) -> None:
         """Bring the live version into memory; where it cannot be used, one that was live before.
 
         That one stands in: the pointer stays, so that it is known, also after a restart, which
         version should serve. A version that is activated, or goes live through the gate, ends it.
+
+        Args:
+            by_hand: whether a person wants it, also where opening it ended the server before.
         """
         candidates, should, why = await self.loader.do(lambda: self._store.to_serve(name))
         left_out, tried = self.left_out.get(name), dict[str, str]()
         for version in candidates:
+            if not by_hand and await self.loader.do(partial(self._did_not_end, name, version)):
+                tried[version] = ENDED_IT
+                continue
             try:
                 model = await self._open(name, version, None)
             except (StalePlan, OutOfMemory) as error:  # the one before would be another model
@@ -140,6 +153,9 @@ class ModelManager:
         """Say of a model that never judged why it does not."""
         if held := await self.loader.do(lambda: self._store.held(name)):
             self._residents.held[name] = held_back(name, *held)
+
+    def _did_not_end(self, name: str, version: str) -> bool:
+        return self._store.did_not_end(name, version)
 
     def _stand_in(
         self, model: Resident, should: str | None, why: str | None, left_out: str | None
@@ -178,7 +194,7 @@ class ModelManager:
                 )
             with contextlib.suppress(BadMeta, BadBundle):  # put aside, and the one before judges
                 await self.memory.must_fit(name, candidates[0])
-            await self._load_live(name)
+            await self._load_live(name, by_hand=True)
             if self.live(name) is None:
                 raise NotReady(self._residents.problems[name])
 
@@ -287,6 +303,7 @@ class ModelManager:
     async def _open(self, name: str, version: str, beside: Resident | None) -> Resident:
         """Open a version; one that cannot be used is put aside."""
         try:
+            await self.memory.must_be_possible(name, version)
             return await self.loader.open(name, version, beside)
         except (BadBundle, BadMeta):
             self.on_refused(name)

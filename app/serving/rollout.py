@@ -10,18 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Literal
 
+from app.background import Background
 from app.serving.batch_retrial import BatchRetrial
 from app.serving.gate_replay import GateReplay
 from app.serving.inspection import Inspector
-from app.serving.model_manager import ModelManager
+from app.serving.model_manager import ENDED_IT, ModelManager
 from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
-from app.settings import Settings
+from app.settings import Settings, name_of_folder
 from engines import promise
-from engines.errors import BadBundle, BadMeta, Conflict, KensaError
+from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownVersion
 from engines.limits import asked_for
 from engines.meta import Meta
 from engines.serving import gate
@@ -50,6 +54,7 @@ class Rollout:
         inspector: Inspector,
         settings: Settings,
         stale_plans: StalePlans,
+        background: Background,
     ) -> None:
         self.on_swap: Callable[[str, How], None] = lambda *_: None  # see docs/metrics.md
         self._store = store
@@ -59,6 +64,11 @@ class Rollout:
         self._residents = inspector.residents
         self._settings = settings
         self._stale_plans = stale_plans
+        self._background = background
+        self._urgent: Counter[str] = Counter()  # changes that no gate may keep waiting
+        self._replaying: dict[str, asyncio.Task[Any]] = {}  # gates that may be given up
+        self._unread: dict[str, str] = {}  # models that cannot be looked at, and why
+        self._pruned: dict[str, list[str]] = {}  # the versions that were left
         self._replay = GateReplay(store, inspector)
         self._probation = Probation(settings)
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
@@ -74,9 +84,10 @@ class Rollout:
         if self._settings.model_dir is not None:
             await self._take_in_model_dir()
         await self._models.load_all()
-        self._loader.begin(self._look_out())
+        keep, begin = self._background.keep, self._loader.begin
+        begin(keep("looks for new versions", self._look_out))
         retrial = BatchRetrial(self._inspector, self._loader.do, self._models.memory.owes_nothing)
-        self._loader.begin(retrial.run())
+        begin(keep("tries batches again", retrial.run))
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -84,17 +95,30 @@ class Rollout:
 
     async def _take_in_model_dir(self) -> None:
         """Publish the folder, and make it live unless these very files were taken in last time."""
-        name, source = self._settings.served_name, self._settings.model_dir
+        source = self._settings.model_dir
         assert source is not None
+        name = self._settings.served_name
 
         def take_in() -> None:
+            nonlocal name
+            name = self._name_of(source)
+            before = self._keeps_apart(name, source)
             if not (source / ONNX).is_file() and (source / META).is_file():
                 raise BadBundle(f"{source / ONNX} does not exist: make it with convtrt.py.")
             # Whoever sets the variable has the machine, so its plan is one of its own.
-            known = self._store.versions(name)
-            version = self._store.take_in(name, source, {"folder": str(source)}, plan=True)
+            known, live = self._store.versions(name), self._store.pointer(name)
+            origin = {"folder": str(source.absolute())}
+            version = self._store.take_in(name, source, origin, plan=True)
             if self._store.is_news(name, version, is_there=version in known):
                 self._store.activate(name, version)
+                if live is not None and live.live != version:
+                    log.warning("%s", _another_judges(name, version, source, before))
+            elif live is not None and live.live != version:
+                log.warning(
+                    "%s %s judges, as before, and not %s, which KENSA_MODEL_DIR names: its files"
+                    " have not changed since. POST /models/%s/versions/%s/activate lets it judge.",
+                    *(name, live.live, version, name, version),
+                )
             self._store.note_folder(name, version)
 
         problem = None
@@ -108,6 +132,32 @@ class Rollout:
             self._residents.problems[name] = self._models.left_out[name] = problem
             log.error("%s is not taken in: %s", source, problem)
 
+    def _name_of(self, source: Path) -> str:
+        """What the folder's model is called; as an older Kensa called it, where that had no name
+        for letters other than those of ASCII.
+        """
+        name, old = self._settings.served_name, "default"
+        was_it = str(source) in self._store.folders(old).values()
+        is_new = self._settings.model_name is None and name not in self._store.names()
+        return old if is_new and was_it else name
+
+    def _keeps_apart(self, name: str, source: Path) -> str | None:
+        """The folder from which the model was taken in at the start before, if known.
+
+        Raises:
+            BadBundle: it is the folder of another model, of whose name the same was made.
+        """
+        for folder in self._store.folders(name).values():
+            other = Path(folder)
+            if self._settings.model_name is not None or other.name == source.absolute().name:
+                continue
+            if name_of_folder(other) == name:
+                raise BadBundle(
+                    f"The model {name} was made of {other}, whose name makes the same name: set"
+                    " KENSA_MODEL_NAME."
+                )
+        return self._store.last_folder(name)
+
     # ---- new versions -------------------------------------------------------------------------
 
     async def _look_out(self) -> None:
@@ -119,50 +169,95 @@ class Rollout:
                 log.error("The models cannot be looked at: %s", error)
                 await asyncio.sleep(RETRY_AFTER_S)
                 continue
-            for name, manifest in waiting:
-                await self._consider(name, manifest)
+            for name, manifest in waiting:  # each in a task of its own, which may be given up
+                await asyncio.wait([self._loader.begin(self._consider(name, manifest))])
+            await self._prune()
             await self._stale_plans.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _waiting(self) -> list[tuple[str, Manifest]]:
-        """Published to go live, and not seen by the gate; oldest first."""
+        """Published to go live, and not seen by the gate; oldest first.
+
+        Nothing that is wrong with one model keeps the others waiting.
+        """
         found = []
         for name in self._store.names():
             if self._models.is_away(name):  # it waits until the model is loaded again
                 continue
-            pointer = self._store.pointer(name)
-            for version in self._store.versions(name):
-                key = (name, version)
-                failed = self._failed.get(key, -RETRY_AFTER_S)
-                if key in self._settled or time.monotonic() - failed < RETRY_AFTER_S:
-                    continue
-                if pointer is not None and version == pointer.live:
-                    continue
-                if self._store.gate(name, version) is not None:
-                    self._settled.add(key)
-                    continue
-                try:
-                    manifest = self._store.manifest(name, version)
-                except BadBundle as error:
-                    self._store.refuse(name, version, str(error))
-                    self.on_swap(name, "refused")
-                    continue
-                if manifest.origin.get("activate") is True:
-                    found.append((name, manifest))
-                else:
-                    self._settled.add(key)
+            try:
+                found += [(name, manifest) for manifest in self._waiting_of(name)]
+                self._unread.pop(name, None)
+            except (KensaError, OSError) as error:
+                if self._unread.get(name) != str(error):  # not twice a second
+                    log.error("%s cannot be looked at: %s", name, error)
+                self._unread[name] = str(error)
         return found
+
+    def _waiting_of(self, name: str) -> list[Manifest]:
+        found, pointer = [], self._store.pointer(name)
+        for version in self._store.versions(name):
+            key = (name, version)
+            failed = self._failed.get(key, -RETRY_AFTER_S)
+            if key in self._settled or time.monotonic() - failed < RETRY_AFTER_S:
+                continue
+            if pointer is not None and version == pointer.live:
+                continue
+            if self._store.gate(name, version) is not None:
+                self._settled.add(key)
+                continue
+            try:
+                manifest = self._store.manifest(name, version)
+            except UnknownVersion:  # somebody deleted it just now
+                continue
+            except BadBundle as error:
+                self._store.refuse(name, version, str(error))
+                self.on_swap(name, "refused")
+                continue
+            if manifest.origin.get("activate") is True:
+                found.append(manifest)
+            else:
+                self._settled.add(key)
+        return found
+
+    async def _prune(self) -> None:
+        """Delete old versions also where none went live: those that were held, or only kept."""
+
+        def changed() -> list[str]:
+            names = [name for name in self._store.names() if name not in self._unread]
+            return [name for name in names if self._store.versions(name) != self._pruned.get(name)]
+
+        for name in await self._loader.do(changed):
+            async with self._models.change(name):
+                await self._prune_one(name)
+
+    async def _prune_one(self, name: str) -> None:
+        """Delete old versions of a model, unless one of them still waits for the gate.
+
+        To be called while nobody else changes it.
+        """
+
+        def prune() -> None:
+            if not self._models.is_away(name) and not self._waiting_of(name):
+                self._store.prune(name, self._settings.keep_versions)
+            self._pruned[name] = self._store.versions(name)
+
+        try:
+            await self._loader.do(prune)
+        except (KensaError, OSError) as error:
+            log.warning("Old versions of %s cannot be deleted: %s", name, error)
 
     async def _consider(self, name: str, manifest: Manifest) -> None:
         """Show a version to the gate; what passes goes live. Whatever happens, others follow."""
         version = manifest.version
         try:
             async with self._models.change(name):
-                if self._models.is_away(name):  # since it was found
+                if self._models.is_away(name) or self._urgent[name]:  # since it was found
                     return
                 found: dict[str, Any]
                 if await self._loader.do(lambda: self._is_late(name, version)):
                     found = {"ok": False, "reasons": ["A newer version went live before it."]}
+                elif await self._loader.do(lambda: self._store.did_not_end(name, version)):
+                    found = {"ok": False, "reasons": [f"It {ENDED_IT}."]}
                 else:
                     found = await self._through_the_gate(name, manifest)
             if not found["ok"]:
@@ -170,6 +265,8 @@ class Rollout:
                 await self._models.note_held(name)
                 self.on_swap(name, "held")
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
+        except UnknownVersion as error:
+            log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
         except (BadBundle, BadMeta) as error:
             log.error("%s %s is refused: %s", name, version, error)
         except (KensaError, OSError) as error:
@@ -180,8 +277,26 @@ class Rollout:
             self._failed[name, version] = time.monotonic()
             self.on_swap(name, "failed")
             log.exception("%s %s does not go live", name, version)
+        finally:
+            self._replaying.pop(name, None)
+
+    @asynccontextmanager
+    async def _at_once(self, name: str) -> AsyncIterator[None]:
+        """A change of a model that waits for no gate: one under way is given up, and begins again
+        afterwards.
+        """
+        self._urgent[name] += 1
+        try:
+            if (replaying := self._replaying.pop(name, None)) is not None:
+                replaying.cancel()
+                log.info("The gate of %s is given up for a change that somebody wants now", name)
+            async with self._models.change(name):
+                yield
+        finally:
+            self._urgent[name] -= 1
 
     def _is_late(self, name: str, version: str) -> bool:
+        self._store.folder(name, version)  # raises where somebody deleted it
         pointer, known = self._store.pointer(name), self._store.versions(name)
         return pointer is not None and pointer.live in known[known.index(version) + 1 :]
 
@@ -190,6 +305,8 @@ class Rollout:
         it live where it may.
         """
         began, version = time.perf_counter(), manifest.version
+        if (task := asyncio.current_task()) is not None:
+            self._replaying[name] = task
         limit = manifest.origin.get("max_flips")
         limit = self._settings.gate_flips if limit is None else float(limit)
         against = self._models.live(name)
@@ -209,6 +326,7 @@ class Rollout:
             found = gate.weigh(
                 replayed, report, against.version if against else None, limit, doubts
             )
+            self._replaying.pop(name, None)  # what follows is short, and done whole
             found["seconds"] = round(time.perf_counter() - began, 2)
             await self._loader.write(lambda: self._replay.keep_pictures(name, version, replayed))
             if found["ok"]:
@@ -224,7 +342,7 @@ class Rollout:
         Raises:
             UnknownModel, UnknownVersion, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
-        async with self._models.change(name):
+        async with self._at_once(name):
             await self._loader.do(lambda: self._store.folder(name, version))
             live = self._models.live(name)
             is_it = live is not None and live.version == version
@@ -248,7 +366,7 @@ class Rollout:
         Raises:
             UnknownModel, Conflict, BadRequest, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
-        async with self._models.change(name):
+        async with self._at_once(name):
             base = await self._loader.do(lambda: self.with_threshold(name))
 
             def publish() -> str:
@@ -296,7 +414,7 @@ class Rollout:
         Raises:
             UnknownModel, Conflict, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
-        async with self._models.change(name):
+        async with self._at_once(name):
             await self._roll_back(name, None)
 
     async def _roll_back(self, name: str, reason: str | None) -> None:
@@ -312,8 +430,7 @@ class Rollout:
             found = self._store.gate(name, back.previous) or {"ok": True, "reasons": []}
             if reason is not None:
                 found = {**found, "ok": False, "reasons": [reason], "by_hand": False}
-            self._store.record_gate(name, back.previous, found)
-            self._store.roll_back(name)
+            self._store.roll_back(name, found)
 
         if reason is not None and self._models.is_away(name):
             await self._loader.write(write)  # nobody wants it in memory
@@ -347,19 +464,11 @@ class Rollout:
         """On the disk first: after a power cut the version that was named last comes back."""
         name, version = model.name, model.version
 
-        def write() -> None:
-            self._store.activate(name, version)
-            if self._store.gate(name, version) != found:
-                self._store.record_gate(name, version, found)
-
-        await self._loader.write(write)
+        await self._loader.write(lambda: self._store.activate(name, version, found))
         self._models.put(model)
         self.on_swap(name, "by_hand" if found.get("by_hand") else "live")
         log.info("Live: %s", describe(model))
-        try:
-            await self._loader.do(lambda: self._store.prune(name, self._settings.keep_versions))
-        except OSError as error:
-            log.warning("Old versions of %s cannot be deleted: %s", name, error)
+        await self._prune_one(name)
 
     # ---- the first parts of a new version -----------------------------------------------------
 
@@ -369,7 +478,7 @@ class Rollout:
 
     async def _roll_back_by_itself(self, model: Resident, reason: str) -> None:
         try:
-            async with self._models.change(model.name):
+            async with self._at_once(model.name):
                 if await self._is_named_live(model):  # not replaced in the meantime
                     await self._roll_back(model.name, reason)
         except (KensaError, OSError) as error:
@@ -381,3 +490,14 @@ class Rollout:
             return self._models.live(model.name) is model
         pointer = await self._loader.do(lambda: self._store.pointer(model.name))
         return pointer is not None and pointer.live == model.version
+
+
+def _another_judges(name: str, version: str, source: Path, before: str | None) -> str:
+    """A sentence for a model that KENSA_MODEL_DIR exchanges."""
+    sentence = f"{name} {version} judges from now on: KENSA_MODEL_DIR names {source}"
+    if before is None or Path(before) == source.absolute():
+        return f"{sentence}, which has changed. POST /models/{name}/rollback goes back."
+    return (
+        f"{sentence}. Until now {name} was the model of {before}: where these are different parts,"
+        " set KENSA_MODEL_NAME, so that each has a name of its own."
+    )

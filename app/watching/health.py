@@ -18,6 +18,7 @@ from pathlib import Path
 from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.background import Background
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
 from app.serving.inspection import Inspector
@@ -65,8 +66,14 @@ class Health:
     """Looks at everything. Its methods belong to the event loop's thread."""
 
     def __init__(
-        self, inspector: Inspector, jobs: JobQueue, worker: WorkerProcess, settings: Settings
+        self,
+        inspector: Inspector,
+        jobs: JobQueue,
+        worker: WorkerProcess,
+        settings: Settings,
+        background: Background,
     ) -> None:
+        self._background = background
         self._residents = inspector.residents
         self._worker = worker
         self._data, self._found = settings.data, settings.gate_found
@@ -84,7 +91,7 @@ class Health:
         jobs, queue = await self._queue.look()
         worker = self._worker
         state, restarts, ended = worker.state, worker.restarts, worker.ended
-        held_back = worker.held_back
+        held_back, died = worker.held_back, self._background.degraded()
 
         def read() -> State:
             free, size = _disk(self._data)
@@ -93,6 +100,7 @@ class Health:
                 *held,
                 *filter(None, standing_in.values()),
                 *stale,
+                *died,
                 *(doubt for model in models for doubt in _doubts(model, self._found)),
             ]
             if free is not None and free < LOW_DISK:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from engines.errors import OutOfMemory
 from engines.machine.memory import Free, Gpu, Need, Short, free_bytes, total_bytes
-from engines.machine.memory_needs import Learning, size, to_build, to_convert, to_learn
+from engines.machine.memory_needs import (
+    Learning,
+    size,
+    to_build,
+    to_convert,
+    to_learn,
+    unpacked,
+)
 from engines.meta import Meta
 from engines.queue.job_requests import ConvertRequest, RetrainRequest
 from engines.store.bundle import ONNX
@@ -50,7 +57,7 @@ def needs(data: Path, request: Request, free: Free) -> Need:
         return _to_convert(folder, request, free)
     meta = _meta(folder, request)
     learned = meta.memory_bank or meta.stats
-    known = size(folder / learned) if folder and learned and request.update else 0
+    known = unpacked(folder / learned) if folder and learned and request.update else 0
     images = Datasets(data / "datasets")
     test = images.count(request.category, "normal") + images.count(request.category, "anomaly")
     what = Learning(meta, images.count(request.category, "train"), test, request.batch, known)
@@ -91,7 +98,7 @@ def _to_convert(folder: Path | None, request: ConvertRequest, free: Free) -> Nee
         built = to_build(size(folder / ONNX), request.workspace, _least(free))
     if request.from_onnx:
         return Need(BARE, built)
-    bank = size(folder / meta.memory_bank) if meta.memory_bank else 0
+    bank = unpacked(folder / meta.memory_bank) if meta.memory_bank else 0
     return Need(to_convert(meta, bank), built)
 
 

@@ -6,8 +6,13 @@ which of these numbers were not measured but estimated.
 
 from __future__ import annotations
 
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from engines.machine.memory import MIB, Need
 from engines.meta import Meta
@@ -38,7 +43,7 @@ def bytes_needed(folder: Path) -> int:
     """About how many bytes a version takes once it is open with OpenVINO."""
     meta = Meta.read(folder / "meta.json")
     graph = size(folder / ONNX) * GRAPH_FACTOR
-    bank = size(folder / meta.memory_bank) * BANK_FACTOR if meta.memory_bank else 0
+    bank = unpacked(folder / meta.memory_bank) * BANK_FACTOR if meta.memory_bank else 0
     return int(graph + bank + FIXED * (meta.image_size / 256) ** 2)
 
 
@@ -50,7 +55,7 @@ def plan_needs(folder: Path) -> Need:
         BadMeta: meta.json is.
     """
     meta, record = Meta.read(folder / "meta.json"), Fingerprint.read(folder)
-    bank = size(folder / meta.memory_bank) if meta.memory_bank else 0
+    bank = unpacked(folder / meta.memory_bank) if meta.memory_bank else 0
     read = size(folder / PLAN) + int(bank * BANK_FACTOR) + PLAN_FIXED
     # Another bank is on the device before the old one goes: the bank of the new version.
     return Need(read, (record.device_bytes if record else 0) + bank)
@@ -169,6 +174,32 @@ def _patch_bytes(meta: Meta) -> int:
 def _stats_bytes(meta: Meta) -> int:
     """Bytes of PaDiM's covariances."""
     return _positions(meta) * (meta.n_features or 0) ** 2 * 4 if meta.model == "padim" else 0
+
+
+def unpacked(npz: Path) -> int:
+    """Bytes of the arrays in an .npz; of the file itself where it is none, and 0 where none is.
+
+    Zeros take a thousandth of their size in a zip. What the arrays' own headers say counts as well:
+    their memory is taken before the first byte is read.
+    """
+    try:
+        with zipfile.ZipFile(npz) as archive:
+            arrays = sum(_array_bytes(archive, one) for one in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):  # opening says it
+        arrays = 0
+    return max(arrays, size(npz))
+
+
+def _array_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    header = np.lib.format
+    with archive.open(member) as file:
+        try:
+            major, _ = header.read_magic(file)
+            read = header.read_array_header_1_0 if major == 1 else header.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile):  # no array, or a damaged one
+            return member.file_size
+    return max(member.file_size, math.prod(shape) * dtype.itemsize)
 
 
 def size(path: Path) -> int:

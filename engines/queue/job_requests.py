@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from engines.limits import LEAST_SHARE
 from engines.meta import Kind
-from engines.store.versions import NAME
+from engines.store.versions import NAME, is_name
 
 META_LEVELS = 8  # of lists and objects in each other; a meta.json has two
 
@@ -34,6 +34,13 @@ class JobRequest(BaseModel):
     queue: bool = Field(
         False, description="Wait behind a job of the same model, rather than be refused with 409."
     )
+
+    @field_validator("model")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not is_name(name):
+            raise ValueError("it takes up to 64 letters, digits, - and _, each in its usual form")
+        return name
 
 
 class RetrainRequest(JobRequest):

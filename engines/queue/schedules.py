@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from engines.files import read_object, write_atomically
 from engines.queue.job_requests import RetrainRequest
 
+NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a schedule: part of the ids of its jobs
+
 
 class Schedules:
     """What is learned again and again: a file each."""

@@ -41,7 +41,7 @@ def usable_cache(folder: Path | None) -> Path | None:
 
 
 def seal_cache(folder: Path | None) -> None:
-    """Write the checksum of each new file beside it. Call it once a model has been opened."""
+    """Write the checksum of each new file beside it. Call it once a network was compiled."""
     if folder is None:
         return
     try:

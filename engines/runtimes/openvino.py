@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, RuntimeFailed
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches, only_whole
+from engines.runtimes.compiled_cache import seal_cache
 from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
 
@@ -99,6 +100,7 @@ class OpenVINORuntime:
             self._search = self._new_search(memory_bank)
         elif len(model.inputs) != 1:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
+        self._cache_dir = cache_dir
         if cache_dir is not None:
             config["CACHE_DIR"] = str(cache_dir)
         self._onnx, self._compiling = onnx, config
@@ -110,9 +112,11 @@ class OpenVINORuntime:
         """For a fixed number of images: one that may change costs 2 ms for each image."""
         model.reshape({"image": [batch, self._image_size, self._image_size, 3]})
         try:
-            return self._core.compile_model(model, "CPU", self._compiling)
+            compiled = self._core.compile_model(model, "CPU", self._compiling)
         except RuntimeError as error:
             raise BadBundle(f"OpenVINO cannot compile {self._onnx}: {error}.") from error
+        seal_cache(self._cache_dir)
+        return compiled
 
     @property
     def batches(self) -> Batches:

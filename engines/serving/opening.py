@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,6 @@ from engines.machine.memory import Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs
 from engines.meta import Meta
 from engines.runtimes import Runtime
-from engines.runtimes.compiled_cache import seal_cache
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
@@ -41,7 +41,12 @@ class Opening:
 
 
 def open_model(
-    folder: Path, name: str, version: str, how: Opening, beside: Resident | None = None
+    folder: Path,
+    name: str,
+    version: str,
+    how: Opening,
+    beside: Resident | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Resident:
     """Open a version and warm it up.
 
@@ -49,6 +54,7 @@ def open_model(
         beside: a resident version. Where the new one has the same graph, its engine is used, and
             only the memory bank is loaded; where only meta.json differs, nothing is: both have the
             same runtime, which the last of them closes.
+        given_up: whether nobody wants it any more: then no batches are tried.
 
     Raises:
         BadMeta, BadBundle: its files are missing, damaged or do not fit together.
@@ -90,7 +96,7 @@ def open_model(
         if how.batching and not shared:
             if beside is not None and _alike(beside, model):
                 runtime.take_together(beside.runtime.batches)
-            elif free_bytes() > 2 * bytes_needed(folder):  # trying may take as much again
+            elif not given_up() and free_bytes() > 2 * bytes_needed(folder):  # for the trial
                 choose_batches(runtime)
     except BaseException:
         runtime.close()
@@ -208,7 +214,6 @@ def _on_openvino(
     whole = OpenVINORuntime(
         bundle.onnx, bank, precision=precision, threads=how.threads, cache_dir=how.cache_dir
     )
-    seal_cache(how.cache_dir)
     return whole, False
 
 

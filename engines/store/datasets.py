@@ -40,7 +40,7 @@ from engines.store.image_names import checked_name, is_image, shown
 
 Split = Literal["train", "normal", "anomaly"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-CATEGORY = r"^[A-Za-z0-9_-]{1,64}$"
+CATEGORY = r"^[\w-]{1,64}$"
 THUMBNAIL = 256  # longer side, pixels
 
 _PLACES: dict[Split, str] = {

@@ -3,7 +3,8 @@
     models/<name>/live                  the live version and the one before it, a line each
     models/<name>/folder                the hash of what KENSA_MODEL_DIR held when it was taken in
     models/<name>/0007-3f9a0c41d2e8/    a version: the files of a bundle, and manifest.json
-    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips
+    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips; and,
+                                        while it is being opened, a mark
     models/<name>/refused/0007-…/       a version that cannot be used, and why
 
 A version never changes once it is there. It appears in one rename, with everything flushed to the
@@ -27,27 +28,34 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
-from engines.files import sha256, sweep, sync_folder, write_atomically
+from engines.files import replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
 from engines.store.known_scores import SCORES
 
-NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a model
+NAME = r"^[\w-]{1,64}$"  # of a model: letters of any alphabet
 MANIFEST = "manifest.json"
 META = "meta.json"
 
+_NAME_BYTES = 200  # a file system takes 255
+# Of a file that is missing, or is something else than a file that this user may read.
+_UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP}
 _VERSION = re.compile(r"[0-9]{4,9}-[0-9a-f]{12}")
 _POINTER = "live"
 _LOST = "the file that says which version is live is damaged or missing"
 _GATES = "gates"
 _REFUSED = "refused"
+_REASON = "reason.txt"
 _REFUSED_KEPT = 5
 _FOLDER = "folder"
 _THRESHOLD_OF = "threshold_of"  # in an origin
 _STAGING = ".staging"
+_OPENING = "opening"  # there while a version is being opened
+_WAS_ONCE = ".was_live"  # the mark of one that is being rolled back
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
 
@@ -89,12 +97,12 @@ class Store:
         """The models that have a version, or had one."""
         if not self.root.is_dir():
             return []
-        names = (path.name for path in self.root.iterdir() if re.fullmatch(NAME, path.name))
-        return sorted(name for name in names if self._is_known(name))
+        names = (path.name for path in self.root.iterdir() if is_name(path.name))
+        return sorted(name for name in names if self._may_be_known(name))
 
     def must_know(self, name: str) -> None:
         """Raise UnknownModel unless there is a model of that name."""
-        if not self._is_known(name):
+        if not self._may_be_known(name):
             raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
 
     def versions(self, name: str) -> list[str]:
@@ -105,7 +113,7 @@ class Store:
         """Versions that cannot be used -> why."""
         folder = self._model(name) / _REFUSED
         return {
-            version: _text(folder / version / "reason.txt") or "The reason was not kept."
+            version: _text(folder / version / _REASON) or "The reason was not kept."
             for version in _versions_in(folder)
         }
 
@@ -230,14 +238,17 @@ class Store:
                     return version
         return None
 
-    def activate(self, name: str, version: str) -> None:
+    def activate(self, name: str, version: str, found: dict[str, Any] | None = None) -> None:
         """Make a version the live one; the live one becomes the one before it.
 
         Where the live one is gone, the best of the others becomes that.
 
+        Args:
+            found: what the gate found, or a person said, which is recorded with it.
+
         Raises:
             UnknownModel, UnknownVersion: there is no such thing.
-            OSError: the disk is full; the pointer is as it was.
+            OSError: the disk is full; pointer and record are as they were.
         """
         with self._locked(name):
             self.folder(name, version)  # looked for inside the lock: it might be pruned just now
@@ -245,20 +256,27 @@ class Store:
             if pointer is not None and pointer.live == version:  # what was before it stays so
                 others = [one for one in self._named(name) if one in self.versions(name)] + others
             before = next((one for one in others if one != version), None)
-            with self._marked(name, version):
+            with self._recorded(name, version, found), self._marked(name, version):
                 self._point(name, version, before)
 
-    def roll_back(self, name: str) -> str:
+    def roll_back(self, name: str, found: dict[str, Any] | None = None) -> str:
         """Make the version before the live one live again, and return it.
 
         The one that was live is the one before then: a second call takes the first one back.
 
+        Args:
+            found: why, which is recorded as what the gate found of the one that was live.
+
         Raises:
             UnknownModel, Conflict: as `pointer_back`.
+            OSError: the disk is full; pointer and record are as they were.
         """
         with self._locked(name):
             back = self.pointer_back(name)
-            with self._marked(name, back.live, instead_of=back.previous):
+            with (
+                self._recorded(name, back.previous, found),
+                self._marked(name, back.live, instead_of=back.previous),
+            ):
                 self._point(name, back.live, back.previous)
         return back.live
 
@@ -292,17 +310,21 @@ class Store:
         others = [other for other in others if other.exists()]
         is_new = not mark.exists()
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-        for other in others:
-            other.unlink()
         try:
+            mark.touch()
+            for other in others:  # it keeps its place, so that undoing it needs no room
+                other.rename(other.with_name(_WAS_ONCE))
             yield
-        except OSError:
+        except BaseException:
             if is_new:
-                mark.unlink()
+                mark.unlink(missing_ok=True)
             for other in others:
-                other.touch()
+                with suppress(FileNotFoundError):
+                    other.with_name(_WAS_ONCE).rename(other)
             raise
+        for other in others:
+            with suppress(OSError):  # it says nothing
+                other.with_name(_WAS_ONCE).unlink()
 
     def _mark(self, name: str, version: str) -> Path:
         return self.gate_folder(name, version) / _WAS_LIVE
@@ -331,15 +353,47 @@ class Store:
 
     def record_gate(self, name: str, version: str, found: dict[str, Any]) -> None:
         """Keep what the gate found. Files that belong to it lie in `gate_folder` already."""
+        with self._locked(name), self._recorded(name, version, found):  # nobody prunes it now
+            pass
+
+    @contextmanager
+    def _recorded(self, name: str, version: str, found: dict[str, Any] | None) -> Iterator[None]:
+        """Keep what the gate found; undone when the body fails. Nothing where that is None."""
+        if found is None or found == self.gate(name, version):
+            yield
+            return
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-        with self._locked(name):  # nobody prunes the folder now
-            folder = self.gate_folder(name, version)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "gate.json", text.encode())
+        folder = self.gate_folder(name, version)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replaced(folder / "gate.json", text.encode()):
             sync_folder(folder.parent)
+            yield
 
     def gate_folder(self, name: str, version: str) -> Path:
         return self._model(name) / _GATES / version
+
+    # ---- opening ------------------------------------------------------------------------------
+
+    @contextmanager
+    def opening(self, name: str, version: str) -> Iterator[None]:
+        """Remember on the disk that a version is being opened, in case that ends the process."""
+        mark = self.gate_folder(name, version) / _OPENING
+        with suppress(OSError):  # a full disk keeps nobody from judging
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(f"{_boot()}\n{_tries(mark) + 1}\n", encoding="ascii")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                mark.unlink()
+
+    def did_not_end(self, name: str, version: str) -> bool:
+        """Whether the last opening of a version ended the process.
+
+        After a restart of the machine, which may have had other reasons, only the second time.
+        """
+        mark = self.gate_folder(name, version) / _OPENING
+        return (_text(mark) or "").startswith(f"{_boot()}\n") or _tries(mark) > 1
 
     # ---- publishing, refusing, pruning --------------------------------------------------------
 
@@ -384,7 +438,7 @@ class Store:
             BadRequest: the name is no name for a model.
             OSError: the disk is full; the store is as it was.
         """
-        if not re.fullmatch(NAME, name):
+        if not is_name(name):
             raise BadRequest(f"A model's name has up to 64 letters, digits, - and _, not {name!r}.")
         names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
         known = known or {}
@@ -408,8 +462,12 @@ class Store:
             (folder / MANIFEST).write_text(text, encoding="utf-8")
             _flush(folder, [*files, MANIFEST])
             folder.rename(model / version)
-            sync_folder(model)
-            sync_folder(self.root)
+            try:
+                sync_folder(model)
+                sync_folder(self.root)
+            except OSError:
+                (model / version).rename(folder)
+                raise
         return version
 
     def take_in(
@@ -491,6 +549,20 @@ class Store:
         is_new = self.gate(name, version) is None  # killed before it could go live
         return pointer is None and not self.candidates(name) and is_new
 
+    def folders(self, name: str) -> dict[str, str]:
+        """The versions that were taken in from a folder -> that folder, oldest first."""
+        found = {}
+        for version in self.versions(name):
+            with suppress(BadBundle, UnknownVersion):
+                found[version] = self.manifest(name, version).origin.get("folder")
+        return {version: folder for version, folder in found.items() if isinstance(folder, str)}
+
+    def last_folder(self, name: str) -> str | None:
+        """The folder that was taken in last; None where the version made of it is gone."""
+        last = _text(self._model(name) / _FOLDER)
+        found = [one for version, one in self.folders(name).items() if _digest_of(version) == last]
+        return next(reversed(found), None)
+
     def note_folder(self, name: str, version: str) -> None:
         """Remember which files a folder had that was taken in."""
         path, digest = self._model(name) / _FOLDER, _digest_of(version)
@@ -501,10 +573,10 @@ class Store:
         """Put a version aside that cannot be used, so that nobody tries it again."""
         with self._locked(name):
             if version in self.versions(name):
-                target = self._model(name) / _REFUSED / version
+                folder, target = self._model(name) / version, self._model(name) / _REFUSED / version
                 target.parent.mkdir(exist_ok=True)
-                (self._model(name) / version).rename(target)
-                (target / "reason.txt").write_text(reason, encoding="utf-8")
+                with replaced(folder / _REASON, reason.encode(errors="replace")):
+                    folder.rename(target)
                 for old in _versions_in(target.parent)[:-_REFUSED_KEPT]:
                     shutil.rmtree(target.parent / old, ignore_errors=True)
 
@@ -517,13 +589,15 @@ class Store:
         """
         with self._locked(name):
             model, known, named = self._model(name), self.versions(name), self._named(name)
-            if not named or named[0] not in known:  # nobody knows which one is served: keep all
-                return []
-            kept = {*named, known[-1], *self._newest(name, known, named, max(keep, 1))}
+            was_live = named or (model / _POINTER).exists() or self.candidates(name)
+            if was_live and named[:1] not in [[one] for one in known]:
+                return []  # nobody knows which one is served: keep all
+            kept = {*named, *known[-1:], *self._newest(name, known, named, max(keep, 1))}
             gone = [version for version in known if version not in kept]
             for version in gone:  # out of sight in one step, so that nobody meets half of it
                 (model / version).rename(model / f".{version}")
-            sync_folder(model)
+            if gone:
+                sync_folder(model)
             gates = _versions_in(model / _GATES)
             left = [self.gate_folder(name, one) for one in gates if one not in self.versions(name)]
             for folder in (*model.glob(".*-*/"), *left):  # also of a process that was killed
@@ -546,9 +620,18 @@ class Store:
         return None
 
     def _model(self, name: str) -> Path:
-        if not re.fullmatch(NAME, name):
+        if not is_name(name):
             raise UnknownModel(f"There is no model {name[:100]!r}{_there_is(self.names())}.")
         return self.root / name
+
+    def _may_be_known(self, name: str) -> bool:
+        """The same; a folder that cannot be read is taken for a model, which has a problem."""
+        try:
+            return self._is_known(name)
+        except UnknownModel:
+            return False
+        except OSError:
+            return True
 
     def _is_known(self, name: str) -> bool:
         """Not for the folder that a publisher leaves who was killed, or found the disk full."""
@@ -565,12 +648,29 @@ class Store:
             yield
 
 
+def is_name(name: str) -> bool:
+    """Whether a model may be called so: in one spelling only, and short enough for a folder."""
+    alone = name == normalize("NFC", name) and len(name.encode(errors="replace")) <= _NAME_BYTES
+    return alone and re.fullmatch(NAME, name) is not None
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file; the system takes it from a process that is killed."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _boot() -> str:
+    """Another word after each start of the machine; the same where nobody tells."""
+    return (_text(Path("/proc/sys/kernel/random/boot_id")) or "unknown").strip()
+
+
+def _tries(mark: Path) -> int:
+    """How often a version was begun to be opened, and never was."""
+    _, _, tries = (_text(mark) or "").partition("\n")
+    return int(tries) if tries.strip().isdecimal() else 0
 
 
 def _digest(files: dict[str, str]) -> str:
@@ -607,8 +707,12 @@ def _digest_of(version: str) -> str:
 def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
+    except UnicodeDecodeError:
         return None
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            return None
+        raise
 
 
 def _there_is(names: list[str]) -> str:

@@ -7,10 +7,13 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from app.__main__ import have_to_oneself
 from app.settings import Settings, table, unknown_variables
 from engines.errors import BadSettings
 from engines.image import ImageLimits
@@ -94,7 +97,8 @@ def test_a_misspelt_variable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("models/PatchCore", "PatchCore"),
         ("models/part no. 7 (left)", "part-no-7-left"),
-        ("models/検査", "default"),
+        ("models/検査", "検査"),
+        ("models/検査・部品 (左)", "検査-部品-左"),
         ("models/" + "a" * 100, "a" * 64),
         (None, "default"),
     ],
@@ -139,3 +143,34 @@ def test_flags_are_refused_rather_than_ignored() -> None:
 def test_a_user_without_a_home_is_told_to_name_a_data_folder() -> None:
     says = refused(HOME="", XDG_DATA_HOME="nowhere")
     assert says == "kensa: This user has no home: set KENSA_DATA_DIR to a folder.\n"
+
+
+def test_a_second_server_on_one_data_folder_ends_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(data_dir=tmp_path, shutdown_grace_s=0)
+    monkeypatch.setattr("app.__main__.TAKE_OVER_S", 0.2)
+    held = have_to_oneself(settings)
+    with pytest.raises(BadSettings, match=rf"Another server has {tmp_path} \(process \d+\)"):
+        have_to_oneself(settings)
+    said = refused(KENSA_DATA_DIR=str(tmp_path), KENSA_SHUTDOWN_GRACE_S="0", KENSA_PORT="0")
+    assert said.splitlines()[-1].startswith("kensa: Another server has")
+    del held
+    assert have_to_oneself(settings) is not None
+
+
+def test_a_server_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    old = [have_to_oneself(settings)]
+    threading.Timer(1.0, old.clear).start()
+    began = time.monotonic()
+    assert have_to_oneself(settings) is not None
+    assert 0.8 < time.monotonic() - began < 5
+
+
+def test_a_data_folder_that_cannot_be_locked_is_served_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "server.lock").mkdir()
+    assert have_to_oneself(Settings(data_dir=tmp_path)) is None
+    assert "no other server" in caplog.text

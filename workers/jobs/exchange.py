@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from engines.errors import BadBundle, NoShared
-from engines.queue.fleet import Fleet
+from engines.queue.fleet import DEVICE, Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import RetrainRequest
 from engines.store.bundle import ONNX, PLAN
@@ -147,7 +147,7 @@ def checked(wanted: dict[str, Any]) -> tuple[str, str]:
     Raises:
         BadBundle: they may not.
     """
-    for key in ("device", "model"):
-        if not re.fullmatch(NAME, str(wanted.get(key))):
+    for key, pattern in (("device", DEVICE), ("model", NAME)):
+        if not re.fullmatch(pattern, str(wanted.get(key))):
             raise BadBundle(f"The queue names a {key} {wanted.get(key)!r}, which is no name.")
     return wanted["device"], wanted["model"]

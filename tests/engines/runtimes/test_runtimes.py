@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.errors import BadBundle, RuntimeFailed
 from engines.files import sha256
 from engines.runtimes import ALONE, Batches, Runtime, cuda
+from engines.runtimes.compiled_cache import usable_cache
 from engines.runtimes.cuda import gpu
 from engines.runtimes.openvino import OpenVINORuntime, choose_precision, cpu_has_bf16
 from engines.runtimes.openvino_bank_search import TILE, Search
@@ -693,6 +694,18 @@ def test_the_second_start_reads_what_the_first_one_compiled(
             assert first
     assert files == first
     assert scores[0] == scores[1]
+
+
+def test_networks_for_batches_are_in_the_cache_of_the_next_start_too(
+    own_model: Path, tmp_path: Path
+) -> None:
+    bank, cache = Bundle.open(own_model).memory_bank(), tmp_path / "cache"
+    runtime = OpenVINORuntime(own_model / "model.onnx", bank, cache_dir=usable_cache(cache))
+    runtime.prepare(4)
+    made = sorted(path.name for path in cache.glob("*.blob"))
+    assert len(made) == 2
+    usable_cache(cache)  # as the next start looks at it
+    assert sorted(path.name for path in cache.glob("*.blob")) == made
 
 
 def test_the_cache_of_one_training_is_not_taken_for_another(

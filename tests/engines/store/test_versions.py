@@ -34,7 +34,7 @@ PAGE = 4096  # bytes; a small file takes one
 BOLT = "bolt"
 KILLED = ROOT / "tests" / "support" / "killed.py"
 ABSENT = "0009-aaaaaaaaaaaa"
-BAD_NAMES = ["", ".", "..", "../x", "a/b", "/tmp", "a b", "bolt\n", "\0", "ボルト", "b" * 65,
+BAD_NAMES = ["", ".", "..", "../x", "a/b", "/tmp", "a b", "bolt\n", "\0", "ホ\u3099ルト", "b" * 65,
              ".staging", "bolt/0001-aaaaaaaaaaaa"]  # fmt: skip
 
 # Everything that is done to one model, or asked of it.
@@ -766,8 +766,17 @@ def test_pruning_leaves_the_trained_version_whose_threshold_was_changed(store: S
     assert [int(version[:4]) for version in store.versions(BOLT)] == [1, 3, 4, 6, 7]
 
 
-def test_nothing_is_pruned_before_a_version_is_live(store: Store) -> None:
+def test_before_a_version_was_live_the_newest_are_kept(store: Store) -> None:
     versions = published(store, 4)
+    assert store.prune(BOLT, 2) == versions[:2]
+    assert store.versions(BOLT) == versions[2:]
+
+
+def test_nothing_is_pruned_where_nobody_knows_which_one_is_live(store: Store) -> None:
+    versions = activated(store, 4)
+    pointer_file(store).unlink()
+    assert store.prune(BOLT, 1) == []
+    pointer_file(store).write_bytes(b"")
     assert store.prune(BOLT, 1) == []
     assert store.versions(BOLT) == versions
 

@@ -1,0 +1,96 @@
+"""Each write of a change made to fail once, over HTTP: what is answered is what judges."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.serving.rollout import Rollout
+from engines.store.versions import Store
+from support.failing import failing
+from support.in_process import in_process, settings_of
+from support.plans import tiny_bundle
+from support.server import RAW
+
+NAME = "part"
+Send = Callable[[httpx.AsyncClient, Store], Awaitable[httpx.Response]]
+
+
+def store_of(folder: Path) -> Store:
+    return Store(folder / "data" / "models")
+
+
+async def activate(client: httpx.AsyncClient, store: Store) -> httpx.Response:
+    held = store.versions(NAME)[2]
+    return await client.post(f"/models/{NAME}/versions/{held}/activate")
+
+
+async def roll_back(client: httpx.AsyncClient, _: Store) -> httpx.Response:
+    return await client.post(f"/models/{NAME}/rollback")
+
+
+async def change_threshold(client: httpx.AsyncClient, _: Store) -> httpx.Response:
+    body = {"threshold": 0.7, "reason": "Too many."}
+    return await client.put(f"/models/{NAME}/threshold", json=body)
+
+
+async def upload(client: httpx.AsyncClient, store: Store) -> httpx.Response:
+    data = (store.root.parent.parent / "new.zip").read_bytes()
+    wanted = {"name": NAME, "activate": "false"}
+    return await client.post("/models", params=wanted, content=data, headers=RAW)
+
+
+async def seen(client: httpx.AsyncClient) -> dict[str, Any]:
+    """What the server says of the model; not the moments at which versions were made."""
+    found: dict[str, Any] = (await client.get(f"/models/{NAME}")).json()
+    for version in found["versions"]:
+        del version["created"]
+    return found
+
+
+@pytest.mark.parametrize("send", [activate, roll_back, change_threshold, upload])
+def test_what_is_answered_holds_now_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Send
+) -> None:
+    async def nothing(_: Rollout) -> None:
+        """Old versions are deleted beside it, which may fail and is no part of a change."""
+
+    monkeypatch.setattr(Rollout, "_prune", nothing)
+    store = store_of(tmp_path)
+    for number in range(3):
+        bundle = tiny_bundle(tmp_path / f"bundle{number}", offset=number + 1.0)
+        version = store.take_in(NAME, bundle, {})
+        if number < 2:
+            store.activate(NAME, version)
+    store.record_gate(NAME, version, {"ok": False, "reasons": ["It sees nothing."]})
+    new = tiny_bundle(tmp_path / "new", offset=9.0)
+    shutil.make_archive(str(tmp_path / "new"), "zip", new)
+
+    async def fail(client: httpx.AsyncClient, _: Any) -> tuple[int, dict[str, Any]]:
+        before = await seen(client)
+        for step in range(200):
+            with failing(store.root, step) as write:
+                answer = await send(client, store)
+            if answer.is_success:
+                break
+            assert answer.status_code == 507, (write.failed, answer.text)
+            assert await seen(client) == before, write.failed
+            pointer = store.pointer(NAME)
+            assert pointer is not None
+            assert pointer.live == before["live"], write.failed
+        after = await seen(client)
+        assert after != before
+        return step, after
+
+    failures, after = in_process(settings_of(tmp_path), fail)
+    assert failures >= 4
+
+    async def look(client: httpx.AsyncClient, _: Any) -> dict[str, Any]:
+        return await seen(client)
+
+    assert in_process(settings_of(tmp_path), look) == after

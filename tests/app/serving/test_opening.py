@@ -1,0 +1,175 @@
+"""Claims about versions whose opening takes more than there is, or ends the server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from app.serving import memory_ledger
+from engines.machine.memory import MIB
+from engines.machine.memory_needs import bytes_needed, unpacked
+from engines.store.versions import Store
+from support.in_process import in_process, settings_of
+from support.plans import seal, tiny_bank, tiny_bundle
+from support.project import ROOT
+from support.server import serving
+
+BOMB = 256 * MIB
+
+# A server that ends, as the memory killer ends it, when it opens a version named in KILLS.
+KILLED = """
+import os, signal, sys
+from app.serving import loader
+really = loader.open_model
+def open_model(folder, name, version, *others):
+    if version in os.environ["KILLS"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return really(folder, name, version, *others)
+loader.open_model = open_model
+sys.argv = ["kensa"]
+from app.__main__ import main
+main()
+"""
+
+
+def bomb(folder: Path, size: int = BOMB) -> Path:
+    """A model whose bank is small as a file and large in memory."""
+    bundle = tiny_bundle(folder, tiny_bank(0))
+    rows = np.zeros((size // 4 // 8, 8), np.float32)
+    np.savez_compressed(bundle / "memory_bank.npz", embeddings=rows, coverage_radius=1.0)
+    seal(bundle)
+    return bundle
+
+
+def test_a_bank_is_reckoned_as_it_is_in_memory(tmp_path: Path) -> None:
+    bundle = bomb(tmp_path / "bomb")
+    path = bundle / "memory_bank.npz"
+    assert path.stat().st_size < BOMB / 100
+    assert unpacked(path) >= BOMB
+    assert bytes_needed(bundle) >= BOMB
+
+
+def test_a_bank_is_reckoned_by_what_its_header_says_too(tmp_path: Path) -> None:
+    """numpy takes the memory before it reads the numbers."""
+    path = tmp_path / "bank.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("embeddings.npy", "w") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 28, 8)}
+        np.lib.format.write_array_header_1_0(file, header)
+    assert unpacked(path) == (1 << 28) * 8 * 4
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\3\4"])
+def test_what_is_no_bank_is_reckoned_as_a_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bank.npz").write_bytes(content)
+    assert unpacked(tmp_path / "bank.npz") == len(content)
+
+
+def test_a_version_that_cannot_ever_fit_is_not_opened_even_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_ledger, "total_bytes", lambda: BOMB)
+    store = Store(tmp_path / "data" / "models")
+    version = store.take_in("part", bomb(tmp_path / "bomb"), {})
+    store.activate("part", version)
+
+    async def ask(client: httpx.AsyncClient, _: Any) -> None:
+        found = (await client.get("/models/part")).json()
+        assert found["live"] is None
+        assert "this machine has no more than 256 MiB" in found["problem"]
+        answer = await client.post(f"/models/part/versions/{version}/activate")
+        assert (answer.status_code, answer.json()["code"]) == (507, "out_of_memory")
+
+    in_process(settings_of(tmp_path), ask)
+
+
+def killed(folder: Path, version: str) -> int:
+    """Start a server that is killed when it opens a version; how it ended."""
+    environment = {
+        "KENSA_DATA_DIR": str(folder / "data"), "KENSA_PORT": "0", "KENSA_WORKER": "off",
+        "KENSA_GATE_FOUND": "0", "KENSA_CACHE_DIR": str(folder / "cache"), "KILLS": version,
+    }  # fmt: skip
+    command = [sys.executable, "-c", KILLED]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=60, check=False).returncode
+
+
+def test_a_version_whose_opening_ended_the_server_is_left_until_a_person_wants_it(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "data" / "models")
+    good = store.take_in("part", tiny_bundle(tmp_path / "good"), {})
+    bad = store.take_in("part", tiny_bundle(tmp_path / "bad", offset=1.0), {})
+    for version in (good, bad):
+        store.activate("part", version)
+    assert killed(tmp_path, bad) == -9
+    for _ in range(2):  # not the next start alone
+        with serving(tmp_path) as server:
+            found = server.client.get("/models/part").json()
+            assert found["live"] == good
+            assert f"in place of {bad}, which ended the server while it was opened" in str(found)
+            assert server.client.get("/readyz").status_code == 200
+    with serving(tmp_path) as server:
+        answer = server.client.post(f"/models/part/versions/{bad}/activate")
+        assert (answer.status_code, answer.json()["live"]) == (200, bad)
+    with serving(tmp_path) as server:  # it has proved itself
+        assert server.client.get("/models/part").json()["live"] == bad
+
+
+def test_the_only_version_whose_opening_ended_the_server_is_named_and_may_be_loaded(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "data" / "models")
+    only = store.take_in("part", tiny_bundle(tmp_path / "only"), {})
+    store.activate("part", only)
+    assert killed(tmp_path, only) == -9
+    with serving(tmp_path) as server:
+        found = server.client.get("/models/part").json()
+        assert found["live"] is None
+        assert "ended the server while it was opened" in found["problem"]
+        assert "activate makes one live" in found["problem"]
+        assert server.client.post("/v2/repository/models/part/load").status_code == 200
+
+
+def test_a_version_that_ended_the_server_at_the_gate_is_held(tmp_path: Path) -> None:
+    store = Store(tmp_path / "data" / "models")
+    good = store.take_in("part", tiny_bundle(tmp_path / "good"), {})
+    store.activate("part", good)
+    bad = store.take_in("part", tiny_bundle(tmp_path / "bad", offset=1.0), {"activate": True})
+    assert killed(tmp_path, bad) == -9
+
+    async def ask(client: httpx.AsyncClient, app: Any) -> str:
+        while app.state.store.gate("part", bad) is None:
+            await asyncio.sleep(0.05)
+        return str((await client.get("/models/part")).json()["versions"][0])
+
+    found = in_process(settings_of(tmp_path), ask)
+    assert "'state': 'held'" in found
+    assert "ended the server while it was opened" in found
+
+
+def test_after_a_restart_of_the_machine_it_is_tried_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut while a version was opened says nothing of the version."""
+    store = Store(tmp_path / "models")
+    version = store.take_in("part", tiny_bundle(tmp_path / "bundle"), {})
+    mark = store.gate_folder("part", version) / "opening"
+    for boot, refused in (("one", False), ("two", True)):
+        monkeypatch.setattr("engines.store.versions._boot", lambda boot=boot: boot)
+        opening = store.opening("part", version)
+        opening.__enter__()
+        kept = mark.read_bytes()
+        opening.__exit__(None, None, None)
+        mark.write_bytes(kept)  # as a process leaves it that ends meanwhile
+        assert store.did_not_end("part", version), "of this very boot"
+        monkeypatch.setattr("engines.store.versions._boot", lambda: "another")
+        assert store.did_not_end("part", version) == refused

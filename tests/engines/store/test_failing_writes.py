@@ -1,0 +1,109 @@
+"""Every write of every change of a store, made to fail once: what was said is what is."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.store.versions import Store
+from support.failing import failing
+
+BOLT = "bolt"
+HELD = {"ok": False, "reasons": ["It sees nothing."]}
+BY_HAND = {"ok": True, "reasons": [], "by_hand": True}
+
+
+def publish(store: Store, content: str, name: str = BOLT) -> str:
+    with store.staging() as folder:
+        (folder / "meta.json").write_text(content)
+        (folder / "model.onnx").write_text(content * 1000)
+        return store.publish(name, folder, {})
+
+
+def refuse(store: Store) -> None:
+    store.refuse(BOLT, store.versions(BOLT)[3], "It is damaged.")
+
+
+def changes(versions: list[str]) -> dict[str, Callable[[Store], object]]:
+    return {
+        "activate a new one": lambda store: store.activate(BOLT, versions[2], BY_HAND),
+        "activate an old one": lambda store: store.activate(BOLT, versions[0], BY_HAND),
+        "activate a held one": lambda store: store.activate(BOLT, versions[3], BY_HAND),
+        "activate without a word": lambda store: store.activate(BOLT, versions[2]),
+        "roll back": lambda store: store.roll_back(BOLT),
+        "roll back with a reason": lambda store: store.roll_back(BOLT, HELD),
+        "record a gate": lambda store: store.record_gate(BOLT, versions[2], HELD),
+        "record it again": lambda store: store.record_gate(BOLT, versions[3], BY_HAND),
+        "publish": lambda store: publish(store, "version 4"),
+        "publish a first one": lambda store: publish(store, "version 0", "nut"),
+        "refuse": refuse,
+        "note a folder": lambda store: store.note_folder(BOLT, versions[1]),
+    }
+
+
+def state(store: Store) -> dict[str, Any]:
+    """All that can be learned from a store; the candidates also without its pointer."""
+    found: dict[str, Any] = {"names": store.names()}
+    for name in store.names():
+        found[name] = {
+            "versions": {one: store.manifest(name, one) for one in store.versions(name)},
+            "pointer": store.pointer(name),
+            "candidates": store.candidates(name),
+            "refused": store.refused(name),
+            "gates": [store.gate(name, one) for one in store.versions(name)],
+            "folder": store.last_folder(name),
+        }
+        pointer = store.root / name / "live"
+        if pointer.exists():
+            pointer.rename(store.root / "aside")
+            found[name]["without pointer"] = store.candidates(name)
+            (store.root / "aside").rename(pointer)
+    return found
+
+
+@pytest.mark.parametrize("change", changes(["", "", "", ""]))
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_change_one_of_whose_writes_fails_is_done_whole_or_not_at_all(
+    tmp_path: Path, change: str, error: int
+) -> None:
+    seed = Store(tmp_path / "seed")
+    versions = [publish(seed, f"version {number}") for number in range(4)]
+    seed.record_gate(BOLT, versions[3], HELD)
+    for version in versions[:2]:
+        seed.activate(BOLT, version)
+    before, failures = state(seed), 0
+    done = Store(tmp_path / "done")
+    shutil.copytree(seed.root, done.root)
+    changes(versions)[change](done)
+    after = state(done)
+    for step in range(200):
+        store = Store(tmp_path / f"step{step}")
+        shutil.copytree(seed.root, store.root)
+        with failing(store.root, step, error) as write:
+            try:
+                changes(versions)[change](store)
+                expected = after
+            except OSError:
+                expected, failures = before, failures + 1
+        assert _alike(state(store), expected), f"{write.failed} failed"
+        if write.failed is None:
+            break
+        if expected is before:  # a failure leaves nothing that is in the way
+            changes(versions)[change](store)
+            assert _alike(state(store), after), f"after {write.failed} failed"
+    assert failures >= 2
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """The same but for the moment at which a version was made."""
+    return _without_times(one) == _without_times(other)
+
+
+def _without_times(found: dict[str, Any]) -> str:
+    return re.sub(r"created='[^']*'", "", repr(found))
