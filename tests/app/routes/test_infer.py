@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from app.routes.infer import wanted
 from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.errors import KensaError
-from engines.image import decode
+from engines.image import Resizing, decode, resize
 from engines.meta import Meta
 from engines.runtimes.compiled_cache import KEPT, seal_cache, usable_cache
 from support.damage import damaged, picture, png, png_chunk, saved, seeds
@@ -434,6 +435,33 @@ def test_decoding_and_inferring_have_threads_of_their_own(
     assert decoders == {"decode"}
     assert isinstance(model.runtime, FakeRuntime)
     assert model.runtime.threads == {"engine"}
+
+
+@pytest.mark.parametrize("resizing", ["each_axis", None])
+def test_a_part_is_resized_as_its_model_was_trained(resizing: Resizing | None) -> None:
+    part = np.full((40, 1024, 3), 90, np.uint8)
+    part[:, 500:503] = 250
+    model = fake_model(1.5)
+    model = replace(model, meta=model.meta.with_(resize=resizing))
+    seen: list[Any] = []
+
+    async def inspect() -> None:
+        inspector = Inspector(Settings())
+        inspector.residents.put(model)
+        for image in (part, encoded(part)):
+            await inspector.inspect(image, "fake")
+        seen.extend(inspector.recent("fake"))
+        await inspector.close()
+
+    asyncio.run(inspect())
+    assert len(seen) == 2
+    for pixels in seen:
+        assert np.array_equal(pixels, resize(part, 64, resizing))
+    assert (seen[0].max() > 90) == (resizing == "each_axis")  # sampled, the streak is not there
+
+
+def encoded(picture: Any) -> bytes:
+    return cv2.imencode(".png", picture)[1].tobytes()
 
 
 @pytest.mark.parametrize(
