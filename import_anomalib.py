@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import run
+from workers.commands import must_be_there, run
 from workers.progress import Progress
 
 
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
+        must_be_there(flags, "checkpoint", "images")
         from workers.importing.import_anomalib import Import, import_anomalib, summarise_import
 
         report = import_anomalib(Import(**flags), progress)

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from workers.commands import INTERRUPTED, run
+from workers.commands import INTERRUPTED, must_be_there, run
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         nonlocal stopped
+        must_be_there(flags, "pretrained_pth", "penalty_dir")
         from workers.learning.search_space import Tune
         from workers.learning.tune import summarise_search, tune
 

@@ -72,11 +72,11 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         raise BadMeta(
             f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
         )
-    kind = models.module(meta.model)
+    category = Category.find(request.data_root, request.category)
+    kind = models.module(meta.model)  # torch takes seconds to load
     learned_before = request.known
     if learned_before is not None:
         _check_origin(learned_before, meta, kind, request.meta_json)
-    category = Category.find(request.data_root, request.category)
     if meta.bit_depth is None:
         meta = meta.with_(bit_depth=measure_bit_depth(category.train))
     if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):
