@@ -114,6 +114,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()
+    app.state.looks = jobs_routes.Looks()
+    app.state.submitting = asyncio.Lock()
     for router in _ROUTERS:
         app.include_router(router)
     describe(app)

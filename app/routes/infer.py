@@ -215,7 +215,8 @@ async def infer(
     try:
         with inspector.admission.holding() as hold:
             data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
-            called = called or checked(in_form)
+            in_form = checked(in_form) or ""  # also where another one comes first
+            called = checked(called or in_form)
             with inspector.admission.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
                 inspection = await within_deadline(request, inspecting, deadline_ms)

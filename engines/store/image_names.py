@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import unicodedata
 from contextlib import suppress
-from pathlib import Path
 
 from engines.errors import BadRequest
 from engines.image import SUFFIXES
@@ -46,7 +45,7 @@ def _wrong_with(name: str) -> str | None:
 
 def is_image(name: str) -> bool:
     """By its name, as `engines.image.files_in` decides it."""
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
 def shown(name: str) -> str:
