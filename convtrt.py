@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from engines.image import ImageLimits
-from workers.commands import cache_folder, run, show, summarise_conversion
+from workers.commands import cache_folder, must_be_there, run, show, summarise_conversion
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -62,6 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
+        from engines.meta import Meta
+        from workers.learning.dataset import Category
+
+        must_be_there(flags, "weights_pth", "memory_bank", "stats")
+        Meta.read(flags["meta_json"])  # what is wrong with it is said before torch is loaded
+        if flags["category"] is not None:
+            Category.find(flags["data_root"], flags["category"])
         from workers.converting.convert import Convert, convert
 
         report = convert(Convert(**flags, cache=cache_folder()), progress)

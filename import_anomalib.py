@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from engines.image import ImageLimits
-from workers.commands import run, show
+from workers.commands import must_be_there, run, show
 from workers.progress import Progress
 
 
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
+        must_be_there(flags, "checkpoint", "images")
         from workers.importing.import_anomalib import Import, import_anomalib, summarise_import
 
         report = import_anomalib(Import(**flags), progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engines.image import ImageLimits
 from engines.limits import LEAST_SHARE, share
-from workers.commands import run, show, summarise_training
+from workers.commands import must_be_there, run, show, summarise_training
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress(flags["out_dir"] / "retrain.log" if log else None)
 
     def work() -> None:
+        must_be_there(flags, "pretrained_pth", "load_bank", "load_stats", "penalty_dir")
         from workers.learning.retrain import Retrain, retrain
 
         report = retrain(Retrain(**flags), progress)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from engines.image import ImageLimits
-from workers.commands import INTERRUPTED, run, show
+from workers.commands import INTERRUPTED, must_be_there, run, show
 from workers.models import KINDS
 from workers.progress import Progress
 
@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         nonlocal stopped
+        must_be_there(flags, "pretrained_pth", "penalty_dir")
         from workers.learning.search_space import Tune
         from workers.learning.tune import summarise_search, tune
 

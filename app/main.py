@@ -9,7 +9,7 @@ from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from app.background import Background
+from app.http.accept import error_line, sentence_header, wanted
 from app.http.access import Access
 from app.http.body_limit import BodyLimit
 from app.http.head import HeadAsGet
@@ -41,7 +42,8 @@ from engines.store.versions import Store
 
 DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a verdict.
 
-Every answer that is not a success has the form `{"error": "one sentence", "code": "snake_case"}`.
+Every answer that is not a success has the form `{"error": "one sentence", "code": "snake_case"}`;
+where `Accept` prefers `text/plain`, it is one line, `ERR snake_case`, and the sentence a header.
 """
 RETRY_AFTER_S = "2"
 _UNAUTHORIZED = 401
@@ -114,6 +116,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()
+    app.state.looks = jobs_routes.Looks()
+    app.state.submitting = asyncio.Lock()
     for router in _ROUTERS:
         app.include_router(router)
     describe(app)
@@ -150,17 +154,17 @@ async def answer_error(request: Request, error: Exception) -> Response:
             headers["Allow"] = _allowed(request) or headers.get("Allow", "")
         code = _CODES.get(error.status_code, "http_error")
         sentence = _sentence(request, error, headers.get("Allow"))
-        return _form(error.status_code, sentence, code, headers)
+        return _form(request, error.status_code, sentence, code, headers)
     if not isinstance(error, KensaError):
         # Outside of all middleware; uvicorn logs the traceback.
         headers["X-Request-ID"] = request_id(request)
         sentence = f"Kensa failed; its log says why, at request {headers['X-Request-ID']}."
-        return _form(500, sentence, KensaError.code, headers)
+        return _form(request, 500, sentence, KensaError.code, headers)
     if error.status == _UNAVAILABLE:
         headers["Retry-After"] = RETRY_AFTER_S
     if error.status == _UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    return _form(error.status, str(error), error.code, headers)
+    return _form(request, error.status, str(error), error.code, headers)
 
 
 def version() -> str:
@@ -171,9 +175,14 @@ def version() -> str:
         return "0"
 
 
-def _form(status: int, sentence: str, code: str, headers: dict[str, str]) -> JSONResponse:
+def _form(
+    request: Request, status: int, sentence: str, code: str, headers: dict[str, str]
+) -> Response:
     sentence = sentence.encode(errors="replace").decode()  # half a character would be no UTF-8
     note(code=code, error=sentence)
+    if wanted(request.headers.get("accept", "")) == "text/plain":
+        headers = headers | sentence_header(sentence)
+        return PlainTextResponse(error_line(code), status_code=status, headers=headers)
     return JSONResponse({"error": sentence, "code": code}, status_code=status, headers=headers)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.errors import EXIT_CODE, KensaError
+from engines.errors import EXIT_CODE, BadRequest, KensaError
 from engines.files import print_anything, printable
 from engines.limits import TRAINED
-from engines.promise import FEW_FOUND
+from engines.promise import FEW_FOUND, UNTRAINED
 from engines.store.bundle import STRANGE
 from workers.progress import Progress
 
@@ -54,6 +54,18 @@ def run(work: Callable[[], None], progress: Progress) -> int:
 def show(summary: list[str]) -> None:
     """Print what a command did, for a person."""
     print(printable("\n".join(summary)), flush=True)  # noqa: T201
+
+
+def must_be_there(flags: dict[str, Any], *names: str) -> None:
+    """Raise BadRequest where a path that was given leads to nothing, before torch is loaded.
+
+    Args:
+        flags: the path of each flag, as text or not; None and the word 'untrained' name none.
+    """
+    for name in names:
+        given = flags[name]
+        if given not in (None, UNTRAINED) and not Path(given).exists():
+            raise BadRequest(f"{given} does not exist: --{name} names nothing that is there.")
 
 
 def cache_folder() -> Path | None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from engines.errors import BadWeights, RuntimeFailed
+from engines.errors import BadSettings, BadWeights, RuntimeFailed
 from engines.meta import Meta
 from workers.commands import run, summarise_conversion, summarise_training
 from workers.progress import Progress
@@ -29,6 +31,8 @@ HYPER_PARAMETERS = {
     "image_size": 256,
 }
 START_LIMIT_S = 120.0
+STOP_LIMIT_S = 30.0
+TERMINATED = 143  # what shells expect after SIGTERM
 
 
 def main() -> int:
@@ -36,12 +40,14 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="of the server (default 8000)")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="(default .demo)")
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so the server ends, too
     progress = Progress()
     return run(lambda: demo(flags.folder.resolve(), flags.port, progress), progress)
 
 
 def demo(folder: Path, port: int, progress: Progress) -> None:
     """Draw, learn, convert, serve, inspect; stay until Ctrl-C."""
+    _must_be_free(port)
     progress.say(f"1/4  drawing sample parts into {folder / 'data'}")
     data = write_dataset(folder / "data")
     progress.say("2/4  learning what a normal part looks like")
@@ -52,6 +58,17 @@ def demo(folder: Path, port: int, progress: Progress) -> None:
     with _Server(engine, port) as server:
         _inspect(server, data)
         server.run_until_stopped()
+
+
+def _must_be_free(port: int) -> None:
+    """Raise BadSettings where something listens on the port already: it would be taken for ours."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise BadSettings(
+            f"Port {port} cannot be had: {error.strerror}. Stop what uses it, or pass another"
+            " --port (make demo ARGS='--port 8001')."
+        ) from None
 
 
 def _learn(data: Path, models: Path, progress: Progress) -> Path:
@@ -121,6 +138,7 @@ class _Server:
             "KENSA_DATA_DIR": str(engine.parents[1] / "kensa"),
             "KENSA_PORT": str(port),
         }
+        _must_be_free(port)  # learning takes its time
         self.url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "app"],
@@ -158,7 +176,11 @@ class _Server:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 if __name__ == "__main__":

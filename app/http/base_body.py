@@ -27,5 +27,7 @@ class ErrorBody(Body):
 def error_response(meaning: str, **examples: str) -> dict[str, Any]:
     """An OpenAPI response in the agreed form, with an example sentence for each code."""
     shown = {code: {"value": {"error": text, "code": code}} for code, text in examples.items()}
-    content = {"application/json": {"examples": shown}}
+    content: dict[str, Any] = {"application/json": {"examples": shown}}
+    line = f"ERR {next(iter(examples))}\n"
+    content["text/plain"] = {"schema": {"type": "string"}, "example": line}
     return {"model": ErrorBody, "description": meaning, "content": content}

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.http.accept import error_line, sentence_header, wanted
 from app.settings import Settings
 from engines.errors import (
     BadHttp,
@@ -337,7 +338,7 @@ class Connection(HttpToolsProtocol):
             arriving.disconnected = True
             arriving.message_event.set()
         if arriving is None or not arriving.response_started:
-            self.transport.write(self._answer(problem))
+            self.transport.write(self._answer(problem, arriving))
         self._linger()
 
     def _close(self) -> None:
@@ -377,11 +378,17 @@ class Connection(HttpToolsProtocol):
         if self._passed_over > READ_ON:
             self.transport.abort()
 
-    def _answer(self, problem: KensaError) -> bytes:
+    def _answer(self, problem: KensaError, arriving: RequestResponseCycle | None) -> bytes:
         body = json.dumps({"error": str(problem), "code": problem.code}).encode()
+        kind, more = b"application/json", dict[str, str]()
+        accepts = dict(arriving.scope["headers"]).get(b"accept", b"") if arriving else b""
+        if wanted(accepts.decode("latin-1")) == "text/plain":
+            body, kind = error_line(problem.code).encode(), b"text/plain; charset=utf-8"
+            more = sentence_header(str(problem))
         headers = [
             *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
+            *((name.lower().encode(), value.encode()) for name, value in more.items()),
+            (b"content-type", kind),
             (b"content-length", b"%d" % len(body)),
             (b"x-request-id", uuid.uuid4().hex.encode()),
             (b"connection", b"close"),

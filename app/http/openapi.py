@@ -144,6 +144,7 @@ def _add(responses: dict[str, Any], answers: Answers) -> None:
         known = responses.setdefault(str(status), told)
         if known is not told and told["description"] not in known["description"]:
             known["description"] += f" Or: {told['description']}"
+        known["content"].setdefault("text/plain", told["content"]["text/plain"])
         examples = _json(known).setdefault("examples", {})
         for code, example in _json(told)["examples"].items():
             examples.setdefault(code, example)

@@ -93,12 +93,14 @@ def answer(head: bytes) -> bytes:
     """What a request gets: in the agreed form, as one line of text where it wants that."""
     lines = head.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
     accepts = b",".join(line[7:] for line in lines if line.startswith(b"accept:"))
-    media_type, body = "application/json", json.dumps({"error": SENTENCE, "code": "not_ready"})
+    body = json.dumps({"error": SENTENCE, "code": "not_ready"})
+    media_type, more = "application/json", ""
     if b"text/plain" in accepts and b"json" not in accepts:
         media_type, body = "text/plain; charset=utf-8", "ERR not_ready\n"
+        more = f"x-kensa-error: {SENTENCE}\r\n"
     said = (
         "HTTP/1.1 503 Service Unavailable\r\n"
-        f"content-type: {media_type}\r\ncontent-length: {len(body)}\r\n"
+        f"{more}content-type: {media_type}\r\ncontent-length: {len(body)}\r\n"
         f"retry-after: {RETRY_AFTER_S}\r\nx-request-id: {uuid.uuid4().hex}\r\n"
         f"connection: close\r\n\r\n{'' if head.startswith(b'HEAD ') else body}"
     )

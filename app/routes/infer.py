@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import re
 from collections.abc import AsyncGenerator, Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -14,6 +13,7 @@ from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.http.accept import Answer, wanted
 from app.http.access import needs
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
@@ -77,9 +77,6 @@ class InspectionBody(Body):
 
 
 router = APIRouter(tags=["inspection"], dependencies=[needs("line")])
-
-Answer = Literal["application/json", "text/plain", "image/png"]
-ANSWERS: tuple[Answer, ...] = ("application/json", "text/plain", "image/png")
 
 FORM_OVERHEAD = 64 * 1024  # bytes that a form may have around its file
 MAX_FIELDS = 16  # of a form, besides the file
@@ -195,7 +192,7 @@ _PART_PARAMETER = {
     "in": "header",
     "required": False,
     "description": f"{MEANING} Percent-encoded where it is not ASCII.",
-    "schema": {**SCHEMA, "pattern": "^[ -$&-~]*$"},
+    "schema": {"type": "string", "examples": ["KB-2046/A 17"]},
 }
 
 
@@ -235,7 +232,8 @@ async def infer(
     try:
         with inspector.admission.holding() as hold:
             data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
-            called = called or checked(in_form)
+            in_form = checked(in_form) or ""  # also where another one comes first
+            called = checked(called or in_form)
             with inspector.admission.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
                 inspection = await within_deadline(request, inspecting, deadline_ms)
@@ -305,28 +303,6 @@ async def _file_of_form(
         "The form has no file part named file (one with a filename);"
         f" it has: {', '.join(sorted(form))[:200] or 'nothing'}."
     )
-
-
-def wanted(accept: str) -> Answer:
-    """Which kind of answer an `Accept` header prefers; JSON when it does not know any."""
-    best: Answer = "application/json"
-    best_quality = 0.0
-    for answer in ANSWERS:
-        quality = _quality(answer, accept)
-        if quality > best_quality:
-            best, best_quality = answer, quality
-    return best
-
-
-def _quality(answer: str, accept: str) -> float:
-    """The q value, 0 to 1, of the most specific range in `accept` that covers `answer`."""
-    ranges = {}
-    for item in accept.lower().split(","):
-        media_range, _, parameters = item.partition(";")
-        found = re.search(r"\bq\s*=\s*([01](?:\.\d+)?)", parameters)
-        ranges[media_range.strip()] = float(found[1]) if found else 1.0
-    group = answer.partition("/")[0] + "/*"
-    return ranges.get(answer, ranges.get(group, ranges.get("*/*", 0.0)))
 
 
 def _answer(inspection: Inspection, answer: Answer, request_id: str, part: str | None) -> Response:

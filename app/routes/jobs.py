@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -193,10 +194,11 @@ _ASKED: dict[int | str, dict[str, Any]] = {
 )
 async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
     """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
-    await asyncio.to_thread(_check_retrain, request, body)
-    if request.app.state.settings.fleet is None:  # else any machine may learn
-        await _must_fit(request, body)
-    return await _submit(request, response, "retrain", body)
+    async with request.app.state.submitting:  # one by one: parts need Python's lock, too
+        await asyncio.to_thread(_check_retrain, request, body)
+        if request.app.state.settings.fleet is None:  # else any machine may learn
+            await _must_fit(request, body)
+        return await _submit(request, response, "retrain", body)
 
 
 @router.post(
@@ -208,9 +210,10 @@ async def retrain(request: Request, response: Response, body: RetrainRequest) ->
 )
 async def convert(request: Request, response: Response, body: ConvertRequest) -> JobBody:
     """As convtrt.py does: export, compare with the trained model, publish."""
-    await asyncio.to_thread(_check_version, request, body)
-    await _must_fit(request, body)
-    return await _submit(request, response, "convert", body)
+    async with request.app.state.submitting:
+        await asyncio.to_thread(_check_version, request, body)
+        await _must_fit(request, body)
+        return await _submit(request, response, "convert", body)
 
 
 @router.get(
@@ -271,30 +274,69 @@ async def events(request: Request, job_id: JobId) -> StreamingResponse:
     found = _jobs(request)
     await _ask(lambda: found.get(job_id))
     stopping = request.app.state.stopping
-    return StreamingResponse(_follow(found, job_id, stopping), media_type="text/event-stream",
-                             headers={"Cache-Control": "no-store"})  # fmt: skip
+    return StreamingResponse(
+        _follow(request.app.state.looks, found, job_id, stopping),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
+    )
 
 
-async def _follow(found: JobQueue, job_id: str, stopping: asyncio.Event) -> AsyncIterator[str]:
-    after, before, silent = 0, None, 0.0
+@dataclass(frozen=True)
+class _Look:
+    """What a job is and has said, as events of its stream."""
+
+    job: str
+    lines: str
+    after: int  # the byte of the log that comes next
+    has_ended: bool
+
+
+def _look(found: JobQueue, job_id: str, after: int) -> _Look:
+    now = found.get(job_id)
+    lines, after = found.lines(job_id, after)
+    job = f"event: job\ndata: {JobBody(**now).model_dump_json()}\n\n"
+    said = "".join(f"event: log\ndata: {json.dumps(line)}\n\n" for line in lines)
+    return _Look(job, said, after, now["state"] in ENDED)
+
+
+class Looks:
+    """What all who watch a job would ask at the same time is asked once."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[tuple[str, int], asyncio.Task[_Look]] = {}
+
+    async def ask(self, found: JobQueue, job_id: str, after: int) -> _Look:
+        """A look that is under way, or was for `LOOK_EVERY_S`."""
+        key, loop = (job_id, after), asyncio.get_running_loop()
+        task = self._under_way.get(key)
+        if task is None:
+            task = loop.create_task(_ask(partial(_look, found, job_id, after)))
+            self._under_way[key] = task
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            loop.call_later(LOOK_EVERY_S, self._under_way.pop, key, None)
+        return await asyncio.shield(task)
+
+
+async def _follow(
+    looks: Looks, found: JobQueue, job_id: str, stopping: asyncio.Event
+) -> AsyncIterator[str]:
+    after, before, silent = 0, "", 0.0
     while not stopping.is_set():
         try:
-            now = await _ask(lambda: found.get(job_id))
-            lines, after = await _ask(partial(found.lines, job_id, after))
+            now = await looks.ask(found, job_id, after)
         except KensaError as error:  # it was forgotten, or the queue does not answer any more
             yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
             return
-        for line in lines:
-            yield f"event: log\ndata: {json.dumps(line)}\n\n"
-        if now != before:
-            yield f"event: job\ndata: {JobBody(**now).model_dump_json()}\n\n"
-        if now["state"] in ENDED:
+        after = now.after
+        if news := now.lines + (now.job if now.job != before else ""):
+            yield news
+        if now.has_ended:
             return
-        silent = 0.0 if lines or now != before else silent + LOOK_EVERY_S
+        silent = 0.0 if news else silent + LOOK_EVERY_S
         if silent >= ALIVE_EVERY_S:
             yield ": still running\n\n"
             silent = 0.0
-        before = now
+        before = now.job
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(stopping.wait(), LOOK_EVERY_S)
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
@@ -24,6 +24,7 @@ from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
 from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.promise import drawn_found, promise
+from engines.queue.job_requests import few_keys
 from engines.store.bundle import ONNX, read_strange
 from engines.store.datasets import Datasets, room
 from engines.store.versions import META, NAME, Store
@@ -175,6 +176,11 @@ class ChangeThresholdBody(Body):
         extra="forbid",
         json_schema_extra={"examples": [{"false_rejects": 0.005, "reason": "Too many good ones."}]},
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_short(cls, content: Any) -> Any:
+        return few_keys(content)
 
     threshold: Annotated[Any, _any(minimum=0, maximum=1)] = Field(
         None, description="The limit for `score`, 0 to 1; 0.5 is the one that training found."

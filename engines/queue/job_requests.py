@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, Literal
 
@@ -11,15 +12,29 @@ from engines.limits import LEAST_SHARE
 from engines.meta import Kind
 from engines.store.versions import NAME, is_name
 
+MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
+MAX_META = 16 * 1024  # bytes as JSON: it stands in every list of jobs
 META_LEVELS = 8  # of lists and objects in each other; a meta.json has two
 
 JobKind = Literal["retrain", "convert"]
+
+
+def few_keys(content: Any) -> Any:
+    """A body before it is validated; ValueError where it has more keys than any may have."""
+    if isinstance(content, dict) and len(content) > MAX_KEYS:
+        raise ValueError(f"it has {len(content):,} keys, more than {MAX_KEYS}")
+    return content
 
 
 class JobRequest(BaseModel):
     """What jobs have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_short(cls, content: Any) -> Any:
+        return few_keys(content)
 
     model: str = Field(pattern=NAME, description="The model's name in this server.")
     version: str | None = Field(
@@ -94,6 +109,8 @@ class RetrainRequest(JobRequest):
     @field_validator("meta")
     @classmethod
     def _can_be_sent_back(cls, meta: dict[str, Any]) -> dict[str, Any]:
+        if len(meta) > MAX_KEYS or _json_length(meta) > MAX_META:
+            raise ValueError(f"it may have {MAX_KEYS} keys and {MAX_META:,} bytes as JSON")
         if not _is_plain(meta, META_LEVELS):
             raise ValueError(
                 f"it may hold what JSON has, in UTF-8, at most {META_LEVELS} levels deep, and no"
@@ -134,6 +151,13 @@ class ConvertRequest(JobRequest):
         if self.from_onnx and (self.fp16 or self.int8):
             raise ValueError("from_onnx takes the graph as it is: leave out fp16 and int8")
         return self
+
+
+def _json_length(value: Any) -> int:
+    try:
+        return len(json.dumps(value))
+    except (ValueError, RecursionError):  # `_is_plain` says what is wrong
+        return 0
 
 
 def _is_plain(value: Any, levels: int) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from contextlib import suppress
 from email.errors import HeaderParseError
 from email.header import decode_header
-from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from engines.errors import BadRequest
@@ -56,7 +56,7 @@ def _wrong_with(name: str) -> str | None:
 
 def is_image(name: str) -> bool:
     """By its name, as `engines.image.files_in` decides it."""
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def shown(name: str) -> str:

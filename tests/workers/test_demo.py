@@ -64,6 +64,51 @@ def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet_until_ctr
     Bundle.open(tmp_path / "models" / "engine")
 
 
+def test_the_demo_refuses_a_taken_port_before_it_learns(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "workers.demo", "--port", str(port), "--folder", tmp_path],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"Port {port} cannot be had" in done.stderr
+    assert "Normal" not in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+SERVES_AT_ONCE = """
+import os, sys
+from pathlib import Path
+from workers import demo
+demo.write_dataset = demo._learn = lambda *_: None
+demo._convert = lambda *_: Path(os.environ["MODEL"])
+demo._inspect = lambda *_: print("ready", flush=True)
+sys.exit(demo.main())
+"""
+
+
+def test_sigterm_to_the_demo_stops_its_server(tmp_path: Path, port: int, own_model: Path) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-c", SERVES_AT_ONCE, "--port", str(port), "--folder", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "MODEL": str(own_model), "KENSA_WORKER": "off"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert demo.stdout is not None
+    assert demo.stdout.readline() == "ready\n"
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    demo.terminate()
+    assert demo.wait(timeout=30) == 143
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
 def test_a_taken_port_is_said_in_one_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = subprocess.run(

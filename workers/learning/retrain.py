@@ -76,10 +76,10 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         raise BadMeta(
             f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
         )
-    kind = models.module(meta.model)
+    category = Category.find(request.data_root, request.category)
+    kind = models.module(meta.model)  # torch takes seconds to load
     if request.known is not None:
         _check_origin(request.known, meta, kind, request.meta_json)
-    category = Category.find(request.data_root, request.category)
     request, meta = _with_bit_depth(request, meta, category, progress)
     learned_before = request.known
     if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):

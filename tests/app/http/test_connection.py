@@ -223,6 +223,16 @@ def test_an_upload_that_stands_still_leaves_no_file(server: Server) -> None:
         assert eventually(lambda: not any(uploads.iterdir()))
 
 
+def test_what_the_connection_refuses_is_a_line_for_who_wants_text(server: Server) -> None:
+    head = post("/infer", bytes(5 * MIB), JPEG, b"Accept: text/plain\r\n")[: 3 * MIB]
+    with connect(server) as connection:
+        connection.sendall(head)
+        answer = read_all(connection)
+    assert statuses(answer) == [408]
+    assert answer.endswith(b"\r\n\r\nERR too_slow\n")
+    assert b"x-kensa-error: The request did not arrive in time" in answer
+
+
 def test_a_client_that_waits_to_be_asked_for_its_body_is_not_slow(
     server: Server, photo: bytes
 ) -> None:

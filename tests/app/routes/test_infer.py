@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.http.accept import wanted
 from app.main import create_app
-from app.routes.infer import wanted
 from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.errors import KensaError
@@ -274,6 +274,39 @@ def test_a_bad_request_is_refused_in_the_agreed_form(server: Server, name: str) 
     request, status, code = REFUSED[name]
     answer = server.client.post("/infer", **request)
     assert (answer.status_code, agreed(answer)) == (status, code), answer.text
+
+
+TEXT = {"Accept": "text/plain"}
+
+
+def test_an_error_is_a_line_for_who_wants_text(server: Server) -> None:
+    client, data = server.client, seeds()["png_colour"]
+    answers = {
+        "bad_image": client.post("/infer", content=data[:99], headers={**RAW, **TEXT}),
+        "unsupported_image": client.post("/infer", content=b"hello", headers={**RAW, **TEXT}),
+        "unknown_model": client.post("/infer?model=nut", content=data, headers={**RAW, **TEXT}),
+        "bad_request": client.post("/infer?deadline_ms=0", headers=TEXT),
+        "unsupported_body": client.post("/infer", headers={"Content-Type": "text/html", **TEXT}),
+        "method_not_allowed": client.get("/infer", headers=TEXT),
+        "not_found": client.get("/nope", headers=TEXT),
+        "unknown_host": client.get("/livez", headers={"Host": "elsewhere.example", **TEXT}),
+        "unknown_job": client.get("/jobs/train-000000000000", headers=TEXT),
+    }
+    for code, answer in answers.items():
+        assert answer.status_code >= 400
+        assert answer.text == f"ERR {code}\n"
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        assert answer.headers["x-kensa-error"].endswith(".")
+        assert answer.headers["x-request-id"]
+    for accept in ("application/json, text/plain", "*/*", "image/png"):
+        answer = client.get("/nope", headers={"Accept": accept})
+        assert agreed(answer) == "not_found"
+
+
+def test_a_sentence_that_no_header_can_hold_is_escaped(server: Server) -> None:
+    answer = server.client.post("/infer", params={"model": "検査\n"}, headers={**RAW, **TEXT})
+    assert answer.text == "ERR unknown_model\n"
+    assert "\\u691c" in answer.headers["x-kensa-error"]
 
 
 def test_a_part_without_a_filename_is_told_how_to_be_a_file(server: Server) -> None:
