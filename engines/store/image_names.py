@@ -56,7 +56,7 @@ def _wrong_with(name: str) -> str | None:
 
 def is_image(name: str) -> bool:
     """By its name, as `engines.image.files_in` decides it."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
 def shown(name: str) -> str:
