@@ -230,6 +230,7 @@ _UNUSABLE = error_response(
 _FULL = error_response(
     "There is no room, on the disk or in memory; nothing was changed.",
     disk_full="Nothing was changed: No space left on device. Free some space.",
+    read_only="Nothing was changed, because the data folder cannot be written (...): ...",
     out_of_memory="bracket 0002-... needs about 410 MiB beside the live version, and 200 are free.",
 )
 _NO_PLAN = error_response(
@@ -294,7 +295,11 @@ async def take_in(
         Query(description="What to call it.", pattern=NAME, examples=["bracket"]),
     ],
     activate: Annotated[
-        bool, Query(description="Let it go live when it passes the gate; else it is only kept.")
+        bool,
+        Query(
+            description="Let it go live when it passes the gate, also where these very files were"
+            " kept or held before; else it is only kept."
+        ),
     ] = True,
 ) -> TakenInBody:
     """Send a zip with meta.json, model.onnx, the memory bank or statistics, and the weights.
@@ -307,7 +312,11 @@ async def take_in(
         with store.staging() as folder:
             unpack_model(zipped, folder, settings.max_upload_bytes)
             live = activate and (folder / ONNX).is_file()
-            return store.take_in(name, folder, {"upload": True, "activate": live})
+            origin = {"upload": True, "activate": live}
+            version = store.take_in(name, folder, origin)
+        if live and not store.wants_to_go_live(name, version):  # known, and held or only kept
+            return store.publish_again(name, version, origin)
+        return version
 
     datasets: Datasets = request.app.state.datasets
     async with upload_folder(datasets) as folder:

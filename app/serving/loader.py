@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from app.serving.inspection import Inspector
 from app.settings import Settings
-from engines.errors import BadBundle, BadMeta, DiskFull
+from engines.errors import BadBundle, BadMeta, DiskFull, ReadOnly
 from engines.machine.memory import give_back
 from engines.runtimes.compiled_cache import usable_cache
 from engines.serving.opening import Opening, open_model
 from engines.serving.resident import Resident, describe
+from engines.store.datasets import cannot_write
 from engines.store.versions import Store
 
 log = logging.getLogger("kensa")
@@ -75,10 +76,12 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def write(self, work: Callable[[], Result]) -> Result:
-        """The same for writing to the store, where a full disk gets its name."""
+        """The same for writing to the store, where what keeps it from that gets its name."""
         try:
             return await self.do(work)
         except OSError as error:
+            if isinstance(found := cannot_write(error), ReadOnly):
+                raise found from error
             raise DiskFull(f"Nothing was changed: {error.strerror}. Free some space.") from error
 
     # ---- a version comes, and goes ------------------------------------------------------------

@@ -223,8 +223,9 @@ class Rollout:
         """Delete old versions also where none went live: those that were held, or only kept."""
 
         def changed() -> list[str]:
-            names = [name for name in self._store.names() if name not in self._unread]
-            return [name for name in names if self._store.versions(name) != self._pruned.get(name)]
+            names = {*self._store.names()} - {*self._unread}
+            here = [name for name in names if not self._models.is_away(name)]
+            return [one for one in here if self._store.versions(one) != self._pruned.get(one)]
 
         for name in await self._loader.do(changed):
             async with self._models.change(name):
@@ -237,8 +238,10 @@ class Rollout:
         """
 
         def prune() -> None:
-            if not self._models.is_away(name) and not self._waiting_of(name):
-                self._store.prune(name, self._settings.keep_versions)
+            if self._models.is_away(name) or self._waiting_of(name):
+                return
+            self._pruned[name] = self._store.versions(name)  # one that fails is not tried for ever
+            self._store.prune(name, self._settings.keep_versions)
             self._pruned[name] = self._store.versions(name)
 
         try:

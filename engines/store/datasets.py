@@ -32,6 +32,8 @@ from engines.errors import (
     Conflict,
     DiskFull,
     ImageTooLarge,
+    KensaError,
+    ReadOnly,
     UnknownDataset,
 )
 from engines.files import sync_folder, write_atomically
@@ -331,19 +333,32 @@ class Datasets:
 
 @contextmanager
 def room() -> Iterator[None]:
-    """Turns the error of a full disk into a sentence.
+    """Turns the error of a disk that is full, or cannot be written, into a sentence.
 
     Raises:
         DiskFull: no room, or the quota is used up.
+        ReadOnly: it is mounted for reading, or this user may not write there.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (found := cannot_write(error)) is None:
             raise
-        raise DiskFull(
+        raise found from error
+
+
+def cannot_write(error: OSError) -> KensaError | None:
+    """What an error of the file system is called, where a person can mend it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
             "The disk of the data folder is full: delete images or models that are not needed."
-        ) from error
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ReadOnly(
+            "Nothing was changed, because the data folder cannot be written"
+            f" ({error.strerror}): mount it for writing, or let this user write there."
+        )
+    return None
 
 
 def _unknown(category: str, split: Split, name: str) -> UnknownDataset:

@@ -512,6 +512,29 @@ class Store:
             origin = {**kept, **origin, "parent": base, _THRESHOLD_OF: root}
             return self.publish(name, folder, origin, anew=True, known=known)
 
+    def wants_to_go_live(self, name: str, version: str) -> bool:
+        """Whether a version is live, or is to go live and the gate has not seen it yet."""
+        pointer = self.pointer(name)
+        if pointer is not None and pointer.live == version:
+            return True
+        wanted = self.manifest(name, version).origin.get("activate") is True
+        return wanted and self.gate(name, version) is None
+
+    def publish_again(self, name: str, version: str, origin: dict[str, Any]) -> str:
+        """Publish the files of a version as a new one, which the gate has not seen; its name.
+
+        Large files are not copied.
+
+        Raises:
+            UnknownModel, UnknownVersion, BadBundle: there is no such version, or it is damaged.
+            OSError: the disk is full; the store is as it was.
+        """
+        source, files = self.check(name, version), self.manifest(name, version).files
+        with self.staging() as folder:
+            for file in files:
+                _link(source / file, folder / file)
+            return self.publish(name, folder, {**origin, "parent": version}, anew=True, known=files)
+
     def withdraw(self, name: str, version: str) -> None:
         """Delete a version that was just published, and did not become the live one."""
         with self._locked(name):
