@@ -123,11 +123,13 @@ class Store:
         Raises:
             UnknownModel, UnknownVersion: there is no such thing.
         """
+        if _VERSION.fullmatch(version):  # without a look at all the others
+            folder = self._model(name) / version
+            if folder.is_dir():
+                return folder
         self.must_know(name)
         versions = self.versions(name)
-        if version not in versions:
-            raise UnknownVersion(f"{name} has no version {version[:100]!r}{_there_is(versions)}.")
-        return self._model(name) / version
+        raise UnknownVersion(f"{name} has no version {version[:100]!r}{_there_is(versions)}.")
 
     def manifest(self, name: str, version: str) -> Manifest:
         """The manifest of a version.
