@@ -36,7 +36,7 @@ from engines.errors import (
     ReadOnly,
     UnknownDataset,
 )
-from engines.files import sync_folder, write_atomically
+from engines.files import remove, sync_folder, write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits, decode, measured_bit_depth
 from engines.store.image_names import checked_name, is_image, shown
 
@@ -189,9 +189,7 @@ class Datasets:
             UnknownDataset: no such category or image.
         """
         with self._changing:
-            path = self._find(category, split, name)
-            path.unlink()
-            sync_folder(path.parent)
+            remove(self._find(category, split, name))
 
     def delete_split(self, category: str, split: Split) -> None:
         """Delete all images of a split, and its folder.
