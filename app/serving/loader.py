@@ -46,6 +46,7 @@ class Loader:
         self._inspector = inspector
         self._compiled_dir = settings.compiled_dir
         self._thread = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
+        self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving: dict[str, set[asyncio.Task[None]]] = {}  # versions that were replaced
         self._holders: Counter[int] = Counter()  # of a runtime, by its id: versions may share one
@@ -57,6 +58,7 @@ class Loader:
 
     async def close(self) -> None:
         """Give up what was begun, and let what runs in the thread end."""
+        self._is_closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -116,7 +118,8 @@ class Loader:
             model = await asyncio.shield(opening)
         except asyncio.CancelledError:
             given_up.set()
-            self._leave(name, self._shut_unwanted(opening))
+            if not self._is_closing:
+                self._leave(name, self._shut_unwanted(opening))
             raise
         self._holders[id(model.runtime)] += 1
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)

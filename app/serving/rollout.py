@@ -210,14 +210,21 @@ class Rollout:
             except UnknownVersion:  # somebody deleted it just now
                 continue
             except BadBundle as error:
-                self._store.refuse(name, version, str(error))
-                self.on_swap(name, "refused")
+                self._refuse(name, version, str(error))
                 continue
             if manifest.origin.get("activate") is True:
                 found.append(manifest)
             else:
                 self._settled.add(key)
         return found
+
+    def _refuse(self, name: str, version: str, reason: str) -> None:
+        try:
+            self._store.refuse(name, version, reason)
+            self.on_swap(name, "refused")
+        except OSError as error:  # such as a full disk: it is not used all the same
+            self._settled.add((name, version))
+            log.error("%s %s cannot be put aside (%s): %s", name, version, error.strerror, reason)
 
     async def _prune(self) -> None:
         """Delete old versions also where none went live: those that were held, or only kept."""
