@@ -125,7 +125,6 @@ class StoredModelBody(Body):
         description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
         " judges in its place, or nobody; and what is done about it. Else null."
     )
-    total: int = Field(description="How many versions there are.")
     versions: list[VersionBody] = Field(description="`limit` of them, newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
 
@@ -516,7 +515,6 @@ async def _described(
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
-            total=0,
             versions=[],
             refused={},
         )
@@ -524,7 +522,6 @@ async def _described(
             pointer, answers = store.pointer(name), rollout.answering(name)
             body.previous = pointer.previous if pointer else None
             known = store.versions(name)[::-1]
-            body.total = len(known)
             body.versions = [
                 _version(store, name, one, answers, rollout.is_coming)
                 for one in known[offset : offset + limit]

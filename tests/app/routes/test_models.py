@@ -41,7 +41,6 @@ def test_versions_are_listed_in_pages_newest_first(store: Store, tmp_path: Path)
     async def ask(client: httpx.AsyncClient, _: Any) -> None:
         async def page(**wanted: int) -> list[str]:
             found = (await client.get("/models/part", params=wanted)).json()
-            assert found["total"] == 120
             return [one["version"] for one in found["versions"]]
 
         assert await page() == versions[:100]
