@@ -37,7 +37,7 @@ from app.watching.health import Health
 from app.watching.metrics import Metrics
 from engines.errors import BadRequest, KensaError, UnsupportedBody
 from engines.logs import note
-from engines.store.datasets import Datasets
+from engines.store.datasets import Datasets, cannot_write
 from engines.store.versions import Store
 
 DESCRIPTION = """Visual inspection over HTTP: send a picture of a part, get a verdict.
@@ -121,7 +121,9 @@ def create_app(settings: Settings) -> FastAPI:
     for router in _ROUTERS:
         app.include_router(router)
     describe(app)
-    for kind in (KensaError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+    for kind in (
+        KensaError, RequestValidationError, HTTPException, ClientDisconnect, OSError, Exception,
+    ):  # fmt: skip
         app.add_exception_handler(kind, answer_error)
     app.add_middleware(BodyLimit, answer=answer_error)
     app.add_middleware(HeadAsGet)
@@ -144,6 +146,11 @@ async def answer_error(request: Request, error: Exception) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_LEFT)
+    if isinstance(error, OSError):
+        found = cannot_write(error)
+        if found is None:
+            raise error  # nobody foresaw it: uvicorn logs the traceback
+        error = found
     if isinstance(error, RequestValidationError):
         error = _malformed(request, error)
     if isinstance(error, HTTPException) and error.status_code == _UNREADABLE:

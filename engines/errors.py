@@ -40,6 +40,7 @@ KensaError
 ├── NoTensorRT            503  TensorRT or a part of it is missing, or finds no GPU
 ├── DeadlineExceeded      504  there is no verdict within the time that was given
 ├── DiskFull              507  there is no room left to write
+├── ReadOnly              507  the data folder cannot be written
 ├── RuntimeFailed         500  the inference runtime failed on a good image
 │   └── GpuLost           503  the GPU failed for good; the process ends and is started again
 ├── BuildFailed           500  TensorRT made no plan of a graph that it takes
@@ -299,6 +300,13 @@ class DiskFull(KensaError):
 
     status = 507
     code = "disk_full"
+
+
+class ReadOnly(KensaError):
+    """The data folder cannot be written; what was there before is unchanged."""
+
+    status = 507
+    code = "read_only"
 
 
 class OutOfMemory(KensaError):

@@ -62,6 +62,23 @@ def replaced(path: Path, data: bytes, mode: int = 0o666) -> Iterator[None]:
                 rest.unlink()
 
 
+def remove(path: Path) -> None:
+    """Delete a file, for good.
+
+    Raises:
+        OSError: it cannot be deleted, or that cannot be flushed; it is there as it was.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    path.rename(aside)
+    try:
+        sync_folder(path.parent)
+    except BaseException:
+        aside.rename(path)
+        raise
+    with suppress(OSError):  # nobody sees it, and who tidies up finds it
+        aside.unlink()
+
+
 def _kept(path: Path, second: Path) -> bool:
     """Give a file a second name, or a copy where there are none; False where it is missing."""
     try:

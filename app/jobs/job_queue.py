@@ -16,7 +16,15 @@ from typing import Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.jobs.queue_database import connect, reach
-from engines.errors import BadRequest, Conflict, DiskFull, KensaError, NoWorker, UnknownJob
+from engines.errors import (
+    BadRequest,
+    Conflict,
+    DiskFull,
+    KensaError,
+    NoWorker,
+    ReadOnly,
+    UnknownJob,
+)
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import JobKind, JobRequest
@@ -28,6 +36,7 @@ from engines.queue.protocol import (
     training_of,
 )
 from engines.queue.schedules import NAME, Schedules, last_due
+from engines.store.datasets import cannot_write
 from engines.store.versions import Store
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
@@ -181,6 +190,11 @@ class JobQueue:
         except OperationalError as error:
             if "disk is full" in str(error):
                 raise DiskFull("Nothing was queued: the disk is full. Free some space.") from error
+            if "readonly database" in str(error):
+                raise ReadOnly(
+                    "Nothing was queued, because the data folder cannot be written: mount it for"
+                    " writing, or let this user write there."
+                ) from error
             raise
         self._tidy.set()  # beside it: who asks for a job does not wait for old ones to go
         return self.get(job_id)
@@ -368,6 +382,8 @@ class JobQueue:
         try:
             self._schedules.write(name, content)
         except OSError as error:
+            if isinstance(found := cannot_write(error), ReadOnly):
+                raise found from None
             raise DiskFull(f"The schedule cannot be written: {error.strerror}.") from None
         return next(one for one in self.schedules() if one["name"] == name)
 

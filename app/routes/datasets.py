@@ -184,6 +184,7 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
         "There is no room on the disk.",
         disk_full="The disk of the data folder is full: delete images or models that are not"
         " needed.",
+        read_only="Nothing was changed, because the data folder cannot be written (...): ...",
     ),
 }
 

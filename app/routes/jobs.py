@@ -180,6 +180,7 @@ _ASKED: dict[int | str, dict[str, Any]] = {
     507: problem(
         "No room, on the disk or in memory.",
         disk_full="Nothing was queued: the disk is full. Free some space.",
+        read_only="Nothing was queued, because the data folder cannot be written: ...",
         out_of_memory="Retraining bolt needs about 2100 MiB, and 1500 MiB are free: unload ...",
     ),
 }
@@ -381,7 +382,11 @@ async def schedules(request: Request) -> SchedulesBody:
             bad_dataset="The category bolt has no training images: POST some to ...",
         ),
         503: _NO_WORKER,
-        507: problem("No room.", disk_full="The schedule cannot be written: ..."),
+        507: problem(
+            "No room.",
+            disk_full="The schedule cannot be written: ...",
+            read_only="Nothing was changed, because the data folder cannot be written (...): ...",
+        ),
     },
 )
 async def schedule(request: Request, name: ScheduleName, body: ScheduleRequest) -> ScheduleBody:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -125,7 +126,7 @@ class StoredModelBody(Body):
         description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
         " judges in its place, or nobody; and what is done about it. Else null."
     )
-    versions: list[VersionBody] = Field(description="Newest first.")
+    versions: list[VersionBody] = Field(description="`limit` of them, newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
 
 
@@ -213,6 +214,13 @@ class TakenInBody(Body):
     needs_conversion: bool = Field(description="It has no model.onnx: POST /convert makes one.")
 
 
+PAGE = 100  # versions
+Limit = Annotated[int, Query(ge=1, le=200, description="How many versions of a model to list.")]
+Offset = Annotated[int, Query(ge=0, le=1_000_000, description="How many newer ones to pass over.")]
+Result = TypeVar("Result")
+
+_THREADS = ThreadPoolExecutor(2, "models")  # parts have their own
+
 router = APIRouter(tags=["models"], route_class=KeyFirst)
 
 Name = Annotated[str, InPath(description="The model's name.", examples=["bracket"])]
@@ -236,6 +244,7 @@ _UNUSABLE = error_response(
 _FULL = error_response(
     "There is no room, on the disk or in memory; nothing was changed.",
     disk_full="Nothing was changed: No space left on device. Free some space.",
+    read_only="Nothing was changed, because the data folder cannot be written (...): ...",
     out_of_memory="bracket 0002-... needs about 410 MiB beside the live version, and 200 are free.",
 )
 _NO_PLAN = error_response(
@@ -253,10 +262,10 @@ _CHANGE: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
-async def models(request: Request) -> ModelsBody:
+async def models(request: Request, limit: Limit = PAGE) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
-    names = await asyncio.to_thread(_store(request).names)
-    return ModelsBody(models=[await _described(request, name) for name in names])
+    names = await _look(_store(request).names)
+    return ModelsBody(models=[await _described(request, name, limit) for name in names])
 
 
 @router.post(
@@ -300,7 +309,11 @@ async def take_in(
         Query(description="What to call it.", pattern=NAME, examples=["bracket"]),
     ],
     activate: Annotated[
-        bool, Query(description="Let it go live when it passes the gate; else it is only kept.")
+        bool,
+        Query(
+            description="Let it go live when it passes the gate, also where these very files were"
+            " kept or held before; else it is only kept."
+        ),
     ] = True,
 ) -> TakenInBody:
     """Send a zip with meta.json, model.onnx, the memory bank or statistics, and the weights.
@@ -313,7 +326,11 @@ async def take_in(
         with store.staging() as folder:
             unpack_model(zipped, folder, settings.max_upload_bytes)
             live = activate and (folder / ONNX).is_file()
-            return store.take_in(name, folder, {"upload": True, "activate": live})
+            origin = {"upload": True, "activate": live}
+            version = store.take_in(name, folder, origin)
+        if live and not store.wants_to_go_live(name, version):  # known, and held or only kept
+            return store.publish_again(name, version, origin)
+        return version
 
     datasets: Datasets = request.app.state.datasets
     async with upload_folder(datasets) as folder:
@@ -333,10 +350,12 @@ async def take_in(
     summary="What is this model?",
     responses={404: _UNKNOWN},
 )
-async def model(request: Request, name: Name) -> StoredModelBody:
+async def model(
+    request: Request, name: Name, limit: Limit = PAGE, offset: Offset = 0
+) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
-    await asyncio.to_thread(_store(request).must_know, name)
-    return await _described(request, name)
+    await _look(_store(request).must_know, name)
+    return await _described(request, name, limit, offset)
 
 
 @router.get(
@@ -353,7 +372,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
         answers = rollout.answering(name)
         return _version(_store(request), name, version, answers, rollout.is_coming)
 
-    return await asyncio.to_thread(look)
+    return await _look(look)
 
 
 @router.get(
@@ -366,10 +385,10 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
 async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
     """The picture of a part that the new version judges otherwise, as the model sees it."""
     store = _store(request)
-    await asyncio.to_thread(store.folder, name, version)
+    await _look(store.folder, name, version)
     path = store.gate_folder(name, version) / f"{number}.jpg"
     try:
-        data = await asyncio.to_thread(path.read_bytes)  # whole: no ranges, which FileResponse has
+        data = await _look(path.read_bytes)  # whole: no ranges, which FileResponse has
     except FileNotFoundError:
         raise UnknownVersion(f"The gate found no flip {number} of {name} {version}.") from None
     return Response(data, media_type="image/jpeg")
@@ -390,7 +409,7 @@ async def strange(request: Request, name: Name, version: Version) -> Response:
         folder = store.folder(name, version)
         return read_strange(folder, Meta.read(folder / META))
 
-    if (picture := await asyncio.to_thread(look)) is None:
+    if (picture := await _look(look)) is None:
         raise UnknownVersion(f"No picture was left out of {name} {version} as strange.")
     return Response(picture, media_type="image/jpeg")
 
@@ -437,7 +456,7 @@ async def threshold(request: Request, name: Name) -> ThresholdBody:
     def look() -> ThresholdBody:
         return _threshold(request, name, _rollout(request).with_threshold(name))
 
-    return await asyncio.to_thread(look)
+    return await _look(look)
 
 
 @router.put(
@@ -455,7 +474,7 @@ async def change_threshold(
     """
     wanted = {key: value for key in KEYS if (value := getattr(body, key)) is not None}
     version = await _rollout(request).change_threshold(name, wanted, body.reason, gate=body.gate)
-    return await asyncio.to_thread(_threshold, request, name, version)
+    return await _look(_threshold, request, name, version)
 
 
 def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
@@ -477,7 +496,14 @@ def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
     )
 
 
-async def _described(request: Request, name: str) -> StoredModelBody:
+async def _look(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Look at the disk, in threads that no part needs."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)
+
+
+async def _described(
+    request: Request, name: str, limit: int = PAGE, offset: int = 0
+) -> StoredModelBody:
     rollout: Rollout = request.app.state.rollout
     inspector: Inspector = request.app.state.inspector
     resident = name in inspector.residents.names()
@@ -501,16 +527,17 @@ async def _described(request: Request, name: str) -> StoredModelBody:
         try:
             pointer, answers = store.pointer(name), rollout.answering(name)
             body.previous = pointer.previous if pointer else None
+            known = store.versions(name)[::-1]
             body.versions = [
                 _version(store, name, one, answers, rollout.is_coming)
-                for one in reversed(store.versions(name))
+                for one in known[offset : offset + limit]
             ]
             body.refused = store.refused(name)
         except OSError as error:  # the others are listed all the same
             body.problem = body.problem or f"{name} cannot be read: {error}."
         return body
 
-    return await asyncio.to_thread(look)
+    return await _look(look)
 
 
 def _version(

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from app.serving.inspection import Inspector
 from app.settings import Settings
-from engines.errors import BadBundle, BadMeta, DiskFull
+from engines.errors import BadBundle, BadMeta, DiskFull, ReadOnly
 from engines.machine.memory import give_back
 from engines.runtimes.compiled_cache import usable_cache
 from engines.serving.opening import Opening, open_model
 from engines.serving.resident import Resident, describe
+from engines.store.datasets import cannot_write
 from engines.store.versions import Store
 
 log = logging.getLogger("kensa")
@@ -45,6 +46,7 @@ class Loader:
         self._inspector = inspector
         self._compiled_dir = settings.compiled_dir
         self._thread = ThreadPoolExecutor(1, "loader", initializer=_behind_the_line)
+        self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving: dict[str, set[asyncio.Task[None]]] = {}  # versions that were replaced
         self._holders: Counter[int] = Counter()  # of a runtime, by its id: versions may share one
@@ -56,6 +58,7 @@ class Loader:
 
     async def close(self) -> None:
         """Give up what was begun, and let what runs in the thread end."""
+        self._is_closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -75,10 +78,12 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def write(self, work: Callable[[], Result]) -> Result:
-        """The same for writing to the store, where a full disk gets its name."""
+        """The same for writing to the store, where what keeps it from that gets its name."""
         try:
             return await self.do(work)
         except OSError as error:
+            if isinstance(found := cannot_write(error), ReadOnly):
+                raise found from error
             raise DiskFull(f"Nothing was changed: {error.strerror}. Free some space.") from error
 
     # ---- a version comes, and goes ------------------------------------------------------------
@@ -113,7 +118,8 @@ class Loader:
             model = await asyncio.shield(opening)
         except asyncio.CancelledError:
             given_up.set()
-            self._leave(name, self._shut_unwanted(opening))
+            if not self._is_closing:
+                self._leave(name, self._shut_unwanted(opening))
             raise
         self._holders[id(model.runtime)] += 1
         log.info("Loaded %s, in %.2f s", describe(model), time.perf_counter() - began)

@@ -210,8 +210,7 @@ class Rollout:
             except UnknownVersion:  # somebody deleted it just now
                 continue
             except BadBundle as error:
-                self._store.refuse(name, version, str(error))
-                self.on_swap(name, "refused")
+                self._refuse(name, version, str(error))
                 continue
             if manifest.origin.get("activate") is True:
                 found.append(manifest)
@@ -219,12 +218,21 @@ class Rollout:
                 self._settled.add(key)
         return found
 
+    def _refuse(self, name: str, version: str, reason: str) -> None:
+        try:
+            self._store.refuse(name, version, reason)
+            self.on_swap(name, "refused")
+        except OSError as error:  # such as a full disk: it is not used all the same
+            self._settled.add((name, version))
+            log.error("%s %s cannot be put aside (%s): %s", name, version, error.strerror, reason)
+
     async def _prune(self) -> None:
         """Delete old versions also where none went live: those that were held, or only kept."""
 
         def changed() -> list[str]:
-            names = [name for name in self._store.names() if name not in self._unread]
-            return [name for name in names if self._store.versions(name) != self._pruned.get(name)]
+            names = {*self._store.names()} - {*self._unread}
+            here = [name for name in names if not self._models.is_away(name)]
+            return [one for one in here if self._store.versions(one) != self._pruned.get(one)]
 
         for name in await self._loader.do(changed):
             async with self._models.change(name):
@@ -237,8 +245,10 @@ class Rollout:
         """
 
         def prune() -> None:
-            if not self._models.is_away(name) and not self._waiting_of(name):
-                self._store.prune(name, self._settings.keep_versions)
+            if self._models.is_away(name) or self._waiting_of(name):
+                return
+            self._pruned[name] = self._store.versions(name)  # one that fails is not tried for ever
+            self._store.prune(name, self._settings.keep_versions)
             self._pruned[name] = self._store.versions(name)
 
         try:

@@ -18,7 +18,8 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from engines.errors import BadBundle, RuntimeFailed
+from engines.errors import BadBundle, OutOfMemory, RuntimeFailed
+from engines.machine.memory import MIB, free_bytes
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.runtimes import ALONE, Batches, only_whole
 from engines.runtimes.compiled_cache import seal_cache
@@ -111,6 +112,7 @@ class OpenVINORuntime:
     def _compile(self, model: ov.Model, batch: int) -> ov.CompiledModel:
         """For a fixed number of images: one that may change costs 2 ms for each image."""
         model.reshape({"image": [batch, self._image_size, self._image_size, 3]})
+        _check_tensors(model, self._onnx)
         try:
             compiled = self._core.compile_model(model, "CPU", self._compiling)
         except RuntimeError as error:
@@ -288,6 +290,22 @@ def _is_per_image(value: ov.Output) -> bool:
     shape = value.partial_shape
     is_real = bool(value.get_element_type().is_real())
     return is_real and shape.rank.get_length() > 0 and bool(shape[0].is_dynamic)
+
+
+def _check_tensors(model: ov.Model, onnx: Path) -> None:
+    """Raise OutOfMemory for a graph one of whose tensors is larger than the memory that is free.
+
+    A few bytes of ONNX may make gigabytes, and the system may end the process for them.
+    """
+    outputs = (output for node in model.get_ordered_ops() for output in node.outputs())
+    static = (one for one in outputs if one.get_partial_shape().is_static)
+    sizes = (math.prod(one.get_shape()) * one.get_element_type().size for one in static)
+    largest = max(sizes, default=0)
+    if (free := free_bytes()) < largest:
+        raise OutOfMemory(
+            f"{onnx} makes a tensor of {largest // MIB:,} MiB, and {free // MIB:,} MiB are free: it"
+            " is not opened."
+        )
 
 
 def _sizes(model: ov.Model, onnx: Path) -> tuple[int, tuple[int, int]]:

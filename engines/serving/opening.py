@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadBundle, NoTensorRT, RuntimeFailed, StalePlan
+from engines.errors import BadBundle, NoTensorRT, OutOfMemory, RuntimeFailed, StalePlan
 from engines.files import sha256
-from engines.machine.memory import Gpu, Need, free_bytes
-from engines.machine.memory_needs import bytes_needed, plan_needs
+from engines.machine.memory import MIB, Gpu, Need, free_bytes
+from engines.machine.memory_needs import bytes_needed, plan_needs, unpacked
 from engines.meta import Meta
 from engines.runtimes import Runtime
 from engines.serving.batch_trial import choose_batches
@@ -75,6 +75,7 @@ def open_model(
                 limit_alone=True,
                 stale=stale,
             )
+    _check_bank(bundle)
     bank = bundle.memory_bank()
     shares = beside if beside is not None and beside.graph == graph else None
     stale = None
@@ -102,6 +103,17 @@ def open_model(
         runtime.close()
         raise
     return model
+
+
+def _check_bank(bundle: Bundle) -> None:
+    """Raise OutOfMemory for a bank that is larger, unpacked, than the memory that is free."""
+    name = bundle.meta.memory_bank
+    needed, free = unpacked(bundle.root / name) if name else 0, free_bytes()
+    if needed > free:
+        raise OutOfMemory(
+            f"{bundle.root / str(name)} has {needed // MIB:,} MiB unpacked, and {free // MIB:,} MiB"
+            " are free: it is not opened."
+        )
 
 
 def memory_needed(folder: Path, how: Opening) -> Need:

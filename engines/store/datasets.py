@@ -33,9 +33,11 @@ from engines.errors import (
     Conflict,
     DiskFull,
     ImageTooLarge,
+    KensaError,
+    ReadOnly,
     UnknownDataset,
 )
-from engines.files import sync_folder, write_atomically
+from engines.files import remove, sync_folder, write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits, decode, measured_bit_depth
 from engines.store.image_names import checked_name, is_image, shown
 
@@ -191,9 +193,7 @@ class Datasets:
             UnknownDataset: no such category or image.
         """
         with self._changing:
-            path = self._find(category, split, name)
-            path.unlink()
-            sync_folder(path.parent)
+            remove(self._find(category, split, name))
 
     def delete_split(self, category: str, split: Split) -> None:
         """Delete all images of a split, and its folder.
@@ -354,19 +354,32 @@ class Datasets:
 
 @contextmanager
 def room() -> Iterator[None]:
-    """Turns the error of a full disk into a sentence.
+    """Turns the error of a disk that is full, or cannot be written, into a sentence.
 
     Raises:
         DiskFull: no room, or the quota is used up.
+        ReadOnly: it is mounted for reading, or this user may not write there.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (found := cannot_write(error)) is None:
             raise
-        raise DiskFull(
+        raise found from error
+
+
+def cannot_write(error: OSError) -> KensaError | None:
+    """What an error of the file system is called, where a person can mend it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
             "The disk of the data folder is full: delete images or models that are not needed."
-        ) from error
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ReadOnly(
+            "Nothing was changed, because the data folder cannot be written"
+            f" ({error.strerror}): mount it for writing, or let this user write there."
+        )
+    return None
 
 
 def _unknown(category: str, split: Split, name: str) -> UnknownDataset:

@@ -123,11 +123,13 @@ class Store:
         Raises:
             UnknownModel, UnknownVersion: there is no such thing.
         """
+        if _VERSION.fullmatch(version):  # without a look at all the others
+            folder = self._model(name) / version
+            if folder.is_dir():
+                return folder
         self.must_know(name)
         versions = self.versions(name)
-        if version not in versions:
-            raise UnknownVersion(f"{name} has no version {version[:100]!r}{_there_is(versions)}.")
-        return self._model(name) / version
+        raise UnknownVersion(f"{name} has no version {version[:100]!r}{_there_is(versions)}.")
 
     def manifest(self, name: str, version: str) -> Manifest:
         """The manifest of a version.
@@ -521,6 +523,29 @@ class Store:
             meta.write(folder / META)
             origin = {**kept, **origin, "parent": base, _THRESHOLD_OF: root}
             return self.publish(name, folder, origin, anew=True, known=known)
+
+    def wants_to_go_live(self, name: str, version: str) -> bool:
+        """Whether a version is live, or is to go live and the gate has not seen it yet."""
+        pointer = self.pointer(name)
+        if pointer is not None and pointer.live == version:
+            return True
+        wanted = self.manifest(name, version).origin.get("activate") is True
+        return wanted and self.gate(name, version) is None
+
+    def publish_again(self, name: str, version: str, origin: dict[str, Any]) -> str:
+        """Publish the files of a version as a new one, which the gate has not seen; its name.
+
+        Large files are not copied.
+
+        Raises:
+            UnknownModel, UnknownVersion, BadBundle: there is no such version, or it is damaged.
+            OSError: the disk is full; the store is as it was.
+        """
+        source, files = self.check(name, version), self.manifest(name, version).files
+        with self.staging() as folder:
+            for file in files:
+                _link(source / file, folder / file)
+            return self.publish(name, folder, {**origin, "parent": version}, anew=True, known=files)
 
     def withdraw(self, name: str, version: str) -> None:
         """Delete a version that was just published, and did not become the live one."""

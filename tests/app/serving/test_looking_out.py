@@ -235,7 +235,7 @@ def test_a_version_whose_opening_was_given_up_is_closed_before_another_is_opened
         assert given_up == [True]
 
     in_process(settings_of(tmp_path), work)
-    assert events[:5] == ["open 0002", "open 0003", "close 0003", "open 0001", "close 0002"]
+    assert events[:4] == ["open 0002", "open 0003", "close 0003", "open 0001"]
 
 
 # ---- how many are kept --------------------------------------------------------------------------
@@ -266,3 +266,29 @@ def test_versions_that_never_go_live_are_not_kept_without_end(
         await until(look)
 
     in_process(settings_of(tmp_path, keep_versions=3), work)
+
+
+# ---- what was asked for -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["kept", "held", "live"])
+def test_known_files_that_are_uploaded_to_go_live_go_live(
+    store: Store, tmp_path: Path, publish: Callable[..., str], before: str
+) -> None:
+    publish(live=True)
+    bundle = tiny_bundle(tmp_path / "bundle", offset=5.0)
+    known = store.take_in("part", bundle, {})
+    if before == "held":
+        store.record_gate("part", known, {"ok": False, "reasons": ["It sees nothing."]})
+    if before == "live":
+        store.activate("part", known)
+    data = Path(shutil.make_archive(str(tmp_path / "model"), "zip", bundle)).read_bytes()
+
+    async def work(client: httpx.AsyncClient, _: Any) -> None:
+        answer = await client.post("/models?name=part", content=data, headers=RAW)
+        version = answer.json()["version"]
+        assert answer.status_code == 201
+        assert (version == known) == (before == "live")
+        await until(live_is(client, version))
+
+    in_process(settings_of(tmp_path), work)

@@ -12,14 +12,20 @@ from typing import Any
 
 import httpx
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from app.serving import memory_ledger
+from engines.errors import OutOfMemory
 from engines.machine.memory import MIB
 from engines.machine.memory_needs import bytes_needed, unpacked
+from engines.runtimes.openvino import OpenVINORuntime
+from engines.serving import opening
+from engines.store.bundle import Bundle
 from engines.store.versions import Store
 from support.in_process import in_process, settings_of
-from support.plans import seal, tiny_bank, tiny_bundle
+from support.plans import seal, tiny_bank, tiny_bundle, tiny_onnx
 from support.project import ROOT
 from support.server import serving
 
@@ -89,6 +95,39 @@ def test_a_version_that_cannot_ever_fit_is_not_opened_even_alone(
         assert (answer.status_code, answer.json()["code"]) == (507, "out_of_memory")
 
     in_process(settings_of(tmp_path), ask)
+
+
+def test_a_bank_that_is_larger_than_what_is_free_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "free_bytes", lambda: BOMB // 2)
+    monkeypatch.setattr(Bundle, "memory_bank", lambda _: pytest.fail("it is read"))
+    with pytest.raises(OutOfMemory, match="256 MiB unpacked, and 128 MiB are free"):
+        opening.open_model(bomb(tmp_path / "bomb"), "part", "1", opening.Opening())
+
+
+def test_a_graph_that_makes_more_than_what_is_free_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_onnx(tmp_path / "model.onnx", bank=False)
+    model = onnx.load(path)
+    assert OpenVINORuntime(path).image_size == 32
+    many = numpy_helper.from_array(np.array([BOMB // 4], np.int64), "many")
+    model.graph.initializer.append(many)
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
+    model.graph.node[-1].output[0] = "score_"
+    model.graph.node.extend(
+        [
+            helper.make_node("ConstantOfShape", ["many"], ["large"], value=value),
+            helper.make_node("ReduceMax", ["large"], ["nothing"], keepdims=0),
+            helper.make_node("Add", ["score_", "nothing"], ["score"]),
+        ]
+    )
+    onnx.save(model, path)
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr("engines.runtimes.openvino.free_bytes", lambda: BOMB // 2)
+    with pytest.raises(OutOfMemory, match="a tensor of 256 MiB, and 128 MiB are free"):
+        OpenVINORuntime(path)
 
 
 def killed(folder: Path, version: str) -> int:
@@ -165,10 +204,10 @@ def test_after_a_restart_of_the_machine_it_is_tried_once_more(
     mark = store.gate_folder("part", version) / "opening"
     for boot, refused in (("one", False), ("two", True)):
         monkeypatch.setattr("engines.store.versions._boot", lambda boot=boot: boot)
-        opening = store.opening("part", version)
-        opening.__enter__()
+        under_way = store.opening("part", version)
+        under_way.__enter__()
         kept = mark.read_bytes()
-        opening.__exit__(None, None, None)
+        under_way.__exit__(None, None, None)
         mark.write_bytes(kept)  # as a process leaves it that ends meanwhile
         assert store.did_not_end("part", version), "of this very boot"
         monkeypatch.setattr("engines.store.versions._boot", lambda: "another")

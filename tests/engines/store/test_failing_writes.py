@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from app.http.keys import add_key, read_keys, remove_key
+from engines.errors import BadSettings, DiskFull
+from engines.queue.job_folder import JobFolder
+from engines.queue.schedules import Schedules
+from engines.store.datasets import Datasets
 from engines.store.versions import Store
+from support.damage import saved
 from support.failing import failing
 
 BOLT = "bolt"
@@ -98,6 +105,77 @@ def test_a_change_one_of_whose_writes_fails_is_done_whole_or_not_at_all(
             changes(versions)[change](store)
             assert _alike(state(store), after), f"after {write.failed} failed"
     assert failures >= 2
+
+
+# ---- other files --------------------------------------------------------------------------------
+
+
+def picture(colour: int) -> bytes:
+    return saved(Image.new("RGB", (8, 8), (colour, 0, 0)), "PNG")
+
+
+def add(folder: Path, name: str, colour: int, **how: bool) -> None:
+    Datasets(folder / "datasets").add("bolt", "train", name, picture(colour), **how)
+
+
+def schedule(folder: Path, hour: int) -> None:
+    retrain = {"model": "bolt", "category": "bolt"}
+    content = {"cron": f"0 {hour} * * *", "timezone": "UTC", "retrain": retrain}
+    Schedules(folder).write("nightly", content)
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "an image": lambda folder: add(folder, "b.png", 2),
+    "an image in the place of another": lambda folder: add(folder, "a.png", 3, replace=True),
+    "an image that goes": lambda folder: Datasets(folder / "datasets").delete_image(
+        "bolt", "train", "a.png"
+    ),
+    "a schedule": lambda folder: Schedules(folder).write(
+        "weekly", Schedules(folder).all()["nightly"]
+    ),
+    "a schedule in the place of another": lambda folder: schedule(folder, 3),
+    "a schedule that goes": lambda folder: Schedules(folder).remove("nightly"),
+    "a key": lambda folder: add_key(folder / "keys.json", "line-2", "line"),
+    "a key that goes": lambda folder: remove_key(folder / "keys.json", "line-1"),
+    "an attempt of a job": lambda folder: JobFolder(folder, "retrain-1").begin(),
+    "the result of a job": lambda folder: JobFolder(folder, "retrain-1").write_result({"ok": 1}),
+}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What can be read: images by their bytes, schedules, the names of keys, a job's result."""
+    images = {path.name: path.read_bytes() for path in folder.glob("datasets/train/bolt/[!.]*")}
+    keys = [one.name for one in read_keys(folder / "keys.json") or []]
+    job = JobFolder(folder, "retrain-1")
+    jobs = [job.attempts(), job.result()]
+    return {"images": images, "schedules": Schedules(folder).all(), "keys": keys, "jobs": jobs}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_another_file_one_of_whose_writes_fails_is_as_it_was(tmp_path: Path, change: str) -> None:
+    seed, done = tmp_path / "seed", tmp_path / "done"
+    add(seed, "a.png", 1)
+    schedule(seed, 2)
+    add_key(seed / "keys.json", "line-1", "line")
+    JobFolder(seed, "retrain-1").root.mkdir(parents=True)
+    before, failures = contents(seed), 0
+    shutil.copytree(seed, done)
+    OTHERS[change](done)
+    after = contents(done)
+    assert after != before
+    for step in range(100):
+        folder = tmp_path / f"step{step}"
+        shutil.copytree(seed, folder)
+        with failing(folder, step) as write:
+            try:
+                OTHERS[change](folder)
+                expected = after
+            except (OSError, DiskFull, BadSettings):
+                expected, failures = before, failures + 1
+        assert contents(folder) == expected, f"{write.failed} failed"
+        if write.failed is None:
+            break
+    assert failures >= 1
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
