@@ -612,22 +612,41 @@ class Store:
         whose files are kept, the `keep` newest stay too. The newest one always stays: its number is
         used up.
         """
+        self.must_know(name)
+        model = self._model(name)
+        if not (self._old(name, keep) or self._left_behind(name)):
+            return []
         with self._locked(name):
-            model, known, named = self._model(name), self.versions(name), self._named(name)
-            was_live = named or (model / _POINTER).exists() or self.candidates(name)
-            if was_live and named[:1] not in [[one] for one in known]:
-                return []  # nobody knows which one is served: keep all
-            kept = {*named, *known[-1:], *self._newest(name, known, named, max(keep, 1))}
-            gone = [version for version in known if version not in kept]
+            gone = self._old(name, keep)
             for version in gone:  # out of sight in one step, so that nobody meets half of it
                 (model / version).rename(model / f".{version}")
             if gone:
                 sync_folder(model)
-            gates = _versions_in(model / _GATES)
-            left = [self.gate_folder(name, one) for one in gates if one not in self.versions(name)]
-            for folder in (*model.glob(".*-*/"), *left):  # also of a process that was killed
+            for folder in self._left_behind(name):
                 shutil.rmtree(folder, ignore_errors=True)
         return gone
+
+    def _old(self, name: str, keep: int) -> list[str]:
+        """The versions that are not kept."""
+        if self._is_in_doubt(name):
+            return []
+        known, named = self.versions(name), self._named(name)
+        kept = {*named, *known[-1:], *self._newest(name, known, named, max(keep, 1))}
+        return [version for version in known if version not in kept]
+
+    def _is_in_doubt(self, name: str) -> bool:
+        """Whether one was live, and nobody knows which one, or it is gone: then all are kept."""
+        named = self._named(name)
+        was_live = named or (self._model(name) / _POINTER).exists() or self.candidates(name)
+        return bool(was_live) and named[:1] not in [[one] for one in self.versions(name)]
+
+    def _left_behind(self, name: str) -> list[Path]:
+        """What is not needed any more, also of a process that was killed."""
+        if self._is_in_doubt(name):
+            return []
+        model, known = self._model(name), {*self.versions(name)}
+        gates = [self.gate_folder(name, one) for one in _versions_in(model / _GATES)]
+        return [*model.glob(".*-*/"), *(one for one in gates if one.name not in known)]
 
     def _newest(self, name: str, known: list[str], named: list[str], keep: int) -> list[str]:
         """The newest versions that were trained and those whose threshold is in force, or was

@@ -72,7 +72,6 @@ def keep_what_was_being_written(data: Path, live: str) -> None:
     (staged / "meta.json").write_text("{")
     (data / "models" / NAME / f".{live}").mkdir()
     (data / "models" / NAME / ".live.0badcafe").write_text("0009")
-    (data / "server.lock").write_text("1\n")
 
 
 @pytest.mark.parametrize(
