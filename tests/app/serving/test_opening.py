@@ -205,11 +205,13 @@ def test_who_is_told_to_end_and_killed_while_it_opens_a_version_blames_none(
     store.activate("part", only)
     command, environment = starting(tmp_path, only, OPENS_FOR_EVER)
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
-        until((tmp_path / "opening").exists)
-        assert store.did_not_end("part", only)
-        process.terminate()
-        until(lambda: not store.did_not_end("part", only))
-        process.kill()
+        try:
+            until((tmp_path / "opening").exists)
+            assert store.did_not_end("part", only)
+            process.terminate()
+            until(lambda: not store.did_not_end("part", only), within_s=10)
+        finally:
+            process.kill()
     with serving(tmp_path) as server:
         assert server.client.get("/models/part").json()["live"] == only
 
