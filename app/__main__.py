@@ -139,6 +139,10 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     cuda.when_lost(_end_soon)
 
     class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.store.end_of_process()
+            super().handle_exit(sig, frame)
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             open_models = self.lifespan.startup
 

@@ -27,7 +27,6 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from engines.errors import BadImage, BadSettings, ImageTooLarge, KensaError, UnsupportedImage
 from engines.image_files import bmp, jpeg, png, tiff
@@ -253,8 +252,6 @@ def _named_errors(kind: str) -> Iterator[None]:
         yield
     except (KensaError, MemoryError):
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(f"The {kind} image has too many pixels.") from error
     except _DECODER_ERRORS as error:
         raise BadImage(message) from error
     except Exception as error:

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import image
-from engines.errors import EXIT_CODE, BadBundle, BadDataset, BadImage, KensaError, StalePlan
+from engines.errors import (
+    EXIT_CODE,
+    BadBundle,
+    BadDataset,
+    BadImage,
+    GpuLost,
+    KensaError,
+    RuntimeFailed,
+    StalePlan,
+)
 from engines.files import print_anything, printable, write_atomically
 from engines.meta import Kind, Meta
 from engines.runtimes import Runtime
@@ -52,6 +61,7 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
             f" pass -i {runtime.image_size}, or convert a model of size {flags.image_size}."
         )
     rows: list[tuple[str, str, str]] = []
+    failed: RuntimeFailed | None = None
     for path in paths:
         name = printable(path.name)
         try:
@@ -62,15 +72,23 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
                 bit_depth=meta.bit_depth if meta else None,
                 resizing=meta.resize if meta else None,
             )
+            raw_score = float(runtime.infer(picture[None])[0][0])
+            rows.append((name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
         except OSError as error:  # it went away, or the disk does not give it
             print(f"{name}: not judged: it cannot be read: {error.strerror}", file=sys.stderr)
             continue
         except BadImage as error:
             print(f"{name}: not judged: {error}", file=sys.stderr)
             continue
-        raw_score = float(runtime.infer(picture[None])[0][0])
-        rows.append((name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
+        except GpuLost:
+            raise
+        except RuntimeFailed as error:
+            failed = error
+            print(f"{name}: not judged: {error}", file=sys.stderr)
+            continue
         print(f"{name}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
+    if failed is not None and not rows:  # it is not the pictures
+        raise failed
     table = Path(f"result_{kind}.csv")
     write_atomically(table.resolve(), _csv(rows))
     rejects = sum(row[2] == "Anomaly" for row in rows)

@@ -7,6 +7,7 @@ that never reads its answer must cost the others nothing, and must end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http
 import json
 import logging
@@ -151,8 +152,11 @@ class Connection(HttpToolsProtocol):
     def _take_place(self) -> None:
         """Close the connection that has been idle longest, or refuse this one."""
         others = [one for one in self.connections if isinstance(one, Connection)]
-        idle = [one for one in others if one is not self and not one._is_busy]
-        idle = [one for one in idle if not one._ended or one._lingers_until]
+        others = [one for one in others if one is not self]
+        refused = [one for one in others if one._lingers_until]
+        idle = [one for one in others if not one._is_busy and not one._ended]
+        if len(others) - len(refused) < self._most:  # refused ones lie over the limit, too
+            idle = refused
         if not idle:
             self._refuse(
                 TooManyConnections(
@@ -161,7 +165,7 @@ class Connection(HttpToolsProtocol):
                 )
             )
             return
-        oldest = min(idle, key=lambda one: (not one._lingers_until, one._idle_since))
+        oldest = min(idle, key=lambda one: one._idle_since)
         self.connections.discard(oldest)
         oldest._ended = True
         oldest.transport.close()
@@ -223,7 +227,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._part, self._begun = "", False
-        self._raw = self._body = 0
+        self._raw = self._body = self._passed_over = 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -358,7 +362,8 @@ class Connection(HttpToolsProtocol):
         self._lingers_until = self._last_read + READ_ON_S
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
-        self.transport.write_eof()
+        with contextlib.suppress(OSError):  # it was reset just now
+            self.transport.write_eof()
         if self._receiving is not None:
             self._receiving.cancel()
         self._receiving = self.loop.call_later(LINGER_S, self._look_at_lingering)

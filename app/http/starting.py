@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -76,7 +77,8 @@ class _Refused(asyncio.Protocol):
         if b"\r\n\r\n" in self._head or len(self._head) > MAX_HEAD:
             self._answered = True
             self._transport.write(answer(self._head))
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # it was reset just now
+                self._transport.write_eof()
 
     def connection_lost(self, _: Exception | None) -> None:
         self._others.discard(self)

@@ -103,6 +103,9 @@ _ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
 _MEDIA_TYPES = {
     ".bmp": "image/bmp",
+    ".dib": "image/bmp",
+    ".jfif": "image/jpeg",
+    ".jpe": "image/jpeg",
     ".jpeg": "image/jpeg",
     ".jpg": "image/jpeg",
     ".png": "image/png",

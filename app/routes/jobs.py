@@ -420,7 +420,7 @@ async def _submit(request: Request, response: Response, kind: JobKind, body: Job
 def _check_retrain(request: Request, body: RetrainRequest) -> None:
     """Say at once what a job would only find out later."""
     datasets: Datasets = request.app.state.datasets
-    if not datasets.count(body.category, "train"):
+    if not datasets.most_to_learn(body.category, "train"):
         raise BadDataset(
             f"The category {body.category} has no training images:"
             f" POST some to /datasets/{body.category}/train."

@@ -529,7 +529,7 @@ async def _described(
             body.previous = pointer.previous if pointer else None
             known = store.versions(name)[::-1]
             body.versions = [
-                _version(store, name, one, answers, rollout.is_coming)
+                _listed(store, name, one, answers, rollout.is_coming)
                 for one in known[offset : offset + limit]
             ]
             body.refused = store.refused(name)
@@ -538,6 +538,20 @@ async def _described(
         return body
 
     return await _look(look)
+
+
+def _listed(
+    store: Store,
+    name: str,
+    version: str,
+    live: str | None,
+    is_coming: Callable[[str, str], bool],
+) -> VersionBody:
+    """The same among others, which are told though this one was deleted just now."""
+    try:
+        return _version(store, name, version, live, is_coming)
+    except UnknownVersion as error:  # it keeps its place: a short page is the last one
+        return VersionBody(version=version, state="damaged", problem=str(error))
 
 
 def _version(

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -309,6 +309,7 @@ async def infer(request: Request, model: Called) -> Response:
         reading = inspector.beside(partial(read_request, body, length, inspector.limits))
         wanted = await within_deadline(request, reading)
         called = checked(wanted.part) or part_of(request)
+        wanted = replace(wanted, part=called or "")
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admission.admitted():

@@ -19,6 +19,8 @@ from engines.store.golden import Golden
 from engines.store.versions import META, Store
 from engines.verdict import Verdict, judge
 
+_SAME_BITS = ({None, 8}, {None, 16})  # of meta.json, where None is all 16 bits of a 16-bit file
+
 
 class GateReplay:
     """Finds the images, asks a version about them, and keeps what the parts look like."""
@@ -33,7 +35,7 @@ class GateReplay:
         """What to show to both, and the report of the new one. Blocks."""
         folder = self._store.folder(name, version)
         report = read_report(folder)
-        if old is None or Meta.read(folder / META).image_size != old.runtime.image_size:
+        if old is None or not _see_alike(old.meta, Meta.read(folder / META)):
             return [], report  # nothing to compare with, or no image that both could see
         size = old.runtime.image_size
         folders = self._store.folder(name, old.version), folder
@@ -58,6 +60,15 @@ class GateReplay:
         for number, one in enumerate(gate.flipped(replayed)):
             _, data = cv2.imencode(".jpg", one.replay.image[..., ::-1])
             (folder / f"{number}.jpg").write_bytes(data.tobytes())
+
+
+def _see_alike(old: Meta, new: Meta) -> bool:
+    """Whether what one version sees of a file is what the other one would: as large and as bright.
+
+    Of 8-bit files each sees the same. Which files come, a model that has 8 bits, or none, may tell.
+    """
+    bits = {old.bit_depth, new.bit_depth}
+    return old.image_size == new.image_size and (len(bits) == 1 or bits in _SAME_BITS)
 
 
 def _golden(folder: Path, size: int) -> Golden | None:

@@ -137,7 +137,7 @@ class Rollout:
         for letters other than those of ASCII.
         """
         name, old = self._settings.served_name, "default"
-        was_it = str(source) in self._store.folders(old).values()
+        was_it = {str(source), str(source.absolute())} & {*self._store.folders(old).values()}
         is_new = self._settings.model_name is None and name not in self._store.names()
         return old if is_new and was_it else name
 

@@ -13,16 +13,18 @@ by their alpha.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import warnings
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from io import BytesIO
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from engines.errors import BadImage, UnsupportedImage
 from engines.image_files.reading import ORIENTATION, CheckSize, Pixels, decode_with_cv2, upright
@@ -53,8 +55,14 @@ _MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "I;16", "I;16B"}
 
 # Pillow reads uncompressed TIFF itself, and leaves strips that are missing black. libtiff does not.
 TiffImagePlugin.READ_LIBTIFF = True
+# How many pixels are read is a setting, which was asked before Pillow sees them.
+Image.MAX_IMAGE_PIXELS = None
 # What is wrong with a file is in the answer; the log of a server must not fill with it too.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+with suppress(OSError, AttributeError):  # where Pillow's libtiff has no names that others may call
+    _libtiff = ctypes.CDLL(_imaging.__file__)  # with the libraries that it needs
+    _libtiff.TIFFSetErrorHandler(None)
+    _libtiff.TIFFSetWarningHandler(None)
 
 _Range = tuple[int, int]  # of bytes in the file
 

@@ -59,8 +59,10 @@ def needs(data: Path, request: Request, free: Free) -> Need:
     learned = meta.memory_bank or meta.stats
     known = unpacked(folder / learned) if folder and learned and request.update else 0
     images = Datasets(data / "datasets")
-    test = images.count(request.category, "normal") + images.count(request.category, "anomaly")
-    what = Learning(meta, images.count(request.category, "train"), test, request.batch, known)
+    train, *test = (
+        images.most_to_learn(request.category, split) for split in ("train", "normal", "anomaly")
+    )
+    what = Learning(meta, train, sum(test), request.batch, known)
     learning = to_learn(what)
     if not request.convert:
         return Need(learning)

@@ -99,6 +99,12 @@ class Datasets:
         """How many images a split has; 0 where there is none."""
         return len(self._names(self._folder(category, split)))
 
+    def most_to_learn(self, category: str, split: Split) -> int:
+        """How many images a job may find there: those of folders inside, such as good/, too."""
+        folder = self._folder(category, split)
+        below = (names for place, _, names in os.walk(folder) if Path(place) != folder)
+        return len(self._names(folder)) + sum(is_image(name) for names in below for name in names)
+
     def images(
         self, category: str, split: Split, offset: int = 0, limit: int | None = None
     ) -> Page:

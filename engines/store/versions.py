@@ -90,6 +90,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._marks: set[Path] = set()  # of versions that are being opened
+        self._is_ending = False
 
     # ---- what is there ------------------------------------------------------------------------
 
@@ -380,12 +382,26 @@ class Store:
     def opening(self, name: str, version: str) -> Iterator[None]:
         """Remember on the disk that a version is being opened, in case that ends the process."""
         mark = self.gate_folder(name, version) / _OPENING
+        self._marks.add(mark)
         with suppress(OSError):  # a full disk keeps nobody from judging
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(f"{_boot()}\n{_tries(mark) + 1}\n", encoding="ascii")
         try:
+            if self._is_ending:
+                self.end_of_process()
             yield
         finally:
+            self._marks.discard(mark)
+            with suppress(OSError):
+                mark.unlink()
+
+    def end_of_process(self) -> None:
+        """The process is told to end, and may be killed meanwhile: no version is to blame for that.
+
+        May be called in a handler of a signal, while another thread opens one.
+        """
+        self._is_ending = True
+        for mark in [*self._marks]:
             with suppress(OSError):
                 mark.unlink()
 

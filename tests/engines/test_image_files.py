@@ -7,6 +7,7 @@ import logging
 import struct
 import time
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -517,3 +518,21 @@ def test_every_refusal_is_a_sentence() -> None:
             with pytest.raises(KensaError) as caught:
                 decode(data[: len(data) // 3])
             assert str(caught.value).endswith(".")
+
+
+def test_libtiff_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line that no log knows, for each damaged part."""
+    whole = saved(Image.fromarray(picture(80, 64)), "TIFF", compression="tiff_lzw")
+    refusals = 0
+    for place in range(8, 2000, 40):
+        with suppress(BadImage):
+            decode(whole[:place] + b"\xff\xff\xff" + whole[place + 3 :])
+            continue
+        refusals += 1
+    assert refusals
+    assert capfd.readouterr() == ("", "")
+
+
+def test_how_many_pixels_a_tiff_may_have_is_said_by_the_limits_alone() -> None:
+    """Pillow's own limit, 179 million, is below what KENSA_MAX_IMAGE_PIXELS may be set to."""
+    assert Image.MAX_IMAGE_PIXELS is None

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from engines.errors import BadDataset, BadMeta, BadRequest, KensaError
 from engines.files import printable
+from engines.image import DEFAULT_LIMITS
 from engines.meta import Meta
 from workers.learning.dataset import Category
 from workers.learning.retrain import Retrain, retrain
@@ -236,6 +237,12 @@ def _next_command(request: Tune, found: Found) -> list[str]:
         "batch": request.batch,
         "penalty_dir": request.penalty_dir,
         "out_dir": request.out_dir / "model",
+        "max_image_bytes": _unusual(request.limits.max_bytes, DEFAULT_LIMITS.max_bytes),
+        "max_image_pixels": _unusual(request.limits.max_pixels, DEFAULT_LIMITS.max_pixels),
     }
     words = [str(w) for k, v in flags.items() if v is not None for w in (f"--{k}", v)]
     return ["python3", "retrain.py", *words]
+
+
+def _unusual(value: int, usual: int) -> int | None:
+    return None if value == usual else value

@@ -559,6 +559,9 @@ def test_when_all_are_at_work_one_more_is_refused(small: Server) -> None:
         answer = ask(small, LIVEZ)
         assert refusal(answer) == (503, "too_many_connections")
         assert b"\r\nretry-after: " in answer
+        for _ in range(4):  # nor do those take a place who stay after they were refused
+            more = stack.enter_context(connect(small))
+            assert refusal(read_one(more)) == (503, "too_many_connections")
         assert all(is_open(one) for one in busy)
         busy[3].close()
         assert eventually(lambda: statuses(ask(small, LIVEZ, shut=True)) == [200])

@@ -92,6 +92,24 @@ def test_who_sends_everything_before_it_reads_gets_the_refusal(
             assert read_whole(connection) == (KINDS[kind][3], kind)
 
 
+def test_what_was_read_after_one_refusal_does_not_count_for_the_next(
+    server: Server, keys: dict[str, str]
+) -> None:
+    """A camera with a wrong key that keeps its connection: each refusal reaches it."""
+    asked = head("unauthorized", keys, 20 * len(BODY)).replace(b"close", b"keep-alive")
+    with connected_socket(server) as connection:
+        for _ in range(connections.READ_ON // (20 * len(BODY)) + 2):
+            connection.sendall(asked)
+            for _ in range(20):
+                connection.sendall(BODY)
+            answer = b""
+            while not answer.endswith(b"}"):
+                more = connection.recv(65536)
+                assert more, answer
+                answer += more
+            assert answer.startswith(b"HTTP/1.1 401 ")
+
+
 def test_a_body_that_comes_slowly_is_read_on_after_its_refusal(
     server: Server, keys: dict[str, str]
 ) -> None:

@@ -30,7 +30,7 @@ import pytest
 from PIL import Image
 
 from engines.errors import BadRequest, Conflict, KensaError, UnknownDataset, UploadTooLarge
-from engines.image import DEFAULT_LIMITS, decode
+from engines.image import DEFAULT_LIMITS, SUFFIXES, decode
 from engines.store.datasets import Datasets
 from engines.store.image_names import checked_name, sent_name
 from engines.store.image_zip import MAX_FILES, unzip
@@ -195,6 +195,26 @@ def test_an_image_comes_back_as_it_was_sent(place: Place, how: str) -> None:
     assert back.headers["content-type"] == "image/png"
     assert place.stored() == {"01.png": data}
     assert place.arriving() == []
+
+
+def test_an_image_of_every_ending_comes_back(place: Place) -> None:
+    for ending in SUFFIXES:
+        assert place.send((f"01{ending}", image())).status_code == 201
+        back = place.client.get(f"{place.url}/01{ending}")
+        assert (back.status_code, back.content) == (200, image()), ending
+        assert back.headers["content-type"].startswith("image/")
+
+
+def test_what_lies_in_folders_of_a_category_may_be_learned_as_retrain_py_does(place: Place) -> None:
+    """Somebody copied it there, as other tools keep it."""
+    folder = place.root / "train" / place.category / "good"
+    folder.mkdir(parents=True)
+    asked = {"model": "new", "category": place.category}
+    assert place.client.post("/retrain", json=asked).json()["code"] == "bad_dataset"
+    (folder / "01.png").write_bytes(image())
+    assert len(Category.find(place.root, place.category).train) == 1
+    assert Datasets(place.root).most_to_learn(place.category, "train") == 1
+    assert place.client.post("/retrain", json=asked).json()["code"] == "bad_meta"  # says no kind
 
 
 def test_every_kind_of_image_that_is_read_is_taken(place: Place) -> None:

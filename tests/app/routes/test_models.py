@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -73,6 +74,31 @@ def test_a_version_takes_no_look_at_the_others(
             looks.clear()
             assert (await client.get("/models", params={"limit": limit})).status_code == 200
             assert 0 < len(looks) < 10
+
+    in_process(settings_of(tmp_path), ask)
+
+
+def test_a_version_that_vanishes_while_models_are_listed_takes_no_other_one_away(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that another process prunes."""
+    first, gone, last = fill(store, tmp_path, 3)
+    describe: Callable[..., Any] = routes._version
+
+    def delete(store: Store, name: str, version: str, *others: Any) -> Any:
+        if version == gone:
+            shutil.rmtree(store.root / name / version, ignore_errors=True)
+        return describe(store, name, version, *others)
+
+    monkeypatch.setattr(routes, "_version", delete)
+
+    async def ask(client: httpx.AsyncClient, _: Any) -> None:
+        answer = await client.get("/models")
+        assert answer.status_code == 200, answer.text
+        (model,) = answer.json()["models"]
+        states = {one["version"]: one["state"] for one in model["versions"]}
+        assert states == {last: "kept", gone: "damaged", first: "live"}
+        assert (await client.get(f"/models/part/versions/{gone}")).status_code == 404
 
     in_process(settings_of(tmp_path), ask)
 

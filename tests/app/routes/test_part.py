@@ -41,13 +41,18 @@ def asked(server: Server, way: str, name: str) -> tuple[Any, str | None]:
         parts = [("file", ("a", image)), ("part", (None, name))]
         answer = client.post("/infer", files=parts)
     else:
-        body = {"inputs": [PIXELS], "parameters": {"part": name}}
-        answer = client.post("/v2/models/part/infer", json=body)
+        body = {"inputs": [PIXELS]}
+        named: dict[str, Any] = {
+            "v2": {"json": {**body, "parameters": {"part": name}}},
+            "v2, query": {"json": body, "params": {"part": name}},
+            "v2, header": {"json": body, "headers": {"X-Part": quote(name)}},
+        }
+        answer = client.post("/v2/models/part/infer", **named[way])
         return answer, answer.json().get("parameters", {}).get("part")
     return answer, answer.json().get("part")
 
 
-WAYS = ["query", "header", "form", "field behind the file", "v2"]
+WAYS = ["query", "header", "form", "field behind the file", "v2", "v2, query", "v2, header"]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -167,6 +168,35 @@ def test_a_folder_in_the_place_of_a_file_takes_no_model_away(
         assert (await client.post("/infer", **part)).status_code == 200
         assert (await client.get("/models")).status_code == 200
         await until(live_is(client, publish("bolt"), "bolt"))
+
+    in_process(settings_of(tmp_path), work)
+
+
+# ---- what both versions see ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "replayed"),
+    [(10, 12, 0), (None, 12, 0), (10, 10, 1), (None, None, 1), (8, None, 1), (None, 16, 1)],
+)
+def test_a_part_is_shown_to_a_version_that_sees_it_as_bright_alone(
+    store: Store, tmp_path: Path, before: int | None, after: int | None, replayed: int
+) -> None:
+    """A camera's bit depth was put right: what was seen with the old one is too bright now."""
+    first = tiny_bundle(tmp_path / "first")
+    second = tiny_bundle(tmp_path / "second", offset=0.01)
+    for bundle, bits in ((first, before), (second, after)):
+        meta = json.loads((bundle / "meta.json").read_text())
+        (bundle / "meta.json").write_text(json.dumps({**meta, "bit_depth": bits}))
+    store.activate("part", store.take_in("part", first, {}))
+
+    async def work(client: httpx.AsyncClient, _: Any) -> None:
+        await client.post("/infer", content=PHOTO, headers=RAW)
+        version = store.take_in("part", second, {"activate": True})
+        await until(live_is(client, version))
+        gate = store.gate("part", version)
+        assert gate is not None
+        assert gate["groups"]["recent"]["images"] == replayed
 
     in_process(settings_of(tmp_path), work)
 

@@ -147,6 +147,17 @@ def test_what_an_older_kensa_called_default_keeps_its_name(tmp_path: Path) -> No
     assert judged(tmp_path, tiny_bundle(tmp_path / "部品"))[0] == "部品"
 
 
+def test_it_keeps_it_also_where_the_folder_is_named_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_bundle(tmp_path / "検査")
+    store = store_of(tmp_path)
+    store.activate("default", store.take_in("default", source, {"folder": str(source)}))
+    monkeypatch.chdir(tmp_path)
+    assert judged(tmp_path, Path("検査"))[0] == "default"
+    assert store.names() == ["default"]
+
+
 def test_a_start_with_the_same_folder_says_nothing_new(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,6 +28,7 @@ from support.in_process import in_process, settings_of
 from support.plans import seal, tiny_bank, tiny_bundle, tiny_onnx
 from support.project import ROOT
 from support.server import serving
+from support.waiting import until
 
 BOMB = 256 * MIB
 
@@ -40,6 +41,19 @@ def open_model(folder, name, version, *others):
     if version in os.environ["KILLS"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return really(folder, name, version, *others)
+loader.open_model = open_model
+sys.argv = ["kensa"]
+from app.__main__ import main
+main()
+"""
+
+# One whose opening of a version takes for ever.
+OPENS_FOR_EVER = """
+import os, sys, time
+from app.serving import loader
+def open_model(*_):
+    open(os.environ["OPENING"], "w").close()
+    time.sleep(600)
 loader.open_model = open_model
 sys.argv = ["kensa"]
 from app.__main__ import main
@@ -132,13 +146,17 @@ def test_a_graph_that_makes_more_than_what_is_free_is_not_compiled(
 
 def killed(folder: Path, version: str) -> int:
     """Start a server that is killed when it opens a version; how it ended."""
+    command, environment = starting(folder, version, KILLED)
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=60, check=False).returncode
+
+
+def starting(folder: Path, version: str, program: str) -> tuple[list[str], dict[str, str]]:
     environment = {
         "KENSA_DATA_DIR": str(folder / "data"), "KENSA_PORT": "0", "KENSA_WORKER": "off",
         "KENSA_GATE_FOUND": "0", "KENSA_CACHE_DIR": str(folder / "cache"), "KILLS": version,
+        "OPENING": str(folder / "opening"),
     }  # fmt: skip
-    command = [sys.executable, "-c", KILLED]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=60, check=False).returncode
+    return [sys.executable, "-c", program], {**os.environ, **environment}
 
 
 def test_a_version_whose_opening_ended_the_server_is_left_until_a_person_wants_it(
@@ -176,6 +194,26 @@ def test_the_only_version_whose_opening_ended_the_server_is_named_and_may_be_loa
         assert "ended the server while it was opened" in found["problem"]
         assert "activate makes one live" in found["problem"]
         assert server.client.post("/v2/repository/models/part/load").status_code == 200
+
+
+def test_who_is_told_to_end_and_killed_while_it_opens_a_version_blames_none(
+    tmp_path: Path,
+) -> None:
+    """As `docker stop` does it where opening takes longer than its 10 s."""
+    store = Store(tmp_path / "data" / "models")
+    only = store.take_in("part", tiny_bundle(tmp_path / "only"), {})
+    store.activate("part", only)
+    command, environment = starting(tmp_path, only, OPENS_FOR_EVER)
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        try:
+            until((tmp_path / "opening").exists)
+            assert store.did_not_end("part", only)
+            process.terminate()
+            until(lambda: not store.did_not_end("part", only), within_s=10)
+        finally:
+            process.kill()
+    with serving(tmp_path) as server:
+        assert server.client.get("/models/part").json()["live"] == only
 
 
 def test_a_version_that_ended_the_server_at_the_gate_is_held(tmp_path: Path) -> None:

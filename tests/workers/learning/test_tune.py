@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from optuna.trial import FrozenTrial, TrialState
 import retrain
 import tune as command
 from engines.errors import BadMeta
+from engines.image import ImageLimits
 from engines.meta import Meta
 from support.project import ROOT, run, write_meta
 from workers.learning.retrain import retrain as train_once
 from workers.learning.search_space import Space, Tune
-from workers.learning.study import _rank
+from workers.learning.study import Found, _rank
+from workers.learning.tune import _next_command
 from workers.models import padim
 
 CATEGORY = "sample_bracket"
@@ -221,6 +223,15 @@ def test_the_next_command_that_it_prints_trains_a_model_of_that_auroc(
     best = max(float(row["auroc"]) for row in search.rows)
     assert f"AUROC {best:.4f}" in capsys.readouterr().out
     shutil.rmtree(search.out_dir / "model")
+
+
+def test_the_next_command_reads_pictures_as_large_as_the_search_did(tmp_path: Path) -> None:
+    request = Tune("padim", tmp_path / "meta.json", "bolt", tmp_path, tmp_path / "out")
+    found = Found([], None, None, "untrained")
+    assert "--max_image_pixels" not in _next_command(request, found)
+    raised = replace(request, limits=ImageLimits(max_pixels=20_000_000))
+    words = _next_command(raised, found)
+    assert words[words.index("--max_image_pixels") + 1] == "20000000"
 
 
 def test_it_says_that_its_auroc_is_optimistic(search: Result) -> None:
