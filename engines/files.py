@@ -88,7 +88,10 @@ def _kept(path: Path, second: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
-        shutil.copyfile(path, second)
+        try:
+            shutil.copyfile(path, second)
+        except FileNotFoundError:
+            return False
     return True
 
 

@@ -30,6 +30,8 @@ from engines.queue.schedules import NAME
 from engines.store.datasets import Datasets
 from engines.store.versions import Store
 
+MOST_WAIT_S = 10.0  # of a submission for those before it
+
 
 class ProgressBody(Body):
     """How far a job is."""
@@ -195,7 +197,7 @@ _ASKED: dict[int | str, dict[str, Any]] = {
 )
 async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
     """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
-    async with request.app.state.submitting:  # one by one: parts need Python's lock, too
+    async with _one_by_one(request):
         await asyncio.to_thread(_check_retrain, request, body)
         if request.app.state.settings.fleet is None:  # else any machine may learn
             await _must_fit(request, body)
@@ -211,7 +213,7 @@ async def retrain(request: Request, response: Response, body: RetrainRequest) ->
 )
 async def convert(request: Request, response: Response, body: ConvertRequest) -> JobBody:
     """As convtrt.py does: export, compare with the trained model, publish."""
-    async with request.app.state.submitting:
+    async with _one_by_one(request):
         await asyncio.to_thread(_check_version, request, body)
         await _must_fit(request, body)
         return await _submit(request, response, "convert", body)
@@ -409,6 +411,20 @@ async def unschedule(request: Request, name: ScheduleName) -> Response:
     """Jobs that it has begun go on."""
     await _ask(lambda: _jobs(request).unschedule(name))
     return Response(status_code=204)
+
+
+@contextlib.asynccontextmanager
+async def _one_by_one(request: Request) -> AsyncIterator[None]:
+    """Submit alone: parts need Python's lock, too. Raises NoWorker where it takes too long."""
+    lock: asyncio.Lock = request.app.state.submitting
+    try:
+        await asyncio.wait_for(lock.acquire(), MOST_WAIT_S)
+    except TimeoutError:
+        raise NoWorker("The queue does not get on with what was asked; try again later.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 async def _submit(request: Request, response: Response, kind: JobKind, body: JobRequest) -> JobBody:

@@ -59,9 +59,9 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
-def pictures(paths: list[Path]) -> NDArray[np.uint8]:
+def pictures(paths: list[Path], meta: Meta) -> NDArray[np.uint8]:
     """(n, 256, 256, 3) uint8 RGB, as the model sees them."""
-    return np.concatenate(list(Images(paths, 256, 8, 8, Progress(quiet=True))))
+    return np.concatenate(list(Images(paths, meta, 8, Progress(quiet=True))))
 
 
 def learn(out_dir: Path, data: Path, category: str, weights: Path, meta: Path, *more: str) -> Path:
@@ -172,7 +172,7 @@ def both(alien: Alien, tables: dict[str, dict[str, float]]) -> tuple[Scores, Sco
     paths = {group: alien.test_images(group) for group in ("normal", "anomaly")}
     everything = [*paths["normal"], *paths["anomaly"]]
     found = [tables[group][path.name] for group, found in paths.items() for path in found]
-    expected = patchcore.scores(alien.torch_model(), [pictures(everything)])
+    expected = patchcore.scores(alien.torch_model(), [pictures(everything, alien.meta())])
     return expected, np.array(found, np.float32)
 
 
@@ -198,7 +198,9 @@ def test_scores_are_those_of_anomalibs_model_with_the_same_bank(alien: Alien) ->
     theirs = PatchcoreModel(layers=model.layers, backbone="resnet18", pre_trained=False)
     theirs.feature_extractor.load_state_dict(model.features.state_dict())
     theirs.memory_bank = model.bank.embeddings
-    images = pictures([*alien.test_images("normal")[:6], *alien.test_images("anomaly")[:12]])
+    images = pictures(
+        [*alien.test_images("normal")[:6], *alien.test_images("anomaly")[:12]], alien.meta()
+    )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.inference_mode():
@@ -208,7 +210,7 @@ def test_scores_are_those_of_anomalibs_model_with_the_same_bank(alien: Alien) ->
 
 def test_the_coreset_covers_as_well_as_anomalibs(alien: Alien) -> None:
     model = alien.torch_model()
-    images = pictures(files_in(alien.data / "train" / "alien")[:8])
+    images = pictures(files_in(alien.data / "train" / "alien")[:8], alien.meta())
     with torch.inference_mode():
         patches = model.embed(torch.from_numpy(images))[0].flatten(0, 1)
     torch.manual_seed(0)  # theirs begins at a random patch
@@ -243,5 +245,5 @@ def test_an_update_keeps_all_normals_it_knew_and_finds_the_defects(
     assert report["memory_bank"]["rows"] > report["before"]["memory_bank"]["rows"]
     assert report["calibration"]["auroc"] >= 0.99
     updated = Alien(alien.data, new, new)
-    scores = patchcore.scores(updated.torch_model(), [pictures(images[:KNOWN])])
+    scores = patchcore.scores(updated.torch_model(), [pictures(images[:KNOWN], updated.meta())])
     assert (scores <= Scale.of(updated.meta()).raw_threshold).all()

@@ -22,10 +22,13 @@ class Step:
     root: str
     left: int
     error: int
+    spared: str
     failed: str | None = None  # what it was
 
     def meets(self, what: str, path: str) -> None:
         if not path.startswith(self.root) or self.failed is not None:
+            return
+        if self.spared and path.endswith(self.spared):
             return
         if self.left == 0:
             self.failed = f"{what} {path.removeprefix(self.root)}"
@@ -38,13 +41,17 @@ _is_hooked = False
 
 
 @contextmanager
-def failing(root: Path, step: int, error: int = errno.ENOSPC) -> Iterator[Step]:
-    """Let write number `step` below a folder fail, in whatever thread; all others work."""
+def failing(root: Path, step: int, error: int = errno.ENOSPC, spared: str = "") -> Iterator[Step]:
+    """Let write number `step` below a folder fail, in whatever thread; all others work.
+
+    Args:
+        spared: writes to paths that end so are not counted, and work.
+    """
     global _now, _is_hooked
     if not _is_hooked:
         sys.addaudithook(_audit)  # which stays for good
         _is_hooked = True
-    _now = Step(str(root), step, error)
+    _now = Step(str(root), step, error, spared)
     os.fsync = _flush
     try:
         yield _now

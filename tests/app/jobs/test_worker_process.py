@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.background import Background
 from app.jobs.worker_process import WorkerProcess
 from app.settings import Settings
 from engines.image import ImageLimits
@@ -27,7 +28,7 @@ def test_the_limits_of_the_server_are_those_of_its_jobs(
 
     async def serve() -> None:
         settings = Settings(max_image_pixels=20_000_000, max_image_bytes=64_000_000)
-        worker = WorkerProcess(tmp_path, settings)
+        worker = WorkerProcess(tmp_path, settings, Background())
         worker.start(at_once())
         while not told:
             await asyncio.sleep(0.01)

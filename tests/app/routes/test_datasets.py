@@ -571,7 +571,7 @@ def test_there_are_three_splits(place: Place, split: str) -> None:
         assert '"code":' in body
 
 
-@pytest.mark.parametrize("category", ["a b", "部品", "a.b", "a" * 65, "a%0a", "%2e%2e", "$(id)"])
+@pytest.mark.parametrize("category", ["a b", "a.b", "a" * 65, "a%0a", "%2e%2e", "$(id)"])
 def test_a_bad_category_is_refused(place: Place, category: str) -> None:
     before = sorted(place.root.rglob("*"))
     answer = place.client.post(f"/datasets/{category}/train?name=1.png", content=image())

@@ -66,6 +66,7 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
     body = answer.json()
     assert list(body) == [
         "id",
+        "part",
         "model_name",
         "model_version",
         "label",

@@ -73,8 +73,10 @@ def test_what_is_answered_holds_now_and_after_a_restart(
 
     async def fail(client: httpx.AsyncClient, _: Any) -> tuple[int, dict[str, Any]]:
         before = await seen(client)
-        for step in range(200):
-            with failing(store.root, step) as write:
+        for step in range(
+            200
+        ):  # a mark of an opening may be missing: what is said holds all the same
+            with failing(store.root, step, spared="/opening") as write:
                 answer = await send(client, store)
             if answer.is_success:
                 break

@@ -166,7 +166,7 @@ def test_a_teacher_made_here_tells_real_defects(assets: Path, tmp_path: Path) ->
     category = Category.find(assets / "data", "hazelnut_toy")
 
     def batches(paths: list[Path]) -> Images:
-        return Images(paths, SIZE, 4, None, progress)
+        return Images(paths, meta, 4, progress)
 
     how = Training(epochs=8, batch=2)
     efficientad.train(model, meta, batches(category.train), how, progress)
