@@ -263,6 +263,8 @@ class Rollout:
             async with self._models.change(name):
                 if self._models.is_away(name) or self._urgent[name]:  # since it was found
                     return
+                if (task := asyncio.current_task()) is not None:  # before it waits for anything
+                    self._replaying[name] = task
                 found: dict[str, Any]
                 if await self._loader.do(lambda: self._is_late(name, version)):
                     found = {"ok": False, "reasons": ["A newer version went live before it."]}
@@ -315,8 +317,6 @@ class Rollout:
         it live where it may.
         """
         began, version = time.perf_counter(), manifest.version
-        if (task := asyncio.current_task()) is not None:
-            self._replaying[name] = task
         limit = manifest.origin.get("max_flips")
         limit = self._settings.gate_flips if limit is None else float(limit)
         against = self._models.live(name)

@@ -430,10 +430,13 @@ def test_a_version_that_is_pruned_while_it_waits_for_the_gate_is_no_failure(
             waiting = [changed(running, threshold=0.6 + n / 100, gate=True) for n in range(4)]
             for n in range(3):
                 changed(running, threshold=0.51 + n / 100)
-        known = running.store.versions(NAME)
-        for one in waiting:
-            if one["version"] in known:
-                running.wait(one["version"], "held", "live", "kept")
+        asked = {one["version"] for one in waiting}
+
+        def settled() -> bool:
+            left = [one for one in running.model()["versions"] if one["version"] in asked]
+            return all(one["state"] in ("held", "live", "kept") for one in left)
+
+        until(settled, running.server.log.read_text)
         time.sleep(1.0)
         assert "Traceback" not in running.server.log.read_text()
 
