@@ -419,7 +419,7 @@ async def _one_by_one(request: Request) -> AsyncIterator[None]:
     lock: asyncio.Lock = request.app.state.submitting
     try:
         await asyncio.wait_for(lock.acquire(), MOST_WAIT_S)
-    except TimeoutError:
+    except asyncio.TimeoutError:  # which is not Python's own before 3.11
         raise NoWorker("The queue does not get on with what was asked; try again later.") from None
     try:
         yield
