@@ -72,17 +72,21 @@ def promise(meta: Meta) -> Promise | None:
     )
 
 
-def drawn_found(meta: Meta) -> tuple[int | None, int | None]:
-    """How many defects were drawn, and how many of them lie above the threshold in force."""
+def drawn_found(meta: Meta, threshold: float | None = None) -> tuple[int | None, int | None]:
+    """How many defects were drawn, and how many of them lie above a threshold; None: not known.
+
+    Args:
+        threshold: raw score; None is the one in force.
+    """
     drawn = (meta.calibration or {}).get("drawn")
     if not isinstance(drawn, dict):
         return None, None
-    scores = drawn.get("scores")
+    scale, scores = Scale.of(meta), drawn.get("scores")
+    limit = scale.raw_threshold if threshold is None else threshold
     if isinstance(scores, list) and scores and all(map(is_number, scores)):
-        limit = Scale.of(meta).raw_threshold
         return len(scores), sum(score > limit for score in scores)
     found, of = _count(drawn.get("found")), _count(drawn.get("of"))
-    if not at_training(meta) or found is None or not of or found > of:
+    if limit != scale.threshold_auto or found is None or not of or found > of:
         return None, None
     return of, found
 

@@ -236,6 +236,10 @@ _UNKNOWN = error_response(
     unknown_model="There is no model 'bolt'; there is 'bracket'.",
     unknown_version="bracket has no version '0009-aaaaaaaaaaaa'; there is '0001-3f9a0c41d2e8'.",
 )
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}},
+    404: _UNKNOWN,
+}
 _UNUSABLE = error_response(
     "The version's files are damaged, or do not fit together. It is put aside.",
     bad_bundle="model.onnx is not the file that was written with the meta.json beside it ...",
@@ -380,7 +384,7 @@ async def version(request: Request, name: Name, version: Version) -> VersionBody
     dependencies=[needs("line")],
     summary="See a part whose verdict changes",
     response_class=Response,
-    responses={200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}}, 404: _UNKNOWN},
+    responses=_PICTURE,
 )
 async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
     """The picture of a part that the new version judges otherwise, as the model sees it."""
@@ -399,7 +403,7 @@ async def flip(request: Request, name: Name, version: Version, number: Number) -
     dependencies=[needs("line")],
     summary="See the pictures that were not learned",
     response_class=Response,
-    responses={200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}}, 404: _UNKNOWN},
+    responses=_PICTURE,
 )
 async def strange(request: Request, name: Name, version: Version) -> Response:
     """Those that are unlike the others, and beside each what is strange about it; up to 20."""

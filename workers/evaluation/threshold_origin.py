@@ -10,7 +10,7 @@ from typing import Any
 
 from engines.limits import Limits
 from engines.meta import Meta
-from engines.promise import FEW_FOUND
+from engines.promise import FEW_FOUND, drawn_found
 from engines.verdict import Scale
 from workers.commands import FEW_PARTS
 from workers.learning.eyesight import LEAST_SIDE, STRONG
@@ -56,7 +56,7 @@ def origin_facts(meta: Meta, threshold: float) -> dict[str, str]:
         "found from": _source(found) + by_hand,
         "promise": _promise(found) if is_own else _promise_of(meta, threshold),
         "defects": _known(found, own),
-        "drawn ones": _drawn(found.get("drawn"), threshold, is_own=is_own),
+        "drawn ones": _drawn(meta, threshold),
         "moved": _moved(found),
     }
     return {name: words for name, words in facts.items() if words}
@@ -65,15 +65,14 @@ def origin_facts(meta: Meta, threshold: float) -> dict[str, str]:
 def origin_notes(meta: Meta, threshold: float) -> list[str]:
     """What makes the threshold doubtful; one sentence each."""
     found, notes = meta.calibration or {}, []
-    is_own = threshold == Scale.of(meta).threshold_auto
-    seen, drawn = _drawn_found(found.get("drawn"), threshold, is_own=is_own)
-    if drawn and seen / drawn < FEW_FOUND:
+    drawn, seen = drawn_found(meta, threshold)
+    if drawn and seen is not None and seen / drawn < FEW_FOUND:
         notes.append(
             f"Only {seen} of {drawn} drawn defects are found at the threshold: it may be blind to"
             " real ones, too. Show the model more pictures, take another backbone or a larger"
             " image_size, or lower the threshold."
         )
-    if not is_own:
+    if threshold != Scale.of(meta).threshold_auto:
         return notes
     parts = found.get("parts")
     if parts is not None and found.get("method") != "kept" and parts < FEW_PARTS:
@@ -179,25 +178,13 @@ def _known(found: dict[str, Any], own: float) -> str:
     return f"{words}; {misses} more would cost over {100 * most:g} % of the good parts"
 
 
-def _drawn(drawn: dict[str, Any] | None, threshold: float, *, is_own: bool) -> str:
-    found, of = _drawn_found(drawn, threshold, is_own=is_own)
-    if not of:
+def _drawn(meta: Meta, threshold: float) -> str:
+    of, found = drawn_found(meta, threshold)
+    if of is None:
         return ""
     return (
         f"{found} of {of} found at {threshold:.4f}: scratches, stains, dents and missing pieces"
         " drawn onto good parts"
-    )
-
-
-def _drawn_found(
-    drawn: dict[str, Any] | None, threshold: float, *, is_own: bool
-) -> tuple[int, int]:
-    """How many of those that any model has to find, and of how many; of 0 where nothing says."""
-    drawn = drawn or {}
-    if scores := drawn.get("scores"):
-        return sum(score > threshold for score in scores), len(scores)
-    return (
-        (drawn.get("found") or 0, drawn.get("of") or 0) if is_own and "found" in drawn else (0, 0)
     )
 
 

@@ -25,7 +25,7 @@ from workers.learning.dataset import (
 )
 from workers.learning.drawn_defects import Drawn
 from workers.learning.eyesight import Judge, drawn_scores
-from workers.learning.normal_scores import USUAL_SCALE, NormalScores
+from workers.learning.normal_scores import NormalScores
 from workers.learning.same_part import known_again, looks, same_part
 from workers.learning.strange import LEAST
 from workers.learning.strange import strange as find_strange
@@ -142,7 +142,7 @@ class Normals:
     on: NDArray[np.uint8]
     judge: Judge
     progress: Progress
-    usual_scale: float = USUAL_SCALE
+    usual_scale: float
 
     def drawn(self) -> list[tuple[Drawn, float]]:
         """Defects drawn onto normal pictures, and their scores."""
@@ -169,14 +169,16 @@ def leave_each_out(
         return replace(_nothing_new(course, category, before), known=known, strange=strange)
     lesson, learned = course.learn(new)
     parts, own = _left_out(course, lesson)
-    first = ~known_again(looks(lesson.descriptors()), before.looks)[: len(own)]
+    seen = looks(lesson.descriptors())
+    first = ~known_again(seen, before.looks)[: len(own)]
     scale = course.kind.USUAL_SCALE
     found = np.flatnonzero(first)[find_strange(own[first], before, scale)]
     if not keep_strange and len(found):
         strange += [learned[number] for number in lesson.pictures[found]]
         kept = np.setdiff1d(np.arange(len(own)), found)
         lesson = lesson.keeping(kept, course.progress)
-        learned, first = [path for path in learned if path not in strange], first[kept]
+        learned = [path for path in learned if path not in strange]
+        seen, first = seen[kept], first[kept]
         parts, own = _left_out(course, lesson)
         first = first[: len(own)]
     _say_strange(course.progress, strange)
@@ -184,7 +186,7 @@ def leave_each_out(
     learned_marks, strange_marks = (
         tuple(marks[path] for path in paths) for paths in (learned, strange)
     )
-    new_looks = looks(lesson.descriptors())[: len(own)][first]
+    new_looks = seen[: len(own)][first]
     learned_scores = before.followed_by(
         KnownScores(own[first], parts[first], learned_marks, strange_marks, new_looks)
     )
@@ -249,8 +251,9 @@ def _spread_of_learned(course: Course, learned: list[Path]) -> float:
     """How far new scores will spread: wider than those of what was learned for many epochs."""
     scores = np.unique(course.judge([learned[n] for n in _evenly(len(learned), LOOKED_AT)]).scores)
     if len(scores) < 2 or not np.isfinite(scores).all():
-        return USUAL_SCALE
-    return max(USUAL_SCALE, WIDER * NormalScores.of(scores.astype(np.float64)).scale)
+        return float(course.kind.USUAL_SCALE)
+    wide = WIDER * NormalScores.of(scores.astype(np.float64)).scale
+    return float(max(course.kind.USUAL_SCALE, wide))
 
 
 def _nothing_new(course: Course, category: Category, before: KnownScores) -> Normals:
@@ -277,7 +280,7 @@ def _from_tests(course: Course, tests: Judged, learned: list[Path], method: str)
         tests.pictures[to_draw_on(scores.parts, scores.scores, scores.scores)],
         lambda picture, _: float(course.kind.scores(course.model, [picture[None]])[0]),
         course.progress,
-        getattr(course.kind, "USUAL_SCALE", USUAL_SCALE),
+        course.kind.USUAL_SCALE,
     )
 
 

@@ -8,8 +8,8 @@
 - `graph(model, half)`: the module and the inputs that are exported.
 - `SCORE_KIND`: what a score means. `LEARNED`: the key of meta.json that names the file of what was
   learned beside the weights, which `load(model, path)` reads; None where the weights are all.
-- `INCREMENTAL`: whether an update with a few images is quick and leaves other scores as they were;
-  of such kinds `USUAL_SCALE` says how far the scores of normal parts are expected to spread.
+- `INCREMENTAL`: whether an update with a few images is quick and leaves other scores as they were.
+- `USUAL_SCALE`: how far scores of normal parts are expected to spread, as a share of the median.
 """
 
 from __future__ import annotations

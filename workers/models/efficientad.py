@@ -36,6 +36,7 @@ Batches = Iterable[NDArray[np.uint8]]
 SCORE_KIND = "efficientad/combined-map"  # the largest value of anomalib's anomaly_map
 LEARNED = None  # model.pth is all there is
 INCREMENTAL = False
+USUAL_SCALE = 0.05  # of new normal parts: at least; see `hold_some_out`
 
 CHANNELS = 384  # of what the teacher says of a patch
 SMALLEST_PX = 256  # the encoder halves five times, and then takes 8 x 8

@@ -35,6 +35,7 @@ State = dict[str, torch.Tensor]
 SCORE_KIND = "vae/local-mean-error"  # its largest value, in standard deviations of normal parts
 LEARNED = None  # model.pth is all there is
 INCREMENTAL = False
+USUAL_SCALE = 0.05  # of new normal parts: at least; see `hold_some_out`
 
 SMALLEST_PX = 64
 WIDTH = 32  # channels of the outermost layer; twice as many inside
