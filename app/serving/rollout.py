@@ -72,6 +72,7 @@ class Rollout:
         self._replay = GateReplay(store, inspector)
         self._probation = Probation(settings)
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
+        self._going_live: set[tuple[str, str]] = set()  # being written down
         self._failed: dict[tuple[str, str], float] = {}  # when, on the monotonic clock
         inspector.on_verdict = self._on_verdict
         models.on_refused = lambda name: self.on_swap(name, "refused")
@@ -464,8 +465,11 @@ class Rollout:
     def is_coming(self, name: str, version: str) -> bool:
         """Whether a version is written down as the live one, and not in memory yet. In any thread.
 
-        Not where it cannot be used, so that another one stands in.
+        Also while it is being written down: what the gate found stands there first. Not where it
+        cannot be used, so that another one stands in.
         """
+        if (name, version) in self._going_live:
+            return True
         pointer = self._store.pointer(name)
         named = pointer is not None and pointer.live == version
         return named and name not in self._residents.standing_in
@@ -473,9 +477,12 @@ class Rollout:
     async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
         """On the disk first: after a power cut the version that was named last comes back."""
         name, version = model.name, model.version
-
-        await self._loader.write(lambda: self._store.activate(name, version, found))
-        self._models.put(model)
+        self._going_live.add((name, version))
+        try:
+            await self._loader.write(lambda: self._store.activate(name, version, found))
+            self._models.put(model)
+        finally:
+            self._going_live.discard((name, version))
         self.on_swap(name, "by_hand" if found.get("by_hand") else "live")
         log.info("Live: %s", describe(model))
         await self._prune_one(name)

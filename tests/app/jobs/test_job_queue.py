@@ -35,6 +35,8 @@ from support.server import RAW, ROOT, agreed, serving
 from support.waiting import alive, until
 from workers.sample_parts.write_dataset import write_dataset
 
+SLOWER_THAN_A_JOB_ENDS = SLOW_DISK.replace("sleep(1)", "sleep(4)")
+
 DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 
 
@@ -106,7 +108,7 @@ def photo(sample_data: Path) -> bytes:
 def taught(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data folder of a server that has learned the sample parts over HTTP. To be copied."""
     folder = tmp_path_factory.mktemp("taught")
-    with learning(folder, sample_data) as line:
+    with learning(folder, sample_data, ("-c", SLOWER_THAN_A_JOB_ENDS)) as line:
         found = ended(line, ask(line, FIRST))
         assert found["outcome"] == "live", (found, log_of(line, found["id"]))
     return folder / "data"
@@ -243,8 +245,7 @@ def test_two_pictures_of_a_new_normal_are_enough_for_an_update(
     They move it far, so a person has to look. However slow the disk is: when a version is said to
     be live, it answers.
     """
-    slower_than_the_job_ends = SLOW_DISK.replace("sleep(1)", "sleep(4)")
-    with learning(own, sample_data, ("-c", slower_than_the_job_ends)) as line:
+    with learning(own, sample_data, ("-c", SLOWER_THAN_A_JOB_ENDS)) as line:
         new = [picture(200, 300), picture(210, 300)]
         files = [
             ("file", (f"{n}.png", saved(Image.fromarray(one), "PNG"))) for n, one in enumerate(new)

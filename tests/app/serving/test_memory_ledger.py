@@ -325,7 +325,7 @@ def test_under_load_every_answer_is_the_right_verdict_or_says_that_the_model_res
 
     def send(name: str) -> None:
         with httpx.Client(base_url=turns.url, timeout=60, trust_env=False) as client:
-            while not done.wait(0.05):
+            while not done.wait(0.2):
                 answer = client.post(f"/infer?model={name}", content=photo(2), headers=RAW)
                 seen[name, answer.status_code] += 1
                 body = answer.json()
@@ -345,8 +345,9 @@ def test_under_load_every_answer_is_the_right_verdict_or_says_that_the_model_res
         thread.start()
     try:
         until(
-            lambda: rests() - before > 4 and all(seen[name, 200] > 1 for name in names),
+            lambda: rests() - before > 2 and all(seen[name, 200] > 1 for name in names),
             lambda: f"{rests() - before} rests, {dict(seen)}",
+            within_s=180,  # the thread that loads has what the parts leave
         )
     finally:
         done.set()
