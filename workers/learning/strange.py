@@ -12,7 +12,7 @@ from workers.learning.normal_scores import USUAL_SCALE, NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
 LEAST = 8  # pictures, fewer of which do not say what is usual
-ODDS = 0.005  # of a normal part to score as high, where earlier ones are known
+ODDS = 0.004  # of a normal part to score as high, where earlier ones are known
 ODDS_ALONE = 0.001  # where none are
 
 SHOWN = 20  # pictures on a sheet
@@ -26,8 +26,10 @@ def strange(
     """Which pictures score, by a model without them, as hardly any normal part would.
 
     The highest scores are not believed to be of normal parts: two defective pictures among twenty
-    would make room for themselves. New light or a new place raises all scores: then those that are
-    known are raised as much before they are compared.
+    would make room for themselves. Where earlier ones are known, those say how far scores spread,
+    and the highest new ones are left out; else only that they are high is believed of them. New
+    light or a new place raises all scores: then the known ones are raised as much before they are
+    compared.
 
     Args:
         scores: (n,) of the new pictures.
@@ -40,12 +42,13 @@ def strange(
     unsure = int(MOST * len(scores))
     if len(scores) < LEAST or not unsure or _alike(scores, unsure):
         return np.empty(0, np.int64)
-    raised, odds = np.empty(0), ODDS_ALONE
     if len(known) >= LEAST:
-        raised, odds = known.scores * max(1.0, np.median(scores) / np.median(known.scores)), ODDS
-    limit = NormalScores.of(np.concatenate([raised, scores]), unsure, usual_scale).limit(odds)
-    if len(raised):
+        raised = known.scores * max(1.0, np.median(scores) / np.median(known.scores))
+        usual = np.concatenate([raised, np.sort(scores)[:-unsure]])
+        limit = NormalScores.of(usual, 0, usual_scale).limit(ODDS)
         limit = max(limit, float(np.sort(raised)[-2]))  # two that are known are as high
+    else:
+        limit = NormalScores.of(scores, unsure, usual_scale).limit(ODDS_ALONE)
     found = np.flatnonzero(scores > limit)
     return found if len(found) <= unsure else np.empty(0, np.int64)
 
