@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.image import ImageLimits
 from workers.commands import cache_folder, must_be_there, run, show, summarise_conversion
 from workers.models import KINDS

@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.image import ImageLimits
 from workers.commands import run, show
 from workers.progress import Progress

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.image import ImageLimits
 from workers.commands import INTERRUPTED, must_be_there, run, show
 from workers.models import KINDS

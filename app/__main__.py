@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+import engines.missing_packages  # noqa: F401 (it says what to install)
 from app.http.starting import Starting
-from engines.errors import EXIT_CODE, BadSettings, KensaError
+from engines.errors import EXIT_CODE, BadRequest, BadSettings, KensaError
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -25,22 +27,20 @@ TAKE_OVER_S = 5.0  # that a server may take to end, beside its grace ...
 MOST_GRACE_S = 60  # ... of which more is not waited for
 LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
 
+COMMANDS = {
+    "learn": "learn from a folder of good parts, and hand the model to the server that runs here",
+    "doctor": "look at this machine: what it has, what fits, what is wrong, what to type for it",
+    "threshold": "show or change the threshold of a model in a folder",
+    "keys": "make, show and remove API keys",
+}
+
 log = logging.getLogger("kensa")
 
 
 def main() -> None:
     """The command. Exits with 0 when told to stop, with 2 and one sentence at a wrong setting."""
-    if sys.argv[1:2] == ["keys"]:
-        _keys(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["doctor"]:
-        from app.watching.doctor.command import command
-
-        sys.exit(command(sys.argv[2:]))
-    if sys.argv[1:2] == ["threshold"]:
-        from engines.threshold_command import main as threshold
-
-        sys.exit(threshold(sys.argv[2:]))
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.exit(_command(sys.argv[1], sys.argv[2:]))
     # Early, so imports that take time come after: process 1 of a container hears no signal that it
     # has no handler for. uvicorn raises it again once it has stopped in good order: no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -133,7 +133,8 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
     from app.http.connection import BACKLOG, Connection, room_for_connections
-    from app.main import create_app, version
+    from app.main import create_app
+    from app.settings import version
     from engines.runtimes import cuda
 
     cuda.when_lost(_end_soon)
@@ -176,14 +177,62 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     Server(config).run(sockets=[listener])
 
 
-def _keys(arguments: list[str]) -> None:
-    from app.http.keys import command
-
+def _command(name: str, arguments: list[str]) -> int:
+    """Do what one of the sub-commands does; its exit code."""
     try:
-        command(arguments)
+        if name == "learn":
+            _learn(arguments)
+        elif name == "doctor":
+            from app.watching.doctor.command import command as doctor
+
+            return doctor(arguments)
+        elif name == "threshold":
+            from engines.threshold_command import main as threshold
+
+            return threshold(arguments)
+        elif name == "keys":
+            from app.http.keys import command as keys
+
+            keys(arguments)
+        else:
+            raise BadRequest(
+                f"There is no command {name!r}. There are {', '.join(COMMANDS)}; without one, kensa"
+                " serves. kensa --help says more."
+            )
     except KensaError as error:
         sys.stderr.write(f"kensa: {error}\n")
-        sys.exit(EXIT_CODE)
+        return EXIT_CODE
+    return 0
+
+
+def _learn(arguments: list[str]) -> NoReturn:
+    """Become the process that learns: a server never loads what that takes."""
+    from app.settings import Settings
+
+    settings = Settings.read()
+    limits = "KENSA_MAX_IMAGE_BYTES", "KENSA_MAX_IMAGE_PIXELS"
+    given = [f"--{name.removeprefix('KENSA_').lower()}={os.environ[name]}"
+             for name in limits if os.environ.get(name)]  # fmt: skip
+    if _serves(settings.data):
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        given += ["--server", url, str(settings.data)]
+    words = [sys.executable, "-m", "workers.learn", *given, *arguments]
+    os.execv(sys.executable, words)  # it gets the terminal, and Ctrl-C
+
+
+def _serves(data: Path) -> bool:
+    """Whether a server has this data folder."""
+    try:
+        folder = os.open(data, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _is_locked(folder)
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -217,20 +266,34 @@ def _log_lines(settings: Settings) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from app.settings import table
+    from app.settings import GROUPS, PREFIX, table
 
-    lines = [
-        f"  {name} ({f'default {default}' if default else 'not set'})\n      {meaning}"
-        for name, default, _, meaning in table()
-    ]
-    return argparse.ArgumentParser(
+    lines = []
+    for name, default, _, meaning in table():
+        if (group := GROUPS.get(name.removeprefix(PREFIX).lower())) is not None:
+            lines += ["", f"{group}:"]
+        lines += [
+            f"  {name} ({f'default {default}' if default else 'not set'})",
+            f"      {meaning}",
+        ]
+    commands = [f"  kensa {name:<10} {meaning}" for name, meaning in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
         prog="kensa",
-        description="Serve a model over HTTP. Settings are environment variables:\n"
-        + "\n".join(lines),
-        epilog="kensa keys --help says how API keys are made; kensa doctor looks at this machine;"
-        " kensa threshold --help says how a model's threshold is changed in a folder.",
+        usage="kensa [-h] [--version] | kensa COMMAND ...",
+        description="Without a command: serve the models over HTTP.\n\n"
+        + "\n".join(["commands, each with a --help of its own:", *commands]),
+        epilog="\n".join(["Settings are environment variables.", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="which Kensa this is")
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from app.settings import version
+
+        parser.exit(0, f"kensa {version()}\n")
 
 
 if __name__ == "__main__":

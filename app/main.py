@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -32,7 +31,7 @@ from app.serving.inspection import Inspection, Inspector
 from app.serving.model_manager import ModelManager
 from app.serving.rollout import Rollout
 from app.serving.stale_plans import StalePlans
-from app.settings import Settings
+from app.settings import Settings, version
 from app.watching.health import Health
 from app.watching.metrics import Metrics
 from engines.errors import BadRequest, KensaError, UnsupportedBody
@@ -172,14 +171,6 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if error.status == _UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return _form(request, error.status, str(error), error.code, headers)
-
-
-def version() -> str:
-    """Kensa's version; 0 in a checkout that was never installed."""
-    try:
-        return metadata.version("kensa")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 def _form(

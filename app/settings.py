@@ -7,7 +7,7 @@ They come from environment variables with the prefix `KENSA_`. Nobody else reads
 from __future__ import annotations
 
 import os
-import re
+from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.errors import BadSettings
+from engines.files import name_of_folder
 from engines.promise import FEW_FOUND
 from engines.queue.fleet import Fleet
 
@@ -434,12 +435,6 @@ class Settings(BaseSettings):
         return data.absolute()
 
 
-def name_of_folder(folder: Path) -> str:
-    """The model's name that a folder's name makes; "" where it has no letter and no digit."""
-    name = re.sub(r"[^\w-]+", "-", normalize("NFC", folder.resolve().name)).strip("-")[:64]
-    return name if re.search(r"[^\W_]", name) else ""
-
-
 def _listed(names: str) -> list[str]:
     return [name.strip().lower() for name in names.split(",") if name.strip()]
 
@@ -452,6 +447,18 @@ def unknown_variables() -> list[str]:
     )
 
 
+GROUPS = {  # of the table, by the setting that each begins with
+    "data_dir": "Models and their versions",
+    "gate_flips": "The gate, and the first parts of a new version",
+    "model_memory_mib": "Memory",
+    "job_memory": "Jobs",
+    "host": "Who may ask, and how many",
+    "runtime": "Inference",
+    "queue_size": "Parts",
+    "cache_dir": "The process",
+}
+
+
 def table() -> list[tuple[str, str, str, str]]:
     """One row for each setting: variable, default ("" for none), unit, meaning."""
     rows = []
@@ -461,3 +468,11 @@ def table() -> list[tuple[str, str, str, str]]:
         default = "" if field.default is None else str(field.default)
         rows.append((f"{PREFIX}{name}".upper(), default, unit, field.description or ""))
     return rows
+
+
+def version() -> str:
+    """Kensa's version; 0 in a checkout that was never installed."""
+    try:
+        return metadata.version("kensa")
+    except metadata.PackageNotFoundError:
+        return "0"

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 _NOT_IN_UTF_8 = re.compile(r"[\ud800-\udfff]")  # as Python reads bytes that are not UTF-8
 
@@ -189,3 +190,9 @@ def print_anything() -> None:
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def name_of_folder(folder: Path) -> str:
+    """The model's name that a folder's name makes; "" where it has no letter and no digit."""
+    name = re.sub(r"[^\w-]+", "-", normalize("NFC", folder.resolve().name)).strip("-")[:64]
+    return name if re.search(r"[^\W_]", name) else ""

@@ -15,6 +15,15 @@ Kind = Literal["patchcore", "padim", "efficientad", "vae"]
 
 FORMAT = 1
 
+# What a first model is where nobody says otherwise; docs/models.md says how it was chosen.
+FIRST: dict[str, Any] = {
+    "model": "patchcore",
+    "backbone": "tf_efficientnet_lite0",
+    "layers": ["blocks.2", "blocks.4"],
+    "coreset_ratio": 0.1,
+    "image_size": 256,
+}
+
 # The key that only one kind of model has: how a file without `model` says what it is.
 _TELLTALE: dict[str, Kind] = {
     "coreset_ratio": "patchcore",

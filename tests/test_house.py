@@ -21,13 +21,13 @@ from support.project import ROOT
 # what is in its own room; never what is beside it or above.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
-        ("errors", "files", "logs"), ("image_files",), ("image", "meta"), ("verdict",), ("limits",),
-        ("promise",), ("store",), ("queue",), ("machine",), ("runtimes",),
-        ("serving", "inference_command", "threshold_command"),
+        ("errors", "files", "logs"), ("image_files", "missing_packages"), ("image", "meta"),
+        ("verdict",), ("limits",), ("promise",), ("store",), ("queue",), ("machine",),
+        ("runtimes",), ("serving", "inference_command", "threshold_command"),
     ),
     "workers": (
         ("progress",), ("commands",), ("models", "sample_parts"), ("distil", "learning"),
-        ("converting",), ("evaluation", "importing", "jobs", "demo"),
+        ("converting",), ("evaluation", "importing", "jobs"), ("demo", "learn"),
     ),
     "app": (
         ("settings", "background"), ("jobs",), ("serving",), ("watching",), ("http",),

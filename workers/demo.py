@@ -18,18 +18,11 @@ from typing import Any
 import httpx
 
 from engines.errors import BadSettings, BadWeights, RuntimeFailed
-from engines.meta import Meta
+from engines.meta import FIRST, Meta
 from workers.commands import run, summarise_conversion, summarise_training
 from workers.progress import Progress
 from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
-HYPER_PARAMETERS = {
-    "model": "patchcore",
-    "backbone": "resnet18",
-    "layers": ["layer2", "layer3"],
-    "coreset_ratio": 0.1,
-    "image_size": 256,
-}
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 30.0
 TERMINATED = 143  # what shells expect after SIGTERM
@@ -39,14 +32,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo ARGS=...", description=__doc__.split("\n")[0])
     parser.add_argument("--port", type=int, default=8000, help="of the server (default 8000)")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="(default .demo)")
+    parser.add_argument("--once", action="store_true", help="judge the parts and end")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so the server ends, too
     progress = Progress()
-    return run(lambda: demo(flags.folder.resolve(), flags.port, progress), progress)
+    stay = not flags.once
+    return run(lambda: demo(flags.folder.resolve(), flags.port, progress, stay=stay), progress)
 
 
-def demo(folder: Path, port: int, progress: Progress) -> None:
-    """Draw, learn, convert, serve, inspect; stay until Ctrl-C."""
+def demo(folder: Path, port: int, progress: Progress, *, stay: bool = True) -> None:
+    """Draw, learn, convert, serve, inspect; stay until Ctrl-C, or end."""
     _must_be_free(port)
     progress.say(f"1/4  drawing sample parts into {folder / 'data'}")
     data = write_dataset(folder / "data")
@@ -57,7 +52,8 @@ def demo(folder: Path, port: int, progress: Progress) -> None:
     progress.say(f"4/4  starting the server on port {port}")
     with _Server(engine, port) as server:
         _inspect(server, data)
-        server.run_until_stopped()
+        if stay:
+            server.run_until_stopped()
 
 
 def _must_be_free(port: int) -> None:
@@ -77,7 +73,7 @@ def _learn(data: Path, models: Path, progress: Progress) -> Path:
 
     meta_json = models / "meta.json"
     models.mkdir(parents=True, exist_ok=True)
-    Meta.model_validate(HYPER_PARAMETERS).write(meta_json)
+    Meta.model_validate(FIRST).write(meta_json)
     trained = models / "trained"
 
     def learn(weights: str | None) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from starlette.requests import ClientDisconnect
 
 from engines.errors import DeadlineExceeded
 
-LEFT_TO_THE_SERVER_MS = 3_600_000  # for a request that leaves it to the server
 Result = TypeVar("Result")
 
 
 async def within_deadline(
     request: Request,
     work: Coroutine[Any, Any, Result],
-    within_ms: int = LEFT_TO_THE_SERVER_MS,
+    within_ms: int | None = None,
     since: float | None = None,
 ) -> Result:
     """The result of `work`, which is cancelled once nobody wants it any more.
@@ -27,13 +26,15 @@ async def within_deadline(
     The whole body of the request must have been read.
 
     Args:
+        within_ms: None leaves it to the server.
         since: when that was, on `time.monotonic`'s clock; now where it is not given.
 
     Raises:
         DeadlineExceeded: it is not there within so many milliseconds, or KENSA_DEADLINE_MS.
         ClientDisconnect: the client has closed the connection.
     """
-    within_ms = min(within_ms, request.app.state.settings.deadline_ms)
+    most_ms: int = request.app.state.settings.deadline_ms
+    within_ms = min(within_ms or most_ms, most_ms)
     left_s = within_ms / 1000 + (0.0 if since is None else since - time.monotonic())
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
     try:

@@ -1,10 +1,13 @@
-"""A zip that somebody sent -> the files of one model. Nothing in it decides where they go."""
+"""The files of one model as a zip: of one that somebody sent nothing decides where they go."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from engines.errors import BadBundle, BadMeta, BadRequest, UploadTooLarge
 from engines.meta import Meta
@@ -14,6 +17,7 @@ from engines.store.known_scores import SCORES
 from engines.store.versions import META
 from engines.store.zip_guards import DAMAGED, PIECE, opened_zip, unusual_compression
 
+SENT_AT_ONCE = 1 << 18  # bytes
 MAX_ENTRIES = 1000
 MAX_META = 1 << 20  # bytes; a meta.json has about a thousand
 MAX_LIST = 1 << 20  # bytes of a zip's list of files
@@ -52,6 +56,43 @@ def unpack_model(zipped: Path, folder: Path, most: int) -> None:
             path = PurePosixPath(entry.filename)
             if path.parent == inside and path.name in wanted:
                 left -= _extract(archive, entry, folder / path.name, left)
+
+
+def pack_model(files: dict[str, BinaryIO]) -> Iterator[bytes]:
+    """A zip of open files, in pieces: it is never whole in memory or on the disk. Closes them.
+
+    Nothing is compressed: banks and weights would hardly become smaller.
+    """
+    written = _Written()
+    with contextlib.ExitStack() as opened:
+        for file in files.values():
+            opened.enter_context(file)
+        with zipfile.ZipFile(written, "w") as archive:
+            for name, file in files.items():
+                with archive.open(name, "w", force_zip64=True) as entry:
+                    while piece := file.read(SENT_AT_ONCE):
+                        entry.write(piece)
+                        yield written.taken()
+        yield written.taken()
+
+
+class _Written(io.RawIOBase):
+    """What a zip has come to so far; it cannot go back in it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        return len(data)
+
+    def taken(self) -> bytes:
+        """What was written since the last time."""
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
 
 
 def _wanted(folder: Path) -> set[str | None]:

@@ -298,6 +298,8 @@ class JobQueue:
         if job["state"] in ("running", "failed", "succeeded"):
             progress = folder.progress()
             progress.pop("pid", None)
+            if job["state"] == "running" and progress.get("phase") in ("failed", "succeeded"):
+                progress["phase"] = "ending"  # the queue does not know of it yet
             job["progress"] = progress or None
         if job["version"] is not None:
             with contextlib.suppress(OSError):  # of a model that cannot be read

@@ -17,7 +17,7 @@ from app.http.accept import Answer, wanted
 from app.http.access import needs
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
-from app.http.deadlines import LEFT_TO_THE_SERVER_MS, within_deadline
+from app.http.deadlines import within_deadline
 from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, in_header, part_of
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
@@ -205,15 +205,18 @@ _PART_PARAMETER = {
 )
 async def infer(
     request: Request,
-    model: Annotated[
-        str, Query(description="The model's name; may be left out.", examples=["bracket"])
-    ] = "",
+    model: Annotated[str, Query(description="The model's name; may be left out.")] = "",
     heatmap: Annotated[
         bool, Query(description="Add a heat map to the JSON answer: where the part differs.")
     ] = False,
     deadline_ms: Annotated[
-        int, Query(ge=1, description="Answer 504 after so many ms; at most KENSA_DEADLINE_MS.")
-    ] = LEFT_TO_THE_SERVER_MS,
+        int | None,
+        Query(
+            ge=1,
+            description="Answer 504 after so many ms; KENSA_DEADLINE_MS at most, and where it is"
+            " left out.",
+        ),
+    ] = None,
     part: Annotated[str, Query(description=MEANING, json_schema_extra=SCHEMA)] = "",
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.

@@ -24,7 +24,6 @@ from app.jobs.job_queue import ENDED, JobQueue
 from app.serving.model_manager import ModelManager
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import job_memory
-from engines.meta import Meta
 from engines.queue.job_requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
 from engines.queue.schedules import NAME
 from engines.store.datasets import Datasets
@@ -173,9 +172,9 @@ _ASKED: dict[int | str, dict[str, Any]] = {
     422: problem(
         "What is asked for does not fit.",
         bad_request="The body parameter epochs is wrong: Input should be at least 1.",
-        bad_meta="bolt was never trained: say its kind and, in meta, its hyper-parameters ...",
+        bad_meta="Every version of bolt was held by the gate or rolled back from: name the one ...",
         bad_dataset="The category bolt has no training images: POST some to /datasets/bolt/train.",
-        bad_weights="bracket 0001-... has no model.pth, so nothing can be learned on top of it ...",
+        bad_weights=".../weights/resnet18.safetensors does not exist: put the weights there, ...",
         bad_bundle="...manifest.json is damaged ...",
     ),
     503: _NO_WORKER,
@@ -380,7 +379,7 @@ async def schedules(request: Request) -> SchedulesBody:
         422: problem(
             "No such time, or what is to be learned does not fit.",
             bad_request="'25 * * *' is no cron expression: it takes minute, hour, ...",
-            bad_meta="bolt was never trained: say its kind and, in meta, its hyper-parameters ...",
+            bad_meta="Every version of bolt was held by the gate or rolled back from: ...",
             bad_dataset="The category bolt has no training images: POST some to ...",
         ),
         503: _NO_WORKER,
@@ -441,17 +440,13 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             f"The category {body.category} has no training images:"
             f" POST some to /datasets/{body.category}/train."
         )
+    body.weights(request.app.state.settings.data)
     store: Store = request.app.state.store
     is_named = body.version is not None and bool(store.versions(body.model))
     if not is_named and store.to_start_from(body.model) is None:
         if body.kind is None:
             _must_have_none(store, body.model)
-            raise BadMeta(
-                f"{body.model} was never trained: say its kind and, in meta, its hyper-parameters,"
-                ' such as {"backbone": "resnet18", "layers": ["layer2", "layer3"],'
-                ' "coreset_ratio": 0.1, "image_size": 256}.'
-            )
-        Meta.parse({"model": body.kind, **body.meta})
+        body.first_meta()
     _check_version(request, body)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
+from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
-from app.http.model_zip import unpack_model
+from app.http.model_zip import pack_model, unpack_model
 from app.http.uploads import receive, upload_folder
 from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout
@@ -26,8 +28,9 @@ from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.promise import drawn_found, promise
 from engines.queue.job_requests import few_keys
-from engines.store.bundle import ONNX, read_strange
+from engines.store.bundle import ONNX, PLAN, read_strange
 from engines.store.datasets import Datasets, room
+from engines.store.plan_record import PLAN_RECORD
 from engines.store.versions import META, NAME, Store
 from engines.verdict import Label, Scale
 
@@ -229,6 +232,7 @@ Version = Annotated[
 ]
 Number = Annotated[int, InPath(ge=0, le=999_999, description="As in `gate.flips`.", examples=[0])]
 
+ZIP = "application/zip"
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 
 _UNKNOWN = error_response(
@@ -416,6 +420,41 @@ async def strange(request: Request, name: Name, version: Version) -> Response:
     if (picture := await _look(look)) is None:
         raise UnknownVersion(f"No picture was left out of {name} {version} as strange.")
     return Response(picture, media_type="image/jpeg")
+
+
+@router.get(
+    "/models/{name}/versions/{version}/archive",
+    dependencies=[needs("admin")],
+    summary="Download a version",
+    response_class=StreamingResponse,
+    responses={
+        200: {"description": "A zip that POST /models takes.", "content": {ZIP: _FILE}},
+        404: _UNKNOWN,
+        422: _UNUSABLE,
+    },
+)
+async def archive(request: Request, name: Name, version: Version) -> StreamingResponse:
+    """A zip of its files, for a backup or another server; without the plan, which is this one's."""
+    store = _store(request)
+
+    def opened() -> dict[str, BinaryIO]:
+        folder, known = store.folder(name, version), store.manifest(name, version).files
+        with contextlib.ExitStack() as stack:
+            files: dict[str, BinaryIO] = {
+                file: stack.enter_context((folder / file).open("rb"))
+                for file in known
+                if file not in (PLAN, PLAN_RECORD)
+            }
+            stack.pop_all()  # who packs them closes them
+            return files
+
+    try:
+        files = await _look(opened)
+    except FileNotFoundError as error:
+        raise BadBundle(f"{name} {version} is not whole: {error.filename} is gone.") from error
+    saved_as = f"attachment; filename*=UTF-8''{quote(f'{name}-{version}.zip')}"
+    headers = {"Content-Disposition": saved_as}
+    return StreamingResponse(pack_model(files), media_type=ZIP, headers=headers)
 
 
 @router.post(

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from app.http.access import needs
 from app.http.base_body import error_response
 from app.http.body_limit import body_of
-from app.http.deadlines import LEFT_TO_THE_SERVER_MS, within_deadline
+from app.http.deadlines import within_deadline
 from app.http.part import checked, in_header, part_of
 from app.http.request_log import request_id
 from app.open_inference.bodies import (
@@ -313,7 +313,7 @@ async def infer(request: Request, model: Called) -> Response:
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admission.admitted():
-            within_ms = math.ceil(wanted.timeout_us / 1000) or LEFT_TO_THE_SERVER_MS
+            within_ms = math.ceil(wanted.timeout_us / 1000) or None
             answering = _answer(inspector, held, wanted)
             content, json_length = await within_deadline(request, answering, within_ms, arrived)
     headers = {"X-Request-ID": request_id(request), **in_header(called)}

@@ -23,9 +23,10 @@ from app.serving.inspection import Inspector
 from app.serving.model_manager import ENDED_IT, ModelManager
 from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
-from app.settings import Settings, name_of_folder
+from app.settings import Settings
 from engines import promise
 from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownVersion
+from engines.files import name_of_folder
 from engines.limits import asked_for
 from engines.meta import Meta
 from engines.serving import gate

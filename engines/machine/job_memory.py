@@ -110,5 +110,5 @@ def _least(free: Free) -> int:
 
 def _meta(folder: Path | None, request: RetrainRequest) -> Meta:
     if folder is None:
-        return Meta.parse({"model": request.kind, **request.meta})
+        return request.first_meta()
     return Meta.read(folder / META).with_(**request.meta)

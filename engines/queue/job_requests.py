@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from engines.errors import BadWeights
 from engines.limits import LEAST_SHARE
-from engines.meta import Kind
+from engines.meta import FIRST, Kind, Meta
 from engines.store.versions import NAME, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
@@ -62,15 +64,19 @@ class RetrainRequest(JobRequest):
     """Learn from the images of a category, and put the result in the place of the live version."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "bracket", "category": "bracket"}]}
+        json_schema_extra={"examples": [{"model": "my-part", "category": "my-part"}]}
     )
 
     category: str = Field(pattern=NAME, description="The dataset, as in /datasets.")
-    kind: Kind | None = Field(None, description="Needed for the first training of a model.")
+    kind: Kind | None = Field(
+        None,
+        description="For a first training; without it, PatchCore. To begin anew with a model whose"
+        " versions were all held or rolled back from, say it.",
+    )
     meta: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys of meta.json: all hyper-parameters for a first training, else those that"
-        " change.",
+        description="Keys of meta.json that are to be otherwise: than in the version to start from,"
+        " or, in a first training, than PatchCore's usual ones. Another kind needs all of its own.",
     )
     update: bool = Field(
         True,
@@ -81,7 +87,7 @@ class RetrainRequest(JobRequest):
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="For a first training: a file in the folder weights of the data folder, or the"
-        " word untrained. Without it, timm's weights.",
+        " word untrained. Without it, the backbone's own, of a package, timm's cache or the hub.",
     )
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the images.")
     batch: int = Field(4, ge=1, le=256, description="Images at once.")
@@ -118,11 +124,38 @@ class RetrainRequest(JobRequest):
             )
         return meta
 
+    def weights(self, data: Path) -> str | None:
+        """The weights that it names, in a data folder; None for the backbone's own.
+
+        Raises:
+            BadWeights: they are not there.
+        """
+        if self.pretrained in (None, "untrained"):
+            return self.pretrained
+        path = data / "weights" / str(self.pretrained)
+        if not path.is_file():
+            raise BadWeights(
+                f"{path} does not exist: put the weights there, or leave pretrained out."
+            )
+        return str(path)
+
+    def first_meta(self) -> Meta:
+        """What a first training makes: as asked, and PatchCore's usual keys where none are said.
+
+        Raises:
+            BadMeta: keys are missing or contradict each other.
+        """
+        usual = FIRST if self.kind in (None, FIRST["model"]) and "backbone" not in self.meta else {}
+        kind = {"model": self.kind or FIRST["model"]}
+        if usual and "layers" in self.meta:  # which are of a backbone that it does not name
+            usual = {key: value for key, value in FIRST.items() if key != "backbone"}
+        return Meta.parse({**usual, **self.meta, **kind})
+
 
 class ConvertRequest(JobRequest):
     """Make an engine of a version that has weights, as convtrt.py does."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bracket"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "my-part"}]})
 
     opset: Literal[17, 18] = Field(17, description="Of the ONNX graph.")
     fp16: bool = Field(False, description="The backbone in half precision.")

@@ -223,8 +223,9 @@ class Residents:
 
 
 NO_MODEL = (
-    "There is no model yet: POST one to /models, or set KENSA_MODEL_DIR to a folder that convtrt.py"
-    " made."
+    "There is no model yet: kensa learn FOLDER makes one of pictures of good parts, as do POST"
+    " /datasets/CATEGORY/train and POST /retrain; POST /models takes one in, and KENSA_MODEL_DIR"
+    " names one that convtrt.py made."
 )
 
 

@@ -22,7 +22,6 @@ from engines.store.bundle import ONNX, PLAN
 from engines.store.shared import Shared
 from engines.store.versions import NAME, Store
 from workers.jobs import parent_and_child
-from workers.jobs.starting_point import named_weights
 
 RELAY_EVERY_S = 1.0  # progress and log, through the shared store
 
@@ -56,7 +55,7 @@ def needed(
         folder = store.check(request.model, parent)
         names = set(store.manifest(request.model, parent).files) - {ONNX, PLAN}
         files |= {f"start/{name}": folder / name for name in names}
-    weights = named_weights(data, request)
+    weights = request.weights(data)
     if weights is not None and weights != "untrained":
         files[f"weights/{request.pretrained}"] = Path(weights)
     return files

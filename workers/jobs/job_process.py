@@ -29,7 +29,7 @@ from engines.store.versions import META, Store
 from workers.commands import hush_libraries
 from workers.jobs.exchange import checked, patiently
 from workers.jobs.parent_and_child import DISK_FULL, FULL, die_with_parent, give_way
-from workers.jobs.starting_point import named_weights, start_version
+from workers.jobs.starting_point import start_version
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
@@ -194,7 +194,7 @@ def _retrain(
 ) -> Path:
     parent = start_version(data, request)
     source = None if parent is None else store.check(request.model, parent)
-    weights = named_weights(data, request)
+    weights = request.weights(data)
     limits = ImageLimits.read(os.environ)
     trained = _learn(request, parent, source, data / "datasets", weights, work, progress, limits)
     if not request.convert:
@@ -219,7 +219,7 @@ def _learn(
 
     meta_json, learned = work / META, None
     if source is None:
-        meta = Meta.parse({"model": request.kind, **request.meta})
+        meta = request.first_meta()
         bit_depth = meta.bit_depth
     else:
         before = Meta.read(source / META)
@@ -281,7 +281,7 @@ def _train_for_another(
         source.parent.mkdir(parents=True, exist_ok=True)
         patiently(lambda: shared.pull(f"{device}/inputs", wanted["inputs"], source, ticked), folder)
         start = None if wanted["parent"] is None else source / "start"
-    weights = named_weights(source, request)
+    weights = request.weights(source)
     limits = ImageLimits.read(wanted.get("limits") or os.environ)
     datasets = source / "datasets"
     trained = _learn(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -227,6 +228,54 @@ class Images:
             return str(error)
         file = File(rgb.shape[1], rgb.shape[0], stored.dtype == np.uint16)
         return image.resize(rgb, meta.image_size, meta.resize), file
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the pictures of a folder are, before anything is learned from them.
+
+    Attributes:
+        kinds: how many there are of each format, such as PNG.
+        sizes: of each (width, height).
+        broken: file and reason of those that cannot be read.
+        copies: files that hold the same bytes as one before them.
+    """
+
+    kinds: Counter[str]
+    sizes: Counter[tuple[int, int]]
+    broken: dict[Path, str]
+    copies: list[Path]
+
+    @classmethod
+    def of(cls, paths: list[Path], tick: Tick, limits: image.ImageLimits) -> Survey:
+        """Read them all, in threads.
+
+        Raises:
+            BadDataset: a file cannot be read from the disk.
+        """
+
+        def look(path: Path) -> tuple[str, str, tuple[int, int]] | str:
+            data = bytes_of(path)
+            try:
+                height, width = image.read(data, limits).shape[:2]
+            except BadImage as error:
+                return str(error)
+            return hashlib.sha256(data).hexdigest(), image.kind_of(data), (width, height)
+
+        found = cls(Counter(), Counter(), {}, [])
+        known: set[str] = set()
+        for done, (path, seen) in enumerate(_in_order(paths, look, THREADS), 1):
+            tick(done, len(paths))
+            if isinstance(seen, str):
+                found.broken[path] = seen
+                continue
+            digest, kind, size = seen
+            found.kinds[kind] += 1
+            found.sizes[size] += 1
+            if digest in known:
+                found.copies.append(path)
+            known.add(digest)
+        return found
 
 
 def bytes_of(path: Path) -> bytes:

@@ -1,0 +1,284 @@
+"""`kensa learn FOLDER`: from pictures of good parts to a model, and into the server that runs here.
+
+The way of retrain.py, convtrt.py and evaluate.py in one go, with settings that suit most parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BadDataset, BadRequest, BadWeights, Conflict
+from engines.files import name_of_folder
+from engines.image import DEFAULT_LIMITS, ImageLimits
+from engines.limits import LEAST_SHARE, share
+from engines.meta import FIRST, Meta
+from engines.store.versions import META, Store, is_name
+from workers.commands import run, show, summarise_conversion, summarise_training
+from workers.learning.dataset import (
+    MOST_BROKEN,
+    Category,
+    Survey,
+    check_broken,
+    notes_on_passed_over,
+)
+from workers.progress import Progress
+
+LEAST_PICTURES = 4  # of which a threshold can be made
+FEW_PICTURES = 20  # with fewer it says little
+GATE_LIMIT_S = 120.0  # that a server may take to let it through
+LOOK_EVERY_S = 0.2
+USUAL_NAMES = {"good", "normal", "ok", "train", "images", "pictures"}  # which name no part
+
+
+@dataclass(frozen=True)
+class Server:
+    """The one that runs on this machine: where it answers, and its data folder."""
+
+    url: str
+    data: Path
+
+
+@dataclass(frozen=True)
+class Learn:
+    """What to learn: the flags of `kensa learn`."""
+
+    folder: Path
+    name: str
+    out_dir: Path
+    defects: Path | None = None
+    good: Path | None = None  # parts that are not learned, to measure with
+    false_rejects: float | None = None
+    keep_strange: bool = False
+    limits: ImageLimits = DEFAULT_LIMITS
+    server: Server | None = None
+
+
+def learn(request: Learn, progress: Progress) -> list[str]:
+    """Look, learn, convert, measure, publish; what is to be said at the end.
+
+    Raises:
+        KensaError: the pictures or the machine do not allow it. What was there is as it was.
+    """
+    said = _taught(request, progress)
+    progress.say("5/5  handing it over")
+    return said + (_published(request, request.server) if request.server else _left(request))
+
+
+def _taught(request: Learn, progress: Progress) -> list[str]:
+    """The model in `out_dir`, and what was found on the way."""
+    progress.say("1/5  looking at the pictures")
+    data = _dataset(request)
+    pictures = Category.find(data, request.name)
+    progress.say(_told(_looked_at(pictures, request, progress), pictures))
+    from workers.converting.convert import Convert, convert
+    from workers.evaluation.evaluate import Evaluate, evaluate, summarise_evaluation
+    from workers.learning.retrain import Retrain, retrain
+
+    out, engine = request.out_dir, request.out_dir / "engine"
+    out.mkdir(parents=True, exist_ok=True)
+    progress.say("2/5  learning what a good part looks like")
+    wanted = out / "wanted.json"
+    Meta.model_validate(FIRST).write(wanted)
+    try:
+        report = retrain(
+            Retrain(
+                FIRST["model"], request.name, data, out, wanted,
+                false_rejects=request.false_rejects, keep_strange=request.keep_strange,
+                limits=request.limits,
+            ),
+            progress,
+        )  # fmt: skip
+    finally:
+        wanted.unlink(missing_ok=True)
+    said = summarise_training(report, out)
+    progress.say("3/5  converting the model")
+    conversion = Convert(FIRST["model"], out / "model.pth", out / META, engine)
+    said += summarise_conversion(convert(conversion, progress), engine)
+    if not (pictures.test_normal or pictures.test_anomaly):
+        progress.say("4/5  nothing to measure with: --defects and --good name other parts")
+        return said
+    progress.say("4/5  measuring it with parts that it has not learned")
+    page = out / "evaluation"
+    measuring = Evaluate(engine, request.name, data, page, limits=request.limits)
+    return said + summarise_evaluation(evaluate(measuring, progress), page)
+
+
+def _dataset(request: Learn) -> Path:
+    """The folder with train/ and test/ that the commands read: the one there is, or of links."""
+    folder = request.folder
+    if folder.parent.name == "train" and request.name == folder.name:
+        root = folder.parent.parent
+        if not (request.defects or request.good):
+            return root
+    data = request.out_dir / "data"
+    for source, place in (
+        (folder, data / "train" / request.name),
+        (request.good, data / "test" / request.name / "normal"),
+        (request.defects, data / "test" / request.name / "anomaly"),
+    ):
+        if place.is_symlink():
+            place.unlink()
+        elif place.exists():
+            raise Conflict(f"{place} is in the way, and no link of an earlier run: take it away.")
+        if source is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(source, target_is_directory=True)
+    return data
+
+
+def _looked_at(pictures: Category, request: Learn, progress: Progress) -> Survey:
+    """What the pictures are; BadDataset where nothing can be learned of them."""
+    for note in notes_on_passed_over(pictures.passed_over):
+        progress.say(note)
+    found = Survey.of(pictures.train, progress.phase("look"), request.limits)
+    check_broken(found.broken, len(pictures.train), len(pictures.train) // MOST_BROKEN)
+    good = len(pictures.train) - len(found.broken) - len(found.copies)
+    if good < LEAST_PICTURES:
+        raise BadDataset(
+            f"{request.folder} has {good} different pictures, and it takes {LEAST_PICTURES} at the"
+            f" least: take {FEW_PICTURES} or more, each of another part."
+        )
+    return found
+
+
+def _told(found: Survey, pictures: Category) -> str:
+    """What was found, in a line."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.most_common())
+    (width, height), _ = found.sizes.most_common(1)[0]
+    sizes = len(found.sizes)
+    words = [f"{len(pictures.train)} pictures ({kinds}), {width} x {height}"]
+    if sizes > 1:
+        words[0] += f" and {sizes - 1} other sizes"
+    if found.broken:
+        words.append(f"{len(found.broken)} broken")
+    if found.copies:
+        words.append(f"{len(found.copies)} copies of others, such as {found.copies[0].name}")
+    if tests := len(pictures.test_normal) + len(pictures.test_anomaly):
+        words.append(f"{tests} to measure with")
+    if len(pictures.train) < FEW_PICTURES:
+        words.append(f"few: {FEW_PICTURES} or more say how far good parts differ")
+    return "; ".join(words)
+
+
+def _left(request: Learn) -> list[str]:
+    """No server runs: how to start one with the model."""
+    engine = request.out_dir / "engine"
+    return [
+        "",
+        "no server    runs on this machine with this user's data folder, so the model stays there:",
+        f"serve it     KENSA_MODEL_DIR={engine} KENSA_MODEL_NAME={request.name} kensa",
+        f"then         {_curl(request, 'http://127.0.0.1:8000')}",
+    ]
+
+
+def _published(request: Learn, server: Server) -> list[str]:
+    """Hand it to the server; what its gate says."""
+    store = Store(server.data / "models")
+    origin = {"learned": str(request.folder), "activate": True}
+    name, engine = request.name, request.out_dir / "engine"
+    version = store.take_in(name, engine, origin)
+    if not store.wants_to_go_live(name, version):  # known, and held or only kept
+        version = store.publish_again(name, version, origin)
+    here = f"{server.url}/models/{name}/versions/{version}"
+    end = time.monotonic() + GATE_LIMIT_S
+    while time.monotonic() < end:
+        pointer, gate = store.pointer(name), store.gate(name, version)
+        if pointer is not None and pointer.live == version:
+            said = f"live         {name} {version} judges parts at {server.url}"
+            return ["", said, f"try it       {_curl(request, server.url)}"]
+        if gate is not None and gate.get("ok") is False:
+            why = " ".join(gate.get("reasons", []))
+            return [
+                "",
+                f"held         {name} {version}: {why}",
+                f"let it in    curl -X POST {here}/activate",
+            ]
+        if (why_not := store.refused(name).get(version)) is not None:
+            return ["", f"refused      {name} {version}: {why_not}"]
+        time.sleep(LOOK_EVERY_S)
+    return ["", f"at the gate  {name} {version}; see {server.url}/models/{name}"]
+
+
+def _curl(request: Learn, url: str) -> str:
+    folder = request.defects or request.good or request.folder
+    part = next((path for path in sorted(folder.rglob("*")) if path.is_file()), folder)
+    return f"curl -F file=@{part} '{url}/infer?model={request.name}'"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kensa learn",
+        description="Learn what good parts look like, from a folder of pictures: look at them,"
+        " learn, convert, measure, and hand the model to the server that runs on this machine."
+        " Where none runs, the model stays in --out_dir.",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help=f"pictures of good parts, {FEW_PICTURES} or"
+        " more, each of another part")  # fmt: skip
+    add("--name", metavar="N", help="what to call the model (default: the folder's name)")
+    add("--defects", type=Path, metavar="D", help="pictures of defective parts: they are not"
+        " learned, and help to find the threshold")  # fmt: skip
+    add("--good", type=Path, metavar="D", help="pictures of good parts that are not learned, to"
+        " measure with")  # fmt: skip
+    add("--out_dir", type=Path, metavar="D", help="where the files go (default: models/N)")
+    add("--false_rejects", type=float, metavar="X", help="share of good parts that may be rejected"
+        " (default 0.01)")  # fmt: skip
+    add("--keep_strange", action="store_true", help="learn pictures too that are unlike the others")
+    add("--server", nargs=2, metavar=("URL", "DATA"), help=argparse.SUPPRESS)  # `kensa` says it
+    ImageLimits.add_flags(parser)
+    parsed = parser.parse_args(arguments)
+    if parsed.false_rejects is not None and share(parsed.false_rejects) is None:
+        parser.error(f"--false_rejects is a share between {LEAST_SHARE:g} and 1, such as 0.01 for"
+            " one part in 100")  # fmt: skip
+    return parsed
+
+
+def _asked(flags: dict[str, Any]) -> Learn:
+    """What the flags ask for.
+
+    Raises:
+        BadRequest: a folder is not there, or there is no name for the model.
+    """
+    for flag in ("folder", "defects", "good"):
+        given = flags[flag]
+        if given is not None and not given.is_dir():
+            what = f"--{flag}" if flag != "folder" else "FOLDER"
+            raise BadRequest(f"{given} is no folder: {what} names one with pictures.")
+        flags[flag] = given and given.absolute()
+    folder = flags["folder"]
+    named = folder.parent if folder.name.lower() in USUAL_NAMES else folder
+    name = flags.pop("name") or name_of_folder(named)
+    if not is_name(name):
+        raise BadRequest(
+            f"{name!r} is no name for a model: --name takes up to 64 letters, digits, - and _."
+        )
+    out_dir = flags.pop("out_dir") or Path("models") / name
+    server = flags.pop("server")
+    where = Server(server[0], Path(server[1])) if server else None
+    limits = ImageLimits.of_flags(flags)
+    return Learn(name=name, out_dir=out_dir, limits=limits, server=where, **flags)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = vars(parse(arguments))
+    progress = Progress()
+
+    def work() -> None:
+        request = _asked(flags)
+        if find_spec("torch") is None or find_spec("timm") is None:
+            raise BadWeights(
+                "Learning takes more packages than serving: pip install 'kensa[train]'"
+            )
+        show(learn(request, progress))
+
+    return run(work, progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
