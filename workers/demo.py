@@ -88,8 +88,9 @@ def _learn(data: Path, models: Path, progress: Progress) -> Path:
         report = learn(None)
     except BadWeights:
         progress.say(
-            "No pretrained weights can be had here (no internet, none in timm's cache): the demo"
-            " uses an untrained backbone, which sees strong colours but misses fine defects."
+            "No pretrained weights can be had here (no package, none in timm's cache, no internet):"
+            " the demo uses an untrained backbone, which sees strong colours but misses fine"
+            " defects."
         )
         report = learn(UNTRAINED)
     print("\n".join(summarise_training(report, trained)), flush=True)
