@@ -12,9 +12,14 @@ def lay_down(site: Path, package: Package, content: bytes) -> Path:
     path = site / package.file
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    about = site / f"{package.name.replace('-', '_')}-{package.version}.dist-info"
-    about.mkdir()
-    said = f"Metadata-Version: 2.1\nName: {package.name}\nVersion: {package.version}\n"
-    (about / "METADATA").write_text(said)
+    about = lay_down_metadata(site, package.name, package.version)
     (about / "RECORD").write_text(f"{package.file},,{len(content)}\n")
     return path
+
+
+def lay_down_metadata(site: Path, name: str, version: str) -> Path:
+    """What pip writes down of a package: its folder."""
+    about = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return about

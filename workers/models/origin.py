@@ -26,14 +26,14 @@ def origin_of(given: str | Path | None, found: Origin | None) -> Origin | None:
         return {UNTRAINED: True}
     path = Path(given)
     origin: Origin = {"file": path.name, "sha256": sha256(path)}
-    before = _of_the_training_before(path)
+    before = _of_the_training_before(path, origin["sha256"])
     return {**origin, "origin": before} if before else origin
 
 
-def _of_the_training_before(weights: Path) -> Origin | None:
+def _of_the_training_before(weights: Path, digest: str) -> Origin | None:
     """What a model.pth of ours was made from, by the report beside it."""
     meta = weights.with_name("meta.json")
-    if not meta.is_file() or Meta.read(meta).weights_pth != weights.name:
+    if not meta.is_file() or (Meta.read(meta).files or {}).get(weights.name) != digest:
         return None
     before = read_report(weights.parent).get("weights")
     if not isinstance(before, dict):
