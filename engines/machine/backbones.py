@@ -121,8 +121,7 @@ def _in_timms_cache() -> Iterator[str]:
 
 def _hub_cache() -> Path:
     """Where the hub's client keeps its files, by the variables that it reads."""
-    own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if own:
-        return Path(own).expanduser()
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(os.environ.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
+    named = os.environ.get
+    home = named("HF_HOME") or f"{named('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    hub = named("HF_HUB_CACHE") or named("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expanduser(hub))  # noqa: PTH111 (pathlib's raises for a user without a home)

@@ -146,7 +146,7 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-# ---- weights --------------------------------------------------------------------------------------
+# ---- weights ----------------------------------------------------------------------------------
 
 
 def test_a_search_finds_the_weights_of_a_package_and_says_so_once(
