@@ -25,9 +25,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, choices=KINDS)
     add("--pretrained_pth", metavar="F", help="weights: a model.pth, an anomalib checkpoint, a"
-        " backbone's .pth or .safetensors, or an EfficientAD teacher. Without it: timm's pretrained"
-        " weights, from its cache or the hub; anomalib's teacher, from its cache; a VAE from"
-        " nothing. The word 'untrained' takes random ones")  # fmt: skip
+        " backbone's .pth or .safetensors, or an EfficientAD teacher. Without it: pretrained ones"
+        " of an installed package, of timm's cache or of the hub; anomalib's teacher, from its"
+        " cache; a VAE from nothing. The word 'untrained' takes random ones")  # fmt: skip
     add("--meta_json", type=Path, required=True, metavar="F", help="what to train:"
         " hyper-parameters, image size, thresholds")  # fmt: skip
     add("--category", required=True, metavar="C", help="folder name under D/train and D/test")

@@ -33,8 +33,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_pth", metavar="F", help="weights, as for retrain.py; of the backbone that"
         " --meta_json names")  # fmt: skip
     add("--backbones", type=_words, default=[], metavar="A,B=F", help="search these timm backbones"
-        " too (patchcore, padim); =F names a file of weights, without it they come from timm's"
-        " cache or the hub")  # fmt: skip
+        " too (patchcore, padim); =F names a file of weights, without it they come from an"
+        " installed package, timm's cache or the hub")  # fmt: skip
     add("--image_sizes", type=_words, default=[], metavar="N,N", help="search these image sizes"
         " too, pixels")  # fmt: skip
     add("--epochs", type=int, default=1, metavar="N", help="as for retrain.py (default 1)")

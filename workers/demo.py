@@ -13,11 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from engines.errors import BadSettings, BadWeights, RuntimeFailed
+from engines.errors import BadSettings, RuntimeFailed
 from engines.meta import FIRST, Meta
 from workers.commands import run, summarise_conversion, summarise_training
 from workers.progress import Progress
@@ -69,25 +68,13 @@ def _must_be_free(port: int) -> None:
 
 def _learn(data: Path, models: Path, progress: Progress) -> Path:
     from workers.learning.retrain import Retrain, retrain
-    from workers.models.backbone import UNTRAINED
 
     meta_json = models / "meta.json"
     models.mkdir(parents=True, exist_ok=True)
     Meta.model_validate(FIRST).write(meta_json)
     trained = models / "trained"
 
-    def learn(weights: str | None) -> dict[str, Any]:
-        request = Retrain("patchcore", CATEGORY, data, trained, meta_json, pretrained_pth=weights)
-        return retrain(request, progress)
-
-    try:
-        report = learn(None)
-    except BadWeights:
-        progress.say(
-            "No pretrained weights can be had here (no internet, none in timm's cache): the demo"
-            " uses an untrained backbone, which sees strong colours but misses fine defects."
-        )
-        report = learn(UNTRAINED)
+    report = retrain(Retrain(FIRST["model"], CATEGORY, data, trained, meta_json), progress)
     print("\n".join(summarise_training(report, trained)), flush=True)
     return trained
 
@@ -95,7 +82,7 @@ def _learn(data: Path, models: Path, progress: Progress) -> Path:
 def _convert(trained: Path, engine: Path, progress: Progress) -> Path:
     from workers.converting.convert import Convert, convert
 
-    request = Convert("patchcore", trained / "model.pth", trained / "meta.json", engine)
+    request = Convert(FIRST["model"], trained / "model.pth", trained / "meta.json", engine)
     print("\n".join(summarise_conversion(convert(request, progress), engine)), flush=True)
     return engine
 

@@ -87,7 +87,7 @@ class RetrainRequest(JobRequest):
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="For a first training: a file in the folder weights of the data folder, or the"
-        " word untrained. Without it, the backbone's own, of a package, timm's cache or the hub.",
+        " word untrained. Without it, pretrained ones: of an installed package, else timm's.",
     )
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the images.")
     batch: int = Field(4, ge=1, le=256, description="Images at once.")

@@ -30,8 +30,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", nargs="+", metavar="L", help="its stages, such as layer2 layer3. Without it:"
         " those with a feature every 8 and every 16 pixels")  # fmt: skip
     add("--weights", metavar="F", help="weights of the backbone, .pth or .safetensors with timm or"
-        " torchvision names. Without it: timm's pretrained ones, from its cache or the hub. The"
-        " word 'untrained' takes random ones, which teach little")  # fmt: skip
+        " torchvision names. Without it: pretrained ones of an installed package, of timm's cache"
+        " or of the hub. The word 'untrained' takes random ones, which teach little")  # fmt: skip
     add("--model_size", choices=("small", "medium"), default=Distil.model_size, help="of the"
         " EfficientAD model that is to have this teacher (default %(default)s)")  # fmt: skip
     add("--image_size", type=int, default=Distil.image_size, metavar="N", help="image_size of the"

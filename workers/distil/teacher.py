@@ -31,6 +31,7 @@ from workers.distil.pictures import (
     random_cuts,
     read_pictures,
 )
+from workers.models.origin import origin_of, said
 from workers.progress import Progress
 
 if TYPE_CHECKING:  # torch is loaded when work begins: --help and Ctrl-C need not wait for it
@@ -67,7 +68,7 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
     Returns:
         `losses` (mean squared error of the first and the last tenth of the steps, where 1 is that
         of a network that always says the mean), `explained` and `explained_learned` (1 - error, on
-        pictures that were held out and on others).
+        pictures that were held out and on others), `weights` (where the backbone's came from).
 
     Raises:
         BadDataset: a folder is missing, or holds no picture that can be read.
@@ -84,13 +85,15 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
         torch.manual_seed(0)
         teacher = new_teacher(request.model_size)
         backbone = _Backbone.build(request, CHANNELS)
+        weights = origin_of(request.weights, backbone.extractor.origin)
+        progress.say(said(request.backbone, weights))
         unlearned, learned = held_out(read_pictures(paths, 4 * request.image_size, progress))
         report = _fit(teacher, backbone, learned, unlearned, request, progress)
     buffer = io.BytesIO()
     torch.save(teacher.state_dict(), buffer)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(request.out, buffer.getvalue())
-    return report
+    return {"weights": weights, **report}
 
 
 def _check_out(out: Path) -> None:

@@ -29,6 +29,7 @@ from workers.learning.dataset import Category, bit_depth_of
 from workers.learning.eyesight import counted, eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.learning.strange import SHOWN, sheet
+from workers.models.origin import origin_of, said
 from workers.progress import Progress
 
 LEAST_PARTS = 4  # whose scores are enough for another threshold than the one that there is
@@ -85,6 +86,8 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):
         progress.say(short)
     model = kind.build(meta, request.pretrained_pth)
+    weights = origin_of(request.pretrained_pth, model.origin)
+    progress.say(said(meta.backbone or meta.model, weights))
     if learned_before is not None:
         kind.load(model, learned_before)
     known = kind.summary(model) if kind.knows(model) else None
@@ -111,6 +114,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         "bit_depth": meta.bit_depth,
         "notes": learned.notes,
         "tested": learned.tested,
+        **({"weights": weights} if weights else {}),
         **({"before": known} if known else {}),
         **kind.summary(model),
         "calibration": learned.calibration.record(),

@@ -34,6 +34,7 @@ from workers.learning.study import (
     open_study,
     why_incomplete,
 )
+from workers.models.origin import said
 from workers.progress import Progress
 
 SEED = 0
@@ -132,6 +133,8 @@ def _one_trial(study: optuna.Study, space: Space, request: Tune, progress: Progr
         trial.set_user_attr("reason", "stopped")
         study.tell(trial, state=TrialState.FAIL)
         raise
+    if values.get("backbone") not in _trained(study):
+        progress.say(said(values.get("backbone") or request.model, report.get("weights")))
     for path, why in report["images"]["skipped"].items():
         if not ended:
             progress.say(f"skipped {path}: {why}")
@@ -141,6 +144,12 @@ def _one_trial(study: optuna.Study, space: Space, request: Tune, progress: Progr
     trial.set_user_attr("mib", report["mib"])
     trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
     return study.tell(trial, report["calibration"]["auroc"])
+
+
+def _trained(study: optuna.Study) -> set[str | None]:
+    """The backbones of the trials that are complete; that of all is None where kinds have none."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {trial.user_attrs["values"].get("backbone") for trial in complete}
 
 
 def _train(values: dict[str, Any], space: Space, request: Tune) -> dict[str, Any]:

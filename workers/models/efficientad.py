@@ -22,13 +22,14 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from engines.errors import BadDataset, BadMeta
-from engines.files import write_atomically
+from engines.files import sha256, write_atomically
 from engines.meta import Meta
 from engines.runtimes.openvino import cpu_has_bf16
 from workers.models import Training
 from workers.models.backbone import UNTRAINED, read_weights
 from workers.models.efficientad_penalty_images import penalty_images
 from workers.models.efficientad_weights import cached_teacher, copy_weights
+from workers.models.origin import Origin
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]
@@ -69,6 +70,7 @@ class EfficientAd(nn.Module):
         self.image_size = meta.image_size
         self.learned = False
         self.training_record: dict[str, Any] = {}
+        self.origin: Origin | None = None
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Score images (N, S, S, 3) uint8 RGB: raw scores (N,), raw maps (N, h, w).
@@ -131,6 +133,8 @@ def build(meta: Meta, weights: str | Path | None) -> EfficientAd:
         model = EfficientAd(meta)
     if weights is None or str(weights) != UNTRAINED:
         path = cached_teacher(model.model_size) if weights is None else Path(weights)
+        if weights is None:
+            model.origin = {"cache": "anomalib", "model": path.name, "sha256": sha256(path)}
         model.learned = copy_weights(model.networks, read_weights(path), path, model.model_size)
     model.eval()
     return model

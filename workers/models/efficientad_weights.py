@@ -10,6 +10,7 @@ from anomalib.utils.path import get_pretrained_weights_dir
 from torch import nn
 
 from engines.errors import BadWeights
+from engines.machine import backbones
 from workers.models.backbone import UNTRAINED
 
 State = dict[str, torch.Tensor]
@@ -25,9 +26,15 @@ def cached_teacher(size: str) -> Path:
         raise BadWeights(
             f"No teacher: {path} does not exist. Pass {name} from anomalib's release with"
             " --pretrained_pth, or make one from images of your own: python3 -m workers.distil"
-            f" --help. --pretrained_pth {UNTRAINED} takes a random one."
+            f" --help{_from_a_backbone_here()}. --pretrained_pth {UNTRAINED} takes a random one."
         )
     return path
+
+
+def _from_a_backbone_here() -> str:
+    """The flag of workers.distil that needs no internet on this machine."""
+    found, _ = backbones.at_hand()
+    return f" (with --backbone {next(iter(found))} it needs no internet)" if found else ""
 
 
 def copy_weights(networks: EfficientAdModel, weights: State, path: Path, size: str) -> bool:

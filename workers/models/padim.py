@@ -31,6 +31,7 @@ from workers.models.backbone import (
     extractor,
     write_weights,
 )
+from workers.models.origin import Origin
 from workers.models.padim_gaussians import LeftOut, Stats
 from workers.models.padim_stats_file import read_stats, write_stats
 from workers.progress import Progress, Tick
@@ -57,6 +58,7 @@ class PaDiM(nn.Module):
         if meta.model != "padim" or meta.backbone is None or meta.layers is None:
             raise BadMeta(f"meta.json describes a {meta.model} model, not a padim model.")
         self.features = extractor(meta.backbone, meta.layers, weights)
+        self.origin: Origin | None = self.features.origin
         self.normalise = Normalise()
         self.layers = meta.layers
         self.image_size = meta.image_size

@@ -28,6 +28,7 @@ from workers.models.backbone import (
     write_weights,
 )
 from workers.models.coreset import k_centre_greedy
+from workers.models.origin import Origin
 from workers.progress import Progress, Tick
 
 Batches = Iterable[NDArray[np.uint8]]
@@ -61,6 +62,7 @@ class PatchCore(nn.Module):
         if meta.model != "patchcore" or meta.backbone is None or meta.layers is None:
             raise BadMeta(f"meta.json describes a {meta.model} model, not a patchcore model.")
         self.features = extractor(meta.backbone, meta.layers, weights)
+        self.origin: Origin | None = self.features.origin
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
         self.layers = meta.layers
         self.image_size = meta.image_size

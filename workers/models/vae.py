@@ -27,6 +27,7 @@ from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.meta import Meta
 from workers.models import Training
 from workers.models.backbone import UNTRAINED, read_weights, write_weights
+from workers.models.origin import Origin
 from workers.progress import Progress
 
 Batches = Iterable[NDArray[np.uint8]]
@@ -76,6 +77,7 @@ class Vae(nn.Module):
         self.grid = self.side // CELL >> halvings  # the places that the latent vector is made of
         self.half_network = False
         self.training_record: dict[str, Any] = {}
+        self.origin: Origin | None = None  # it begins without weights
 
         widths = [WIDTH, *[2 * WIDTH] * (halvings - 1), DEEPEST]
         pairs = list(pairwise(widths))

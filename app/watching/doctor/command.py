@@ -17,7 +17,12 @@ from app.watching.doctor.disks import disk_facts, disk_findings
 from app.watching.doctor.findings import Report, wrong
 from app.watching.doctor.machine import is_jetson, machine_facts, machine_findings
 from app.watching.doctor.models import look_at_models
-from app.watching.doctor.software import software_facts, tensorrt_findings, tensorrt_here
+from app.watching.doctor.software import (
+    backbone_findings,
+    software_facts,
+    tensorrt_findings,
+    tensorrt_here,
+)
 from engines.errors import BadSettings
 from engines.machine.memory import Free
 from engines.machine.sensors import Device
@@ -59,6 +64,7 @@ def examine(settings: Settings | None, root: Path = Path("/")) -> Report:
     gpu = gpu_memory(opening) if tensorrt else None
     report.facts["software"] = dict(software_facts(root, tensorrt, gpu))
     report.findings += tensorrt_findings(root, jetson, settings, problem)
+    report.findings += backbone_findings()
     if settings is not None:
         report.facts["storage"] = dict(disk_facts(settings))
         report.findings += disk_findings(settings)

