@@ -26,8 +26,16 @@ from benchmarks.drawn_parts import defective, normal
 from engines.promise import FEW_FOUND
 
 PHOTOS = ("alien", "cookie", "hazelnut_toy")
-BACKBONES = {"resnet18": ["layer2", "layer3"], "mobilenetv2_100": ["blocks.2", "blocks.4"]}
-ONE_MORE = {"resnet18": "layer1", "mobilenetv2_100": "blocks.1"}  # PaDiM's first layer
+BACKBONES = {
+    "resnet18": ["layer2", "layer3"],
+    "mobilenetv2_100": ["blocks.2", "blocks.4"],
+    "tf_efficientnet_lite0": ["blocks.2", "blocks.4"],
+}
+ONE_MORE = {  # PaDiM's first layer
+    "resnet18": "layer1",
+    "mobilenetv2_100": "blocks.1",
+    "tf_efficientnet_lite0": "blocks.1",
+}
 SIDE, RATIO, CHANNELS = 256, 0.1, 100
 NORMALS, DEFECTS = 80, 60  # of the drawn parts
 MOST_OTHERS = 60
@@ -58,7 +66,7 @@ class Draw:
 class Contestant:
     """One kind of model on one backbone; the features of all pictures are computed once."""
 
-    def __init__(self, kind: str, backbone: str, pictures: Pictures, weights: Path) -> None:
+    def __init__(self, kind: str, backbone: str, pictures: Pictures, weights: Path | None) -> None:
         from engines.meta import Meta
         from workers import models
 
@@ -297,9 +305,10 @@ def pictures_of(name: str) -> Pictures:
 
 
 def contestant(kind: str, backbone: str, name: str) -> Contestant:
-    """A kind of model on a backbone of the assets, with the pictures of a set."""
+    """A kind of model on a backbone of the assets, or of a package, with the pictures of a set."""
     weights = ASSETS / "weights" / f"{backbone}.safetensors"
-    return Contestant(kind, backbone, pictures_of(name), weights)
+    given = weights if weights.is_file() else None
+    return Contestant(kind, backbone, pictures_of(name), given)
 
 
 def main() -> None:
@@ -308,7 +317,11 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--sets", default=",".join((*PHOTOS, *DRAWN)), help="of photos or drawn parts")
-    add("--backbones", default=",".join(BACKBONES), help="whose weights are in the assets")
+    add(
+        "--backbones",
+        default=",".join(BACKBONES),
+        help="whose weights are in the assets, or in an installed package",
+    )
     add("--kinds", default="patchcore,padim", help="of models")
     add("--normals", default="5,10,20,40", help="how many are learned")
     add("--draws", type=int, default=10, help="random ones for each")
