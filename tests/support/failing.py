@@ -27,7 +27,7 @@ class Step:
     root: str
     left: int
     error: int
-    spared: str
+    spared: str | tuple[str, ...]
     failed: str | None = None  # what it was
 
     def meets(self, what: str, path: str) -> None:
@@ -46,7 +46,9 @@ _is_hooked = False
 
 
 @contextmanager
-def failing(root: Path, step: int, error: int = errno.ENOSPC, spared: str = "") -> Iterator[Step]:
+def failing(
+    root: Path, step: int, error: int = errno.ENOSPC, spared: str | tuple[str, ...] = ""
+) -> Iterator[Step]:
     """Let write number `step` below a folder fail, in whatever thread; all others work.
 
     Args:
