@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from app.serving import memory_ledger
 from engines.errors import OutOfMemory
 from engines.machine.memory import MIB
 from engines.machine.memory_needs import bytes_needed, unpacked
+from engines.meta import Meta
 from engines.runtimes.cuda import LOST_EXIT_CODE
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.serving import opening
-from engines.store.bundle import Bundle
+from engines.store.bundle import ONNX, Bundle
 from engines.store.versions import Store
 from support.in_process import in_process, settings_of
 from support.plans import seal, tiny_bank, tiny_bundle, tiny_onnx
@@ -104,6 +106,17 @@ def test_a_bank_is_reckoned_by_what_its_header_says_too(tmp_path: Path) -> None:
     assert unpacked(path) == (1 << 28) * 8 * 4
 
 
+@pytest.mark.parametrize(("side", "took"), [(256, 140), (512, 270), (1024, 788)])
+def test_what_is_reckoned_lies_above_what_a_patchcore_took_at_any_size(
+    tmp_path: Path, side: int, took: int
+) -> None:
+    """MiB, with resnet18, a bank of 200 rows and batches of four: VmHWM of a process of its own."""
+    bundle = tiny_bundle(tmp_path / "part", np.zeros((200, 384), np.float32))
+    (bundle / ONNX).write_bytes(bytes(11_143_252))
+    Meta.read(bundle / "meta.json").with_(image_size=side).write(bundle / "meta.json")
+    assert took < bytes_needed(bundle) / MIB < 3 * took
+
+
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\3\4"])
 def test_what_is_no_bank_is_reckoned_as_a_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bank.npz").write_bytes(content)
@@ -126,6 +139,29 @@ def test_a_version_that_cannot_ever_fit_is_not_opened_even_alone(
         assert (answer.status_code, answer.json()["code"]) == (507, "out_of_memory")
 
     in_process(settings_of(tmp_path), ask)
+
+
+def test_a_person_who_knows_that_it_fits_lets_it_be_opened_by_what_the_sentence_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model needs is reckoned, and lies above what it takes."""
+    monkeypatch.setattr(memory_ledger, "total_bytes", lambda: MIB)
+    store = Store(tmp_path / "data" / "models")
+    version = store.take_in("part", tiny_bundle(tmp_path / "part"), {})
+    store.activate("part", version)
+
+    async def look(client: httpx.AsyncClient, _: Any) -> Any:
+        return (await client.get("/models/part")).json()
+
+    refused = in_process(settings_of(tmp_path), look)
+    assert refused["live"] is None
+    named = re.search(r"set KENSA_MODEL_MEMORY_MIB=(\d+), and it is tried", refused["problem"])
+    assert named
+    too_little = in_process(settings_of(tmp_path, model_memory_mib=int(named[1]) // 2), look)
+    assert too_little["live"] is None
+    assert (
+        in_process(settings_of(tmp_path, model_memory_mib=int(named[1])), look)["live"] == version
+    )
 
 
 def test_a_bank_that_is_larger_than_what_is_free_is_not_read(
