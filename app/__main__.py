@@ -45,6 +45,8 @@ def main() -> None:
     # has no handler for. uvicorn raises it again once it has stopped in good order: no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     _parser().parse_args()
     # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
     # which doubles the latency.
@@ -124,7 +126,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(settings: Settings, listener: socket.socket) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, then exit with 0."""
+    """Answer requests until SIGTERM, SIGHUP or Ctrl-C, then exit with 0."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     starting = Starting(listener)
@@ -137,7 +139,9 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     from app.settings import version
     from engines.runtimes import cuda
 
-    cuda.when_lost(_end_soon)
+    def when_lost(why: str) -> None:
+        app.state.store.end_of_process()
+        _end_soon(why)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -160,6 +164,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
             await super().shutdown(sockets)
 
     app = create_app(settings)
+    cuda.when_lost(when_lost)
     most = room_for_connections(settings.max_connections)
     config = uvicorn.Config(
         app,

@@ -125,7 +125,8 @@ class Settings(BaseSettings):
     model_memory_mib: int = _setting(
         0,
         "MiB",
-        "The most memory that the models may take together; 0 for what is free on the machine.",
+        "The most memory that the models may take together; 0 for what is free on the machine. More"
+        " than the machine has lets a model be tried that is reckoned to need so much.",
         ge=0,
     )
     unload_first: Literal["on", "off"] = _setting(

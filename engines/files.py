@@ -63,21 +63,34 @@ def replaced(path: Path, data: bytes, mode: int = 0o666) -> Iterator[None]:
                 rest.unlink()
 
 
-def remove(path: Path) -> None:
-    """Delete a file, for good.
+def remove(*paths: Path) -> None:
+    """Delete files and folders with all that is in them, for good: all of them, or none.
 
     Raises:
-        OSError: it cannot be deleted, or that cannot be flushed; it is there as it was.
+        OSError: one cannot be deleted, or that cannot be flushed; they are there as they were.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    path.rename(aside)
+    aside = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
+    moved: list[tuple[Path, Path]] = []
     try:
-        sync_folder(path.parent)
+        for path, hidden in zip(paths, aside, strict=True):
+            path.rename(hidden)
+            moved.append((path, hidden))
+            sync_folder(path.parent)
     except BaseException:
-        aside.rename(path)
+        for path, hidden in reversed(moved):
+            hidden.rename(path)
         raise
-    with suppress(OSError):  # nobody sees it, and who tidies up finds it
-        aside.unlink()
+    for hidden in aside:  # nobody sees it, and who tidies up finds what is left
+        remove_hidden(hidden)
+
+
+def remove_hidden(path: Path) -> None:
+    """Delete what nobody reads any more, as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _kept(path: Path, second: Path) -> bool:

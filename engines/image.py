@@ -167,6 +167,11 @@ def to_rgb(image: Pixels, bit_depth: int | None) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image)
 
 
+def same_either_way(width: int, height: int, size: int) -> bool:
+    """Whether a picture is resized alike whatever meta.json names: unless one axis alone grows."""
+    return not min(height, width) < size < max(height, width)
+
+
 def resize(
     image: NDArray[np.uint8], size: int, how: Resizing | None = "each_axis"
 ) -> NDArray[np.uint8]:
@@ -177,7 +182,7 @@ def resize(
     one of them grows: what is narrow along the other may be passed over.
     """
     height, width = image.shape[:2]
-    if how == "each_axis" and min(height, width) < size < max(height, width):
+    if how == "each_axis" and not same_either_way(width, height, size):
         between = (size, height) if width > size else (width, size)
         image = cv2.resize(image, between, interpolation=cv2.INTER_AREA)
     shrinks = min(image.shape[:2]) >= size

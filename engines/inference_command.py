@@ -27,6 +27,7 @@ from engines.files import print_anything, printable, write_atomically
 from engines.meta import Kind, Meta
 from engines.runtimes import Runtime
 from engines.store.bundle import ONNX, PLAN, read_bank, read_report
+from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
 from engines.verdict import decide
 
@@ -179,6 +180,7 @@ def _on_tensorrt(plan: Path, bank: NDArray[np.float32] | None) -> Runtime:
         )
     if reason := record.stale(plan.parent, machine):
         raise StalePlan(reason)
+    check_weights(plan.with_name(ONNX))  # of which it was built
     from engines.runtimes.tensorrt import TensorRTRuntime
 
     return TensorRTRuntime(plan, bank, precision=record.precision)

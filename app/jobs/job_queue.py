@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -163,10 +163,9 @@ class JobQueue:
         Raises:
             Conflict: the model has a job already; the sentence names it.
             NoWorker: the queue cannot be reached.
-            DiskFull: it cannot be written.
+            DiskFull, ReadOnly: it cannot be written.
         """
         from dbos import error as dbos_error
-        from sqlalchemy.exc import OperationalError
 
         client = self._reached()
         content = request.model_dump(exclude_none=True)
@@ -178,7 +177,8 @@ class JobQueue:
             status=ACTIVE, load_input=False, load_output=False, **self._mine
         )
         try:
-            client.enqueue(enqueue_options(job_id, once, active, self._fleet), kind, content)
+            with _written("queued"):
+                client.enqueue(enqueue_options(job_id, once, active, self._fleet), kind, content)
         except NoWorker as error:
             raise NoWorker(
                 f"{error} The job may be queued all the same: see GET /jobs before sending it"
@@ -187,15 +187,6 @@ class JobQueue:
         except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
             self._refuse_a_second(request.model)
             raise Conflict(f"{request.model} has a job already.") from None
-        except OperationalError as error:
-            if "disk is full" in str(error):
-                raise DiskFull("Nothing was queued: the disk is full. Free some space.") from error
-            if "readonly database" in str(error):
-                raise ReadOnly(
-                    "Nothing was queued, because the data folder cannot be written: mount it for"
-                    " writing, or let this user write there."
-                ) from error
-            raise
         self._tidy.set()  # beside it: who asks for a job does not wait for old ones to go
         return self.get(job_id)
 
@@ -213,11 +204,13 @@ class JobQueue:
         Raises:
             UnknownJob: there is no such job.
             Conflict: it has ended, or what it made is published.
+            DiskFull, ReadOnly: the queue cannot be written; the job goes on.
         """
         job = self.get(job_id)
         if job["state"] in ENDED:
             raise Conflict(f"Job {job_id} has ended ({job['state']}).")
-        self._reached().cancel_workflow(job_id)
+        with _written("cancelled"):
+            self._reached().cancel_workflow(job_id)
         if self._fleet is not None:  # after the job itself, which begins no training from then on
             self._reached().cancel_workflow(training_of(job_id))
         job = self.get(job_id)
@@ -449,6 +442,24 @@ class JobQueue:
         if self._client is None or (self._fleet and self.problem):
             raise NoWorker(self.problem or "The queue is being opened; try again in a few seconds.")
         return self._client
+
+
+@contextlib.contextmanager
+def _written(what: str) -> Iterator[None]:
+    """Turns the error of a database that cannot be written into a sentence; nothing is changed."""
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except OperationalError as error:
+        if "disk is full" in str(error):
+            raise DiskFull(f"Nothing was {what}: the disk is full. Free some space.") from error
+        if "readonly database" in str(error):
+            raise ReadOnly(
+                f"Nothing was {what}, because the data folder cannot be written: mount it for"
+                " writing, or let this user write there."
+            ) from error
+        raise
 
 
 def _time(epoch_ms: int | None) -> str | None:

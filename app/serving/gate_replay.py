@@ -35,12 +35,17 @@ class GateReplay:
         """What to show to both, and the report of the new one. Blocks."""
         folder = self._store.folder(name, version)
         report = read_report(folder)
-        if old is None or not _see_alike(old.meta, Meta.read(folder / META)):
+        new = Meta.read(folder / META)
+        if old is None or not _see_alike(old.meta, new):
             return [], report  # nothing to compare with, or no image that both could see
-        size = old.runtime.image_size
-        folders = self._store.folder(name, old.version), folder
-        goldens = [_golden(one, size) for one in folders]
-        return list(gate.replays(goldens, self._inspector.recent(name), size)), report
+        size, parts = old.runtime.image_size, self._inspector.recent(name)
+        recent = [
+            one.pixels for one in parts if one.is_as_seen_by(old.meta) and one.is_as_seen_by(new)
+        ]
+        goldens = [_golden(one, size) for one in (self._store.folder(name, old.version), folder)]
+        if old.meta.resize != new.resize and not all(one.either_way for one in parts):
+            goldens = []  # nobody knows of which size they were, and the line's parts are such
+        return list(gate.replays(goldens, recent, size)), report
 
     async def ask(self, model: Resident, images: list[Replay]) -> list[Verdict]:
         """What a version says of images, each while no part is being inspected."""

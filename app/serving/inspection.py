@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from app.serving.admission import Admission
 from app.serving.inference_statistics import InferenceStatistics, Timing
 from app.settings import Settings
-from engines.image import ImageLimits, decode, enlarged, kind_of, resize
+from engines.image import (
+    ImageLimits,
+    Resizing,
+    decode,
+    enlarged,
+    kind_of,
+    resize,
+    same_either_way,
+)
+from engines.meta import Meta
 from engines.runtimes import cuda
 from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
@@ -59,6 +68,17 @@ class Counts:
     refused: int = 0
 
 
+class Part(NamedTuple):
+    """What a model saw of a part that it inspected."""
+
+    pixels: NDArray[np.uint8]  # (S, S, 3)
+    resize: Resizing | None  # as its meta.json names it
+    either_way: bool  # whether the other way of resizing gives the same pixels
+
+    def is_as_seen_by(self, meta: Meta) -> bool:
+        return self.either_way or self.resize == meta.resize
+
+
 class Inspector:
     """The models in memory, a few threads that decode, and the one of the engines.
 
@@ -74,7 +94,7 @@ class Inspector:
         self.started = time.monotonic()
         self.on_inspection: Callable[[Inspection], None] = lambda _: None
         self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
-        self._recent: dict[str, deque[NDArray[np.uint8]]] = {}
+        self._recent: dict[str, deque[Part]] = {}
         self._keep = settings.gate_recent
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self.batcher = Batcher()
@@ -88,8 +108,8 @@ class Inspector:
             model.runtime.close()
         await asyncio.to_thread(cuda.close)  # also what a request that was given up still holds
 
-    def recent(self, name: str) -> list[NDArray[np.uint8]]:
-        """The last parts that a model inspected, (S, S, 3) each, oldest first."""
+    def recent(self, name: str) -> list[Part]:
+        """The last parts that a model inspected, oldest first."""
         return list(self._recent.get(name, ()))
 
     def forget(self, name: str) -> None:
@@ -168,18 +188,19 @@ class Inspector:
             infer_ms=ran.worked_ms,
             total_ms=(time.perf_counter() - began) * 1000,
         )
-        self._note(model, verdict, pixels)
+        alike = same_either_way(about.width, about.height, model.runtime.image_size)
+        self._note(model, verdict, Part(pixels, model.meta.resize, alike))
         png = drawn.result if drawn else None
         done = Inspection(model, about, verdict, anomaly_map, png, timing)
         self.on_inspection(done)
         return done
 
-    def _note(self, model: Resident, verdict: Verdict, pixels: NDArray[np.uint8]) -> None:
+    def _note(self, model: Resident, verdict: Verdict, part: Part) -> None:
         if verdict.is_anomalous:
             self.counts.anomaly += 1
         else:
             self.counts.normal += 1
-        self._recent.setdefault(model.name, deque(maxlen=self._keep)).append(pixels)
+        self._recent.setdefault(model.name, deque(maxlen=self._keep)).append(part)
         self.on_verdict(model, verdict)
 
 

@@ -81,18 +81,21 @@ class MemoryLedger:
     async def must_be_possible(self, name: str, version: str) -> None:
         """Raise OutOfMemory where a version needs more than there is at all, used or not.
 
-        Also of the first model, which is tried else whatever is free.
+        Also of the first model, which is tried else whatever is free. What is needed is reckoned,
+        and may be too much: a limit that a person has set above what there is counts in its place.
         """
+        most = max(total_bytes(), self._settings.model_memory_mib * MIB)
 
         def look() -> Short | None:
             needed = memory_needed(self._folder_of(name, version), self._loader.opening)
-            return Need(needed.host).short_of(Free(total_bytes()))
+            return Need(needed.host).short_of(Free(most))
 
         with contextlib.suppress(BadMeta, BadBundle):  # opening says it
             if (found := await self._loader.do(look)) is not None:
                 raise OutOfMemory(
                     f"{name} {version} needs {found.needed}, and this machine has no more than"
-                    f" {found.there // MIB} MiB: it is not opened."
+                    f" {total_bytes() // MIB} MiB: it is not opened. If you know that it fits, set"
+                    f" KENSA_MODEL_MEMORY_MIB={found.wanted // MIB + 1}, and it is tried."
                 )
 
     def settle(self, name: str) -> None:

@@ -25,6 +25,7 @@ from engines.runtimes import ALONE, Batches, only_whole
 from engines.runtimes.compiled_cache import seal_cache
 from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
+from engines.store.onnx_weights import check_weights
 
 # bf16 is for the search where there is a memory bank, because there it changes no score (a backbone
 # in bf16 moved one of 78 photos by more than 1 %), and for the whole graph where there is none.
@@ -90,7 +91,7 @@ class OpenVINORuntime:
         }
         model = _read(core, onnx)
         self._image_size, self._map_size = _sizes(model, onnx)
-        _check_finite(model, onnx)
+        check_weights(onnx)
         _show_what_hides(model)
         self._config = dict(config)
         self._search: Search | None = None
@@ -252,14 +253,6 @@ def _read(core: ov.Core, onnx: Path) -> ov.Model:
         return core.read_model(onnx)
     except RuntimeError as error:
         raise BadBundle(f"{onnx} is not an ONNX model that OpenVINO can read: {error}.") from error
-
-
-def _check_finite(model: ov.Model, onnx: Path) -> None:
-    """Raise BadBundle for weights that are no numbers: a damaged training, or a bit that fell."""
-    for node in model.get_ordered_ops():
-        is_weight = node.get_type_name() == "Constant" and node.get_element_type().is_real()
-        if is_weight and not np.isfinite(node.data).all():
-            raise BadBundle(f"{onnx} holds weights that are not finite: train it again.")
 
 
 def _show_what_hides(model: ov.Model) -> None:

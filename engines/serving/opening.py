@@ -21,6 +21,7 @@ from engines.runtimes import Runtime
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
+from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import Fingerprint, Machine, has_tensorrt
 from engines.verdict import Scale
 
@@ -206,6 +207,7 @@ def _on_tensorrt(
         shared = shares.runtime.with_bank(bank, plan.precision)
         if shared is not None:
             return shared, True
+    check_weights(bundle.onnx)  # of which the plan was built
     whole = TensorRTRuntime(
         bundle.plan, bank, precision=plan.precision, keep_warm_s=how.keep_warm_s
     )

@@ -37,7 +37,7 @@ from engines.errors import (
     ReadOnly,
     UnknownDataset,
 )
-from engines.files import remove, sync_folder, write_atomically
+from engines.files import remove, remove_hidden, sync_folder, write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits, decode, measured_bit_depth
 from engines.store.image_names import checked_name, is_image, shown
 
@@ -53,7 +53,7 @@ _PLACES: dict[Split, str] = {
     "normal": "test/{}/normal",
     "anomaly": "test/{}/anomaly",
 }
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what write_atomically writes to
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what write_atomically and remove hide
 
 _DECODERS = 2  # pictures decoded at once; each takes 3 bytes of memory for a pixel
 
@@ -199,7 +199,9 @@ class Datasets:
             UnknownDataset: no such category or image.
         """
         with self._changing:
-            remove(self._find(category, split, name))
+            path = self._find(category, split, name)
+            with self._at_work():
+                remove(path)
 
     def delete_split(self, category: str, split: Split) -> None:
         """Delete all images of a split, and its folder.
@@ -212,21 +214,22 @@ class Datasets:
             self._must_know(category)
             if not folder.is_dir():
                 raise UnknownDataset(f"The category {category} has no {split} images.")
-            _remove(folder)
+            with self._at_work():
+                remove(folder)
             if split != "train":
                 with suppress(OSError):  # the other split is in it
                     folder.parent.rmdir()
 
     def delete(self, category: str) -> None:
-        """Delete a category with all its images.
+        """Delete a category with all its images, of all its splits or of none.
 
         Raises:
             UnknownDataset: no such category.
         """
         with self._changing:
             self._must_know(category)
-            for folder in self._folders(category):
-                _remove(folder)
+            with self._at_work():
+                remove(*self._folders(category))
 
     @contextmanager
     def upload(self) -> Iterator[Path]:
@@ -241,15 +244,16 @@ class Datasets:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half written, unless another one is at work here."""
+        """Remove what killed processes left half written or deleted, unless one is at work here."""
         with suppress(OSError):  # it only takes room; a server must start all the same
             descriptor = os.open(self.root, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(self.root / "uploads", ignore_errors=True)
-                for path in [*self.root.glob("train/*/.*"), *self.root.glob("test/*/*/.*")]:
-                    if _TEMPORARY.fullmatch(path.name) and self._is_file(path):
-                        path.unlink()
+                for place in ("train/.*", "test/.*", "train/*/.*", "test/*/.*", "test/*/*/.*"):
+                    for path in self.root.glob(place):
+                        if _TEMPORARY.fullmatch(path.name) and self._holds(path.parent):
+                            remove_hidden(path)
             finally:
                 os.close(descriptor)
 
@@ -394,14 +398,6 @@ def _unknown(category: str, split: Split, name: str) -> UnknownDataset:
 
 def _has(path: Path, data: bytes) -> bool:
     return path.stat().st_size == len(data) and path.read_bytes() == data
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
-    sync_folder(folder.parent)
 
 
 def read_file(path: Path, limits: ImageLimits) -> bytes:

@@ -3,8 +3,8 @@
     models/<name>/live                  the live version and the one before it, a line each
     models/<name>/folder                the hash of what KENSA_MODEL_DIR held when it was taken in
     models/<name>/0007-3f9a0c41d2e8/    a version: the files of a bundle, and manifest.json
-    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips; and,
-                                        while it is being opened, a mark
+    models/<name>/gates/0007-…/         what the gate found before it went live, and the flips; and
+                                        marks: that it was live, is being opened, was opened once
     models/<name>/refused/0007-…/       a version that cannot be used, and why
 
 A version never changes once it is there. It appears in one rename, with everything flushed to the
@@ -55,6 +55,7 @@ _FOLDER = "folder"
 _THRESHOLD_OF = "threshold_of"  # in an origin
 _STAGING = ".staging"
 _OPENING = "opening"  # there while a version is being opened
+_OPENED = "opened"  # there once a version was
 _WAS_ONCE = ".was_live"  # the mark of one that is being rolled back
 _WAS_LIVE = "was_live"  # beside gate.json; not beside that of a version that was rolled back
 
@@ -390,6 +391,8 @@ class Store:
             if self._is_ending:
                 self.end_of_process()
             yield
+            with suppress(OSError):  # then it is refused sooner
+                mark.with_name(_OPENED).touch()
         finally:
             self._marks.discard(mark)
             with suppress(OSError):
@@ -406,12 +409,15 @@ class Store:
                 mark.unlink()
 
     def did_not_end(self, name: str, version: str) -> bool:
-        """Whether the last opening of a version ended the process.
+        """Whether opening a version ended the process, so that it should not be opened by itself.
 
-        After a restart of the machine, which may have had other reasons, only the second time.
+        The first time where it was never opened before. One that once was, and one whose opening a
+        restart of the machine ended, may have been killed for another reason: the second time, with
+        nothing in between.
         """
         mark = self.gate_folder(name, version) / _OPENING
-        return (_text(mark) or "").startswith(f"{_boot()}\n") or _tries(mark) > 1
+        doubtful = mark.with_name(_OPENED).exists() or not _is_of_this_boot(mark)
+        return _tries(mark) > (1 if doubtful else 0)
 
     # ---- publishing, refusing, pruning --------------------------------------------------------
 
@@ -725,6 +731,10 @@ def _locked(path: Path) -> Iterator[None]:
 def _boot() -> str:
     """Another word after each start of the machine; the same where nobody tells."""
     return (_text(Path("/proc/sys/kernel/random/boot_id")) or "unknown").strip()
+
+
+def _is_of_this_boot(mark: Path) -> bool:
+    return (_text(mark) or "").startswith(f"{_boot()}\n")
 
 
 def _tries(mark: Path) -> int:

@@ -16,8 +16,19 @@ from PIL import Image
 
 from engines.errors import BadImage, KensaError, UnsupportedImage
 from engines.image import decode, kind_of
-from support.damage import picture, png, png_chunk, saved, tiff, tiff_file
-from support.mutations import bmp, flat_jpeg, padded, structured_seeds
+from support.damage import (
+    Damaged,
+    damaged,
+    odd_streams,
+    picture,
+    png,
+    png_chunk,
+    png_rows,
+    saved,
+    tiff,
+    tiff_file,
+)
+from support.mutations import bmp, flat_jpeg, interlaced, mutations, padded, structured_seeds
 
 INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4)
 COLOURS = np.random.default_rng(1).integers(0, 256, (256, 3), np.uint8)
@@ -28,6 +39,14 @@ def refused(data: bytes) -> str:
     with pytest.raises(BadImage) as caught:
         decode(data)
     return str(caught.value)
+
+
+def refuses(data: bytes) -> bool:
+    try:
+        decode(data)
+    except KensaError:
+        return True
+    return False
 
 
 # BMP
@@ -295,6 +314,63 @@ def test_chunks_that_are_not_about_pixels_write_no_line_and_refuse_nothing(
         assert np.array_equal(decode(png(pixels, extra=strange)), decode(plain))
         assert np.array_equal(decode(plain[:-12] + strange + plain[-12:]), decode(plain))
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("file", odd_streams(), ids=lambda file: file.name)
+def test_a_stream_that_is_not_all_the_rows_of_a_png_is_refused(file: Damaged) -> None:
+    """libpng shows one with too many rows, or whose own checksum is wrong."""
+    assert "damaged" in (said := refused(file.data)) or "cut short" in said
+
+
+def test_what_stands_behind_the_stream_of_a_png_does_not_matter() -> None:
+    """Some writers leave it, and it says nothing of the pixels."""
+    packed = zlib.compress(png_rows(picture())) + b"left over"
+    assert np.array_equal(decode(png(picture(), packed=packed)), picture())
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("size", [1, 7, 300, 60_000])
+def test_a_png_in_chunks_of_any_size_is_the_same_picture(size: int, level: int) -> None:
+    pixels = picture(150, 200)  # 90,150 bytes: more than are unpacked together
+    packed = zlib.compress(png_rows(pixels), level)
+    whole = png(pixels, packed=b"")
+    place = whole.index(b"IDAT") - 4
+    parts = [packed[start : start + size] for start in range(0, len(packed), size)]
+    chunks = b"".join(png_chunk(b"IDAT", part) for part in parts)
+    assert np.array_equal(decode(whole[:place] + chunks + whole[place + 12 :]), pixels)
+
+
+def test_a_png_that_unpacks_to_far_more_than_was_read_is_whole() -> None:
+    flat = np.full((900, 1200, 3), 77, np.uint8)
+    assert np.array_equal(decode(png(flat)), flat)
+
+
+@pytest.mark.parametrize("height", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("width", [1, 2, 5, 8, 9])
+def test_an_interlaced_png_of_any_size_is_right_and_each_pass_is_proven(
+    width: int, height: int
+) -> None:
+    """Small ones lack some of the seven passes."""
+    pixels = picture(height, width)
+    data = interlaced(pixels)
+    assert np.array_equal(decode(data), pixels)
+    start = data.index(b"IDAT") + 4
+    rows = zlib.decompress(data[start:-16])
+    for broken in (rows[:-1], rows + b"\0", b"\5" + rows[1:]):
+        body = png_chunk(b"IDAT", zlib.compress(broken))
+        assert "damaged" in refused(data[: start - 8] + body + data[-12:])
+
+
+def test_no_damage_makes_a_library_write_a_line_of_its_own(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The log of a server has one format, and a camera's cable may break a thousand parts."""
+    every = [*damaged(), *odd_streams()]
+    for kind in ("jpeg", "png", "bmp", "tiff"):
+        every += mutations(kind, 150)
+    read = [None for file in every if not refuses(file.data)]
+    assert len(read) < len(every) / 2
+    assert capfd.readouterr() == ("", "")
 
 
 # JPEG

@@ -204,13 +204,17 @@ def test_the_keys_admit_as_before(line: Opened, role: str | None, may: tuple[int
     assert (looked.status_code, cancelled.status_code, sent.status_code) == may
 
 
-def test_opening_rewrites_no_file_and_leaves_none(line: Opened) -> None:
+def test_opening_rewrites_no_file_and_leaves_none_but_marks_of_what_was_opened(
+    line: Opened,
+) -> None:
     """Not even with what it held: neither content, nor inode, nor time."""
     now = files(line.data)
     assert {path: now.get(path) for path in line.before if path not in QUEUE} == {
         path: kept for path, kept in line.before.items() if path not in QUEUE
     }
-    assert now.keys() - line.before.keys() <= QUEUE
+    live = {name: line.get(f"/models/{name}")["live"] for name in MODELS}
+    marks = {f"models/{name}/gates/{one}/opened" for name, one in live.items() if one}
+    assert now.keys() - line.before.keys() - QUEUE == marks
     assert line.get("/healthz")["queue"] == "ok"
 
 

@@ -76,6 +76,35 @@ def resealed(data: bytes) -> bytes:
     return bytes(fixed)
 
 
+def odd_streams() -> list[Damaged]:
+    """PNGs with every checksum right, whose stream of rows is not what it should be."""
+    rows = png_rows(picture())
+    packed = zlib.compress(rows)
+    step = len(rows) // len(picture())
+    streams = {
+        "short": zlib.compress(rows[:-1]),
+        "long": zlib.compress(rows + b"\0"),
+        "a_row_more": zlib.compress(rows + rows[:step]),
+        "cut": packed[:-5],
+        "without_its_checksum": packed[:-4],
+        "with_a_wrong_checksum": packed[:-1] + bytes([packed[-1] ^ 1]),
+        "empty": b"",
+        "of_nothing": zlib.compress(b""),
+        "no_stream": b"\x99" * 40,
+        "no_block": packed[:2] + b"\x07" + packed[3:],
+        "with_a_filter_too_many": zlib.compress(rows[: 5 * step] + b"\5" + rows[5 * step + 1 :]),
+        "a_filter_in_the_last_row": zlib.compress(rows[:-step] + b"\xff" + rows[1 - step :]),
+    }
+    files = [
+        Damaged(f"png_colour-stream_{name}", png(picture(), packed=one))
+        for name, one in streams.items()
+    ]
+    for place in range(2, len(packed), 97):
+        flipped = packed[:place] + bytes([packed[place] ^ 0x10]) + packed[place + 1 :]
+        files.append(Damaged(f"png_colour-bit_{place}", png(picture(), packed=flipped)))
+    return files
+
+
 def tiff(
     pixels: NDArray[np.generic],
     *,

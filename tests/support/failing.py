@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Python's own names of what it is about to do (audit events): all that changes a file system.
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.symlink"}
-_fsync = os.fsync
+# What a statement of SQL changes; SQLite writes in C, where Python announces nothing.
+_WRITES = re.compile(r"\s*(INSERT|UPDATE|DELETE|REPLACE|CREATE|ALTER|DROP)\b", re.IGNORECASE)
+_fsync, _connect = os.fsync, sqlite3.dbapi2.connect
 
 
 @dataclass
@@ -22,7 +27,7 @@ class Step:
     root: str
     left: int
     error: int
-    spared: str
+    spared: str | tuple[str, ...]
     failed: str | None = None  # what it was
 
     def meets(self, what: str, path: str) -> None:
@@ -41,7 +46,9 @@ _is_hooked = False
 
 
 @contextmanager
-def failing(root: Path, step: int, error: int = errno.ENOSPC, spared: str = "") -> Iterator[Step]:
+def failing(
+    root: Path, step: int, error: int = errno.ENOSPC, spared: str | tuple[str, ...] = ""
+) -> Iterator[Step]:
     """Let write number `step` below a folder fail, in whatever thread; all others work.
 
     Args:
@@ -57,6 +64,56 @@ def failing(root: Path, step: int, error: int = errno.ENOSPC, spared: str = "") 
         yield _now
     finally:
         _now, os.fsync = None, _fsync
+
+
+@contextmanager
+def databases_may_fail() -> Iterator[None]:
+    """Databases of SQLite that are opened meanwhile count as files: statements and commits."""
+
+    def connect(database: str, *arguments: Any, **options: Any) -> Any:
+        made = _connect(database, *arguments, **{"factory": _Database, **options})
+        made.path = str(database)
+        return made
+
+    sqlite3.dbapi2.connect = connect  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sqlite3.dbapi2.connect = _connect
+
+
+class _Database(sqlite3.Connection):
+    path = ""
+
+    def meets(self, what: str) -> None:
+        try:
+            if _now is not None:
+                _now.meets(what, self.path)
+        except OSError as error:  # in SQLite's own words
+            words = {errno.ENOSPC: "database or disk is full"}
+            raise sqlite3.OperationalError(words.get(error.errno or 0, "disk I/O error")) from None
+
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(factory or _Cursor)
+
+    def commit(self) -> None:
+        if self.in_transaction:
+            self.meets("commit")
+        super().commit()
+
+
+class _Cursor(sqlite3.Cursor):
+    def execute(self, sql: str, *parameters: Any) -> Any:
+        connection = self.connection
+        if isinstance(connection, _Database) and (found := _WRITES.match(sql)):
+            connection.meets(found[1])
+        return super().execute(sql, *parameters)
+
+    def executemany(self, sql: str, *parameters: Any) -> Any:
+        connection = self.connection
+        if isinstance(connection, _Database) and (found := _WRITES.match(sql)):
+            connection.meets(found[1])
+        return super().executemany(sql, *parameters)
 
 
 def _audit(event: str, arguments: tuple[object, ...]) -> None:

@@ -112,7 +112,8 @@ def interlaced(pixels: np.ndarray) -> bytes:
         (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
         (0, 1, 1, 2),
     )  # fmt: skip
-    packed = zlib.compress(b"".join(png_rows(pixels[y::dy, x::dx]) for x, y, dx, dy in passes))
+    parts = (pixels[y::dy, x::dx] for x, y, dx, dy in passes)
+    packed = zlib.compress(b"".join(png_rows(part) for part in parts if part.size))
     plain = png(pixels, packed=packed)
     header = plain[16:28] + b"\1"
     return plain[:8] + png_chunk(b"IHDR", header) + plain[33:]

@@ -20,7 +20,10 @@ from PIL import Image
 
 from app.http.request_log import LINES_A_SECOND
 from engines.logs import Text, begin, note, printable
-from support.damage import picture, saved
+from engines.store.versions import Store
+from support.damage import damaged, odd_streams, picture, saved
+from support.mutations import mutations
+from support.plans import tiny_bundle
 from support.server import RAW, ROOT, Server, serving
 
 # The server, with a route that fails as nobody foresaw.
@@ -215,6 +218,25 @@ def test_dbos_and_warnings_speak_as_the_others_do() -> None:
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [line["logger"] for line in lines] == ["dbos", "py.warnings"]
     assert lines[0]["message"] == "a row\nis lost"
+
+
+def test_damaged_pictures_leave_no_line_that_is_not_the_logs_own(
+    tmp_path: Path,
+) -> None:
+    """libpng and libtiff write to stderr by themselves, in their own form."""
+    store = Store(tmp_path / "data" / "models")
+    store.activate("part", store.take_in("part", tiny_bundle(tmp_path / "part"), {}))
+    files = [*damaged(), *odd_streams(), *mutations("png", 60), *mutations("tiff", 60)]
+    with serving(tmp_path, KENSA_LOG_FORMAT="json", KENSA_LOG_LEVEL="debug") as server:
+        found = {server.client.post("/infer", content=one.data).status_code for one in files}
+        assert found >= {400, 415}
+        assert found <= {200, 400, 413, 415}
+        uploads = [("file", (f"{number}.png", one.data)) for number, one in enumerate(files)]
+        server.client.post("/datasets/part/train", files=uploads)
+        lines = server.log.read_text().splitlines()
+    assert len(lines) > 10
+    for line in lines:
+        assert {"level", "logger", "message", "time"} <= set(json.loads(line)), line
 
 
 # Text

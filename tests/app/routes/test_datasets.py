@@ -1333,7 +1333,7 @@ def test_nothing_is_swept_while_another_process_is_at_work(tmp_path: Path) -> No
     assert not (datasets.root / "uploads").exists()
 
 
-def test_sweeping_takes_only_what_was_half_written(tmp_path: Path) -> None:
+def test_sweeping_takes_only_what_was_half_written_or_half_deleted(tmp_path: Path) -> None:
     datasets = Datasets(tmp_path)
     for split in ("train", "normal"):
         datasets.add("part", split, "1.png", image())
@@ -1342,6 +1342,10 @@ def test_sweeping_takes_only_what_was_half_written(tmp_path: Path) -> None:
     gone = [tmp_path / "train/part/.1.png.0123abcd", tmp_path / "test/part/normal/.x.89abcdef"]
     for path in [*kept[2:], *gone]:
         path.touch()
+    for deleted in ("train/.part.0123abcd", "test/.part.0123abcd", "test/part/.anomaly.89abcdef"):
+        gone.append(tmp_path / deleted)
+        gone[-1].mkdir()
+        (gone[-1] / "1.png").touch()
     datasets.sweep()
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)

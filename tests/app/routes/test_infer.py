@@ -484,7 +484,7 @@ def test_a_part_is_resized_as_its_model_was_trained(resizing: Resizing | None) -
         inspector.residents.put(model)
         for image in (part, encoded(part)):
             await inspector.inspect(image, "fake")
-        seen.extend(inspector.recent("fake"))
+        seen.extend(one.pixels for one in inspector.recent("fake"))
         await inspector.close()
 
     asyncio.run(inspect())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ from app.serving import memory_ledger
 from engines.errors import OutOfMemory
 from engines.machine.memory import MIB
 from engines.machine.memory_needs import bytes_needed, unpacked
+from engines.meta import Meta
+from engines.runtimes.cuda import LOST_EXIT_CODE
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.serving import opening
-from engines.store.bundle import Bundle
+from engines.store.bundle import ONNX, Bundle
 from engines.store.versions import Store
 from support.in_process import in_process, settings_of
 from support.plans import seal, tiny_bank, tiny_bundle, tiny_onnx
@@ -47,14 +52,28 @@ from app.__main__ import main
 main()
 """
 
-# One whose opening of a version takes for ever.
+# One whose opening of a version takes for ever, and meanwhile may lose its GPU.
 OPENS_FOR_EVER = """
 import os, sys, time
 from app.serving import loader
+from engines.runtimes import cuda
 def open_model(*_):
     open(os.environ["OPENING"], "w").close()
+    while not os.path.exists(os.environ["OPENING"] + ".lost"):
+        time.sleep(0.05)
+    cuda._when_lost("The GPU is lost.")
     time.sleep(600)
 loader.open_model = open_model
+sys.argv = ["kensa"]
+from app.__main__ import main
+main()
+"""
+
+
+# One that is started with nohup.
+NO_HANG_UP = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.argv = ["kensa"]
 from app.__main__ import main
 main()
@@ -87,6 +106,17 @@ def test_a_bank_is_reckoned_by_what_its_header_says_too(tmp_path: Path) -> None:
     assert unpacked(path) == (1 << 28) * 8 * 4
 
 
+@pytest.mark.parametrize(("side", "took"), [(256, 140), (512, 270), (1024, 788)])
+def test_what_is_reckoned_lies_above_what_a_patchcore_took_at_any_size(
+    tmp_path: Path, side: int, took: int
+) -> None:
+    """MiB, with resnet18, a bank of 200 rows and batches of four: VmHWM of a process of its own."""
+    bundle = tiny_bundle(tmp_path / "part", np.zeros((200, 384), np.float32))
+    (bundle / ONNX).write_bytes(bytes(11_143_252))
+    Meta.read(bundle / "meta.json").with_(image_size=side).write(bundle / "meta.json")
+    assert took < bytes_needed(bundle) / MIB < 3 * took
+
+
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\3\4"])
 def test_what_is_no_bank_is_reckoned_as_a_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bank.npz").write_bytes(content)
@@ -109,6 +139,29 @@ def test_a_version_that_cannot_ever_fit_is_not_opened_even_alone(
         assert (answer.status_code, answer.json()["code"]) == (507, "out_of_memory")
 
     in_process(settings_of(tmp_path), ask)
+
+
+def test_a_person_who_knows_that_it_fits_lets_it_be_opened_by_what_the_sentence_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model needs is reckoned, and lies above what it takes."""
+    monkeypatch.setattr(memory_ledger, "total_bytes", lambda: MIB)
+    store = Store(tmp_path / "data" / "models")
+    version = store.take_in("part", tiny_bundle(tmp_path / "part"), {})
+    store.activate("part", version)
+
+    async def look(client: httpx.AsyncClient, _: Any) -> Any:
+        return (await client.get("/models/part")).json()
+
+    refused = in_process(settings_of(tmp_path), look)
+    assert refused["live"] is None
+    named = re.search(r"set KENSA_MODEL_MEMORY_MIB=(\d+), and it is tried", refused["problem"])
+    assert named
+    too_little = in_process(settings_of(tmp_path, model_memory_mib=int(named[1]) // 2), look)
+    assert too_little["live"] is None
+    assert (
+        in_process(settings_of(tmp_path, model_memory_mib=int(named[1])), look)["live"] == version
+    )
 
 
 def test_a_bank_that_is_larger_than_what_is_free_is_not_read(
@@ -196,10 +249,40 @@ def test_the_only_version_whose_opening_ended_the_server_is_named_and_may_be_loa
         assert server.client.post("/v2/repository/models/part/load").status_code == 200
 
 
+def test_a_version_that_opened_well_before_is_tried_once_more_after_a_kill(tmp_path: Path) -> None:
+    """Nobody knows whether it was to blame: `kill -9`, or the memory killer, came just then."""
+    store = Store(tmp_path / "data" / "models")
+    only = store.take_in("part", tiny_bundle(tmp_path / "only"), {})
+    store.activate("part", only)
+    for kills in (1, 1, 2):  # each start that ends well makes up for the kill before it
+        with serving(tmp_path) as server:
+            found = server.client.get("/models/part").json()
+            assert (found["live"], found["problem"]) == (only, None)
+        for _ in range(kills):
+            assert killed(tmp_path, only) == -9
+    with serving(tmp_path) as server:  # twice, with nothing in between
+        found = server.client.get("/models/part").json()
+        assert found["live"] is None
+        assert "ended the server while it was opened" in found["problem"]
+        assert server.client.post("/v2/repository/models/part/load").status_code == 200
+    with serving(tmp_path) as server:
+        assert server.client.get("/models/part").json()["live"] == only
+
+
+def test_a_server_that_is_killed_between_two_openings_blames_no_version(tmp_path: Path) -> None:
+    store = Store(tmp_path / "data" / "models")
+    store.activate("part", store.take_in("part", tiny_bundle(tmp_path / "only"), {}))
+    for _ in range(3):
+        with serving(tmp_path) as server:
+            assert server.client.get("/models/part").json()["live"]
+            server.process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_who_is_told_to_end_and_killed_while_it_opens_a_version_blames_none(
-    tmp_path: Path,
+    tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As `docker stop` does it where opening takes longer than its 10 s."""
+    """As `docker stop` does it where opening takes longer than its 10 s; or a terminal closes."""
     store = Store(tmp_path / "data" / "models")
     only = store.take_in("part", tiny_bundle(tmp_path / "only"), {})
     store.activate("part", only)
@@ -208,12 +291,39 @@ def test_who_is_told_to_end_and_killed_while_it_opens_a_version_blames_none(
         try:
             until((tmp_path / "opening").exists)
             assert store.did_not_end("part", only)
-            process.terminate()
+            process.send_signal(number)
             until(lambda: not store.did_not_end("part", only), within_s=10)
         finally:
             process.kill()
     with serving(tmp_path) as server:
         assert server.client.get("/models/part").json()["live"] == only
+
+
+def test_a_gpu_that_is_lost_while_a_version_is_opened_is_not_that_versions_fault(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "data" / "models")
+    only = store.take_in("part", tiny_bundle(tmp_path / "only"), {})
+    store.activate("part", only)
+    command, environment = starting(tmp_path, only, OPENS_FOR_EVER)
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        until((tmp_path / "opening").exists)
+        assert store.did_not_end("part", only)
+        (tmp_path / "opening.lost").touch()
+        assert process.wait(timeout=30) == LOST_EXIT_CODE
+    assert not store.did_not_end("part", only)
+
+
+def test_a_hang_up_stops_a_server_in_good_order_unless_nobody_is_to_hear_it(
+    tmp_path: Path,
+) -> None:
+    with serving(tmp_path) as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(timeout=30) == 0
+    with serving(tmp_path, ("-c", NO_HANG_UP)) as server:
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert server.client.get("/livez").status_code == 200
 
 
 def test_a_version_that_ended_the_server_at_the_gate_is_held(tmp_path: Path) -> None:
@@ -246,6 +356,7 @@ def test_after_a_restart_of_the_machine_it_is_tried_once_more(
         under_way.__enter__()
         kept = mark.read_bytes()
         under_way.__exit__(None, None, None)
+        mark.with_name("opened").unlink()
         mark.write_bytes(kept)  # as a process leaves it that ends meanwhile
         assert store.did_not_end("part", version), "of this very boot"
         monkeypatch.setattr("engines.store.versions._boot", lambda: "another")

@@ -16,7 +16,7 @@ from app.http.keys import add_key, read_keys, remove_key
 from engines.errors import BadSettings, DiskFull
 from engines.queue.job_folder import JobFolder
 from engines.queue.schedules import Schedules
-from engines.store.datasets import Datasets
+from engines.store.datasets import SPLITS, Datasets
 from engines.store.versions import Store
 from support.damage import saved
 from support.failing import failing
@@ -130,6 +130,10 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "an image that goes": lambda folder: Datasets(folder / "datasets").delete_image(
         "bolt", "train", "a.png"
     ),
+    "a split that goes": lambda folder: Datasets(folder / "datasets").delete_split(
+        "bolt", "normal"
+    ),
+    "a category that goes": lambda folder: Datasets(folder / "datasets").delete("bolt"),
     "a schedule": lambda folder: Schedules(folder).write(
         "weekly", Schedules(folder).all()["nightly"]
     ),
@@ -144,7 +148,13 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 
 def contents(folder: Path) -> dict[str, object]:
     """What can be read: images by their bytes, schedules, the names of keys, a job's result."""
-    images = {path.name: path.read_bytes() for path in folder.glob("datasets/train/bolt/[!.]*")}
+    datasets = Datasets(folder / "datasets")
+    images = {
+        (category, split, image.name): datasets.read(category, split, image.name)
+        for category in datasets.categories()
+        for split in SPLITS
+        for image in datasets.images(category, split).images
+    }
     keys = [one.name for one in read_keys(folder / "keys.json") or []]
     job = JobFolder(folder, "retrain-1")
     jobs = [job.attempts(), job.result()]
@@ -155,6 +165,8 @@ def contents(folder: Path) -> dict[str, object]:
 def test_another_file_one_of_whose_writes_fails_is_as_it_was(tmp_path: Path, change: str) -> None:
     seed, done = tmp_path / "seed", tmp_path / "done"
     add(seed, "a.png", 1)
+    for split in SPLITS[1:]:
+        Datasets(seed / "datasets").add("bolt", split, "c.png", picture(4))
     schedule(seed, 2)
     add_key(seed / "keys.json", "line-1", "line")
     JobFolder(seed, "retrain-1").root.mkdir(parents=True)
@@ -173,6 +185,9 @@ def test_another_file_one_of_whose_writes_fails_is_as_it_was(tmp_path: Path, cha
             except (OSError, DiskFull, BadSettings):
                 expected, failures = before, failures + 1
         assert contents(folder) == expected, f"{write.failed} failed"
+        Datasets(folder / "datasets").sweep()  # and whatever was in the making goes
+        assert contents(folder) == expected, f"{write.failed} failed"
+        assert not [*folder.glob("datasets/**/.*")]
         if write.failed is None:
             break
     assert failures >= 1

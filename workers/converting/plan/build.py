@@ -32,6 +32,7 @@ from engines.machine import memory_needs
 from engines.machine.memory import MIB
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, read_report
+from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import Fingerprint, Machine, Precision
 from workers.converting.graphs import difference
 from workers.converting.parity import compare_in
@@ -88,6 +89,7 @@ def make_plan(
         KensaError: the graph or the plan is wrong, or memory was short.
         KeyboardInterrupt: Ctrl-C; the build has been stopped.
     """
+    check_weights(folder / ONNX)  # TensorRT itself looks when it refits, but not when it builds
     return _on_the_gpu(lambda stop: _Making(folder, machine, wanted, progress, stop).make(before))
 
 

@@ -174,6 +174,19 @@ def test_scores_that_nobody_knows_must_at_least_be_numbers(nano: Bench) -> None:
 # ---- what goes wrong ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_graph_whose_weights_are_no_numbers_gets_no_plan(each: Bench, number: float) -> None:
+    weights = WEIGHTS.copy()
+    weights[1, 1] = number
+    hides = graph(weights, extra=[helper.make_node("Relu", ["map"], ["unused"], "relu")])
+    wanted = replace(each.wanted(), expected=None)  # of a model that came without golden images
+    folder = each.folder("a", hides)
+    with pytest.raises(BadBundle, match=r"model\.onnx holds weights that are not finite"):
+        each.build.make_plan(folder, Machine.read(), wanted, None, each.heard)
+    assert not (folder / PLAN).exists()
+    assert each.double.gpu.counts["builds"] == 0
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -181,7 +194,7 @@ def test_scores_that_nobody_knows_must_at_least_be_numbers(nano: Bench) -> None:
             graph(extra=[helper.make_node("Unique", ["map"], ["unused"], "unique", sorted=1)]),
             r"does not take .*model\.onnx at node 6, Unique unique: Plugin not found",
         ),
-        (b"no ONNX", r"does not take .*model\.onnx: Failed to parse the ONNX model"),
+        (b"\x08\x08", r"does not take .*model\.onnx: Failed to parse the ONNX model"),
         (graph(cast_first=False), "at node 0, Identity same: .*does not support UINT8"),
     ],
     ids=["operator", "no ONNX", "uint8"],
