@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 TAKE_OVER_S = 5.0  # that a server may take to end, beside its grace ...
 MOST_GRACE_S = 60  # ... of which more is not waited for
 LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
+# A thread that only computes, such as one that lists versions, gives Python's lock away after so
+# long. A part asks for it a dozen times: Python's own 5 ms would be 60 ms for it.
+SWITCH_S = 0.0005
 
 log = logging.getLogger("kensa")
 
@@ -137,6 +140,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     from engines.runtimes import cuda
 
     cuda.when_lost(_end_soon)
+    sys.setswitchinterval(SWITCH_S)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

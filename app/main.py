@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     background = Background()
     rollout = Rollout(store, manager, inspector, settings, plans, background)
     jobs.answering = rollout.answering
-    jobs.is_coming = rollout.is_coming
+    jobs.coming = rollout.coming
     worker = WorkerProcess(settings.data, settings, background)
     metrics = Metrics(version())
     inspector.admission.on_busy = worker.on_busy
