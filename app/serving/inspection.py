@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from app.serving.admission import Admission
 from app.serving.inference_statistics import InferenceStatistics, Timing
 from app.settings import Settings
-from engines.image import ImageLimits, decode, enlarged, kind_of, resize
+from engines.image import ImageLimits, decode, hint_on, kind_of, resize
 from engines.runtimes import cuda
 from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
@@ -149,7 +149,7 @@ class Inspector:
                 picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
             height, width = picture.shape[:2]
             size, how = model.runtime.image_size, model.meta.resize
-            about = Seen(kind, width, height, enlarged(width, height, size))
+            about = Seen(kind, width, height, hint_on(width, height, size))
             pixels = resize(picture, size, how)  # (S, S, 3)
             return picture if drawing == "overlay" else None, pixels, about
 
