@@ -68,6 +68,17 @@ def test_a_distilled_teacher_is_one_that_efficientad_takes_and_its_loss_falls(
     EfficientAdModel().teacher.load_state_dict(torch.load(out, weights_only=True))  # anomalib's
 
 
+def test_pictures_are_read_within_the_limits_of_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((40, 50, 3), np.uint8))
+    out = ["--out", str(tmp_path / "teacher.pth"), "--weights", "untrained", "--image_size", "64"]
+    flags = ["--images", str(tmp_path), *out, "--steps", "1"]
+    assert main([*flags, "--max_image_pixels", "1999"]) != 0
+    assert "allowed are 1,999" in "".join(capsys.readouterr())
+    assert main([*flags, "--max_image_pixels", "2000"]) == 0
+
+
 @pytest.mark.parametrize(
     ("backbone", "layers", "size"),
     [("mobilenetv2_100", None, "small"), ("resnet18", ["layer1"], "medium")],
