@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TAKE_OVER_S = 5.0  # that a server may take to end, beside its grace ...
 MOST_GRACE_S = 60  # ... of which more is not waited for
 LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
+# A thread that only computes, such as one that lists versions, gives Python's lock away after so
+# long. A part asks for it a dozen times: Python's own 5 ms would be 60 ms for it.
+SWITCH_S = 0.0005
 
 COMMANDS = {
     "learn": "learn from a folder of good parts, and hand the model to the server that runs here",
@@ -142,6 +145,8 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     def when_lost(why: str) -> None:
         app.state.store.end_of_process()
         _end_soon(why)
+
+    sys.setswitchinterval(SWITCH_S)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

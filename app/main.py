@@ -22,6 +22,7 @@ from app.http.body_limit import BodyLimit
 from app.http.head import HeadAsGet
 from app.http.known_hosts import KnownHosts
 from app.http.openapi import describe, operation_id
+from app.http.part import given_back_at_once
 from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
@@ -65,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     background = Background()
     rollout = Rollout(store, manager, inspector, settings, plans, background)
     jobs.answering = rollout.answering
-    jobs.is_coming = rollout.is_coming
+    jobs.coming = rollout.coming
     worker = WorkerProcess(settings.data, settings, background)
     metrics = Metrics(version())
     inspector.admission.on_busy = worker.on_busy
@@ -163,8 +164,10 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return _form(request, error.status_code, sentence, code, headers)
     if not isinstance(error, KensaError):
         # Outside of all middleware; uvicorn logs the traceback.
-        headers["X-Request-ID"] = request_id(request)
-        sentence = f"Kensa failed; its log says why, at request {headers['X-Request-ID']}."
+        known_id = request_id(request)
+        back = given_back_at_once(request.scope["query_string"], request.headers.raw, known_id)
+        headers.update({name.decode(): value.decode() for name, value in back})
+        sentence = f"Kensa failed; its log says why, at request {known_id}."
         return _form(request, 500, sentence, KensaError.code, headers)
     if error.status == _UNAVAILABLE:
         headers["Retry-After"] = RETRY_AFTER_S

@@ -144,7 +144,7 @@ def ask(port: int, photos: list[bytes], clients: int, seconds: float) -> list[fl
 
 
 @contextmanager
-def server(engine: Path, batching: str) -> Iterator[tuple[int, Any]]:
+def server(engine: Path, batching: str, **more: str) -> Iterator[tuple[int, Any]]:
     """The port of a Kensa with this model, and what tells how many images it takes at once."""
     with tempfile.TemporaryDirectory() as data, tempfile.TemporaryFile("w+") as log:
         variables = {
@@ -155,6 +155,7 @@ def server(engine: Path, batching: str) -> Iterator[tuple[int, Any]]:
             "KENSA_WORKER": "off",
             "KENSA_BATCHING": batching,
             "KENSA_DEADLINE_MS": "60000",
+            **more,
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "app"], cwd=ROOT, env={**os.environ, **variables}, stderr=log

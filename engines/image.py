@@ -41,6 +41,11 @@ OTHER_PICTURES = {
     ".pgm", ".ppm", ".pnm", ".pbm", ".pfm", ".tga", ".exr", ".hdr", ".psd", ".ico", ".btf", ".raw",
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".mp4", ".avi", ".mov", ".mkv",
 }  # fmt: skip
+LONG = 4  # times as long as wide: pressed into a square, little is left of the longer side
+TILES = (
+    f"Cut the pictures into tiles of at most {LONG}:1, where they are learned and on the line, or"
+    " train with a larger image_size, which is one number for both sides."
+)
 MAX_SIDE = 65_535  # pixels: JPEG's own limit, far below the one of cv2
 
 # What simplejpeg, cv2 and Pillow raise at damaged bytes: documented, or seen when fuzzing.
@@ -191,18 +196,47 @@ def resize(
     return resized
 
 
-def enlarged(width: int, height: int, size: int) -> str | None:
-    """A sentence where a picture is at most half as wide or high as what the model sees; else None.
+def hint_on(width: int, height: int, size: int) -> str | None:
+    """What speaks against a picture in the shape that the model sees; None where nothing does.
 
     It is judged all the same: a model may have learned from just such pictures.
     """
-    if 2 * min(width, height) > size:
-        return None
-    return (
-        f"The picture is only {width} x {height} pixels, and was enlarged to the {size} x {size} of"
-        " the model: fine defects cannot show. Send it as the camera took it; where it is that"
-        " small, train with a smaller image_size."
-    )
+    hints = []
+    if is_small(width, height, size):
+        hints.append(
+            f"The picture is only {width} x {height} pixels, and was enlarged to the {size} x"
+            f" {size} of the model: fine defects cannot show. Send it as the camera took it; where"
+            " it is that small, train with a smaller image_size."
+        )
+    if is_long(width, height):
+        hints.append(
+            f"The picture is {width} x {height} pixels, longer than {LONG}:1:"
+            f" {max(width, height) / size:.3g} pixels along the longer side become one, so narrow"
+            f" defects fade. {TILES}"
+        )
+    return " ".join(hints) or None
+
+
+def is_small(width: int, height: int, size: int) -> bool:
+    """Whether a picture is at most half as wide or high as what the model sees."""
+    return 2 * min(width, height) <= size
+
+
+def is_long(width: int, height: int) -> bool:
+    """Whether little is left of the longer side, once it is pressed into a square."""
+    return max(width, height) > LONG * min(width, height)
+
+
+def hints_in_short(hints: dict[str, str | None]) -> str | None:
+    """What `hint_on` said of several pictures, by their names: how many, and one of the sentences.
+
+    None where it said nothing.
+    """
+    said = {name: hint for name, hint in hints.items() if hint}
+    if not said or len(hints) == 1:
+        return next(iter(said.values()), None)
+    name, hint = next(iter(said.items()))
+    return f"{len(said)} of {len(hints)} pictures, such as {name}: {hint}"
 
 
 def measured_bit_depth(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> int:

@@ -62,18 +62,17 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
             f" pass -i {runtime.image_size}, or convert a model of size {flags.image_size}."
         )
     rows: list[tuple[str, str, str]] = []
+    hints: dict[str, str | None] = {}
     failed: RuntimeFailed | None = None
     for path in paths:
         name = printable(path.name)
         try:
-            picture = image.load(
-                path.read_bytes(),
-                runtime.image_size,
-                flags.limits,
-                bit_depth=meta.bit_depth if meta else None,
-                resizing=meta.resize if meta else None,
-            )
-            raw_score = float(runtime.infer(picture[None])[0][0])
+            data, bit_depth = path.read_bytes(), meta.bit_depth if meta else None
+            picture = image.decode(data, flags.limits, bit_depth)
+            height, width = picture.shape[:2]
+            seen = image.resize(picture, runtime.image_size, meta.resize if meta else None)
+            raw_score = float(runtime.infer(seen[None])[0][0])
+            hints[name] = image.hint_on(width, height, runtime.image_size)
             rows.append((name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
         except OSError as error:  # it went away, or the disk does not give it
             print(f"{name}: not judged: it cannot be read: {error.strerror}", file=sys.stderr)
@@ -88,6 +87,8 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
             print(f"{name}: not judged: {error}", file=sys.stderr)
             continue
         print(f"{name}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
+    if hint := image.hints_in_short(hints):
+        print(f"hint: {hint}", file=sys.stderr)
     if failed is not None and not rows:  # it is not the pictures
         raise failed
     table = Path(f"result_{kind}.csv")

@@ -14,13 +14,13 @@ import logging
 import resource
 import socket
 import sys
-import uuid
 from typing import Any, Literal
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.http.accept import error_line, sentence_header, wanted
+from app.http.part import given_back_at_once
 from app.settings import Settings
 from engines.errors import (
     BadHttp,
@@ -386,7 +386,9 @@ class Connection(HttpToolsProtocol):
     def _answer(self, problem: KensaError, arriving: RequestResponseCycle | None) -> bytes:
         body = json.dumps({"error": str(problem), "code": problem.code}).encode()
         kind, more = b"application/json", dict[str, str]()
-        accepts = dict(arriving.scope["headers"]).get(b"accept", b"") if arriving else b""
+        asked, query = (self.headers, self.url.partition(b"?")[2]) if self._begun else ([], b"")
+        known_id = arriving.scope["state"].get("request_id") if arriving else None
+        accepts = dict(asked).get(b"accept", b"")
         if wanted(accepts.decode("latin-1")) == "text/plain":
             body, kind = error_line(problem.code).encode(), b"text/plain; charset=utf-8"
             more = sentence_header(str(problem))
@@ -395,7 +397,7 @@ class Connection(HttpToolsProtocol):
             *((name.lower().encode(), value.encode()) for name, value in more.items()),
             (b"content-type", kind),
             (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", uuid.uuid4().hex.encode()),
+            *given_back_at_once(query, asked, known_id),
             (b"connection", b"close"),
         ]
         if problem.status == http.HTTPStatus.SERVICE_UNAVAILABLE:

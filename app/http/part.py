@@ -1,16 +1,22 @@
-"""What a client calls the part: its serial number, which comes back and stands in the log."""
+"""What a client calls a request and its part: both come back with every answer, refusals too.
+
+Only the standard library is imported here, since `Starting` needs it before the rest is there.
+"""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+import uuid
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote, unquote
-
-from fastapi import Request
+from urllib.parse import parse_qsl, quote, unquote
 
 from engines.errors import BadRequest
-from engines.logs import note
 
+Headers = Sequence[tuple[bytes, bytes]]  # of a request, as ASGI has them: names in lower case
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER = "X-Part"
 ANSWERED = "X-Kensa-Part"
 MAX_PART = 200  # characters
@@ -27,8 +33,27 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def checked(part: str) -> str | None:
-    """A part's name as it was given, None for an empty one; it is noted for the log.
+def request_id_of(headers: Headers) -> str:
+    """The id of a request: its X-Request-ID where that is a sane one, else a new one."""
+    given = _first(headers, b"x-request-id").decode("latin-1")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def part_of(query: bytes, headers: Headers) -> str:
+    """What the query or the header of a request calls the part; "" where neither does.
+
+    Raises:
+        BadRequest: as `checked`.
+    """
+    if b"part" in query:
+        asked = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+        if part := asked.get("part"):
+            return checked(part)
+    return checked(_read(_first(headers, HEADER.lower().encode())))
+
+
+def checked(part: str) -> str:
+    """A part's name as it was given.
 
     Raises:
         BadRequest: it is too long, or holds what cannot be seen.
@@ -39,29 +64,35 @@ def checked(part: str) -> str | None:
         raise BadRequest(
             f"The part's name {part!a} holds characters that cannot be seen: send visible text."
         )
-    if not part:
-        return None
-    note(part=part)
     return part
 
 
-def part_of(request: Request) -> str | None:
-    """What the query or the header of a request calls the part.
-
-    Raises:
-        BadRequest: as `checked`.
-    """
-    return checked(request.query_params.get("part") or _read(request.headers.get(HEADER, "")))
-
-
-def in_header(part: str | None) -> dict[str, str]:
-    """The header of an answer: what is not ASCII is percent-encoded, as is % itself."""
-    return {ANSWERED: quote(part, safe=_AS_IT_IS)} if part else {}
+def given_back(request_id: str, part: str) -> list[tuple[bytes, bytes]]:
+    """The headers of any answer: what is not ASCII is percent-encoded, as is % itself."""
+    found = [(b"x-request-id", request_id.encode())]
+    if part:
+        found.append((ANSWERED.lower().encode(), quote(part, safe=_AS_IT_IS).encode()))
+    return found
 
 
-def _read(header: str) -> str:
-    """Percent-encoded, or bytes of UTF-8, which a header holds as latin-1."""
+def given_back_at_once(
+    query: bytes, headers: Headers, known_id: str | None = None
+) -> list[tuple[bytes, bytes]]:
+    """The same, of a request that is refused before anybody has looked into it."""
     try:
-        return unquote(header.encode("latin-1").decode(), errors="strict")
+        part = part_of(query, headers)
+    except BadRequest:  # it cannot be sent back, and something else is wrong already
+        part = ""
+    return given_back(known_id or request_id_of(headers), part)
+
+
+def _first(headers: Headers, name: bytes) -> bytes:
+    return next((value for known, value in headers if known == name), b"")
+
+
+def _read(header: bytes) -> str:
+    """Percent-encoded, or bytes of UTF-8."""
+    try:
+        return unquote(header.decode(), errors="strict")
     except UnicodeDecodeError:
         raise BadRequest(f"The header {HEADER} is not UTF-8: percent-encode it.") from None

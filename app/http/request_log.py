@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
-import uuid
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.http.part import given_back, part_of, request_id_of
 from app.watching.metrics import Metrics
+from engines.errors import BadRequest
 from engines.logs import begin
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 CLIENT_LEFT = 499  # nginx's number for it; nobody is there to read it
 LINES_A_SECOND = 20  # of requests that fail: a camera that is out of order must not fill the disk
 NO_ROUTE = "none"
@@ -45,9 +45,12 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        request_id = _given_id(scope) or uuid.uuid4().hex
+        request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
         fields = begin(request_id)
+        with suppress(BadRequest):  # whoever takes a part says so
+            if part := part_of(scope.get("query_string", b""), scope["headers"]):
+                fields["part"] = part
         status, ended = 0, False
 
         def end() -> None:
@@ -64,7 +67,7 @@ class RequestLog:
                 status = message["status"]
                 message["headers"] = [
                     *(pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"),
-                    (b"x-request-id", request_id.encode()),
+                    *given_back(request_id, fields.get("part", "")),
                 ]
             elif message["type"] == "http.response.body" and not message.get("more_body"):
                 end()
@@ -109,17 +112,9 @@ class RequestLog:
 
 
 def request_id(request: Request) -> str:
-    """The id of a request: its X-Request-ID where that is a sane one, else a new one."""
+    """The id of a request, see `request_id_of`."""
     known: str = request.state.request_id
     return known
-
-
-def _given_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            given: str = value.decode("latin-1")
-            return given if REQUEST_ID.fullmatch(given) else None
-    return None
 
 
 def _route(scope: Scope) -> str:

@@ -7,7 +7,8 @@ import contextlib
 import json
 import socket
 import threading
-import uuid
+
+from app.http.part import given_back_at_once
 
 BACKLOG = 128  # connections that asyncio takes at a time
 RETRY_AFTER_S = 2
@@ -93,17 +94,22 @@ class _Refused(asyncio.Protocol):
 
 def answer(head: bytes) -> bytes:
     """What a request gets: in the agreed form, as one line of text where it wants that."""
-    lines = head.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
-    accepts = b",".join(line[7:] for line in lines if line.startswith(b"accept:"))
+    first, *lines = head.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    pairs = (line.partition(b":") for line in lines)
+    headers = [(name.strip().lower(), value.strip()) for name, _, value in pairs]
+    query = first.partition(b"?")[2].partition(b" ")[0]
+    accepts = b",".join(value.lower() for name, value in headers if name == b"accept")
     body = json.dumps({"error": SENTENCE, "code": "not_ready"})
     media_type, more = "application/json", ""
     if b"text/plain" in accepts and b"json" not in accepts:
         media_type, body = "text/plain; charset=utf-8", "ERR not_ready\n"
         more = f"x-kensa-error: {SENTENCE}\r\n"
+    for name, value in given_back_at_once(query, headers):
+        more += f"{name.decode()}: {value.decode()}\r\n"
     said = (
         "HTTP/1.1 503 Service Unavailable\r\n"
         f"{more}content-type: {media_type}\r\ncontent-length: {len(body)}\r\n"
-        f"retry-after: {RETRY_AFTER_S}\r\nx-request-id: {uuid.uuid4().hex}\r\n"
+        f"retry-after: {RETRY_AFTER_S}\r\n"
         f"connection: close\r\n\r\n{'' if head.startswith(b'HEAD ') else body}"
     )
     return said.encode()

@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.jobs.queue_database import connect, reach
@@ -67,6 +68,14 @@ _CRON = re.compile(
 log = logging.getLogger("kensa")
 
 
+class _OfModel(NamedTuple):
+    """What the outcome of a job depends on, besides what the gate found."""
+
+    live: str | None
+    coming: set[str]
+    refused: dict[str, str]  # -> why
+
+
 class JobQueue:
     """Jobs of one data folder. Its methods block: call them in a thread."""
 
@@ -82,7 +91,7 @@ class JobQueue:
         self._tidy = threading.Event()  # set: old jobs are looked for now
         self._schedules = Schedules(data)
         self.answering: Callable[[str], str | None] | None = None  # the server's, for outcomes
-        self.is_coming: Callable[[str, str], bool] | None = None  # the same
+        self.coming: Callable[[str], set[str]] | None = None  # the same
         self._problem: str | None = None
 
     @property
@@ -261,7 +270,9 @@ class JobQueue:
             ids = [training_of(one.workflow_id) for one in found if one.status == "PENDING"]
             rows = self._reached().list_workflows(workflow_ids=ids, load_input=False) if ids else []
             trainings = {row.workflow_id: row for row in rows}
-        return [self._described(one, trainings.get(training_of(one.workflow_id))) for one in found]
+        jobs = [self._described(one, trainings.get(training_of(one.workflow_id))) for one in found]
+        self._add_outcomes([job for job in jobs if job["version"] is not None])
+        return jobs
 
     def _described(self, status: Any, training: Any) -> dict[str, Any]:
         folder = JobFolder(self._data, status.workflow_id)
@@ -294,9 +305,6 @@ class JobQueue:
             if job["state"] == "running" and progress.get("phase") in ("failed", "succeeded"):
                 progress["phase"] = "ending"  # the queue does not know of it yet
             job["progress"] = progress or None
-        if job["version"] is not None:
-            with contextlib.suppress(OSError):  # of a model that cannot be read
-                self._add_outcome(job, ended["version"])
         return job
 
     def _add_training(self, job: dict[str, Any], training: Any) -> None:
@@ -309,30 +317,61 @@ class JobQueue:
             begun = int((training.attributes or {}).get("attempts", 0))
             job["attempts"] = max(job["attempts"], begun)
 
-    def _add_outcome(self, job: dict[str, Any], version: str) -> None:
+    def _add_outcomes(self, jobs: list[dict[str, Any]]) -> None:
+        """What became of the versions that jobs published.
+
+        Each model is asked once, and what the gate found before what is in memory: that is the
+        order in which a version goes live.
+        """
+        known = cache(lambda name: frozenset(self._store.versions(name)))
+
+        def gate(job: dict[str, Any]) -> dict[str, Any] | None:
+            with contextlib.suppress(OSError):  # of a model that cannot be read
+                if job["version"] in known(job["model"]):  # else its record is gone as well
+                    return self._store.gate(job["model"], job["version"])
+            return None
+
+        gates = [gate(job) for job in jobs]
+        models = cache(self._of_model)
+        for job, found in zip(jobs, gates, strict=True):
+            with contextlib.suppress(OSError):
+                is_there = job["version"] in known(job["model"])
+                self._add_outcome(job, found, models(job["model"]), is_there=is_there)
+
+    def _of_model(self, name: str) -> _OfModel:
+        if self.answering is not None:
+            live = self.answering(name)
+        else:
+            pointer = self._store.pointer(name)
+            live = pointer.live if pointer else None
+        coming = self.coming(name) if self.coming is not None else set()
+        return _OfModel(live, coming, self._store.refused(name))
+
+    def _add_outcome(
+        self,
+        job: dict[str, Any],
+        gate: dict[str, Any] | None,
+        model: _OfModel,
+        *,
+        is_there: bool,
+    ) -> None:
         """What became of the version that a job published. Until the gate has seen it, it runs."""
-        name, store = job["model"], self._store
-        found, refused = store.gate(name, version), store.refused(name)
-        if version in refused:
-            job.update(outcome="refused", state="failed", code="bad_bundle", error=refused[version])
-        elif self._answers(name, version):
+        version = job["version"]
+        if version in model.refused:
+            error = model.refused[version]
+            job.update(outcome="refused", state="failed", code="bad_bundle", error=error)
+        elif version == model.live:
             job["outcome"] = "live"
-        elif self.is_coming is not None and self.is_coming(name, version):
+        elif version in model.coming:
             self._is_at_the_gate(job)
-        elif found is not None and found.get("ok") is False:
-            job.update(outcome="held", error=" ".join(found.get("reasons", [])))
-        elif found is not None:
+        elif gate is not None and gate.get("ok") is False:
+            job.update(outcome="held", error=" ".join(gate.get("reasons", [])))
+        elif gate is not None:
             job["outcome"] = "replaced"
-        elif self._goes_live(name, version):
+        elif is_there and self._goes_live(job["model"], version):
             self._is_at_the_gate(job)
         else:
             job["outcome"] = "published"
-
-    def _answers(self, name: str, version: str) -> bool:
-        if self.answering is not None:
-            return self.answering(name) == version
-        pointer = self._store.pointer(name)
-        return pointer is not None and pointer.live == version
 
     def _is_at_the_gate(self, job: dict[str, Any]) -> None:
         job["state"] = "running"

@@ -107,7 +107,9 @@ class InferredBody(Body):
     model_version: str
     id: str | None = Field(default=None, description="The request's.")
     parameters: dict[str, str] = Field(
-        default_factory=dict, description="`part`, where the request has one."
+        default_factory=dict,
+        description="`part`, where the request has one; `hint`: what speaks against a picture,"
+        " though it was judged.",
     )
     outputs: list[OutputTensorBody]
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from app.open_inference.bodies import MAX_IMAGES, InferBody, InferTensorBody
 from app.serving.inspection import Image, Inspection
 from engines.errors import BadRequest, ImageTooLarge, RuntimeFailed
-from engines.image import ImageLimits, check_size
+from engines.image import ImageLimits, check_size, hints_in_short
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON = 2 * 1024 * 1024  # bytes; reading them holds all other threads up
@@ -297,8 +297,10 @@ def write_answer(
     }
     if request.id is not None:
         body["id"] = request.id
-    if request.part:
-        body["parameters"] = {"part": request.part}
+    hints = {f"number {n}": one.seen.hint for n, one in enumerate(inspections)}
+    parameters = {"part": request.part, "hint": hints_in_short(hints)}
+    if said := {name: value for name, value in parameters.items() if value}:
+        body["parameters"] = said
     head = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     return b"".join((head, *tails)), len(head) if tails else None
 

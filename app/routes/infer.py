@@ -18,10 +18,11 @@ from app.http.access import needs
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import within_deadline
-from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, in_header, part_of
+from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, part_of
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
+from engines.logs import note
 from engines.verdict import Label
 
 
@@ -225,7 +226,7 @@ async def infer(
     for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
     """
     inspector: Inspector = request.app.state.inspector
-    called = part_of(request)
+    called = part_of(request.scope["query_string"], request.headers.raw)
     inspector.residents.call(model or None)  # before the image is read
     inspector.admission.check_room()
     answer = wanted(request.headers.get("accept", ""))
@@ -235,15 +236,16 @@ async def infer(
     try:
         with inspector.admission.holding() as hold:
             data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
-            in_form = checked(in_form) or ""  # also where another one comes first
-            called = checked(called or in_form)
+            in_form = checked(in_form)  # also where another one comes first
+            if called := called or in_form:
+                note(part=called)
             with inspector.admission.admitted():
                 inspecting = inspector.inspect(data, model or None, drawing)
                 inspection = await within_deadline(request, inspecting, deadline_ms)
     except BadImage:
         inspector.counts.refused += 1
         raise
-    return _answer(inspection, answer, request_id(request), called)
+    return _answer(inspection, answer, request_id(request), called or None)
 
 
 async def read_image(
@@ -309,7 +311,7 @@ async def _file_of_form(
 
 
 def _answer(inspection: Inspection, answer: Answer, request_id: str, part: str | None) -> Response:
-    headers = _headers(inspection, request_id) | in_header(part)
+    headers = _headers(inspection, request_id)
     if answer == "image/png":
         return Response(inspection.drawing, media_type=answer, headers=headers)
     if answer == "text/plain":

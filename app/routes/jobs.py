@@ -222,15 +222,20 @@ async def convert(request: Request, response: Response, body: ConvertRequest) ->
     "/jobs",
     dependencies=[needs("line")],
     summary="Which jobs are there?",
+    response_model=JobsBody,
     responses={503: _NO_WORKER},
 )
 async def jobs(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=500, description="The newest so many.")] = 50,
-) -> JobsBody:
+) -> Response:
     """Newest first."""
-    found = await _ask(lambda: _jobs(request).newest(limit))
-    return JobsBody(jobs=[_body(request, one) for one in found])
+
+    def written() -> str:  # in the thread: 500 jobs are 300 KB, and parts need the loop
+        found = _jobs(request).newest(limit)
+        return JobsBody(jobs=[_body(request, one) for one in found]).model_dump_json()
+
+    return Response(await _ask(written), media_type="application/json")
 
 
 @router.get(
@@ -287,8 +292,8 @@ async def events(request: Request, job_id: JobId) -> StreamingResponse:
 class _Look:
     """What a job is and has said, as events of its stream."""
 
-    job: str
-    lines: str
+    job: bytes
+    lines: bytes
     after: int  # the byte of the log that comes next
     has_ended: bool
 
@@ -298,11 +303,11 @@ def _look(found: JobQueue, job_id: str, after: int) -> _Look:
     lines, after = found.lines(job_id, after)
     job = f"event: job\ndata: {JobBody(**now).model_dump_json()}\n\n"
     said = "".join(f"event: log\ndata: {json.dumps(line)}\n\n" for line in lines)
-    return _Look(job, said, after, now["state"] in ENDED)
+    return _Look(job.encode(), said.encode(), after, now["state"] in ENDED)
 
 
 class Looks:
-    """What all who watch a job would ask at the same time is asked once."""
+    """What all who watch a job would ask at the same time is asked once, and written once."""
 
     def __init__(self) -> None:
         self._under_way: dict[tuple[str, int], asyncio.Task[_Look]] = {}
@@ -316,31 +321,33 @@ class Looks:
             self._under_way[key] = task
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             loop.call_later(LOOK_EVERY_S, self._under_way.pop, key, None)
-        return await asyncio.shield(task)
+        if not task.done():
+            await asyncio.wait([task])  # it goes on where one who watches leaves
+        return task.result()
 
 
 async def _follow(
     looks: Looks, found: JobQueue, job_id: str, stopping: asyncio.Event
-) -> AsyncIterator[str]:
-    after, before, silent = 0, "", 0.0
+) -> AsyncIterator[bytes]:
+    """The events of one who watches. 400 may: a round without news must cost the loop nothing."""
+    after, before, silent = 0, b"", 0.0
     while not stopping.is_set():
         try:
             now = await looks.ask(found, job_id, after)
         except KensaError as error:  # it was forgotten, or the queue does not answer any more
-            yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
+            yield f"event: error\ndata: {json.dumps(str(error))}\n\n".encode()
             return
         after = now.after
-        if news := now.lines + (now.job if now.job != before else ""):
+        if news := now.lines + (now.job if now.job != before else b""):
             yield news
         if now.has_ended:
             return
         silent = 0.0 if news else silent + LOOK_EVERY_S
         if silent >= ALIVE_EVERY_S:
-            yield ": still running\n\n"
+            yield b": still running\n\n"
             silent = 0.0
         before = now.job
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(stopping.wait(), LOOK_EVERY_S)
+        await asyncio.sleep(LOOK_EVERY_S)  # a wait that also ends at the stop costs a task each
 
 
 @router.post(

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -31,7 +32,7 @@ from engines.queue.job_requests import few_keys
 from engines.store.bundle import ONNX, PLAN, read_strange
 from engines.store.datasets import Datasets, room
 from engines.store.plan_record import PLAN_RECORD
-from engines.store.versions import META, NAME, Store
+from engines.store.versions import GATE, MANIFEST, META, NAME, Store
 from engines.verdict import Label, Scale
 
 
@@ -218,6 +219,7 @@ class TakenInBody(Body):
 
 
 PAGE = 100  # versions
+RECORDS_KEPT = 1024  # versions whose files are not read again; 5 KB of memory each
 Limit = Annotated[int, Query(ge=1, le=200, description="How many versions of a model to list.")]
 Offset = Annotated[int, Query(ge=0, le=1_000_000, description="How many newer ones to pass over.")]
 Result = TypeVar("Result")
@@ -374,13 +376,7 @@ async def model(
 )
 async def version(request: Request, name: Name, version: Version) -> VersionBody:
     """Where it came from, its meta.json, its report, and what the gate found."""
-    rollout = _rollout(request)
-
-    def look() -> VersionBody:
-        answers = rollout.answering(name)
-        return _version(_store(request), name, version, answers, rollout.is_coming)
-
-    return await _look(look)
+    return await _look(lambda: _versions(request, name, [version])[0])
 
 
 @router.get(
@@ -521,14 +517,12 @@ async def change_threshold(
 
 
 def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
-    store, rollout = _store(request), _rollout(request)
-    meta = Meta.read(store.folder(name, version) / META)
+    meta = Meta.read(_store(request).folder(name, version) / META)
     found, (drawn, seen) = in_force(meta), drawn_found(meta)
-    answers = rollout.answering(name)
     return ThresholdBody(
         model=name,
         version=version,
-        state=_version(store, name, version, answers, rollout.is_coming).state,
+        state=_versions(request, name, [version])[0].state,
         threshold=found.threshold,
         raw=found.raw,
         false_rejects=found.false_rejects,
@@ -547,7 +541,6 @@ async def _look(work: Callable[..., Result], *arguments: Any) -> Result:
 async def _described(
     request: Request, name: str, limit: int = PAGE, offset: int = 0
 ) -> StoredModelBody:
-    rollout: Rollout = request.app.state.rollout
     inspector: Inspector = request.app.state.inspector
     resident = name in inspector.residents.names()
     found = inspector.residents.get(name) if resident else None
@@ -568,13 +561,9 @@ async def _described(
             refused={},
         )
         try:
-            pointer, answers = store.pointer(name), rollout.answering(name)
+            pointer, known = store.pointer(name), store.versions(name)[::-1]
             body.previous = pointer.previous if pointer else None
-            known = store.versions(name)[::-1]
-            body.versions = [
-                _listed(store, name, one, answers, rollout.is_coming)
-                for one in known[offset : offset + limit]
-            ]
+            body.versions = _versions(request, name, known[offset : offset + limit], among=True)
             body.refused = store.refused(name)
         except OSError as error:  # the others are listed all the same
             body.problem = body.problem or f"{name} cannot be read: {error}."
@@ -583,46 +572,86 @@ async def _described(
     return await _look(look)
 
 
-def _listed(
-    store: Store,
-    name: str,
-    version: str,
-    live: str | None,
-    is_coming: Callable[[str, str], bool],
-) -> VersionBody:
-    """The same among others, which are told though this one was deleted just now."""
+class _Record(NamedTuple):
+    """What the files of a version say of it."""
+
+    body: VersionBody  # its state is "kept", or "damaged"
+    activate: bool  # it was published to go live
+    gate: dict[str, Any] | None
+
+
+def _versions(
+    request: Request, name: str, versions: list[str], *, among: bool = False
+) -> list[VersionBody]:
+    """Versions and their states: what is on the disk is looked at first, then what is in memory.
+
+    Args:
+        among: they are a list, where one that was deleted just now keeps its place, since a short
+            page is the last one; else that raises UnknownVersion.
+    """
+    store, rollout = _store(request), _rollout(request)
+    live = rollout.answering(name)
+    records = [_record(store, name, one, among=among) for one in versions]
+    pointer, coming = store.pointer(name), rollout.coming(name)
+
+    def state(one: str, record: _Record) -> str:
+        if record.body.state == "damaged":
+            return "damaged"
+        found, waits = record.gate, record.activate and record.gate is None
+        states = {
+            "live": one == live,
+            "held": found is not None and found.get("ok") is False and not found.get("by_hand"),
+            "previous": pointer is not None and one == pointer.previous,
+            "at the gate": waits or one in coming,
+            "kept": True,
+        }
+        return next(state for state, is_so in states.items() if is_so)
+
+    return [
+        record.body.model_copy(update={"state": state(one, record)})
+        for one, record in zip(versions, records, strict=True)
+    ]
+
+
+def _record(store: Store, name: str, version: str, *, among: bool) -> _Record:
     try:
-        return _version(store, name, version, live, is_coming)
-    except UnknownVersion as error:  # it keeps its place: a short page is the last one
-        return VersionBody(version=version, state="damaged", problem=str(error))
+        folder = store.folder(name, version)
+    except UnknownVersion as error:
+        if not among:
+            raise
+        return _Record(_damaged(version, error), activate=False, gate=None)
+    files = (folder / MANIFEST, folder / META, store.gate_folder(name, version) / GATE)
+    return _read_record(store, name, version, tuple(map(_stamp, files)))
 
 
-def _version(
-    store: Store,
-    name: str,
-    version: str,
-    live: str | None,
-    is_coming: Callable[[str, str], bool],
-) -> VersionBody:
-    folder = store.folder(name, version)
-    pointer, found = store.pointer(name), store.gate(name, version)
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file is another."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(RECORDS_KEPT)
+def _read_record(
+    store: Store, name: str, version: str, stamps: tuple[tuple[int, ...], ...]
+) -> _Record:
+    """Read once for all lists, since a version never changes: most of a list's time is this.
+
+    Args:
+        stamps: of the files that are read.
+    """
+    found = store.gate(name, version)
     try:
         manifest = store.manifest(name, version)
-        meta = Meta.read(folder / META)
-    except (BadBundle, BadMeta) as error:
-        return VersionBody(version=version, state="damaged", problem=str(error))
+        meta = Meta.read(store.folder(name, version) / META)
+    except (BadBundle, BadMeta, UnknownVersion) as error:
+        return _Record(_damaged(version, error), activate=False, gate=found)
     gate, problem = _gate_body(found)
-    waits = manifest.origin.get("activate") is True and found is None
-    states = {
-        "live": version == live,
-        "held": found is not None and found.get("ok") is False and not found.get("by_hand"),
-        "previous": pointer is not None and version == pointer.previous,
-        "at the gate": waits or is_coming(name, version),  # on the disk first, then in memory
-        "kept": True,
-    }
-    return VersionBody(
+    body = VersionBody(
         version=version,
-        state=next(state for state, is_so in states.items() if is_so),
+        state="kept",
         created=manifest.created,
         kind=meta.model,
         origin=manifest.origin,
@@ -633,6 +662,11 @@ def _version(
         gate=gate,
         problem=problem,
     )
+    return _Record(body, manifest.origin.get("activate") is True, found)
+
+
+def _damaged(version: str, error: Exception) -> VersionBody:
+    return VersionBody(version=version, state="damaged", problem=str(error))
 
 
 def _calibration(meta: Meta) -> CalibrationBody | None:

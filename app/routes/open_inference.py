@@ -21,7 +21,7 @@ from app.http.access import needs
 from app.http.base_body import error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import within_deadline
-from app.http.part import checked, in_header, part_of
+from app.http.part import checked, part_of
 from app.http.request_log import request_id
 from app.open_inference.bodies import (
     MAX_IMAGES,
@@ -60,6 +60,7 @@ from engines.errors import (
     NotReady,
     UnknownVersion,
 )
+from engines.logs import note
 from engines.serving.resident import Resident
 from engines.store.versions import Store
 
@@ -308,15 +309,17 @@ async def infer(request: Request, model: Called) -> Response:
         arrived, length = time.monotonic(), request.headers.get(HEADER_LENGTH)
         reading = inspector.beside(partial(read_request, body, length, inspector.limits))
         wanted = await within_deadline(request, reading)
-        called = checked(wanted.part) or part_of(request)
-        wanted = replace(wanted, part=called or "")
+        called = part_of(request.scope["query_string"], request.headers.raw)
+        wanted = replace(wanted, part=checked(wanted.part) or called)
+        if wanted.part:
+            note(part=wanted.part)
         # Once more: another version may have gone live while the body arrived.
         live = _find(request, model.name)
         with inspector.residents.use(live) as held, inspector.admission.admitted():
             within_ms = math.ceil(wanted.timeout_us / 1000) or None
             answering = _answer(inspector, held, wanted)
             content, json_length = await within_deadline(request, answering, within_ms, arrived)
-    headers = {"X-Request-ID": request_id(request), **in_header(called)}
+    headers = {"X-Request-ID": request_id(request)}
     if json_length is None:
         return Response(content, media_type="application/json", headers=headers)
     headers[HEADER_LENGTH] = str(json_length)

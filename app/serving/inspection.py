@@ -21,7 +21,7 @@ from engines.image import (
     ImageLimits,
     Resizing,
     decode,
-    enlarged,
+    hint_on,
     kind_of,
     resize,
     same_either_way,
@@ -169,7 +169,7 @@ class Inspector:
                 picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
             height, width = picture.shape[:2]
             size, how = model.runtime.image_size, model.meta.resize
-            about = Seen(kind, width, height, enlarged(width, height, size))
+            about = Seen(kind, width, height, hint_on(width, height, size))
             pixels = resize(picture, size, how)  # (S, S, 3)
             return picture if drawing == "overlay" else None, pixels, about
 

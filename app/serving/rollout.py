@@ -463,17 +463,17 @@ class Rollout:
         pointer = self._store.pointer(name) if self._residents.why_not(name) else None
         return pointer.live if pointer else None
 
-    def is_coming(self, name: str, version: str) -> bool:
-        """Whether a version is written down as the live one, and not in memory yet. In any thread.
+    def coming(self, name: str) -> set[str]:
+        """What is written down as the live version, and may not be in memory yet. In any thread.
 
         Also while it is being written down: what the gate found stands there first. Not where it
         cannot be used, so that another one stands in.
         """
-        if (name, version) in self._going_live:
-            return True
+        found = {version for model, version in [*self._going_live] if model == name}
         pointer = self._store.pointer(name)
-        named = pointer is not None and pointer.live == version
-        return named and name not in self._residents.standing_in
+        if pointer is not None and name not in self._residents.standing_in:
+            found.add(pointer.live)
+        return found
 
     async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
         """On the disk first: after a power cut the version that was named last comes back."""

@@ -40,6 +40,7 @@ from engines.store.known_scores import SCORES
 NAME = r"^[\w-]{1,64}$"  # of a model: letters of any alphabet
 MANIFEST = "manifest.json"
 META = "meta.json"
+GATE = "gate.json"
 
 _NAME_BYTES = 200  # a file system takes 255
 # Of a file that is missing, or is something else than a file that this user may read.
@@ -345,7 +346,7 @@ class Store:
         Its `reasons`, where it has them, are a list of sentences, whoever wrote it.
         """
         try:
-            found = json.loads(_text(self.gate_folder(name, version) / "gate.json") or "null")
+            found = json.loads(_text(self.gate_folder(name, version) / GATE) or "null")
             reasons = found.get("reasons", [])
         except (ValueError, RecursionError, AttributeError):
             return None
@@ -370,7 +371,7 @@ class Store:
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
         folder = self.gate_folder(name, version)
         folder.mkdir(parents=True, exist_ok=True)
-        with replaced(folder / "gate.json", text.encode()):
+        with replaced(folder / GATE, text.encode()):
             sync_folder(folder.parent)
             yield
 

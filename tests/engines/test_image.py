@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import struct
 import time
@@ -18,8 +19,17 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from engines.errors import BadImage, BadSettings, ImageTooLarge, KensaError, UnsupportedImage
-from engines.image import ImageLimits, decode, load, measured_bit_depth, resize
+from engines.image import (
+    ImageLimits,
+    decode,
+    hint_on,
+    hints_in_short,
+    load,
+    measured_bit_depth,
+    resize,
+)
 from support.damage import Damaged, damaged, picture, png, png_chunk, png_rows, saved, seeds, tiff
+from support.project import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # at damaged EXIF
 
@@ -579,3 +589,57 @@ def test_photos_load_as_cv2_loads_them(assets: Path) -> None:
             cv2.resize(plain, (256, 256), interpolation=cv2.INTER_AREA),
         )
         assert decoded_or_none(path.read_bytes()[:-5000]) is None
+
+
+# ---- limits ----------------------------------------------------------------------------------
+
+
+# What reads pictures -> how many arguments it has with the limits.
+READS = {
+    "image.load": 3, "image.decode": 2, "image.read": 2, "decode": 2, "measured_bit_depth": 2,
+    "bit_depth_of": 2, "Images": 7,
+}  # fmt: skip
+
+
+def test_nobody_reads_pictures_within_other_limits_than_those_that_were_stated() -> None:
+    """The server's settings and the flags of the commands hold for whatever they read."""
+    forgotten = []
+    for room in ("app", "engines", "workers"):
+        for path in (ROOT / room).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(call, ast.Call) or path.parent.name == "image_files":
+                    continue
+                name = ast.unparse(call.func)
+                stated = len(call.args) >= READS.get(name, 0) or any(
+                    one.arg == "limits" for one in call.keywords
+                )
+                is_bound = path.name == "page.py" and name == "decode"  # by a partial
+                if name in READS and not stated and not is_bound:
+                    forgotten.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")
+    assert forgotten == []
+
+
+# ---- hints -----------------------------------------------------------------------------------
+
+
+def test_a_hint_says_what_a_square_of_the_model_loses_and_nothing_of_ordinary_pictures() -> None:
+    for width, height in [(129, 129), (516, 129), (2048, 512), (4000, 3000)]:
+        assert hint_on(width, height, 256) is None
+        assert hint_on(height, width, 256) is None
+    small, long, both = (hint_on(*size, 256) for size in [(128, 300), (1300, 300), (4096, 100)])
+    assert small is not None
+    assert "only 128 x 300" in small
+    assert "4:1" not in small
+    assert long is not None
+    assert "1300 x 300 pixels, longer than 4:1: 5.08 pixels along the longer side" in long
+    assert both is not None
+    assert "only 4096 x 100" in both
+    assert "into tiles" in both
+
+
+def test_hints_on_many_pictures_are_one_with_how_many() -> None:
+    assert hints_in_short({}) is None
+    assert hints_in_short({"a": None, "b": None}) is None
+    assert hints_in_short({"a": "It is dark."}) == "It is dark."
+    found = hints_in_short({"a": None, "b": "It is dark.", "c": "It is long."})
+    assert found == "2 of 3 pictures, such as b: It is dark."

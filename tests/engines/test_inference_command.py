@@ -27,12 +27,17 @@ def inspect(folder: Path, pictures: dict[str, int], monkeypatch: pytest.MonkeyPa
         return np.where(images.min(axis=(1, 2, 3)) == WHITE, np.nan, scores), maps
 
     monkeypatch.setattr(OpenVINORuntime, "infer", no_number_for_white)
-    bundle = tiny_bundle(folder / "model")
     (folder / "pictures").mkdir()
     for name, grey in pictures.items():
         Image.new("L", (SIDE, SIDE), grey).save(folder / "pictures" / name)
+    return run(folder, folder / "pictures", monkeypatch)
+
+
+def run(folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Judge a folder of pictures; the exit code."""
+    bundle = tiny_bundle(folder / "model")
     monkeypatch.chdir(folder)
-    flags = {"e": bundle / "model.onnx", "d": folder / "pictures", "i": SIDE, "t": 30}
+    flags = {"e": bundle / "model.onnx", "d": pictures, "i": SIDE, "t": 30}
     return main("vae", [word for flag, value in flags.items() for word in (f"-{flag}", str(value))])
 
 
@@ -52,3 +57,16 @@ def test_a_model_that_has_no_number_for_any_picture_is_told_and_leaves_the_old_t
     (tmp_path / "result_vae.csv").write_text("yesterday's")
     assert inspect(tmp_path, {"a.png": WHITE, "b.png": WHITE}, monkeypatch) == EXIT_CODE
     assert (tmp_path / "result_vae.csv").read_text() == "yesterday's"
+
+
+def test_what_speaks_against_pictures_is_said_once_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long").mkdir()
+    for name, size in {"a": (SIDE, SIDE), "b": (5 * SIDE, SIDE), "c": (6 * SIDE, SIDE)}.items():
+        Image.new("L", size, 90).save(tmp_path / "long" / f"{name}.png")
+    assert run(tmp_path, tmp_path / "long", monkeypatch) == 0
+    said = capsys.readouterr().err
+    assert said.count("hint: ") == 1
+    assert f"hint: 2 of 3 pictures, such as b.png: The picture is {5 * SIDE} x {SIDE}" in said
+    assert "into tiles" in said

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from engines.image import ImageLimits
 from workers.commands import run
 from workers.distil.teacher import Distil, distil
 from workers.progress import Progress
@@ -42,7 +43,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " (default %(default)s)")  # fmt: skip
     add("--learning_rate", type=float, default=Distil.learning_rate, metavar="X", help="the highest"
         " of the training (default %(default)s)")  # fmt: skip
+    ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
+    parsed.limits = ImageLimits.of_flags(vars(parsed))
     if parsed.steps < 1 or parsed.batch < 1 or not parsed.learning_rate > 0:
         parser.error("--steps and --batch must be at least 1, and --learning_rate above 0")
     if not SMALLEST_PX <= parsed.image_size <= LARGEST_PX:

@@ -44,7 +44,9 @@ def find_pictures(folders: list[Path]) -> list[Path]:
     return paths[:: math.ceil(len(paths) / MOST_PICTURES)]
 
 
-def read_pictures(paths: list[Path], largest: int, progress: Progress) -> list[Picture]:
+def read_pictures(
+    paths: list[Path], largest: int, limits: image.ImageLimits, progress: Progress
+) -> list[Picture]:
     """Decode the files, and shrink them until no side is longer than `largest` pixels.
 
     Raises:
@@ -53,7 +55,7 @@ def read_pictures(paths: list[Path], largest: int, progress: Progress) -> list[P
     tick, found = progress.phase("images"), []
     for done, path in enumerate(paths, 1):
         try:
-            picture = image.decode(path.read_bytes())
+            picture = image.decode(path.read_bytes(), limits)
         except (BadImage, OSError) as error:
             progress.say(f"skipped {path}: {error}")
         else:

@@ -23,6 +23,7 @@ import numpy as np
 from engines import image
 from engines.errors import BadMeta, BadRequest, BadWeights
 from engines.files import write_atomically
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from workers.distil.pictures import (
     Picture,
     cut_batches,
@@ -58,6 +59,7 @@ class Distil:
     steps: int = 2000
     batch: int = 16
     learning_rate: float = 1e-3
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 def distil(request: Distil, progress: Progress) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
         backbone = _Backbone.build(request, CHANNELS)
         weights = origin_of(request.weights, backbone.extractor.origin)
         progress.say(said(request.backbone, weights))
-        unlearned, learned = held_out(read_pictures(paths, 4 * request.image_size, progress))
+        found = read_pictures(paths, 4 * request.image_size, request.limits, progress)
+        unlearned, learned = held_out(found)
         report = _fit(teacher, backbone, learned, unlearned, request, progress)
     buffer = io.BytesIO()
     torch.save(teacher.state_dict(), buffer)

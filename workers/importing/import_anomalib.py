@@ -294,8 +294,7 @@ def _read_pictures(
     if not paths:
         raise BadDataset(f"{folder} holds no images: --images takes a folder of normal parts.")
     meta = meta.with_(bit_depth=request.bit_depth or bit_depth_of(paths, request.limits))
-    images = Images(paths, meta, 4, progress, progress.phase("images"))
-    images.limits = request.limits
+    images = Images(paths, meta, 4, progress, progress.phase("images"), limits=request.limits)
     images.most_broken = len(paths) // MOST_BROKEN
     batches = list(images)
     if not batches:

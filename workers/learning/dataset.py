@@ -26,7 +26,6 @@ THREADS = 2  # decoding; the backbone takes the rest of the machine
 NAMED = 5  # files that a sentence names
 MOST_BROKEN = 10  # one in so many pictures may be broken; more would make another training
 SURE = 1 << 14  # a value from which on all 16 bits are filled, whatever the scene
-LONG = 4  # times as long as wide: pressed into a square, little is left of the longer side
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class File(NamedTuple):
 
     @property
     def is_long(self) -> bool:
-        return max(self.width, self.height) > LONG * min(self.width, self.height)
+        return image.is_long(self.width, self.height)
 
 
 @dataclass
@@ -318,7 +317,11 @@ def _check_bits(path: Path, stored: Pixels, bit_depth: int | None) -> None:
 
 def notes_on(files: dict[Path, File], meta: Meta) -> list[str]:
     """What a person should know of the pictures that a model learned from: sentences."""
-    return _on_mixed_ones(files, meta.bit_depth or 8) + _on_long_ones(files, meta.image_size)
+    return [
+        *_on_mixed_ones(files, meta.bit_depth or 8),
+        *_on_long_ones(files, meta.image_size),
+        *_on_small_ones(files, meta.image_size),
+    ]
 
 
 def _on_mixed_ones(files: dict[Path, File], bit_depth: int) -> list[str]:
@@ -349,11 +352,23 @@ def _on_long_ones(files: dict[Path, File], size: int) -> list[str]:
     path, file = max(long.items(), key=lambda one: max(one[1][:2]) / min(one[1][:2]))
     longer, shorter = max(file[:2]), min(file[:2])
     return [
-        f"{len(long)} of {len(files)} pictures are longer than {LONG}:1, such as {path.name}"
+        f"{len(long)} of {len(files)} pictures are longer than {image.LONG}:1, such as {path.name}"
         f" ({file.width} x {file.height}, {longer / shorter:.3g}:1): {longer / size:.3g} pixels"
-        " along the longer side become one, so narrow defects fade. Cut the pictures into tiles"
-        f" of at most {LONG}:1, here and on the line, or take a larger image_size, which is one"
-        " number for both sides."
+        f" along the longer side become one, so narrow defects fade. {image.TILES}"
+    ]
+
+
+def _on_small_ones(files: dict[Path, File], size: int) -> list[str]:
+    """That pictures were enlarged, and what to do about it."""
+    small = [path for path, file in files.items() if image.is_small(file.width, file.height, size)]
+    if not small:
+        return []
+    file = files[small[0]]
+    return [
+        f"{len(small)} of {len(files)} pictures are at most half as wide or high as the {size} x"
+        f" {size} that the model sees, such as {small[0].name} ({file.width} x {file.height}):"
+        " they were enlarged, and fine defects cannot show. Take the pictures as the camera gives"
+        " them; where they are that small, take a smaller image_size."
     ]
 
 

@@ -196,7 +196,7 @@ def _learn(
     request: Retrain, meta: Meta, kind: Any, model: Any, category: Category, progress: Progress
 ) -> _Learned:
     """Train or update, and calibrate on images that the model has not learned at that time."""
-    how = models.Training(request.epochs, request.batch, request.penalty_dir)
+    how = models.Training(request.epochs, request.batch, request.penalty_dir, request.limits)
     course = Course(kind, model, meta, how, progress, category, request.limits)
     known = KnownScores.none()
     if kind.INCREMENTAL:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from workers.models.deferred_imports import defer_imports
 
 defer_imports()  # before the first import of anomalib, timm or torchvision
@@ -37,6 +38,7 @@ class Training:
     epochs: int = 1
     batch: int = 4
     penalty_dir: Path | None = None  # natural images that an EfficientAD student must not imitate
+    limits: ImageLimits = DEFAULT_LIMITS  # of these
 
 
 def module(kind: str) -> Any:

@@ -174,7 +174,7 @@ def train(
     validation, learned = _held_out(pictures)
     penalty = None
     if how.penalty_dir is not None:
-        penalty = penalty_images(how.penalty_dir, meta.image_size, progress)
+        penalty = penalty_images(how.penalty_dir, meta.image_size, how.limits, progress)
     else:
         progress.say(
             "no folder of natural images: the student may imitate the teacher on defects too"

@@ -17,7 +17,9 @@ GREY_PENALTY = 0.3  # share of the penalty images that are made grey
 LUMA = torch.tensor([0.2989, 0.587, 0.114])[:, None, None]  # of red, green, blue; torchvision's
 
 
-def penalty_images(folder: Path, size: int, progress: Progress) -> Iterator[torch.Tensor]:
+def penalty_images(
+    folder: Path, size: int, limits: image.ImageLimits, progress: Progress
+) -> Iterator[torch.Tensor]:
     """Natural images (1, 3, S, S) in [0, 1] without end: the middle of a picture of twice the size.
 
     Raises:
@@ -26,7 +28,7 @@ def penalty_images(folder: Path, size: int, progress: Progress) -> Iterator[torc
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in image.SUFFIXES]
     if not paths:
         raise BadDataset(f"{folder} holds no images: --penalty_dir takes a folder of photos.")
-    found = _pass_after_pass(paths, size, progress.say)
+    found = _pass_after_pass(paths, size, limits, progress.say)
     first = next(found, None)  # now, so that a folder of broken files is refused at once
     if first is None:
         raise BadDataset(f"No image in {folder} can be read: --penalty_dir takes photos.")
@@ -34,7 +36,7 @@ def penalty_images(folder: Path, size: int, progress: Progress) -> Iterator[torc
 
 
 def _pass_after_pass(
-    paths: list[Path], size: int, say: Callable[[str], None]
+    paths: list[Path], size: int, limits: image.ImageLimits, say: Callable[[str], None]
 ) -> Iterator[torch.Tensor]:
     """Pass after pass in a new order; broken files are named once. Ends when none is left."""
     order = torch.Generator().manual_seed(0)
@@ -44,7 +46,7 @@ def _pass_after_pass(
         for index in torch.randperm(len(keys), generator=order).tolist():
             path = left[keys[index]]
             try:
-                picture = image.load(path.read_bytes(), 2 * size)
+                picture = image.load(path.read_bytes(), 2 * size, limits)
             except (BadImage, OSError) as error:
                 say(f"skipped {path}: {error}")
                 del left[keys[index]]

@@ -92,6 +92,35 @@ def test_who_sends_everything_before_it_reads_gets_the_refusal(
             assert read_whole(connection) == (KINDS[kind][3], kind)
 
 
+@pytest.mark.parametrize("accept", ["*/*", "text/plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refusal_before_anything_is_read_names_its_request_and_its_part(
+    server: Server, keys: dict[str, str], kind: str, accept: str
+) -> None:
+    path, media_type, role, status = KINDS[kind]
+    key = {"X-API-Key": keys[role]} if role else {}
+    sent = {"Content-Type": media_type, "Accept": accept, "X-Request-ID": "p.1", "X-Part": "A/17 x"}
+    answer = server.client.post(path, content=BODY, headers={**sent, **key})
+    assert (answer.status_code, answer.text.startswith("ERR ")) == (status, accept == "text/plain")
+    assert (answer.headers["X-Request-ID"], answer.headers["X-Kensa-Part"]) == ("p.1", "A/17 x")
+
+
+@pytest.mark.parametrize(
+    "rest", [b"X: " + bytes(100_000), b"Transfer-Encoding: chunked\r\n\r\nx\r\n"]
+)
+def test_so_does_one_that_the_connection_itself_refuses(server: Server, rest: bytes) -> None:
+    """A head without end; a body that is no HTTP."""
+    first = b"POST /infer?part=A/17%20x HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: p.2\r\n"
+    with connected_socket(server) as connection:
+        connection.sendall(first + rest)
+        answer = b""
+        while more := connection.recv(65536):
+            answer += more
+    begin = answer.partition(b"\r\n\r\n")[0].lower()
+    assert b"x-request-id: p.2" in begin, answer
+    assert b"x-kensa-part: a/17 x" in begin
+
+
 def test_what_was_read_after_one_refusal_does_not_count_for_the_next(
     server: Server, keys: dict[str, str]
 ) -> None:

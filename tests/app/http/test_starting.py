@@ -57,7 +57,7 @@ def starting(folder: Path, *before: str) -> Iterator[tuple[subprocess.Popen[byte
 def ask(port: int, method: str = "POST", **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        client.request(method, "/infer?deadline_ms=200", bytes(500_000), headers)
+        client.request(method, "/infer?deadline_ms=200&part=A%2017", bytes(500_000), headers)
         answer = client.getresponse()
         return answer, answer.read()
     finally:
@@ -80,12 +80,13 @@ def test_until_it_is_ready_everybody_hears_so_at_once(tmp_path: Path) -> None:
         waits, answers = [], []
         while True:
             began = time.monotonic()
-            answer, body = ask(port, **{"Content-Type": "image/jpeg"})
+            answer, body = ask(port, **{"Content-Type": "image/jpeg", "X-Request-ID": "Line-3.p1"})
             waits.append(time.monotonic() - began)
             found = json.loads(body)
             assert (answer.status, found["code"]) == (503, "not_ready")
             assert answer.headers["Retry-After"] == "2"
-            assert answer.headers["X-Request-ID"]
+            back = answer.headers["X-Request-ID"], answer.headers["X-Kensa-Part"]
+            assert back == ("Line-3.p1", "A 17")
             answers.append(found["error"])
             if "starting" not in found["error"]:  # the server itself, which has no model
                 break

@@ -142,6 +142,20 @@ def test_pixels_get_the_scores_of_a_file_that_holds_them(
     assert raw_scores(answer) == [expected]
 
 
+def test_what_speaks_against_a_picture_is_a_parameter_of_the_answer(
+    client: Client, server: Server
+) -> None:
+    for height, width in [(32, 32), (100, 900), (300, 300)]:
+        pixels = photo(height=height, width=width)
+        hint = server.infer(png(pixels)).json()["hint"]
+        found = client.infer(NAME, [pixels_input(pixels[None])]).get_response()
+        assert found.get("parameters", {}).get("hint") == hint
+        assert (hint is None) == (height == width == 300)
+    files = [photo_file(0), png(photo(height=32, width=32)), png(photo(height=32, width=32))]
+    said = client.infer(NAME, [files_input(files)]).get_response()["parameters"]["hint"]
+    assert said.startswith("2 of 3 pictures, such as number 1: The picture is only 32 x 32")
+
+
 def test_json_gets_json(server: Server) -> None:
     answer = server.client.post(f"/v2/models/{NAME}/infer", content=GOOD)
     assert answer.status_code == 200, answer.text

@@ -128,6 +128,13 @@ def test_a_picture_far_smaller_than_what_the_model_sees_is_judged_with_a_hint(
     assert answer.headers["x-kensa-image"] == "PNG 32x32"
 
 
+def test_a_picture_beyond_4_to_1_is_judged_with_a_hint(server: Server) -> None:
+    answer = server.infer(saved(Image.fromarray(picture(1300, 300)), "PNG"))
+    assert answer.status_code == 200
+    assert answer.json()["hint"] == answer.headers["x-kensa-hint"]
+    assert re.search(r"300 x 1300 pixels, longer than 4:1.*into tiles", answer.json()["hint"])
+
+
 @pytest.mark.parametrize(
     ("start", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ PIXELS: dict[str, Any] = {
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "part"}
     logged = {"KENSA_LOG_LEVEL": "debug", "KENSA_LOG_FORMAT": "json"}
-    with serving(tmp_path_factory.mktemp("server"), **settings, **logged) as running:
+    small = {"KENSA_MAX_IMAGE_BYTES": "100000"}
+    with serving(tmp_path_factory.mktemp("server"), **settings, **logged, **small) as running:
         yield running
 
 
@@ -76,6 +78,51 @@ def test_what_cannot_be_printed_is_refused_and_forges_no_line(
     assert "part" in answer.json()["error"]
     for line in server.log.read_text().splitlines():
         json.loads(line)
+
+
+# The code of a refusal -> what is sent to be refused so.
+REFUSALS: dict[str, dict[str, Any]] = {
+    "unknown_model": {"params": {"model": "nut"}, "content": b"", "headers": RAW},
+    "bad_image": {"content": seeds()["png_colour"][:-40], "headers": RAW},
+    "unsupported_image": {"content": b"no image at all", "headers": RAW},
+    "unsupported_body": {"content": b"", "headers": {"Content-Type": "text/html"}},
+    "image_too_large": {"content": bytes(100_001), "headers": RAW},
+    "bad_request": {"files": {"image": ("a", b"under another name")}, "headers": {}},
+}
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/plain"])
+@pytest.mark.parametrize("way", ["query", "header"])
+@pytest.mark.parametrize("code", REFUSALS)
+def test_a_refusal_gives_the_id_and_the_part_back(
+    server: Server, code: str, way: str, accept: str
+) -> None:
+    name, sent = "検査 A/17", REFUSALS[code]
+    headers = {**sent["headers"], "X-Request-ID": f"{code}-1", "Accept": accept}
+    params = dict(sent.get("params", {}))
+    if way == "query":
+        params["part"] = name
+    else:
+        headers["X-Part"] = quote(name)
+    answer = server.client.post("/infer", **{**sent, "params": params, "headers": headers})
+    said = answer.text.split()[1] if accept == "text/plain" else answer.json()["code"]
+    assert said == code
+    assert answer.headers["X-Request-ID"] == f"{code}-1"
+    assert unquote(answer.headers["X-Kensa-Part"]) == name
+
+
+def test_the_line_of_a_refusal_has_both(server: Server) -> None:
+    time.sleep(1.1)  # of refusals 20 a second have a line
+    headers = {"Content-Type": "text/html", "X-Request-ID": "p.1"}
+    server.client.post("/infer?part=A/17", headers=headers)
+    line = json.loads(server.log.read_text().splitlines()[-1])
+    assert (line["request_id"], line["part"], line["status"]) == ("p.1", "A/17", 415)
+
+
+def test_a_part_in_a_form_comes_back_where_the_file_beside_it_is_refused(server: Server) -> None:
+    files, data = {"file": ("a", b"no image")}, {"part": "A 17"}
+    answer = server.client.post("/infer", files=files, data=data)
+    assert (answer.status_code, answer.headers["X-Kensa-Part"]) == (415, "A 17")
 
 
 @pytest.mark.parametrize("accept", ["text/plain", "image/png"])

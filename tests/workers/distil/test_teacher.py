@@ -80,6 +80,17 @@ def test_weights_of_a_package_teach_without_a_flag(pictures_folder: Path, tmp_pa
     )
 
 
+def test_pictures_are_read_within_the_limits_of_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((40, 50, 3), np.uint8))
+    out = ["--out", str(tmp_path / "teacher.pth"), "--weights", "untrained", "--image_size", "64"]
+    flags = ["--images", str(tmp_path), *out, "--steps", "1"]
+    assert main([*flags, "--max_image_pixels", "1999"]) != 0
+    assert "allowed are 1,999" in "".join(capsys.readouterr())
+    assert main([*flags, "--max_image_pixels", "2000"]) == 0
+
+
 @pytest.mark.parametrize(
     ("backbone", "layers", "size"),
     [("mobilenetv2_100", None, "small"), ("resnet18", ["layer1"], "medium")],

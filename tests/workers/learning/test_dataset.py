@@ -319,6 +319,19 @@ def test_pictures_longer_than_4_to_1_are_told_with_what_to_do(tmp_path: Path) ->
     assert "image_size" in note
 
 
+def test_pictures_that_are_enlarged_are_told_with_what_to_do(tmp_path: Path) -> None:
+    half = meta().image_size // 2
+    for name, side in {"large": half + 1, "small": half}.items():
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((side, side), np.uint8))
+    list(source := images([tmp_path / "large.png"]))
+    assert notes_on(source.files, meta()) == []
+    list(source := images([tmp_path / "large.png", tmp_path / "small.png"]))
+    (note,) = notes_on(source.files, meta())
+    assert f"1 of 2 pictures are at most half as wide or high as the {2 * half} x" in note
+    assert f"such as small.png ({half} x {half})" in note
+    assert "a smaller image_size" in note
+
+
 def test_a_reader_that_stops_early_leaves_no_thread_behind(tmp_path: Path) -> None:
     import threading
 

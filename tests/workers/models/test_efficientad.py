@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, efficientad, efficientad_weights
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd
-from workers.models.efficientad_penalty_images import LUMA
+from workers.models.efficientad_penalty_images import LUMA, penalty_images
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -384,6 +385,15 @@ def test_a_folder_without_natural_images_is_refused_before_training(
         (tmp_path / "broken.jpg").write_bytes(content)
     with pytest.raises(BadDataset, match=f"{tmp_path}.*--penalty_dir"):
         learned(parts(1), Training(penalty_dir=tmp_path))
+
+
+def test_natural_images_are_read_within_the_limits_that_were_stated(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((40, 50, 3), np.uint8))
+    for pixels, fits in ((2000, True), (1999, False)):
+        how = Training(penalty_dir=tmp_path, limits=image.ImageLimits(max_pixels=pixels))
+        refused = pytest.raises(BadDataset, match="can be read")
+        with nullcontext() if fits else refused:
+            next(penalty_images(tmp_path, SIZE, how.limits, Said()))
 
 
 # ---- weights ---------------------------------------------------------------------------------
