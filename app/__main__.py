@@ -303,7 +303,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
         from app.settings import version
 
-        parser.exit(0, f"kensa {version()}\n")
+        sys.stdout.write(f"kensa {version()}\n")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -14,17 +14,28 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import httpx
+import numpy as np
 
 from engines.errors import BadSettings, RuntimeFailed
+from engines.files import write_atomically
 from engines.meta import FIRST, Meta
 from workers.commands import run, summarise_conversion, summarise_training
 from workers.progress import Progress
+from workers.sample_parts.fields import Pixels
 from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 30.0
 TERMINATED = 143  # what shells expect after SIGTERM
+PARTS = {  # that it judges: what they are called, and their files below test/<category>
+    "good part": "normal/0000.png",
+    "burr": "anomaly/burr_00.png",
+    "missing hole": "anomaly/missing_hole_00.png",
+    "stain": "anomaly/stain_00.png",
+}
+CELL, HEAD = 360, 36  # pixels, of a part in the picture and of the words above it
 
 
 def main() -> int:
@@ -50,7 +61,7 @@ def demo(folder: Path, port: int, progress: Progress, *, stay: bool = True) -> N
     engine = _convert(trained, folder / "models" / "engine", progress)
     progress.say(f"4/4  starting the server on port {port}")
     with _Server(engine, port) as server:
-        _inspect(server, data)
+        _inspect(server, data, folder / "verdicts.jpg")
         if stay:
             server.run_until_stopped()
 
@@ -87,29 +98,49 @@ def _convert(trained: Path, engine: Path, progress: Progress) -> Path:
     return engine
 
 
-def _inspect(server: _Server, data: Path) -> None:
-    """Post a good and a bad part, print the verdicts and how to ask for one by hand."""
-    parts = {
-        "good part": sorted((data / "test" / CATEGORY / "normal").glob("*.png"))[0],
-        "bad part": sorted((data / "test" / CATEGORY / "anomaly").glob("stain_*.png"))[0],
-    }
+def _inspect(server: _Server, data: Path, picture: Path) -> None:
+    """Post a good part and bad ones, print and draw the verdicts, and how to ask for one by hand.
+
+    Args:
+        picture: the JPEG file that is drawn.
+    """
+    cells = []
     print()
-    for name, path in parts.items():
-        answer = httpx.post(
-            f"{server.url}/infer", content=path.read_bytes(), headers={"Content-Type": "image/png"}
-        )
-        verdict = answer.json()
+    for name, file in PARTS.items():
+        path = data / "test" / CATEGORY / file
+        verdict = _answer(server, path, "application/json").json()
         print(
-            f"{name:<10} {path.name:<14} {verdict['label']:<8} score {verdict['score']:.3f}"
+            f"{name:<12} {path.name:<19} {verdict['label']:<8} score {verdict['score']:.3f}"
             f" (threshold {verdict['threshold']:.2f}), {verdict['timing']['total_ms']:.0f} ms"
         )
+        drawn = _answer(server, path, "image/png").content
+        cells.append(_cell(drawn, name, verdict["label"], verdict["score"]))
+    _, jpeg = cv2.imencode(".jpg", np.hstack(cells), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    write_atomically(picture, jpeg.tobytes())
     print(
-        f"\nTry it:    curl -F file=@{parts['bad part']} {server.url}/infer"
-        f"\nSee it:    curl -F file=@{parts['bad part']} -H 'Accept: image/png'"
-        f" -o overlay.png {server.url}/infer"
-        f"\nDocs page: {server.url}/docs",
+        f"\nAll of them: {picture}"
+        f"\nTry it:      curl -F file=@{path} {server.url}/infer"
+        f"\nSee it:      curl -F file=@{path} -H 'Accept: image/png' -o overlay.png"
+        f" {server.url}/infer"
+        f"\nDocs page:   {server.url}/docs",
         flush=True,
     )
+
+
+def _answer(server: _Server, path: Path, kind: str) -> httpx.Response:
+    headers = {"Content-Type": "image/png", "Accept": kind}
+    answer = httpx.post(f"{server.url}/infer", content=path.read_bytes(), headers=headers)
+    return answer.raise_for_status()
+
+
+def _cell(drawn: bytes, name: str, label: str, score: float) -> Pixels:
+    """A part as the server drew it, uint8 BGR (CELL + HEAD, CELL, 3), its verdict above it."""
+    part = cv2.imdecode(np.frombuffer(drawn, np.uint8), cv2.IMREAD_COLOR)
+    head = np.full((HEAD, CELL, 3), 40, np.uint8)
+    words, colour = ("OK", (120, 220, 120)) if label == "Normal" else ("NG", (110, 110, 255))
+    font, line = cv2.FONT_HERSHEY_SIMPLEX, cv2.LINE_AA
+    cv2.putText(head, f"{words} {score:.2f}  {name}", (10, 24), font, 0.6, colour, 1, line)
+    return np.vstack([head, cv2.resize(part, (CELL, CELL), interpolation=cv2.INTER_AREA)])
 
 
 class _Server:

@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
+from urllib.parse import quote as in_url
 
 from engines.errors import BadDataset, BadRequest, BadWeights, Conflict
 from engines.files import name_of_folder
-from engines.image import DEFAULT_LIMITS, ImageLimits
+from engines.image import DEFAULT_LIMITS, SUFFIXES, ImageLimits
 from engines.limits import LEAST_SHARE, share
 from engines.meta import FIRST, Meta
 from engines.store.versions import META, Store, is_name
@@ -172,7 +174,7 @@ def _left(request: Learn) -> list[str]:
     return [
         "",
         "no server    runs on this machine with this user's data folder, so the model stays there:",
-        f"serve it     KENSA_MODEL_DIR={engine} KENSA_MODEL_NAME={request.name} kensa",
+        f"serve it     KENSA_MODEL_DIR={quote(str(engine))} KENSA_MODEL_NAME={request.name} kensa",
         f"then         {_curl(request, 'http://127.0.0.1:8000')}",
     ]
 
@@ -185,7 +187,7 @@ def _published(request: Learn, server: Server) -> list[str]:
     version = store.take_in(name, engine, origin)
     if not store.wants_to_go_live(name, version):  # known, and held or only kept
         version = store.publish_again(name, version, origin)
-    here = f"{server.url}/models/{name}/versions/{version}"
+    model = f"{server.url}/models/{in_url(name)}"
     end = time.monotonic() + GATE_LIMIT_S
     while time.monotonic() < end:
         pointer, gate = store.pointer(name), store.gate(name, version)
@@ -197,18 +199,19 @@ def _published(request: Learn, server: Server) -> list[str]:
             return [
                 "",
                 f"held         {name} {version}: {why}",
-                f"let it in    curl -X POST {here}/activate",
+                f"let it in    curl -X POST {model}/versions/{version}/activate",
             ]
         if (why_not := store.refused(name).get(version)) is not None:
             return ["", f"refused      {name} {version}: {why_not}"]
         time.sleep(LOOK_EVERY_S)
-    return ["", f"at the gate  {name} {version}; see {server.url}/models/{name}"]
+    return ["", f"at the gate  {name} {version}; see {model}"]
 
 
 def _curl(request: Learn, url: str) -> str:
+    """A line for a shell that asks for the verdict of a picture there is."""
     folder = request.defects or request.good or request.folder
-    part = next((path for path in sorted(folder.rglob("*")) if path.is_file()), folder)
-    return f"curl -F file=@{part} '{url}/infer?model={request.name}'"
+    part = next(path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+    return f"curl -F {quote(f'file=@{part}')} '{url}/infer?model={in_url(request.name)}'"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -80,7 +80,8 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            # The worker asks the system to end it with this process, and its job with itself.
+            # The worker asks the system to end it with this process, and its job with itself. In a
+            # session of its own, Ctrl-C in the terminal reaches this process alone, which ends it.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "workers.jobs", "--data_dir", str(self._data),
                 env={
@@ -93,6 +94,7 @@ class WorkerProcess:
                     **(fleet.environment() if fleet else {}),
                 },
                 cwd=Path(__file__).parents[2],
+                start_new_session=True,
             )  # fmt: skip
             try:
                 code = await self._process.wait()

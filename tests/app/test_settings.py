@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from app.__main__ import have_to_oneself
-from app.settings import Settings, table, unknown_variables
+from app.__main__ import COMMANDS, have_to_oneself
+from app.settings import GROUPS, Settings, table, unknown_variables, version
 from engines.errors import BadSettings
 from engines.image import ImageLimits
 from support.project import ROOT
@@ -138,6 +138,38 @@ def test_an_address_of_another_machine_ends_the_process_with_one_sentence() -> N
 
 def test_flags_are_refused_rather_than_ignored() -> None:
     assert "unrecognized arguments: --port 9000" in refused(["--port", "9000"])
+
+
+def test_an_unknown_command_is_told_which_there_are() -> None:
+    said = refused(["foo"])
+    assert re.fullmatch(r"kensa: There is no command 'foo'\. There are (.*); without one.*\n", said)
+    assert ", ".join(COMMANDS) in said
+
+
+def shown(flag: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "app", flag],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+
+
+def test_version_is_said_and_nothing_else() -> None:
+    assert shown("--version") == f"kensa {version()}\n"
+
+
+def test_help_says_the_commands_first_and_each_setting_once_in_its_group() -> None:
+    said = shown("--help")
+    names = [name for name, *_ in table()]
+    assert re.findall(r"^  (KENSA_\w+) ", said, re.MULTILINE) == names
+    heads = re.findall(r"^([A-Z][^:\n]*):$", said, re.MULTILINE)
+    assert heads == list(GROUPS.values())
+    first = {f"KENSA_{setting.upper()}": group for setting, group in GROUPS.items()}
+    for setting, group in first.items():
+        assert f"{group}:\n  {setting} " in said
+    assert names[0] in first, "or the settings before the first group were in none"
+    places = [said.index(f"\n  kensa {command} ") for command in COMMANDS]
+    assert places == sorted(places)
+    assert places[-1] < said.index("\n  --version") < said.index(names[0])
 
 
 def test_a_user_without_a_home_is_told_to_name_a_data_folder() -> None:

@@ -39,7 +39,7 @@ def words_of(command: str) -> list[str | Path]:
 @pytest.mark.parametrize(
     "command",
     ["retrain.py", "convtrt.py", "evaluate.py", "tune.py", "import_anomalib.py", "bin/patchcore",
-     "python -m workers.distil", "kensa threshold"],
+     "python -m workers.distil", "kensa learn", "kensa threshold"],
 )  # fmt: skip
 def test_every_flag_of_a_command_is_documented_and_every_documented_one_exists(
     command: str,

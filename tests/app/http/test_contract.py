@@ -39,6 +39,7 @@ from app.settings import Settings
 from engines.errors import KensaError
 from engines.queue.job_requests import ConvertRequest, RetrainRequest
 from support.damage import seeds
+from support.project import ROOT
 from support.server import Server, agreed, serving
 
 FORESEEN = (503, 504, 507)  # no room, no time, no space
@@ -142,6 +143,28 @@ def what_there_is(server: Server, model: Path) -> dict[str, dict[str, str]]:
 def document() -> dict[str, Any]:
     """The OpenAPI document, without a server."""
     return create_app(Settings(data_dir=Path("unused"), worker="off")).openapi()
+
+
+def test_the_docs_page_shows_values_that_can_be_sent_as_they_are() -> None:
+    """Each parameter of a path has an example, and what is filled in beforehand harms nobody."""
+    for path, item in document()["paths"].items():
+        for method, operation in item.items():
+            for parameter in operation.get("parameters", []):
+                where, shape = f"{method} {path} {parameter['name']}", parameter["schema"]
+                if parameter["in"] == "path":
+                    assert shape.get("examples") or shape.get("enum"), where
+                assert "deadline" not in parameter["name"] or "default" not in shape, where
+
+
+@pytest.mark.parametrize("path", ["/retrain", "/convert"])
+def test_the_example_of_a_job_is_of_a_model_that_no_other_page_makes(path: str) -> None:
+    """So that one click on the docs page starts nothing: the tutorial's model is another one."""
+    content = document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    name = content["schema"]["$ref"].rpartition("/")[2]
+    examples = document()["components"]["schemas"][name]["examples"]
+    assert [example["model"] for example in examples] == ["my-part"]
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    assert "my-part" not in pages
 
 
 def schema(max_examples: int) -> Any:

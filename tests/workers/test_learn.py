@@ -1,0 +1,260 @@
+"""`kensa learn`: from a folder of pictures to a model that judges, as a newcomer types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.meta import FIRST, Meta
+from engines.store.bundle import Bundle
+from engines.store.versions import Store
+from support.damage import seeds
+from support.project import ROOT
+from support.server import Server, serving
+from support.waiting import until
+from workers.evaluation.evaluate import PAGE
+from workers.sample_parts.write_dataset import CATEGORY, write_dataset
+
+GOOD = 6  # parts: few, so that learning them is quick
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn parts: train/ and test/, as write_dataset leaves them. Do not change."""
+    folder = tmp_path_factory.mktemp("parts")
+    return write_dataset(folder, train=GOOD, normal=1, per_kind=1, size=256)
+
+
+@pytest.fixture
+def good(parts: Path, tmp_path: Path) -> Path:
+    """A folder with pictures of good parts, and a name that a shell and a URL have to quote."""
+    return Path(shutil.copytree(parts / "train" / CATEGORY, tmp_path / "検査 部品"))
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "app", "learn", *map(str, words)]
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """No hub to fetch weights from, and a data folder in which nobody serves."""
+    data = {"KENSA_DATA_DIR": str(folder / "data"), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **data, **variables}
+
+
+def learn(folder: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What the command says, typed in `folder`."""
+    return subprocess.run(
+        command(*words), cwd=folder, env=environment(folder, **variables),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def of_server(server: Server) -> dict[str, str]:
+    """The settings of a server, as the shell has them in which it was started."""
+    return {"KENSA_PORT": server.url.rpartition(":")[2]}
+
+
+def printed(said: str, label: str) -> str:
+    """The command that stands behind a label in the last lines."""
+    found = re.search(rf"^{label} +(.*)$", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
+def in_a_shell(line: str, folder: Path) -> dict[str, Any]:
+    """The JSON that a printed curl line answers."""
+    line = line.replace("curl ", "curl --silent --show-error --noproxy '*' ")
+    done = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The sentence of a command that learned nothing."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: "), done.stderr
+    assert "2/5" not in done.stderr, "it says so before it learns"
+    return last
+
+
+# ---- no server runs -----------------------------------------------------------------------------
+
+
+@needs_curl
+def test_a_folder_becomes_a_model_and_the_last_lines_serve_it(
+    good: Path, parts: Path, tmp_path: Path
+) -> None:
+    bad = parts / "test" / CATEGORY / "anomaly"
+    done = learn(tmp_path, good, "--defects", bad)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = re.findall(r"^(\d)/5 ", done.stderr, re.MULTILINE)
+    assert steps == ["1", "2", "3", "4", "5"]
+    assert f"{GOOD} pictures ({GOOD} PNG), 256 x 256; 5 to measure with; few: " in done.stderr
+    model = tmp_path / "models" / "検査-部品"  # named after the folder, as a server names it
+    bundle = Bundle.open(model / "engine")
+    assert bundle.meta.backbone == FIRST["backbone"]
+    assert bundle.meta.calibration is not None
+    assert bundle.meta.calibration["defects"] == 5
+    assert (model / "evaluation" / PAGE).is_file()
+    assert f"written to   models/検査-部品/evaluation/{PAGE}" in done.stdout
+    assert not list(model.rglob("wanted.json"))
+    start = printed(done.stdout, "serve it")
+    settings = dict(word.split("=", 1) for word in shlex.split(start)[:-1])
+    settings["KENSA_MODEL_DIR"] = str(tmp_path / settings["KENSA_MODEL_DIR"])
+    ask = printed(done.stdout, "then")
+    with serving(tmp_path, **settings) as server:
+        answer = in_a_shell(ask.replace("http://127.0.0.1:8000", server.url), tmp_path)
+    assert answer["model_name"] == "検査-部品"
+    assert answer["model_version"].startswith("0001-")
+
+
+def test_what_is_learned_again_takes_the_place_of_what_was_there(
+    good: Path, parts: Path, tmp_path: Path
+) -> None:
+    first = learn(tmp_path, good, "--name", "bolt")
+    assert first.returncode == 0, first.stderr
+    before = Bundle.open(tmp_path / "models" / "bolt" / "engine").meta
+    (good / "0000.png").unlink()
+    again = learn(tmp_path, good, "--name", "bolt", "--good", parts / "test" / CATEGORY / "normal")
+    assert again.returncode == 0, again.stderr
+    after = Bundle.open(tmp_path / "models" / "bolt" / "engine").meta
+    assert before.calibration is not None
+    assert after.calibration is not None
+    assert (before.calibration["normals"], after.calibration["normals"]) == (GOOD, GOOD)
+    assert "1 to measure with" in again.stderr
+    assert not (tmp_path / "models" / "bolt" / "data" / "test" / "bolt" / "anomaly").exists()
+
+
+@pytest.mark.parametrize("step", ["2/5", "3/5"])
+def test_ctrl_c_leaves_nothing_half(
+    step: str, good: Path, kensa_model: Path, tmp_path: Path
+) -> None:
+    engine = tmp_path / "models" / "bolt" / "engine"
+    shutil.copytree(kensa_model, engine)
+    before = content(engine)
+    learning = subprocess.Popen(
+        command(good, "--name", "bolt"), cwd=tmp_path, env=environment(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert learning.stderr is not None
+    said = ""
+    for line in learning.stderr:
+        said += line
+        if line.startswith(step):
+            break
+    time.sleep(0.5)  # into the step
+    os.killpg(learning.pid, signal.SIGINT)
+    said += learning.communicate(timeout=60)[1]
+    assert learning.returncode == 130, said
+    assert "Traceback" not in said
+    assert content(engine) == before
+    half = [path for path in (tmp_path / "models").rglob("*") if path.name.startswith(".")]
+    assert half == []
+    assert not (engine.parent / "wanted.json").exists()
+    if (engine.parent / "meta.json").exists():
+        meta = Meta.read(engine.parent / "meta.json")
+        assert all((engine.parent / name).is_file() for name in meta.files or {})
+
+
+# ---- a server runs ------------------------------------------------------------------------------
+
+
+@needs_curl
+def test_beside_a_server_it_goes_live_and_judges(good: Path, tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        done = learn(tmp_path, good, **of_server(server))
+        assert done.returncode == 0, done.stdout + done.stderr
+        version = Store(tmp_path / "data" / "models").versions("検査-部品")[-1]
+        assert printed(done.stdout, "live") == f"検査-部品 {version} judges parts at {server.url}"
+        answer = in_a_shell(printed(done.stdout, "try it"), tmp_path)
+        assert (answer["model_name"], answer["model_version"]) == ("検査-部品", version)
+        told = server.client.get(f"/models/検査-部品/versions/{version}").json()
+        assert told["origin"]["learned"] == str(good)
+
+
+@needs_curl
+def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, KENSA_GATE_FOUND="1") as server:
+        done = learn(tmp_path, good, "--name", "bolt", **of_server(server))
+        assert done.returncode == 0, done.stdout + done.stderr
+        version = Store(tmp_path / "data" / "models").versions("bolt")[-1]
+        held = printed(done.stdout, "held")
+        assert held.startswith(f"bolt {version}: ")
+        assert "drawn" in held
+        answer = server.client.post("/infer?model=bolt", files={"file": seeds()["png_colour"]})
+        assert answer.status_code != 200
+        in_a_shell(printed(done.stdout, "let it in"), tmp_path)
+        until(lambda: server.client.get("/models/bolt").json()["live"] == version)
+
+
+# ---- what cannot be learned ---------------------------------------------------------------------
+
+
+def test_a_folder_that_is_called_good_takes_the_name_of_the_one_around_it(tmp_path: Path) -> None:
+    from workers.learn import _asked, parse
+
+    for place, name in (("bolt/good", "bolt"), ("bolt/Train", "bolt"), ("bolt/left", "left")):
+        (tmp_path / place).mkdir(parents=True)
+        assert _asked(vars(parse([str(tmp_path / place)]))).name == name
+
+
+def test_too_few_pictures_are_counted(good: Path, tmp_path: Path) -> None:
+    for path in sorted(good.iterdir())[3:]:
+        path.unlink()
+    said = refused(learn(tmp_path, good))
+    assert "has 3 different pictures, and it takes 4" in said
+
+
+def test_copies_count_once(good: Path, tmp_path: Path) -> None:
+    first, *others = sorted(good.iterdir())
+    for path in others[2:]:
+        path.write_bytes(first.read_bytes())
+    done = learn(tmp_path, good)
+    assert "has 3 different pictures" in refused(done)
+
+
+def test_broken_pictures_are_named(good: Path, tmp_path: Path) -> None:
+    for name in ("0001.png", "0002.png"):
+        (good / name).write_bytes((good / name).read_bytes()[:500])
+    said = refused(learn(tmp_path, good))
+    assert "0001.png" in said
+    assert "2 of 6 pictures cannot be read" in said
+
+
+def test_what_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
+    assert "nowhere is no folder: FOLDER names" in refused(learn(tmp_path, "nowhere"))
+    file = good / "0000.png"
+    assert "is no folder: --defects names" in refused(learn(tmp_path, good, "--defects", file))
+    assert "is no folder: --good names" in refused(learn(tmp_path, good, "--good", "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused(learn(tmp_path, "empty"))
+    assert "is no name for a model" in refused(learn(tmp_path, good, "--name", "a/b"))
+
+
+def test_what_stands_in_the_way_of_its_links_is_left_alone(good: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "models" / "bolt" / "data" / "train" / "bolt" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    said = refused(learn(tmp_path, good, "--name", "bolt"))
+    assert "is in the way" in said
+    assert mine.exists()
