@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from app.settings import table
+from engines.image import SUFFIXES
 from engines.meta import Meta
 from support.project import ROOT, run
 
@@ -27,6 +28,12 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_every_ending_of_a_name_that_is_read_is_documented() -> None:
+    (line,) = (one for one in (ROOT / "docs" / "http.md").read_text().splitlines()
+               if one.startswith("A **name** is kept"))  # fmt: skip
+    assert {*re.findall(r"`(\.\w+)`", line)} == SUFFIXES
 
 
 def words_of(command: str) -> list[str | Path]:

@@ -38,6 +38,9 @@ def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
+NAMED = {"X-Request-ID": "line.1", "X-Part": "A/17"}
+
+
 @pytest.fixture(scope="module")
 def photo(sample_data: Path) -> bytes:
     return next((sample_data / "test").glob("*/normal/*")).read_bytes()
@@ -50,6 +53,7 @@ class Load:
     waits: dict[int, list[float]] = field(default_factory=dict)  # by status, milliseconds
     codes: Counter[str] = field(default_factory=Counter)
     without_retry_after: int = 0
+    without_names: int = 0
     memory: list[int] = field(default_factory=list)
 
     @property
@@ -65,13 +69,15 @@ def under_load(server: Server, data: bytes, clients: int, seconds: float, query:
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
             while not stop.is_set():
                 began = time.perf_counter()
-                answer = client.post(f"/infer{query}", content=data, headers=RAW)
+                answer = client.post(f"/infer{query}", content=data, headers={**RAW, **NAMED})
                 waited = (time.perf_counter() - began) * 1000
                 with lock:
                     load.waits.setdefault(answer.status_code, []).append(waited)
                     if answer.status_code != 200:
                         load.codes[agreed(answer)] += 1
                         load.without_retry_after += "retry-after" not in answer.headers
+                    back = answer.headers["x-request-id"], answer.headers["x-kensa-part"]
+                    load.without_names += back != ("line.1", "A/17")
                 if answer.status_code == 503:
                     stop.wait(0.2)
 
@@ -102,6 +108,7 @@ def overload(server: Server, photo: bytes, seconds: float) -> Load:
     assert set(load.statuses) == {200, 503}
     assert set(load.codes) == {"overloaded"}
     assert load.without_retry_after == 0
+    assert load.without_names == 0
     assert p99(load.waits[200]) < DEADLINE_MS
     grown = statistics.mean(load.memory[-4:]) - statistics.mean(load.memory[2:6])
     assert grown < 8 * MB
