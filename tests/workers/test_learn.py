@@ -24,6 +24,7 @@ from support.project import ROOT
 from support.server import Server, serving
 from support.waiting import until
 from workers.evaluation.evaluate import PAGE
+from workers.learn import _asked, main, parse
 from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
 GOOD = 6  # parts: few, so that learning them is quick
@@ -211,8 +212,6 @@ def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path
 
 
 def test_a_folder_that_is_called_good_takes_the_name_of_the_one_around_it(tmp_path: Path) -> None:
-    from workers.learn import _asked, parse
-
     for place, name in (("bolt/good", "bolt"), ("bolt/Train", "bolt"), ("bolt/left", "left")):
         (tmp_path / place).mkdir(parents=True)
         assert _asked(vars(parse([str(tmp_path / place)]))).name == name
@@ -258,3 +257,11 @@ def test_what_stands_in_the_way_of_its_links_is_left_alone(good: Path, tmp_path:
     said = refused(learn(tmp_path, good, "--name", "bolt"))
     assert "is in the way" in said
     assert mine.exists()
+
+
+def test_where_only_serving_is_installed_it_says_what_learning_takes(
+    good: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workers.learn.find_spec", lambda _: None)
+    assert main([str(good)]) == 2
+    assert "pip install 'kensa[train]'" in capsys.readouterr().err
