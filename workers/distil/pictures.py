@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from engines import image
 from engines.errors import BadDataset, BadImage
-from engines.image import ImageLimits
 from engines.machine.memory_needs import MOST_PICTURES
 from workers.progress import Progress
 
@@ -46,10 +45,7 @@ def find_pictures(places: list[Path]) -> list[Path]:
 
 
 def read_pictures(
-    paths: list[Path],
-    largest: int,
-    progress: Progress,
-    limits: ImageLimits = image.DEFAULT_LIMITS,
+    paths: list[Path], largest: int, limits: image.ImageLimits, progress: Progress
 ) -> list[Picture]:
     """Decode the files, and shrink them until no side is longer than `largest` pixels.
 

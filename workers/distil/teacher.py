@@ -23,7 +23,7 @@ import numpy as np
 from engines import image
 from engines.errors import BadMeta, BadRequest, BadWeights
 from engines.files import write_atomically
-from engines.image import ImageLimits
+from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import FIRST
 from workers.distil.pictures import (
     Picture,
@@ -60,7 +60,7 @@ class Distil:
     steps: int = 2000
     batch: int = 16
     learning_rate: float = 1e-3
-    limits: ImageLimits = image.DEFAULT_LIMITS
+    limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
 
 def distil(request: Distil, progress: Progress) -> dict[str, Any]:
@@ -90,9 +90,8 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
         backbone = _Backbone.build(request, CHANNELS)
         weights = origin_of(request.weights, backbone.extractor.origin)
         progress.say(said(request.backbone, weights))
-        unlearned, learned = held_out(
-            read_pictures(paths, 4 * request.image_size, progress, request.limits)
-        )
+        found = read_pictures(paths, 4 * request.image_size, request.limits, progress)
+        unlearned, learned = held_out(found)
         report = _fit(teacher, backbone, learned, unlearned, request, progress)
     progress.say(
         f"teacher explains {report['explained']:.0%} of what {request.backbone} tells apart in"
