@@ -28,7 +28,7 @@ from engines.errors import (
 )
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
-from engines.queue.job_requests import JobKind, JobRequest
+from engines.queue.job_requests import JobKind, JobRequest, makes
 from engines.queue.protocol import (
     ACTIVE,
     DATABASE,
@@ -170,7 +170,7 @@ class JobQueue:
         """Queue a job, and describe it.
 
         Raises:
-            Conflict: the model has a job already; the sentence names it.
+            Conflict: the model, or teacher, has a job already; the sentence names it.
             NoWorker: the queue cannot be reached.
             DiskFull, ReadOnly: it cannot be written.
         """
@@ -179,9 +179,9 @@ class JobQueue:
         client = self._reached()
         content = request.model_dump(exclude_none=True)
         if not request.queue:
-            self._refuse_a_second(request.model)
+            self._refuse_a_second(makes(content))
         job_id = f"{kind}-{secrets.token_hex(6)}"
-        once = None if request.queue else request.model
+        once = None if request.queue else makes(content)
         active = client.list_workflows(
             status=ACTIVE, load_input=False, load_output=False, **self._mine
         )
@@ -194,16 +194,16 @@ class JobQueue:
                 " again."
             ) from error
         except dbos_error.DBOSQueueDeduplicatedError:  # it came between the look above and now
-            self._refuse_a_second(request.model)
-            raise Conflict(f"{request.model} has a job already.") from None
+            self._refuse_a_second(makes(content))
+            raise Conflict(f"{makes(content)} has a job already.") from None
         self._tidy.set()  # beside it: who asks for a job does not wait for old ones to go
         return self.get(job_id)
 
-    def _refuse_a_second(self, model: str) -> None:
+    def _refuse_a_second(self, made: str) -> None:
         for job in self.active():
-            if job["model"] == model:
+            if makes(job["request"]) == made:
                 raise Conflict(
-                    f"{model} has a job already, {job['id']} ({job['state']}): wait for it, cancel"
+                    f"{made} has a job already, {job['id']} ({job['state']}): wait for it, cancel"
                     ' it, or send "queue": true to wait behind it.'
                 )
 

@@ -1,4 +1,4 @@
-"""Retrain and convert while parts keep coming: ask for it, watch it, stop it."""
+"""Retrain, convert, make a teacher while parts keep coming: ask for it, watch it, stop it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from app.jobs.job_queue import ENDED, JobQueue
 from app.serving.model_manager import ModelManager
 from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
 from engines.machine import job_memory
-from engines.queue.job_requests import ConvertRequest, JobKind, JobRequest, RetrainRequest
+from engines.queue.job_requests import (
+    ConvertRequest,
+    JobKind,
+    JobRequest,
+    RetrainRequest,
+    TeacherRequest,
+    VersionRequest,
+)
 from engines.queue.schedules import NAME
 from engines.store.datasets import Datasets
 from engines.store.versions import Store
@@ -66,8 +73,8 @@ class JobBody(Body):
     """A job that learns or converts."""
 
     id: str
-    kind: str = Field(description="retrain or convert.")
-    model: str
+    kind: str = Field(description="retrain, convert or teacher.")
+    model: str = Field(description="Empty where a teacher is made.")
     state: str = Field(
         description="queued, running, succeeded, failed, cancelled, or interrupted: its process"
         " died three times."
@@ -216,6 +223,21 @@ async def convert(request: Request, response: Response, body: ConvertRequest) ->
         await asyncio.to_thread(_check_version, request, body)
         await _must_fit(request, body)
         return await _submit(request, response, "convert", body)
+
+
+@router.post(
+    "/teacher",
+    dependencies=[needs("operator")],
+    status_code=202,
+    summary="Make a teacher for EfficientAD",
+    responses=_ASKED,
+)
+async def teacher(request: Request, response: Response, body: TeacherRequest) -> JobBody:
+    """As `python3 -m workers.distil` does, out of the training images of a category."""
+    async with _one_by_one(request):
+        await asyncio.to_thread(_check_learning, request, body)
+        await _must_fit(request, body)
+        return await _submit(request, response, "teacher", body)
 
 
 @router.get(
@@ -441,13 +463,7 @@ async def _submit(request: Request, response: Response, kind: JobKind, body: Job
 
 def _check_retrain(request: Request, body: RetrainRequest) -> None:
     """Say at once what a job would only find out later."""
-    datasets: Datasets = request.app.state.datasets
-    if not datasets.most_to_learn(body.category, "train"):
-        raise BadDataset(
-            f"The category {body.category} has no training images:"
-            f" POST some to /datasets/{body.category}/train."
-        )
-    body.weights(request.app.state.settings.data)
+    _check_learning(request, body)
     store: Store = request.app.state.store
     is_named = body.version is not None and bool(store.versions(body.model))
     if not is_named and store.to_start_from(body.model) is None:
@@ -455,6 +471,17 @@ def _check_retrain(request: Request, body: RetrainRequest) -> None:
             _must_have_none(store, body.model)
         body.first_meta()
     _check_version(request, body)
+
+
+def _check_learning(request: Request, body: RetrainRequest | TeacherRequest) -> None:
+    """Raise BadDataset, BadWeights where there are no images, or not the weights it names."""
+    datasets: Datasets = request.app.state.datasets
+    if not datasets.most_to_learn(body.category, "train"):
+        raise BadDataset(
+            f"The category {body.category} has no training images:"
+            f" POST some to /datasets/{body.category}/train."
+        )
+    body.weights(request.app.state.settings.data)
 
 
 def _must_have_none(store: Store, name: str) -> None:
@@ -466,7 +493,7 @@ def _must_have_none(store: Store, name: str) -> None:
         )
 
 
-def _check_version(request: Request, body: JobRequest) -> None:
+def _check_version(request: Request, body: VersionRequest) -> None:
     store: Store = request.app.state.store
     if isinstance(body, ConvertRequest):
         store.must_know(body.model)
@@ -474,7 +501,7 @@ def _check_version(request: Request, body: JobRequest) -> None:
         store.folder(body.model, body.version)
 
 
-async def _must_fit(request: Request, body: RetrainRequest | ConvertRequest) -> None:
+async def _must_fit(request: Request, body: job_memory.Request) -> None:
     """Raise OutOfMemory for a job that does not fit into memory, unless it is to wait for it.
 
     While another job runs it is not known what will be free; the job looks when it begins.

@@ -14,11 +14,12 @@ from engines.machine.memory_needs import (
     size,
     to_build,
     to_convert,
+    to_distil,
     to_learn,
     unpacked,
 )
 from engines.meta import Meta
-from engines.queue.job_requests import ConvertRequest, RetrainRequest
+from engines.queue.job_requests import ConvertRequest, RetrainRequest, TeacherRequest, makes
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets
 from engines.store.plan_record import L4T_RELEASE, has_tensorrt
@@ -29,7 +30,7 @@ WORKSPACE_MIB = 4096  # of a conversion that does not say; it is clamped
 BARE = 250 << 20  # a process that builds a plan without torch
 UNKNOWN = 1 << 62  # what the builder itself finds too little of
 
-Request = RetrainRequest | ConvertRequest
+Request = RetrainRequest | ConvertRequest | TeacherRequest
 
 
 def free_for_jobs(gpu: Gpu | None = None) -> Free:
@@ -50,6 +51,10 @@ def short_of(data: Path, request: Request, free: Free) -> Short | None:
 
 def needs(data: Path, request: Request, free: Free) -> Need:
     """What a job takes at its peak."""
+    images = Datasets(data / "datasets")
+    if isinstance(request, TeacherRequest):
+        pictures = images.most_to_learn(request.category, "train")
+        return Need(to_distil(pictures, request.image_size, request.model_size))
     store = Store(data / "models")
     version = store.to_start_from(request.model, request.version)
     folder = store.folder(request.model, version) if version else None
@@ -58,7 +63,6 @@ def needs(data: Path, request: Request, free: Free) -> Need:
     meta = _meta(folder, request)
     learned = meta.memory_bank or meta.stats
     known = unpacked(folder / learned) if folder and learned and request.update else 0
-    images = Datasets(data / "datasets")
     train, *test = (
         images.most_to_learn(request.category, split) for split in ("train", "normal", "anomaly")
     )
@@ -75,15 +79,16 @@ def refusal(request: Request, found: Short) -> OutOfMemory:
     """The error for a job that does not fit."""
     if isinstance(request, ConvertRequest):
         what, less = "Converting", "take a smaller workspace"
+    elif isinstance(request, TeacherRequest):
+        what, less = "Making", "take a category of fewer images, or a smaller image_size"
     else:
         what, less = "Retraining", "take fewer images, or a smaller batch, coreset or image_size"
     if never(found):
         wait = "it will never fit here"
     else:
         wait = f"unload a model, or let it wait with {JOB_MEMORY}=wait"
-    return OutOfMemory(
-        f"{what} {request.model} needs {found.needed}, and {found.free}: {wait}, or {less}."
-    )
+    made = makes(request.model_dump())
+    return OutOfMemory(f"{what} {made} needs {found.needed}, and {found.free}: {wait}, or {less}.")
 
 
 def never(found: Short) -> bool:

@@ -35,6 +35,9 @@ PLAN_FIXED = 64 * MIB
 # Learning and converting, on a CPU: Python, torch, anomalib and OpenVINO, before any picture.
 TORCH = 1100 * MIB
 PADIM_KEPT = 256  # images whose embeddings stay until all are left out
+# Making a teacher of EfficientAD: cuts of pictures, and then whole ones of 256 pixels, MiB.
+DISTILLING = {"small": (200, 60), "medium": (300, 100)}
+MOST_PICTURES = 1000  # that a teacher learns from; they are kept in memory
 SMOOTHING = 400 * MIB  # of PaDiM's map of 256 pixels: a kernel of 33 x 33 is laid out for each
 
 
@@ -126,6 +129,13 @@ def to_learn(what: Learning) -> int:
     else:
         kind = 60 * MIB + what.batch * 4 * MIB * side + what.train * 4 * meta.image_size**2
     return int(TORCH + kind + pictures)
+
+
+def to_distil(pictures: int, image_size: int, model_size: str) -> int:
+    """Bytes that a process takes at most which makes a teacher of EfficientAD."""
+    cuts, whole = DISTILLING[model_size]
+    kept = min(pictures, MOST_PICTURES) * 3 * (4 * image_size) ** 2
+    return TORCH + int((cuts + whole * (image_size / 256) ** 2) * MIB) + kept
 
 
 def to_convert(meta: Meta, bank: int = 0) -> int:

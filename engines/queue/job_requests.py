@@ -1,9 +1,10 @@
-"""What a job is asked for: the bodies of POST /retrain and POST /convert."""
+"""What a job is asked for: the bodies of POST /retrain, /convert and /teacher."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from engines.store.versions import NAME, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
 MAX_META = 16 * 1024  # bytes as JSON: it stands in every list of jobs
+FILE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # in the folder weights of the data folder
 META_LEVELS = 8  # of lists and objects in each other; a meta.json has two
 
-JobKind = Literal["retrain", "convert"]
+JobKind = Literal["retrain", "convert", "teacher"]
 
 
 def few_keys(content: Any) -> Any:
@@ -26,6 +28,11 @@ def few_keys(content: Any) -> Any:
     if isinstance(content, dict) and len(content) > MAX_KEYS:
         raise ValueError(f"it has {len(content):,} keys, more than {MAX_KEYS}")
     return content
+
+
+def makes(request: Mapping[str, Any]) -> str:
+    """The model, or the file of a teacher, that a job works on: no two at the same time."""
+    return str(request.get("model") or request.get("teacher") or "")
 
 
 class JobRequest(BaseModel):
@@ -38,6 +45,16 @@ class JobRequest(BaseModel):
     def _is_short(cls, content: Any) -> Any:
         return few_keys(content)
 
+    queue: bool = Field(
+        False,
+        description="Wait behind a job of the same model, or teacher, rather than be refused with"
+        " 409.",
+    )
+
+
+class VersionRequest(JobRequest):
+    """What jobs have in common that make a version of a model."""
+
     model: str = Field(pattern=NAME, description="The model's name in this server.")
     version: str | None = Field(
         None, description="The version to start from; without it, the live one, or the newest."
@@ -48,9 +65,6 @@ class JobRequest(BaseModel):
     max_flips: float | None = Field(
         None, ge=0, le=1, description="Instead of KENSA_GATE_FLIPS, for this job."
     )
-    queue: bool = Field(
-        False, description="Wait behind a job of the same model, rather than be refused with 409."
-    )
 
     @field_validator("model")
     @classmethod
@@ -60,7 +74,21 @@ class JobRequest(BaseModel):
         return name
 
 
-class RetrainRequest(JobRequest):
+def weights_in(data: Path, named: str | None) -> str | None:
+    """The weights that `pretrained` names, in a data folder; None for the backbone's own.
+
+    Raises:
+        BadWeights: they are not there.
+    """
+    if named in (None, "untrained"):
+        return named
+    path = data / "weights" / str(named)
+    if not path.is_file():
+        raise BadWeights(f"{path} does not exist: put the weights there, or leave pretrained out.")
+    return str(path)
+
+
+class RetrainRequest(VersionRequest):
     """Learn from the images of a category, and put the result in the place of the live version."""
 
     model_config = ConfigDict(
@@ -85,7 +113,7 @@ class RetrainRequest(JobRequest):
     )
     pretrained: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        pattern=FILE,
         description="For a first training: a file in the folder weights of the data folder, or the"
         " word untrained. Without it, pretrained ones: of an installed package, else timm's.",
     )
@@ -125,19 +153,8 @@ class RetrainRequest(JobRequest):
         return meta
 
     def weights(self, data: Path) -> str | None:
-        """The weights that it names, in a data folder; None for the backbone's own.
-
-        Raises:
-            BadWeights: they are not there.
-        """
-        if self.pretrained in (None, "untrained"):
-            return self.pretrained
-        path = data / "weights" / str(self.pretrained)
-        if not path.is_file():
-            raise BadWeights(
-                f"{path} does not exist: put the weights there, or leave pretrained out."
-            )
-        return str(path)
+        """The weights that it names, as `weights_in` finds them."""
+        return weights_in(data, self.pretrained)
 
     def first_meta(self) -> Meta:
         """What a first training makes: as asked, and PatchCore's usual keys where none are said.
@@ -152,7 +169,7 @@ class RetrainRequest(JobRequest):
         return Meta.parse({**usual, **self.meta, **kind})
 
 
-class ConvertRequest(JobRequest):
+class ConvertRequest(VersionRequest):
     """Make an engine of a version that has weights, as convtrt.py does."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "my-part"}]})
@@ -184,6 +201,42 @@ class ConvertRequest(JobRequest):
         if self.from_onnx and (self.fp16 or self.int8):
             raise ValueError("from_onnx takes the graph as it is: leave out fp16 and int8")
         return self
+
+
+class TeacherRequest(JobRequest):
+    """Make a teacher for EfficientAD, as `python3 -m workers.distil` does."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"category": "my-part"}]})
+
+    category: str = Field(
+        pattern=NAME, description="The dataset whose training images it learns from."
+    )
+    teacher: str = Field(
+        "teacher.pth",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,123}\.pth$",
+        description="What to call it in the folder weights of the data folder, where `pretrained`"
+        " of POST /retrain finds it. One of the same name is replaced.",
+    )
+    pretrained: str | None = Field(
+        None,
+        pattern=FILE,
+        description="Weights of the network that it learns to imitate, tf_efficientnet_lite0: a"
+        " file in the folder weights, or the word untrained. Without it, pretrained ones: of an"
+        " installed package, else timm's.",
+    )
+    model_size: Literal["small", "medium"] = Field(
+        "small", description="Of the EfficientAD model that is to have it."
+    )
+    image_size: int = Field(
+        256, ge=256, le=1024, description="Of the EfficientAD model, pixels: how large parts look."
+    )
+    steps: int = Field(
+        2000, ge=1, le=1_000_000, description="How long to learn; twice as many take twice as long."
+    )
+
+    def weights(self, data: Path) -> str | None:
+        """The backbone's weights that it names, as `weights_in` finds them."""
+        return weights_in(data, self.pretrained)
 
 
 def _json_length(value: Any) -> int:

@@ -22,10 +22,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " --pretrained_pth teacher.pth. Half an hour on two cores gives a useful one.",
     )
     add = parser.add_argument
-    add("--images", type=Path, nargs="+", required=True, metavar="DIR", help="folders of pictures,"
-        " with all folders below them; any pictures, without labels: the more different, the"
+    add("--images", type=Path, nargs="+", required=True, metavar="PATH", help="folders of pictures,"
+        " with all folders below them, or pictures; any, without labels: the more different, the"
         " better. Of your parts take good ones only")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="F.pth", help="where the teacher goes")
+    add("--out", type=Path, default=Distil.out, metavar="F.pth", help="where the teacher goes"
+        " (default %(default)s)")  # fmt: skip
     add("--backbone", default=Distil.backbone, metavar="NAME", help="timm name of the network to"
         " imitate (default %(default)s)")  # fmt: skip
     add("--layers", nargs="+", metavar="L", help="its stages, such as layer2 layer3. Without it:"
@@ -58,12 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
 
     def work() -> None:
-        report = distil(request, progress)
-        progress.say(
-            f"teacher      explains {report['explained']:.0%} of what {request.backbone} tells"
-            f" apart in pictures it did not learn ({report['explained_learned']:.0%} in those it"
-            f" did)\nwritten to   {request.out}"
-        )
+        distil(request, progress)
+        progress.say(f"written to {request.out}")
 
     return run(work, progress)
 

@@ -13,32 +13,32 @@ from numpy.typing import NDArray
 
 from engines import image
 from engines.errors import BadDataset, BadImage
+from engines.machine.memory_needs import MOST_PICTURES
 from workers.progress import Progress
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 
-MOST_PICTURES = 1000  # kept in memory, about 2 MB each
 HELD_OUT = 10  # one picture in ten, at most as many, is not learned but tells how well it goes
 CUT_PX = 128  # of the teacher's input: many small cuts teach more than few whole pictures
 LEAST_ZOOM, MOST_ZOOM = 0.6, 2.5  # of a cut, where 1 is a picture stretched to image_size
 
 
-def find_pictures(folders: list[Path]) -> list[Path]:
-    """All image files in and below the folders; evenly chosen ones where there are too many."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise BadDataset(f"{folder} is not a folder: --images takes folders of pictures.")
+def find_pictures(places: list[Path]) -> list[Path]:
+    """Pictures, and all in and below folders; evenly chosen ones where there are too many."""
+    for place in places:
+        if not place.exists():
+            raise BadDataset(f"{place} does not exist: --images takes folders of pictures.")
     paths = sorted(
         {
             path
-            for folder in folders
-            for path in folder.rglob("*")
+            for place in places
+            for path in (place.rglob("*") if place.is_dir() else [place])
             if path.suffix.lower() in image.SUFFIXES and not path.name.startswith(".")
         }
     )
     if not paths:
         raise BadDataset(
-            f"{', '.join(map(str, folders))} holds no images: put pictures there"
+            f"{', '.join(map(str, places))} holds no images: put pictures there"
             f" ({', '.join(sorted(image.SUFFIXES))})."
         )
     return paths[:: math.ceil(len(paths) / MOST_PICTURES)]

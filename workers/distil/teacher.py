@@ -1,6 +1,6 @@
 """Make a teacher for EfficientAD: a small network that describes patches as a backbone does.
 
-    python3 -m workers.distil --images data/train --weights resnet18.safetensors --out teacher.pth
+    python3 -m workers.distil --images data/train/bolt
 
 As in the paper (arXiv:2303.14535, section 3.1): the backbone sees a picture at twice the size, its
 features are averaged over 3 x 3 neighbours and normalised channel by channel, and the network, a
@@ -24,6 +24,7 @@ from engines import image
 from engines.errors import BadMeta, BadRequest, BadWeights
 from engines.files import write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits
+from engines.meta import FIRST
 from workers.distil.pictures import (
     Picture,
     cut_batches,
@@ -50,8 +51,8 @@ class Distil:
     """What to distil: the flags of the command."""
 
     images: list[Path]
-    out: Path
-    backbone: str = "resnet18"
+    out: Path = Path("teacher.pth")
+    backbone: str = FIRST["backbone"]
     layers: list[str] | None = None  # None: those of `STRIDES`
     weights: str | None = None
     model_size: str = "small"
@@ -92,6 +93,10 @@ def distil(request: Distil, progress: Progress) -> dict[str, Any]:
         found = read_pictures(paths, 4 * request.image_size, request.limits, progress)
         unlearned, learned = held_out(found)
         report = _fit(teacher, backbone, learned, unlearned, request, progress)
+    progress.say(
+        f"teacher explains {report['explained']:.0%} of what {request.backbone} tells apart in"
+        f" pictures it did not learn ({report['explained_learned']:.0%} in those it did)"
+    )
     buffer = io.BytesIO()
     torch.save(teacher.state_dict(), buffer)
     request.out.parent.mkdir(parents=True, exist_ok=True)

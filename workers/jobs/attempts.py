@@ -18,6 +18,7 @@ from dbos import DBOS
 from sqlalchemy.exc import SQLAlchemyError
 
 from engines.queue.job_folder import JobFolder
+from engines.queue.job_requests import makes
 from engines.queue.protocol import PARENT, job_of
 from engines.store.versions import Store
 from workers.jobs import parent_and_child
@@ -86,7 +87,7 @@ def begin_until_it_ends(
             }
         attempt = folder.begin()
         folder.clean()
-        log.info("Job %s (%s %s), attempt %d", job_id, kind, request.get("model"), attempt)
+        log.info("Job %s (%s %s), attempt %d", job_id, kind, makes(request), attempt)
         code = run_child(data, job_id, kind, request, lock)
         if code is None:
             return {"state": "cancelled"}

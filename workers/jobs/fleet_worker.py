@@ -32,7 +32,7 @@ from engines.files import write_atomically
 from engines.image import ImageLimits
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
-from engines.queue.job_requests import RetrainRequest
+from engines.queue.job_requests import RetrainRequest, makes
 from engines.queue.protocol import (
     ACTIVE,
     QUEUE,
@@ -183,7 +183,7 @@ def prepare(
         KensaError: what the request names is not there or does not fit.
     """
     folder = JobFolder(data, job_id)
-    while is_behind(fleet, job_id, request["model"]):
+    while is_behind(fleet, job_id, makes(request)):
         if was_cancelled(job_id):
             return {"state": "cancelled"}
         time.sleep(parent_and_child.LOOK_EVERY_S)
@@ -216,13 +216,13 @@ def prepare(
     return {**wanted, "inputs": inputs, "parent": parent, "place": place}
 
 
-def is_behind(fleet: Fleet, job_id: str, model: str) -> bool:
+def is_behind(fleet: Fleet, job_id: str, made: str) -> bool:
     """Whether a job of the same model came before this one: it starts from what that one makes."""
     mine = DBOS.list_workflows(status=ACTIVE, attributes=fleet.mark, load_output=False)
     places = {
         one.workflow_id: (one.priority or 0, one.workflow_id)
         for one in mine
-        if one.input and one.input["args"][1].get("model") == model
+        if one.input and makes(one.input["args"][1]) == made
     }
     own = places.get(job_id)
     return own is not None and any(place < own for place in places.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadBundle, BadWeights, KensaError, NoWorker, UnknownVersion
-from engines.files import print_anything, printable
+from engines.files import print_anything, printable, sync_folder
 from engines.image import ImageLimits
 from engines.logs import FORMAT, set_up
 from engines.machine import job_memory
 from engines.meta import Meta
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
-from engines.queue.job_requests import ConvertRequest, RetrainRequest
+from engines.queue.job_requests import ConvertRequest, RetrainRequest, TeacherRequest
 from engines.queue.protocol import RUNNING, job_of, training_of
 from engines.store.bundle import ONNX, PLAN, read_report, read_strange
 from engines.store.shared import Shared
@@ -44,7 +45,12 @@ SPANS = {
     "convert": (0.7, 0.75), "ranges": (0.75, 0.78), "build": (0.78, 0.95),
     "publish": (0.95, 1.0),
 }  # fmt: skip
-CONVERSION = {**SPANS, "convert": (0.0, 0.1), "ranges": (0.1, 0.15), "build": (0.15, 0.95)}
+SPANS_OF = {
+    "convert": {**SPANS, "convert": (0.0, 0.1), "ranges": (0.1, 0.15), "build": (0.15, 0.95)},
+    "teacher": {"images": (0.0, 0.05), "distil": (0.05, 1.0)},
+}
+# Flags of the commands that raise an error, and the key that a job has for them.
+KEYS = {"--pretrained_pth": "pretrained", "--weights": "pretrained"}
 
 
 def main(data: Path, job_id: str, kind: str) -> int:
@@ -55,7 +61,7 @@ def main(data: Path, job_id: str, kind: str) -> int:
     hush_libraries()
     set_up("warning", os.environ.get(FORMAT, "text"), "job")
     folder = JobFolder(data, job_id)
-    progress = JobProgress(folder, CONVERSION if kind == "convert" else SPANS)
+    progress = JobProgress(folder, SPANS_OF.get(kind, SPANS))
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
@@ -63,7 +69,7 @@ def main(data: Path, job_id: str, kind: str) -> int:
     except OSError as error:
         ended = _failed_on_disk(folder, error)
     except KensaError as error:
-        ended = {"state": "failed", "code": error.code, "error": " ".join(str(error).split())}
+        ended = {"state": "failed", "code": error.code, "error": _with_keys(str(error))}
     except MemoryError:
         ended = {"state": "failed", "code": "out_of_memory", "error": "Memory was short."}
     except Exception:  # noqa: BLE001 (whatever it was, the job must end and say so)
@@ -84,7 +90,9 @@ def main(data: Path, job_id: str, kind: str) -> int:
 def do(
     data: Path, job_id: str, kind: str, request: dict[str, Any], progress: JobProgress
 ) -> dict[str, Any]:
-    """Retrain or convert, and publish. A job that was killed after publishing does not do it twice.
+    """Retrain or convert, and publish; or make a teacher.
+
+    A job that was killed after publishing does not do it twice.
 
     Raises:
         KensaError: what the request names is not there or does not fit.
@@ -99,6 +107,8 @@ def do(
         )
     if kind == "train":
         return _train_for_another(data, job_id, request, progress)
+    if kind == "teacher":
+        return _make_teacher(data, TeacherRequest(**request), folder.work, progress)
     if (version := store.made_by(request["model"], job_id)) is not None:
         return _succeeded(store, kind, request, version)
     if kind == "retrain":
@@ -124,6 +134,13 @@ def do(
     version = store.publish(request["model"], made, origin)
     progress.say(f"published as {version}")
     return _succeeded(store, kind, request, version)
+
+
+def _with_keys(sentence: str) -> str:
+    """An error in one line, in words of who asked over HTTP."""
+    for flag, key in KEYS.items():
+        sentence = re.sub(rf"{flag}\b", key, sentence)
+    return " ".join(sentence.split())
 
 
 def _succeeded(store: Store, kind: str, request: dict[str, Any], version: str) -> dict[str, Any]:
@@ -162,9 +179,7 @@ def _told(images: dict[str, Any], see: str, notes: list[Any]) -> dict[str, Any]:
     }
 
 
-def wait_for_memory(
-    data: Path, request: RetrainRequest | ConvertRequest, progress: JobProgress
-) -> None:
+def wait_for_memory(data: Path, request: job_memory.Request, progress: JobProgress) -> None:
     """Go on once the job fits into memory, as the setting says; nothing large is loaded yet.
 
     Raises:
@@ -348,6 +363,30 @@ def _convert(
     )  # fmt: skip
 
 
+def _make_teacher(
+    data: Path, request: TeacherRequest, work: Path, progress: JobProgress
+) -> dict[str, Any]:
+    """It is in `weights` in whole or not at all: moved there when it is done."""
+    wait_for_memory(data, request, progress)
+    from workers.distil.teacher import Distil, distil
+    from workers.learning.dataset import Category
+
+    made, kept = work / request.teacher, data / "weights" / request.teacher
+    what = Distil(
+        Category.find(data / "datasets", request.category).train,
+        made,
+        weights=request.weights(data),
+        limits=ImageLimits.read(os.environ),
+        **request.model_dump(include={"model_size", "image_size", "steps"}),
+    )
+    distil(what, progress)
+    kept.parent.mkdir(exist_ok=True)
+    made.replace(kept)
+    sync_folder(kept.parent)
+    progress.say(f"written to weights/{request.teacher}: name it as pretrained of POST /retrain")
+    return {"state": "succeeded"}
+
+
 def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
     """Without torch: this may be a machine that only serves."""
     from workers.commands import summarise_plan
@@ -427,8 +466,9 @@ class JobProgress(Progress):
     def end(self, ended: dict[str, Any]) -> None:
         if ended.get("error"):
             self.say(f"error: {ended['error']}")
-        fraction = 1.0 if "version" in ended else self._fraction  # a training is only a part
-        phase = ended["state"] if "trained" not in ended else "trained"
+        is_part = "trained" in ended  # of a job that goes on elsewhere
+        fraction = 1.0 if ended["state"] == "succeeded" and not is_part else self._fraction
+        phase = "trained" if is_part else ended["state"]
         self._write(phase, fraction, 0, 0, at_once=True)
 
     def _write(self, phase: str, fraction: float, done: int, total: int, *, at_once: bool) -> None:

@@ -10,7 +10,6 @@ from anomalib.utils.path import get_pretrained_weights_dir
 from torch import nn
 
 from engines.errors import BadWeights
-from engines.machine import backbones
 from workers.models.backbone import UNTRAINED
 
 State = dict[str, torch.Tensor]
@@ -24,17 +23,12 @@ def cached_teacher(size: str) -> Path:
     path: Path = get_pretrained_weights_dir() / "efficientad_pretrained_weights" / name
     if not path.is_file():
         raise BadWeights(
-            f"No teacher: {path} does not exist. Pass {name} from anomalib's release with"
-            " --pretrained_pth, or make one from images of your own: python3 -m workers.distil"
-            f" --help{_from_a_backbone_here()}. --pretrained_pth {UNTRAINED} takes a random one."
+            f"No teacher: {path} does not exist. Make one from pictures of good parts (python3 -m"
+            ' workers.distil --images DIR; over HTTP POST /teacher {"category": "..."}), or take'
+            f" {name} of anomalib's release, and pass it with --pretrained_pth."
+            f" --pretrained_pth {UNTRAINED} takes a random one."
         )
     return path
-
-
-def _from_a_backbone_here() -> str:
-    """The flag of workers.distil that needs no internet on this machine."""
-    found, _ = backbones.at_hand()
-    return f" (with --backbone {next(iter(found))} it needs no internet)" if found else ""
 
 
 def copy_weights(networks: EfficientAdModel, weights: State, path: Path, size: str) -> bool:

