@@ -214,6 +214,7 @@ async def infer(
         int | None,
         Query(
             ge=1,
+            examples=[2000],
             description="Answer 504 after so many ms; KENSA_DEADLINE_MS at most, and where it is"
             " left out.",
         ),

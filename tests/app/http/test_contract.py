@@ -37,7 +37,7 @@ from app.routes.jobs import ScheduleRequest
 from app.routes.models import ChangeThresholdBody
 from app.settings import Settings
 from engines.errors import KensaError
-from engines.queue.job_requests import ConvertRequest, RetrainRequest
+from engines.queue.job_requests import ConvertRequest, RetrainRequest, TeacherRequest
 from support.damage import seeds
 from support.project import ROOT
 from support.server import Server, agreed, serving
@@ -557,7 +557,7 @@ def test_the_ids_of_operations_come_from_what_clients_rely_on() -> None:
 
 def test_every_example_of_a_request_is_one_that_is_read() -> None:
     models = {"RetrainRequest": RetrainRequest, "ConvertRequest": ConvertRequest,
-              "ScheduleRequest": ScheduleRequest,
+              "ScheduleRequest": ScheduleRequest, "TeacherRequest": TeacherRequest,
               "ChangeThresholdBody": ChangeThresholdBody}  # fmt: skip
     schemas = document()["components"]["schemas"]
     for operation in operations(document()).values():

@@ -441,7 +441,8 @@ def test_a_map_too_large_for_json_or_not_of_numbers_is_refused() -> None:
     def ask(fill: float, *, binary: bool) -> bytes:
         model = SimpleNamespace(name=NAME, version="1")
         anomaly_map = np.full((400, 400), fill, np.float32)
-        inspection: Any = SimpleNamespace(model=model, anomaly_map=anomaly_map)
+        seen = SimpleNamespace(hint=None)
+        inspection: Any = SimpleNamespace(model=model, anomaly_map=anomaly_map, seen=seen)
         found: list[Inspection] = [inspection]
         return write_answer(InferRequest(None, "file", [], {"map": binary}), found)[0]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ from support.plans import seal, tiny_bank, tiny_bundle, tiny_onnx
 from support.project import ROOT
 from support.server import serving
 from support.waiting import until
+
+
+@pytest.fixture(autouse=True)
+def hears_a_hang_up() -> Iterator[None]:
+    """What is started hears SIGHUP, also where the tests themselves were started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 BOMB = 256 * MIB
 
