@@ -131,7 +131,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(settings: Settings, listener: socket.socket) -> None:
     """Answer requests until SIGTERM, SIGHUP or Ctrl-C, then exit with 0."""
     host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = _url(host, port)
     starting = Starting(listener)
     log.info("Kensa starts; %s answers 503 until it is ready", url)
 
@@ -220,15 +220,17 @@ def _learn(arguments: list[str]) -> NoReturn:
     from app.settings import Settings
 
     settings = Settings.read()
-    limits = "KENSA_MAX_IMAGE_BYTES", "KENSA_MAX_IMAGE_PIXELS"
-    given = [f"--{name.removeprefix('KENSA_').lower()}={os.environ[name]}"
-             for name in limits if os.environ.get(name)]  # fmt: skip
+    given = [f"--max_image_{what}={getattr(settings, f'max_image_{what}')}"
+             for what in ("bytes", "pixels")]  # fmt: skip
     if _serves(settings.data):
         host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-        given += ["--server", url, str(settings.data)]
+        given += ["--server", _url(host, settings.port), str(settings.data)]
     words = [sys.executable, "-m", "workers.learn", *given, *arguments]
     os.execv(sys.executable, words)  # it gets the terminal, and Ctrl-C
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _serves(data: Path) -> bool:

@@ -21,7 +21,7 @@ from engines.image import DEFAULT_LIMITS, SUFFIXES, ImageLimits
 from engines.limits import LEAST_SHARE, share
 from engines.meta import FIRST, Meta
 from engines.store.versions import META, Store, is_name
-from workers.commands import run, show, summarise_conversion, summarise_training
+from workers.commands import FEW_PARTS, run, show, summarise_conversion, summarise_training
 from workers.learning.dataset import (
     MOST_BROKEN,
     Category,
@@ -32,7 +32,6 @@ from workers.learning.dataset import (
 from workers.progress import Progress
 
 LEAST_PICTURES = 4  # of which a threshold can be made
-FEW_PICTURES = 20  # with fewer it says little
 GATE_LIMIT_S = 120.0  # that a server may take to let it through
 LOOK_EVERY_S = 0.2
 USUAL_NAMES = {"good", "normal", "ok", "train", "images", "pictures"}  # which name no part
@@ -144,7 +143,7 @@ def _looked_at(pictures: Category, request: Learn, progress: Progress) -> Survey
     if good < LEAST_PICTURES:
         raise BadDataset(
             f"{request.folder} has {good} different pictures, and it takes {LEAST_PICTURES} at the"
-            f" least: take {FEW_PICTURES} or more, each of another part."
+            f" least: take {FEW_PARTS} or more, each of another part."
         )
     return found
 
@@ -163,8 +162,8 @@ def _told(found: Survey, pictures: Category) -> str:
         words.append(f"{len(found.copies)} copies of others, such as {found.copies[0].name}")
     if tests := len(pictures.test_normal) + len(pictures.test_anomaly):
         words.append(f"{tests} to measure with")
-    if len(pictures.train) < FEW_PICTURES:
-        words.append(f"few: {FEW_PICTURES} or more say how far good parts differ")
+    if len(pictures.train) < FEW_PARTS:
+        words.append(f"few: {FEW_PARTS} or more say how far good parts differ")
     return "; ".join(words)
 
 
@@ -182,11 +181,8 @@ def _left(request: Learn) -> list[str]:
 def _published(request: Learn, server: Server) -> list[str]:
     """Hand it to the server; what its gate says."""
     store = Store(server.data / "models")
-    origin = {"learned": str(request.folder), "activate": True}
     name, engine = request.name, request.out_dir / "engine"
-    version = store.take_in(name, engine, origin)
-    if not store.wants_to_go_live(name, version):  # known, and held or only kept
-        version = store.publish_again(name, version, origin)
+    version = store.offer(name, engine, {"learned": str(request.folder)})
     model = f"{server.url}/models/{in_url(name)}"
     end = time.monotonic() + GATE_LIMIT_S
     while time.monotonic() < end:
@@ -222,7 +218,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " Where none runs, the model stays in --out_dir.",
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help=f"pictures of good parts, {FEW_PICTURES} or"
+    add("folder", type=Path, metavar="FOLDER", help=f"pictures of good parts, {FEW_PARTS} or"
         " more, each of another part")  # fmt: skip
     add("--name", metavar="N", help="what to call the model (default: the folder's name)")
     add("--defects", type=Path, metavar="D", help="pictures of defective parts: they are not"

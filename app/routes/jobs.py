@@ -22,15 +22,14 @@ from app.http.base_body import Body
 from app.http.base_body import error_response as problem
 from app.jobs.job_queue import ENDED, JobQueue
 from app.serving.model_manager import ModelManager
-from engines.errors import BadDataset, BadMeta, KensaError, NoWorker
+from engines.errors import BadDataset, KensaError, NoWorker
 from engines.machine import job_memory
 from engines.queue.job_requests import (
     ConvertRequest,
     JobKind,
-    JobRequest,
     RetrainRequest,
     TeacherRequest,
-    VersionRequest,
+    weights_in,
 )
 from engines.queue.schedules import NAME
 from engines.store.datasets import Datasets
@@ -144,6 +143,7 @@ class SchedulesBody(Body):
 
 router = APIRouter(tags=["jobs"], route_class=KeyFirst)
 Result = TypeVar("Result")
+Asked = TypeVar("Asked", RetrainRequest, ConvertRequest, TeacherRequest)
 
 JobId = Annotated[
     str, InPath(description="As in the job's `id`.", examples=["retrain-5d3c0a8e91f7"])
@@ -203,11 +203,8 @@ _ASKED: dict[int | str, dict[str, Any]] = {
 )
 async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
     """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
-    async with _one_by_one(request):
-        await asyncio.to_thread(_check_retrain, request, body)
-        if request.app.state.settings.fleet is None:  # else any machine may learn
-            await _must_fit(request, body)
-        return await _submit(request, response, "retrain", body)
+    here = request.app.state.settings.fleet is None  # else any machine may learn
+    return await _submit(request, response, "retrain", body, _check_retrain, here=here)
 
 
 @router.post(
@@ -219,10 +216,7 @@ async def retrain(request: Request, response: Response, body: RetrainRequest) ->
 )
 async def convert(request: Request, response: Response, body: ConvertRequest) -> JobBody:
     """As convtrt.py does: export, compare with the trained model, publish."""
-    async with _one_by_one(request):
-        await asyncio.to_thread(_check_version, request, body)
-        await _must_fit(request, body)
-        return await _submit(request, response, "convert", body)
+    return await _submit(request, response, "convert", body, _check_version)
 
 
 @router.post(
@@ -234,10 +228,7 @@ async def convert(request: Request, response: Response, body: ConvertRequest) ->
 )
 async def teacher(request: Request, response: Response, body: TeacherRequest) -> JobBody:
     """As `python3 -m workers.distil` does, out of the training images of a category."""
-    async with _one_by_one(request):
-        await asyncio.to_thread(_check_learning, request, body)
-        await _must_fit(request, body)
-        return await _submit(request, response, "teacher", body)
+    return await _submit(request, response, "teacher", body, _check_learning)
 
 
 @router.get(
@@ -455,8 +446,21 @@ async def _one_by_one(request: Request) -> AsyncIterator[None]:
         lock.release()
 
 
-async def _submit(request: Request, response: Response, kind: JobKind, body: JobRequest) -> JobBody:
-    found = await _ask(lambda: _jobs(request).submit(kind, body))
+async def _submit(
+    request: Request,
+    response: Response,
+    kind: JobKind,
+    body: Asked,
+    check: Callable[[Request, Asked], None],
+    *,
+    here: bool = True,
+) -> JobBody:
+    """Queue a job, once it has been looked at; `here`: this machine is to do it."""
+    async with _one_by_one(request):
+        await asyncio.to_thread(check, request, body)
+        if here:
+            await _must_fit(request, body)
+        found = await _ask(lambda: _jobs(request).submit(kind, body))
     response.headers["Location"] = f"/jobs/{found['id']}"
     return JobBody(**found)
 
@@ -464,13 +468,8 @@ async def _submit(request: Request, response: Response, kind: JobKind, body: Job
 def _check_retrain(request: Request, body: RetrainRequest) -> None:
     """Say at once what a job would only find out later."""
     _check_learning(request, body)
-    store: Store = request.app.state.store
-    is_named = body.version is not None and bool(store.versions(body.model))
-    if not is_named and store.to_start_from(body.model) is None:
-        if body.kind is None:
-            _must_have_none(store, body.model)
+    if body.start(request.app.state.store) is None:
         body.first_meta()
-    _check_version(request, body)
 
 
 def _check_learning(request: Request, body: RetrainRequest | TeacherRequest) -> None:
@@ -481,22 +480,12 @@ def _check_learning(request: Request, body: RetrainRequest | TeacherRequest) -> 
             f"The category {body.category} has no training images:"
             f" POST some to /datasets/{body.category}/train."
         )
-    body.weights(request.app.state.settings.data)
+    weights_in(request.app.state.settings.data, body.pretrained)
 
 
-def _must_have_none(store: Store, name: str) -> None:
-    """Raise BadMeta for a model whose versions are there, and none may be started from."""
-    if versions := store.versions(name):
-        raise BadMeta(
-            f"Every version of {name} was held by the gate or rolled back from: name the one to"
-            f' start from, such as "version": "{versions[-1]}"; or say a kind, to begin anew.'
-        )
-
-
-def _check_version(request: Request, body: VersionRequest) -> None:
+def _check_version(request: Request, body: ConvertRequest) -> None:
     store: Store = request.app.state.store
-    if isinstance(body, ConvertRequest):
-        store.must_know(body.model)
+    store.must_know(body.model)
     if body.version is not None:
         store.folder(body.model, body.version)
 

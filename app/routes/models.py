@@ -335,12 +335,9 @@ async def take_in(
     def publish(zipped: Path) -> str:
         with store.staging() as folder:
             unpack_model(zipped, folder, settings.max_upload_bytes)
-            live = activate and (folder / ONNX).is_file()
-            origin = {"upload": True, "activate": live}
-            version = store.take_in(name, folder, origin)
-        if live and not store.wants_to_go_live(name, version):  # known, and held or only kept
-            return store.publish_again(name, version, origin)
-        return version
+            if activate and (folder / ONNX).is_file():
+                return store.offer(name, folder, {"upload": True})
+            return store.take_in(name, folder, {"upload": True, "activate": False})
 
     datasets: Datasets = request.app.state.datasets
     async with upload_folder(datasets) as folder:

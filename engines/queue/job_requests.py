@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from engines.errors import BadWeights
+from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
 from engines.meta import FIRST, Kind, Meta
-from engines.store.versions import NAME, is_name
+from engines.store.versions import NAME, Store, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
 MAX_META = 16 * 1024  # bytes as JSON: it stands in every list of jobs
@@ -152,9 +152,21 @@ class RetrainRequest(VersionRequest):
             )
         return meta
 
-    def weights(self, data: Path) -> str | None:
-        """The weights that it names, as `weights_in` finds them."""
-        return weights_in(data, self.pretrained)
+    def start(self, store: Store) -> str | None:
+        """The version to start from; None for a first training.
+
+        Raises:
+            UnknownModel, UnknownVersion: there is no such version.
+            BadMeta: each was held or rolled back from, and nobody says to begin anew.
+        """
+        parent = store.to_start_from(self.model, self.version)
+        if parent is None and self.kind is None and (versions := store.versions(self.model)):
+            raise BadMeta(
+                f"Every version of {self.model} was held by the gate or rolled back from: name the"
+                f' one to start from, such as "version": "{versions[-1]}"; or say a kind, to begin'
+                " anew."
+            )
+        return parent
 
     def first_meta(self) -> Meta:
         """What a first training makes: as asked, and PatchCore's usual keys where none are said.
@@ -162,11 +174,11 @@ class RetrainRequest(VersionRequest):
         Raises:
             BadMeta: keys are missing or contradict each other.
         """
-        usual = FIRST if self.kind in (None, FIRST["model"]) and "backbone" not in self.meta else {}
-        kind = {"model": self.kind or FIRST["model"]}
-        if usual and "layers" in self.meta:  # which are of a backbone that it does not name
-            usual = {key: value for key, value in FIRST.items() if key != "backbone"}
-        return Meta.parse({**usual, **self.meta, **kind})
+        usual = FIRST if self.kind in (None, FIRST["model"]) else {}
+        together = {"backbone", "layers"}
+        if self.meta.keys() & together:
+            usual = {key: value for key, value in usual.items() if key not in together}
+        return Meta.parse({**usual, **self.meta, "model": self.kind or FIRST["model"]})
 
 
 class ConvertRequest(VersionRequest):
@@ -233,10 +245,6 @@ class TeacherRequest(JobRequest):
     steps: int = Field(
         2000, ge=1, le=1_000_000, description="How long to learn; twice as many take twice as long."
     )
-
-    def weights(self, data: Path) -> str | None:
-        """The backbone's weights that it names, as `weights_in` finds them."""
-        return weights_in(data, self.pretrained)
 
 
 def _json_length(value: Any) -> int:

@@ -547,6 +547,17 @@ class Store:
             origin = {**kept, **origin, "parent": base, _THRESHOLD_OF: root}
             return self.publish(name, folder, origin, anew=True, known=known)
 
+    def offer(self, name: str, source: Path, origin: dict[str, Any]) -> str:
+        """Take a model in that is to go live, also where these very files were kept or held before.
+
+        Raises:
+            BadMeta, BadBundle: as `take_in`.
+        """
+        version = self.take_in(name, source, {**origin, "activate": True})
+        if self.wants_to_go_live(name, version):
+            return version
+        return self.publish_again(name, version, {**origin, "activate": True})
+
     def wants_to_go_live(self, name: str, version: str) -> bool:
         """Whether a version is live, or is to go live and the gate has not seen it yet."""
         pointer = self.pointer(name)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engines.errors import BadBundle, NoShared
 from engines.queue.fleet import DEVICE, Fleet
 from engines.queue.job_folder import JobFolder
-from engines.queue.job_requests import RetrainRequest
+from engines.queue.job_requests import RetrainRequest, weights_in
 from engines.store.bundle import ONNX, PLAN
 from engines.store.shared import Shared
 from engines.store.versions import NAME, Store
@@ -55,7 +55,7 @@ def needed(
         folder = store.check(request.model, parent)
         names = set(store.manifest(request.model, parent).files) - {ONNX, PLAN}
         files |= {f"start/{name}": folder / name for name in names}
-    weights = request.weights(data)
+    weights = weights_in(data, request.pretrained)
     if weights is not None and weights != "untrained":
         files[f"weights/{request.pretrained}"] = Path(weights)
     return files

@@ -44,11 +44,11 @@ from engines.queue.protocol import (
 )
 from engines.store.plan_record import has_tensorrt
 from engines.store.shared import Shared
+from engines.store.versions import Store
 from workers.jobs import exchange, parent_and_child, single_worker
 from workers.jobs.attempts import attend, attended, children, was_cancelled
 from workers.jobs.exchange import Relay, mirror, needed, patiently
 from workers.jobs.lease import Lease
-from workers.jobs.starting_point import start_version
 
 OWN_AT_ONCE = 32  # jobs of this machine that other machines learn for
 LOST_LOOKS = 30  # so often a job must be seen that runs, says the queue, and nobody attends
@@ -193,7 +193,7 @@ def prepare(
     limits = ImageLimits.read(os.environ).environment()  # of the line, wherever it is learned
     wanted = {"device": fleet.device, "model": request["model"], "retrain": request}
     wanted |= {"limits": limits}
-    parent = start_version(data, RetrainRequest(**request))
+    parent = RetrainRequest(**request).start(Store(data / "models"))
 
     def send() -> str:
         try:

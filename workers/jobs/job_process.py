@@ -22,7 +22,12 @@ from engines.machine import job_memory
 from engines.meta import Meta
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
-from engines.queue.job_requests import ConvertRequest, RetrainRequest, TeacherRequest
+from engines.queue.job_requests import (
+    ConvertRequest,
+    RetrainRequest,
+    TeacherRequest,
+    weights_in,
+)
 from engines.queue.protocol import RUNNING, job_of, training_of
 from engines.store.bundle import ONNX, PLAN, read_report, read_strange
 from engines.store.shared import Shared
@@ -30,7 +35,6 @@ from engines.store.versions import META, Store
 from workers.commands import hush_libraries
 from workers.jobs.exchange import checked, patiently
 from workers.jobs.parent_and_child import DISK_FULL, FULL, die_with_parent, give_way
-from workers.jobs.starting_point import start_version
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
@@ -207,9 +211,9 @@ def wait_for_memory(data: Path, request: job_memory.Request, progress: JobProgre
 def _retrain(
     store: Store, data: Path, request: RetrainRequest, work: Path, progress: JobProgress
 ) -> Path:
-    parent = start_version(data, request)
+    parent = request.start(store)
     source = None if parent is None else store.check(request.model, parent)
-    weights = request.weights(data)
+    weights = weights_in(data, request.pretrained)
     limits = ImageLimits.read(os.environ)
     trained = _learn(request, parent, source, data / "datasets", weights, work, progress, limits)
     if not request.convert:
@@ -296,7 +300,7 @@ def _train_for_another(
         source.parent.mkdir(parents=True, exist_ok=True)
         patiently(lambda: shared.pull(f"{device}/inputs", wanted["inputs"], source, ticked), folder)
         start = None if wanted["parent"] is None else source / "start"
-    weights = request.weights(source)
+    weights = weights_in(source, request.pretrained)
     limits = ImageLimits.read(wanted.get("limits") or os.environ)
     datasets = source / "datasets"
     trained = _learn(
@@ -375,7 +379,7 @@ def _make_teacher(
     what = Distil(
         Category.find(data / "datasets", request.category).train,
         made,
-        weights=request.weights(data),
+        weights=weights_in(data, request.pretrained),
         limits=ImageLimits.read(os.environ),
         **request.model_dump(include={"model_size", "image_size", "steps"}),
     )

@@ -1,0 +1,58 @@
+"""Claims about what a request for a job leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.errors import BadMeta
+from engines.meta import FIRST
+from engines.queue.job_requests import RetrainRequest
+from engines.store.versions import Store
+from support.plans import tiny_bundle
+
+RESNET = {"backbone": "resnet18", "layers": ["layer2", "layer3"]}
+
+
+def asked(**more: Any) -> RetrainRequest:
+    return RetrainRequest(model="bolt", category="bolt", **more)
+
+
+@pytest.mark.parametrize("kind", [None, "patchcore"])
+@pytest.mark.parametrize(
+    ("meta", "made"),
+    [({}, FIRST), ({"image_size": 320}, {**FIRST, "image_size": 320}),
+     (RESNET, {**FIRST, **RESNET})],
+)  # fmt: skip
+def test_a_first_training_takes_the_usual_keys_where_none_are_said(
+    kind: Any, meta: dict[str, Any], made: dict[str, Any]
+) -> None:
+    assert asked(kind=kind, meta=meta).first_meta().model_dump(include={*made}) == made
+
+
+@pytest.mark.parametrize(
+    ("kind", "meta"),
+    [("patchcore", {"backbone": "resnet18"}), ("patchcore", {"layers": ["layer2"]}),
+     ("padim", {}), ("vae", {"image_size": 64}), ("efficientad", {})],
+)  # fmt: skip
+def test_layers_of_another_backbone_and_keys_of_another_kind_are_not_guessed(
+    kind: Any, meta: dict[str, Any]
+) -> None:
+    with pytest.raises(BadMeta):
+        asked(kind=kind, meta=meta).first_meta()
+
+
+def test_where_every_version_was_held_nothing_begins_anew_unless_a_kind_is_said(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "models")
+    assert asked().start(store) is None
+    version = store.take_in("bolt", tiny_bundle(tmp_path / "bundle"), {})
+    assert asked().start(store) == version
+    store.record_gate("bolt", version, {"ok": False, "reasons": ["It sees nothing."]})
+    with pytest.raises(BadMeta, match=f'"version": "{version}"; or say a kind, to begin anew'):
+        asked().start(store)
+    assert asked(kind="patchcore").start(store) is None
+    assert asked(version=version).start(store) == version
