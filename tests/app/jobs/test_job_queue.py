@@ -303,8 +303,11 @@ def test_weights_that_were_taken_in_are_converted_and_go_live(
         assert line.score(photo)[0] == found["version"]
 
 
-def test_a_teacher_is_made_though_its_job_is_killed_and_efficientad_learns_from_it(
-    sample_data: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "learns", [False, pytest.param(True, marks=pytest.mark.soak, id="and efficientad learns")]
+)
+def test_a_teacher_is_made_though_its_job_is_killed(
+    learns: bool, sample_data: Path, tmp_path: Path
 ) -> None:
     """Without internet and without a file that anybody had to bring."""
     with learning(tmp_path, sample_data, HF_HUB_OFFLINE="1") as line:
@@ -332,6 +335,8 @@ def test_a_teacher_is_made_though_its_job_is_killed_and_efficientad_learns_from_
         weights = tmp_path / "data" / "weights"
         assert [path.name for path in weights.iterdir()] == ["teacher.pth"]
         assert not (tmp_path / "data" / "jobs" / job / "work").exists()
+        if not learns:
+            return
         first = {"model": "bolt", "category": "bolt", "kind": "efficientad", "convert": False,
                  "meta": {"model_size": "small", "image_size": 256},
                  "pretrained": "teacher.pth"}  # fmt: skip
