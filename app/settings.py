@@ -315,6 +315,52 @@ class Settings(BaseSettings):
         ge=1024,
         le=10**9,
     )
+    record: Literal["on", "off"] = _setting(
+        "on",
+        "",
+        "Whether each inspection leaves a record in the data folder: what was decided of which part"
+        " and why, and an audit trail of who changed what.",
+    )
+    record_mib: int = _setting(
+        1024,
+        "MiB",
+        "The most disk that decisions may take, without their pictures; the oldest go first. About"
+        " 1,500 are 1 MiB.",
+        ge=1,
+        le=1024**2,
+    )
+    record_days: int = _setting(
+        0,
+        "days",
+        "How long decisions are kept; 0: as long as there is room.",
+        ge=0,
+        le=36_500,
+    )
+    record_pictures_mib: int = _setting(
+        2048,
+        "MiB",
+        "The most disk that their pictures may take; the oldest go first, and those that somebody"
+        " has marked last. 0: none is kept.",
+        ge=0,
+        le=1024**2,
+    )
+    record_near: float = _setting(
+        0.1,
+        "score",
+        "The pictures of all rejects are kept, and of parts whose score is this near to the"
+        " threshold.",
+        ge=0,
+        le=1,
+    )
+    record_sample: float = _setting(0.01, "share", "And of so many of the other parts.", ge=0, le=1)
+    repeat_s: int = _setting(
+        60,
+        "seconds",
+        "How long the same picture of the same part, sent again, gets its first decision back and"
+        " is counted once; 0: never.",
+        ge=0,
+        le=86_400,
+    )
     cache_dir: Path | None = _setting(
         None,
         "folder",
@@ -456,6 +502,7 @@ GROUPS = {  # of the table, by the setting that each begins with
     "host": "Who may ask, and how many",
     "runtime": "Inference",
     "queue_size": "Parts",
+    "record": "The record",
     "cache_dir": "The process",
 }
 

@@ -30,7 +30,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("converting",), ("evaluation", "importing", "jobs"), ("demo", "learn"),
     ),
     "app": (
-        ("settings", "background"), ("jobs",), ("serving",), ("watching",), ("http",),
+        ("settings", "background"), ("jobs",), ("serving",), ("decisions",), ("watching",), ("http",),
         ("open_inference",), ("routes",), ("main",), ("__main__",),
     ),
 }  # fmt: skip

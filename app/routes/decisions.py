@@ -1,0 +1,617 @@
+"""The record: which parts were inspected, what was decided of them, and by whom it was changed."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.responses import StreamingResponse
+from pydantic import AwareDatetime, ConfigDict, Field
+
+from app.decisions.database import DecisionDatabase, Filter, Kept, Line
+from app.decisions.decision import Verdict, short_sha256
+from app.decisions.recorder import Recorder
+from app.http.access import KeyFirst, needs, who
+from app.http.base_body import Body, error_response
+from app.http.part import checked
+from app.routes.infer import ImageBody, TimingBody
+from app.serving.inspection import Inspector, draw
+from app.serving.model_manager import ModelManager
+from engines.errors import BadRequest, UnknownDecision
+from engines.image import decode
+from engines.limits import asked_for, share_at_most
+from engines.meta import Meta
+from engines.serving.resident import Resident
+from engines.store.versions import META, Store
+from engines.verdict import Scale
+
+PAGE, MOST = 50, 500
+FLIPS = 200  # of a preview that are named
+AT_ONCE = 1000  # lines of a CSV file that are read together
+Result = TypeVar("Result")
+
+
+class DecisionBody(Body):
+    """What was decided of a part, and when."""
+
+    number: int = Field(description="Counts up; the last of a page is the next page's `before`.")
+    id: str = Field(description="As in the answer of the inspection.")
+    part: str | None = Field(description="What the request called the part.")
+    time: datetime = Field(description="UTC.")
+    model: str = Field(description="Empty where the only one was asked for and gave no verdict.")
+    version: str | None = Field(description="Which judged; null without a verdict.")
+    verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
+    code: str | None = Field(description="Why there was no verdict; else null.")
+    raw_score: float | None
+    score: float | None = Field(description="0 to 1.")
+    threshold: float | None = Field(description="The limit for `score`.")
+    raw_threshold: float | None = Field(description="The same limit for `raw_score`.")
+    image: ImageBody | None = Field(description="What was judged.")
+    sha256: str | None = Field(description="Of the image file, as it was sent.")
+    has_picture: bool = Field(description="Whether the image is kept.")
+    timing: TimingBody | None
+    key: str | None = Field(description="The name of the key that asked.")
+    label: Literal["good", "defect", "unusable"] | None = Field(
+        description="What a person said last; /decisions/{id} has all of it."
+    )
+    defect: str | None = Field(description="The kind of defect, where it is one.")
+
+
+class DecisionsBody(Body):
+    """Decisions, newest first."""
+
+    decisions: list[DecisionBody]
+    next: int | None = Field(description="The next page's `before`; null at the end.")
+
+
+class LineBody(Body):
+    """A line of the audit trail."""
+
+    number: int
+    time: datetime = Field(description="UTC.")
+    key: str | None = Field(
+        description="Whose key; null for Kensa itself, or where none is needed."
+    )
+    what: str = Field(
+        description="label, threshold, live, rollback, held, key_added, key_removed, prune, lost or"
+        " repair."
+    )
+    subject: str = Field(description="A decision's id, or a model's or a key's name.")
+    reason: str | None
+    details: dict[str, Any]
+    hash: str = Field(description="SHA-256 of the line and of the hash before it.")
+
+
+class TrailBody(Body):
+    """Lines of the audit trail, newest first."""
+
+    lines: list[LineBody]
+    next: int | None = Field(description="The next page's `before`; null at the end.")
+
+
+class WholeDecisionBody(DecisionBody):
+    """A decision, and what was said of it since."""
+
+    hash: str = Field(description="SHA-256 of it and of the hash of the decision before.")
+    history: list[LineBody] = Field(description="Who marked it how, newest first.")
+
+
+class LabelBody(Body):
+    """What a person says of a part."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"label": "good", "reason": "Only dust, wiped off."}]},
+    )
+
+    label: Literal["good", "defect", "unusable"] = Field(
+        description="unusable: the picture shows nothing of the part."
+    )
+    defect: str = Field(
+        "", max_length=100, description="Its kind, such as `scratch`; only with `defect`."
+    )
+    reason: str = Field("", max_length=500, description="Why, in a sentence.")
+
+
+class ReplayBody(Body):
+    """What a version says of a picture that was judged before."""
+
+    decision: DecisionBody = Field(description="As it was decided.")
+    version: str = Field(description="Which judged now.")
+    verdict: Literal["normal", "anomaly"]
+    raw_score: float
+    score: float
+    threshold: float
+    raw_threshold: float
+
+
+class FlipsBody(Body):
+    """What another threshold would have said of parts that were inspected."""
+
+    model: str
+    version: str = Field(description="The live one.")
+    raw: float = Field(description="The limit that was asked for.")
+    raw_threshold: float = Field(description="The limit that is in force.")
+    parts: int = Field(
+        description="Decisions with a raw score of this model as it is: those of versions that were"
+        " trained otherwise are left out."
+    )
+    rejected: int = Field(description="How many of them were rejected.")
+    would_reject: int = Field(description="How many this limit rejects.")
+    good: int = Field(description="Of `parts`, marked as good by a person.")
+    good_rejected: int
+    good_would_reject: int
+    good_at_most: float | None = Field(
+        description="What share of good parts this limit rejects at most, 95 % sure, by those that"
+        " are marked; null where none is."
+    )
+    defects: int = Field(description="Of `parts`, marked as defects.")
+    defects_missed: int
+    defects_would_miss: int
+    defects_at_most: float | None = Field(
+        description="What share of defects this limit misses at most, 95 % sure."
+    )
+    flips: list[DecisionBody] = Field(
+        description=f"Those whose verdict changes, newest first, up to {FLIPS}."
+    )
+
+
+router = APIRouter(tags=["record"], route_class=KeyFirst)
+
+_THREADS = ThreadPoolExecutor(2, "record")  # parts have their own
+
+_OFF = error_response(
+    "Nothing is recorded here.",
+    conflict="Nothing is recorded here: set KENSA_RECORD=on and start Kensa again.",
+)
+_UNKNOWN = error_response(
+    "No such decision, or its picture is not kept.",
+    unknown_decision="There is no decision 'KB-2046': it was never made, or is too old to be kept.",
+)
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+    404: _UNKNOWN,
+    409: _OFF,
+}
+_MODEL: dict[int | str, dict[str, Any]] = {
+    404: error_response(
+        "No such model.", unknown_model="There is no model 'bolt'; there is 'bracket'."
+    ),
+    409: error_response(
+        "Nothing is recorded here, or no version of the model is live.",
+        conflict="There is no threshold to speak of: bracket has no live version.",
+    ),
+}
+
+Id = Annotated[
+    str, InPath(description="As in the answer of the inspection.", examples=["line-3.part_17"])
+]
+PartName = Annotated[str, Query(description="What the request called it.", max_length=200)]
+Since = Annotated[
+    AwareDatetime | None,
+    Query(description="Only from this time on, such as 2026-11-29T06:00:00Z."),
+]
+Until = Annotated[AwareDatetime | None, Query(description="Only before this time.")]
+Before = Annotated[int | None, Query(ge=1, le=2**62, description="The `next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=MOST, description="How many at once.")]
+
+
+def asked_for_by(
+    part: PartName | None = None,
+    model: Annotated[str | None, Query(description="Of this model.", max_length=64)] = None,
+    version: Annotated[str | None, Query(description="By this version.", max_length=64)] = None,
+    verdict: Annotated[Verdict | None, Query(description="`none`: without a verdict.")] = None,
+    label: Annotated[
+        Literal["good", "defect", "unusable", "none"] | None,
+        Query(description="What a person said of it; `none`: nobody has looked."),
+    ] = None,
+    min_score: Annotated[float | None, Query(ge=0, le=1, description="At least.")] = None,
+    max_score: Annotated[float | None, Query(ge=0, le=1, description="At most.")] = None,
+    since: Since = None,
+    until: Until = None,
+) -> Filter:
+    """The filter that a query asks for."""
+    return Filter(
+        part=part, model=model, version=version, verdict=verdict, label=label,
+        score_from=min_score, score_to=max_score, since=_ms(since), until=_ms(until),
+    )  # fmt: skip
+
+
+Asked = Annotated[Filter, Depends(asked_for_by)]
+
+
+@router.get(
+    "/decisions",
+    dependencies=[needs("line")],
+    summary="What was decided?",
+    response_model=DecisionsBody,
+    responses={409: _OFF},
+)
+async def decisions(
+    request: Request, asked: Asked, limit: Limit = PAGE, before: Before = None
+) -> Response:
+    """Inspections, newest first, also those that ended without a verdict."""
+
+    def written() -> str:
+        found = _recorder(request).read(lambda it: it.find(asked, limit, before))
+        following = found[-1].number if len(found) == limit else None
+        return DecisionsBody(
+            decisions=[_body(one) for one in found], next=following
+        ).model_dump_json()
+
+    return Response(await _ask(written), media_type="application/json")
+
+
+@router.get(
+    "/decisions.csv",
+    dependencies=[needs("line")],
+    summary="The same as a table",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, 409: _OFF},
+)
+async def table(request: Request, asked: Asked) -> StreamingResponse:
+    """All that the filter finds, newest first, as CSV in UTF-8; it is not held in memory."""
+    first = await _ask(_recorder(request).read, lambda it: it.find(asked, AT_ONCE))
+    return StreamingResponse(
+        _csv(_recorder(request), asked, first),
+        media_type="text/csv; charset=utf-8",
+        headers={"Content-Disposition": 'attachment; filename="decisions.csv"'},
+    )
+
+
+async def _csv(recorder: Recorder, asked: Filter, page: list[Kept]) -> Any:
+    names = [name for name in DecisionBody.model_fields if name not in ("image", "timing")]
+    more = ["format", "width", "height", "queue_ms", "decode_ms", "infer_ms", "total_ms"]
+    yield _row([*names, *more])
+    while page:
+        yield "".join(_rows(page, names))
+        last = page[-1].number
+        page = await _ask(recorder.read, lambda it, last=last: it.find(asked, AT_ONCE, last))
+
+
+def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
+    for kept in page:
+        body, one = _body(kept).model_dump(mode="json"), kept.decision
+        yield _row([
+            *(body[name] for name in names),
+            one.format, one.width, one.height,
+            one.queue_ms, one.decode_ms, one.infer_ms, one.total_ms,
+        ])  # fmt: skip
+
+
+def _row(values: list[Any]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\r\n").writerow(
+        # A spreadsheet takes what begins so for a formula.
+        f"'{one}" if isinstance(one, str) and one[:1] in ("=", "+", "-", "@") else one
+        for one in values
+    )
+    return file.getvalue()
+
+
+@router.get(
+    "/decisions/{id}",
+    dependencies=[needs("line")],
+    summary="What was decided of this one?",
+    responses={404: _UNKNOWN, 409: _OFF},
+)
+async def decision(request: Request, id: Id) -> WholeDecisionBody:  # noqa: A002 (its public name)
+    """With everything that was said of it since. Of an id that came twice, the last one."""
+
+    def look() -> WholeDecisionBody:
+        kept, lines = _recorder(request).read(
+            lambda it: (_kept(it, id), it.lines(MOST, subject=id))
+        )
+        return WholeDecisionBody(
+            **_body(kept).model_dump(), hash=kept.hash,
+            history=[_line(one) for one in lines if one.details.get("number") == kept.number],
+        )  # fmt: skip
+
+    return await _ask(look)
+
+
+@router.get(
+    "/decisions/{id}/image",
+    dependencies=[needs("line")],
+    summary="See its picture",
+    response_class=Response,
+    responses=_PICTURE,
+)
+async def image(request: Request, id: Id) -> Response:  # noqa: A002
+    """The file as it was sent."""
+
+    def look() -> tuple[bytes, str]:
+        recorder = _recorder(request)
+        kept = recorder.read(lambda it: _kept(it, id))
+        return _image(recorder, kept), kept.decision.format
+
+    data, kind = await _ask(look)
+    media_type = f"image/{kind.lower()}" if kind else "application/octet-stream"
+    return Response(data, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
+
+
+@router.get(
+    "/decisions/{id}/overlay",
+    dependencies=[needs("line")],
+    summary="See what was strange about it",
+    response_class=Response,
+    responses=_PICTURE,
+)
+async def overlay(request: Request, id: Id) -> Response:  # noqa: A002
+    """Its picture with what is anomalous painted over it, as `Accept: image/png` draws it."""
+    return await _drawn(request, id, over_picture=True)
+
+
+@router.get(
+    "/decisions/{id}/heatmap",
+    dependencies=[needs("line")],
+    summary="See its heat map",
+    response_class=Response,
+    responses=_PICTURE,
+)
+async def heatmap(request: Request, id: Id) -> Response:  # noqa: A002
+    """A grey PNG, where a pixel's value / 255 is the normalised score of its place."""
+    return await _drawn(request, id, over_picture=False)
+
+
+async def _drawn(request: Request, id_: str, *, over_picture: bool) -> Response:
+    recorder, store = _recorder(request), _store(request)
+    limits = request.app.state.inspector.limits
+
+    def look() -> bytes:
+        kept = recorder.read(lambda it: _kept(it, id_))
+        one = kept.decision
+        data = _image(recorder, kept)
+        try:
+            anomaly_map = recorder.pictures.anomaly_map(kept.number)
+            meta = Meta.read(store.folder(one.model, one.version) / META)
+        except (FileNotFoundError, UnknownDecision):
+            raise UnknownDecision(f"The decision {id_!r} has no map: it had no verdict.") from None
+        picture = decode(data, limits, meta.bit_depth) if over_picture else None
+        return draw(anomaly_map, Scale.of(meta), meta.image_size, picture)
+
+    return Response(await _ask(look), media_type="image/png")
+
+
+@router.post(
+    "/decisions/{id}/label",
+    dependencies=[needs("operator")],
+    summary="Say what it really was",
+    responses={404: _UNKNOWN, 409: _OFF},
+)
+async def label(request: Request, id: Id, body: LabelBody) -> WholeDecisionBody:  # noqa: A002
+    """Several people may say different things: the last one counts, and all of it is kept."""
+    if body.defect and body.label != "defect":
+        raise BadRequest(f"A part that is {body.label} has no kind of defect: leave it out.")
+    name = who(request)
+
+    def mark(it: DecisionDatabase) -> None:
+        kept = _kept(it, id)
+        it.mark(kept, body.label, checked(body.defect), name, checked(body.reason))
+
+    await _ask(_recorder(request).read, mark)
+    return await decision(request, id)
+
+
+@router.post(
+    "/decisions/{id}/replay",
+    dependencies=[needs("operator")],
+    summary="Judge its picture again",
+    responses={404: _UNKNOWN, 409: _OFF},
+)
+async def replay(
+    request: Request,
+    id: Id,  # noqa: A002
+    version: Annotated[
+        str | None,
+        Query(description="By this version of its model; that which judged it, if left out."),
+    ] = None,
+) -> ReplayBody:
+    """It counts nowhere. The same version on the same runtime gives the same raw score."""
+    recorder, manager = _recorder(request), _manager(request)
+    inspector: Inspector = request.app.state.inspector
+
+    def look() -> tuple[Kept, bytes]:
+        kept = recorder.read(lambda it: _kept(it, id))
+        return kept, _image(recorder, kept)
+
+    kept, data = await _ask(look)
+    one = kept.decision
+    wanted = version or one.version
+    if not wanted:
+        raise BadRequest("It had no verdict, so say which version is to judge it: version=...")
+
+    async def judged(model: Resident) -> ReplayBody:
+        verdict = await inspector.look(data, model)
+        return ReplayBody(
+            decision=_body(kept), version=model.version,
+            verdict="anomaly" if verdict.is_anomalous else "normal",
+            raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
+            raw_threshold=verdict.raw_threshold,
+        )  # fmt: skip
+
+    live = manager.live(one.model)
+    if live is not None and live.version == wanted:
+        with inspector.residents.use(live) as held:
+            return await judged(held)
+    await _ask(lambda: _store(request).folder(one.model, wanted))
+    async with manager.change(one.model), manager.opened(one.model, wanted) as opened:
+        return await judged(opened)
+
+
+@router.get(
+    "/parts/{part:path}",
+    dependencies=[needs("line")],
+    summary="What was decided of this part?",
+    responses={409: _OFF},
+)
+async def part(
+    request: Request,
+    part: Annotated[str, InPath(description="Its name.", examples=["KB-2046/A 17"])],
+    limit: Limit = PAGE,
+    before: Before = None,
+) -> DecisionsBody:
+    """All inspections of a part, newest first."""
+
+    def look() -> DecisionsBody:
+        asked = Filter(part=checked(part))
+        found = _recorder(request).read(lambda it: it.find(asked, limit, before))
+        following = found[-1].number if len(found) == limit else None
+        return DecisionsBody(decisions=[_body(one) for one in found], next=following)
+
+    return await _ask(look)
+
+
+@router.get(
+    "/trail",
+    dependencies=[needs("operator")],
+    summary="Who changed what?",
+    responses={409: _OFF},
+)
+async def trail(
+    request: Request,
+    subject: Annotated[
+        str, Query(description="A decision's id, or a model's or a key's name.", max_length=200)
+    ] = "",
+    limit: Limit = PAGE,
+    before: Before = None,
+) -> TrailBody:
+    """The audit trail, newest first: labels, thresholds, versions that went live or back, keys.
+
+    Each line has the hash of the one before in its own; `kensa verify` tells whether all are whole.
+    """
+
+    def look() -> TrailBody:
+        found = _recorder(request).read(lambda it: it.lines(limit, before, subject))
+        following = found[-1].number if len(found) == limit else None
+        return TrailBody(lines=[_line(one) for one in found], next=following)
+
+    return await _ask(look)
+
+
+@router.get(
+    "/models/{name}/threshold/preview",
+    dependencies=[needs("line")],
+    summary="What would another threshold have said?",
+    responses=_MODEL,
+)
+async def preview(
+    request: Request,
+    name: Annotated[str, InPath(description="The model's name.", examples=["bracket"])],
+    raw: Annotated[float | None, Query(description="The limit for `raw_score`.")] = None,
+    threshold: Annotated[float | None, Query(description="The limit for `score`, 0 to 1.")] = None,
+    false_rejects: Annotated[
+        float | None, Query(description="The share of good parts to reject.")
+    ] = None,
+    since: Since = None,
+    until: Until = None,
+) -> FlipsBody:
+    """Of parts that were inspected: which would get another verdict. Nothing is changed.
+
+    Say one of `raw`, `threshold` and `false_rejects`; PUT /models/{name}/threshold applies it.
+    """
+    given = {"raw": raw, "threshold": threshold, "false_rejects": false_rejects}
+    wanted = {key: value for key, value in given.items() if value is not None}
+    inspector: Inspector = request.app.state.inspector
+    live = inspector.residents.get(name)
+
+    def look() -> FlipsBody:
+        limit = Scale.of(asked_for(live.meta, wanted)).raw_threshold
+        scorer = short_sha256(live.made_of)
+        asked = Filter(model=name, since=_ms(since), until=_ms(until))
+        counts, found = _recorder(request).read(
+            lambda it: (it.count_flips(asked, scorer, limit), it.flips(asked, scorer, limit, FLIPS))
+        )
+        return FlipsBody(
+            model=name, version=live.version, raw=limit,
+            raw_threshold=live.scale.raw_threshold, **counts._asdict(),
+            good_at_most=share_at_most(counts.good_would_reject, counts.good),
+            defects_at_most=share_at_most(counts.defects_would_miss, counts.defects),
+            flips=[_body(one) for one in found],
+        )  # fmt: skip
+
+    return await _ask(look)
+
+
+# ---- what is shown of it -------------------------------------------------------------------------
+
+
+def _body(kept: Kept) -> DecisionBody:
+    one = kept.decision
+    timing = None
+    if one.total_ms is not None:
+        timing = TimingBody(
+            queue_ms=one.queue_ms or 0.0, decode_ms=one.decode_ms or 0.0,
+            infer_ms=one.infer_ms or 0.0, total_ms=one.total_ms,
+        )  # fmt: skip
+    image = ImageBody(format=one.format, width=one.width, height=one.height) if one.format else None
+    return DecisionBody(
+        number=kept.number, id=one.id, part=one.part or None, time=_time(one.at), model=one.model,
+        version=one.version or None, verdict=one.verdict, code=one.code or None,
+        raw_score=one.raw_score, score=one.score, threshold=one.threshold,
+        raw_threshold=one.raw_threshold, image=image, sha256=one.sha256 or None,
+        has_picture=kept.picture_bytes > 0, timing=timing, key=one.who or None,
+        label=kept.label or None,  # type: ignore[arg-type]  # the database holds no others
+        defect=kept.defect or None,
+    )  # fmt: skip
+
+
+def _line(line: Line) -> LineBody:
+    return LineBody(
+        number=line.number, time=_time(line.at), key=line.who or None, what=line.what,
+        subject=line.subject, reason=line.reason or None, details=line.details, hash=line.hash,
+    )  # fmt: skip
+
+
+def _kept(database: DecisionDatabase, id_: str) -> Kept:
+    kept = database.one(id_)
+    if kept is None:
+        raise UnknownDecision(
+            f"There is no decision {id_[:128]!r}: it was never made, or is too old to be kept."
+        )
+    return kept
+
+
+def _image(recorder: Recorder, kept: Kept) -> bytes:
+    try:
+        return recorder.pictures.image(kept.number)
+    except FileNotFoundError:
+        raise UnknownDecision(
+            f"The picture of the decision {kept.decision.id!r} is not kept: those of rejects are,"
+            " of parts near the threshold and of a sample; see KENSA_RECORD_PICTURES_MIB."
+        ) from None
+
+
+def _time(at: int) -> datetime:
+    return datetime.fromtimestamp(at / 1000, timezone.utc)
+
+
+def _ms(time: datetime | None) -> int | None:
+    return None if time is None else round(time.timestamp() * 1000)
+
+
+def _recorder(request: Request) -> Recorder:
+    found: Recorder = request.app.state.recorder
+    return found
+
+
+def _store(request: Request) -> Store:
+    found: Store = request.app.state.store
+    return found
+
+
+def _manager(request: Request) -> ModelManager:
+    found: ModelManager = request.app.state.models
+    return found
+
+
+async def _ask(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Ask the record, in threads that no part needs."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)
