@@ -325,7 +325,7 @@ class Settings(BaseSettings):
         1024,
         "MiB",
         "The most disk that decisions may take, without their pictures; the oldest go first. About"
-        " 1,500 are 1 MiB.",
+        " 2,000 are 1 MiB.",
         ge=1,
         le=1024**2,
     )

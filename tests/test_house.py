@@ -30,8 +30,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("converting",), ("evaluation", "importing", "jobs"), ("demo", "learn"),
     ),
     "app": (
-        ("settings", "background"), ("jobs",), ("serving",), ("decisions",), ("watching",), ("http",),
-        ("open_inference",), ("routes",), ("main",), ("__main__",),
+        ("settings", "background"), ("jobs",), ("serving",), ("decisions",), ("watching",),
+        ("http",), ("open_inference",), ("routes",), ("main",), ("__main__",),
     ),
 }  # fmt: skip
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}

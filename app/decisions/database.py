@@ -22,6 +22,7 @@ from app.decisions.decision import COLUMNS, FIRST_HASH, Decision, Label, hash_af
 
 FILE = "decisions.sqlite"
 WAIT_S = 10.0  # for another process that writes
+FEW = 20_000  # decisions that are looked at one by one, in 20 ms
 LAYOUT = 1  # of the tables; another one is of another Kensa
 
 _TYPES = {
@@ -40,11 +41,13 @@ CREATE TABLE decisions (
     picture_bytes INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX decisions_by_id ON decisions (id);
-CREATE INDEX decisions_by_part ON decisions (part, number) WHERE part != '';
+CREATE INDEX decisions_by_part ON decisions (part, at) WHERE part != '';
 CREATE INDEX decisions_by_time ON decisions (at);
-CREATE INDEX decisions_by_model ON decisions (model, at, verdict, raw_score, scorer);
-CREATE INDEX decisions_not_normal ON decisions (verdict, number) WHERE verdict != 'normal';
-CREATE INDEX decisions_by_label ON decisions (label, number) WHERE label != '';
+CREATE INDEX decisions_by_model ON decisions (model, at, scorer, verdict, raw_score, label);
+CREATE INDEX decisions_by_version ON decisions (version, at);
+CREATE INDEX decisions_by_score ON decisions (score, at);
+CREATE INDEX decisions_not_normal ON decisions (verdict, at) WHERE verdict != 'normal';
+CREATE INDEX decisions_by_label ON decisions (label, at) WHERE label != '';
 CREATE INDEX decisions_with_pictures ON decisions (number, picture_bytes) WHERE picture_bytes > 0;
 CREATE TABLE trail (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -144,13 +147,31 @@ class Filter:
             ("label = ?", "" if self.label == "none" else self.label),
         ]  # fmt: skip
         asked = [(sql, value) for sql, value in found if value is not None]
-        if self.part:
-            asked.append(("part != ?", ""))  # the index is of those that have one
-        if self.label and self.label != "none":
-            asked.append(("label != ?", ""))
-        if self.verdict in ("anomaly", "none"):
-            asked.append(("verdict != ?", "normal"))
-        return " AND ".join(sql for sql, _ in asked) or "TRUE", [value for _, value in asked]
+        conditions = [sql for sql, _ in asked]
+        # As the indices say that are of some of the lines only.
+        conditions += ["part != ''"] * bool(self.part)
+        conditions += ["label != ''"] * (self.label not in (None, "none"))
+        conditions += ["verdict != 'normal'"] * (self.verdict in ("anomaly", "none"))
+        return " AND ".join(conditions) or "TRUE", [value for _, value in asked]
+
+    def index(self, few_scores: Callable[[], bool]) -> str:
+        """The one that leads to the fewest lines; SQLite would have to have counted them.
+
+        Args:
+            few_scores: tells whether few decisions have such a score.
+        """
+        has_score = self.score_from is not None or self.score_to is not None
+        for name, is_asked in (
+            ("part", bool(self.part)),
+            ("label", self.label not in (None, "none")),
+            ("version", self.version is not None),
+            ("score", has_score and few_scores()),
+            ("not_normal", self.verdict in ("anomaly", "none")),
+            ("model", self.model is not None),
+        ):
+            if is_asked:
+                return "decisions_not_normal" if name == "not_normal" else f"decisions_by_{name}"
+        return "decisions_by_time"
 
 
 class DecisionDatabase:
@@ -278,16 +299,27 @@ class DecisionDatabase:
         """Decisions, newest first.
 
         Args:
-            before: only those with a lower number: the last one of the page before.
+            before: only those before the one with this number: the last of the page before.
         """
         where, values = asked.where()
         if before is not None:
-            where, values = f"{where} AND number < ?", [*values, before]
+            where += " AND (at, number) < (SELECT at, number FROM decisions WHERE number = ?)"
+            values.append(before)
+        index = asked.index(lambda: self._has_few(asked))
         rows = self._connection.execute(
-            f"SELECT {_KEPT} FROM decisions WHERE {where} ORDER BY number DESC LIMIT ?",
+            f"SELECT {_KEPT} FROM decisions INDEXED BY {index} WHERE {where}"
+            " ORDER BY at DESC, number DESC LIMIT ?",
             [*values, limit],
         )
         return [Kept.of(row) for row in rows]
+
+    def _has_few(self, asked: Filter) -> bool:
+        """Whether so few decisions have such a score that all of them can be looked at."""
+        where, values = Filter(score_from=asked.score_from, score_to=asked.score_to).where()
+        (count,) = self._connection.execute(
+            f"SELECT COUNT(*) FROM (SELECT 1 FROM decisions WHERE {where} LIMIT {FEW})", values
+        ).fetchone()
+        return bool(count < FEW)
 
     def one(self, id_: str) -> Kept | None:
         """The last decision of an id: clients choose them, and may choose one twice."""
@@ -325,7 +357,7 @@ class DecisionDatabase:
         where, values = asked.where()
         rows = self._connection.execute(
             f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ? AND verdict != 'none'"
-            " AND (verdict = 'anomaly') != (raw_score > ?) ORDER BY number DESC LIMIT ?",
+            " AND (verdict = 'anomaly') != (raw_score > ?) ORDER BY at DESC, number DESC LIMIT ?",
             [*values, scorer, raw, limit],
         )
         return [Kept.of(row) for row in rows]

@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 class DecisionBody(Body):
     """What was decided of a part, and when."""
 
-    number: int = Field(description="Counts up; the last of a page is the next page's `before`.")
+    number: int = Field(description="Counts up, in the order in which they were written down.")
     id: str = Field(description="As in the answer of the inspection.")
     part: str | None = Field(description="What the request called the part.")
     time: datetime = Field(description="UTC.")
@@ -193,27 +193,47 @@ _MODEL: dict[int | str, dict[str, Any]] = {
 Id = Annotated[
     str, InPath(description="As in the answer of the inspection.", examples=["line-3.part_17"])
 ]
-PartName = Annotated[str, Query(description="What the request called it.", max_length=200)]
+PartName = Annotated[
+    str,
+    Query(description="What the request called it.", max_length=200, examples=["KB-2046/A 17"]),
+]
 Since = Annotated[
     AwareDatetime | None,
-    Query(description="Only from this time on, such as 2026-11-29T06:00:00Z."),
+    Query(description="Only from this time on, with its zone.", examples=["2026-11-29T06:00:00Z"]),
 ]
-Until = Annotated[AwareDatetime | None, Query(description="Only before this time.")]
-Before = Annotated[int | None, Query(ge=1, le=2**62, description="The `next` of the page before.")]
+Until = Annotated[
+    AwareDatetime | None,
+    Query(description="Only before this time.", examples=["2026-11-29T14:00:00Z"]),
+]
+Before = Annotated[
+    int | None,
+    Query(ge=1, le=2**62, examples=[480], description="The `next` of the page before."),
+]
 Limit = Annotated[int, Query(ge=1, le=MOST, description="How many at once.")]
 
 
 def asked_for_by(
     part: PartName | None = None,
-    model: Annotated[str | None, Query(description="Of this model.", max_length=64)] = None,
-    version: Annotated[str | None, Query(description="By this version.", max_length=64)] = None,
-    verdict: Annotated[Verdict | None, Query(description="`none`: without a verdict.")] = None,
+    model: Annotated[
+        str | None, Query(description="Of this model.", max_length=64, examples=["bracket"])
+    ] = None,
+    version: Annotated[
+        str | None,
+        Query(description="By this version.", max_length=64, examples=["0001-3f9a0c41d2e8"]),
+    ] = None,
+    verdict: Annotated[
+        Verdict | None, Query(description="`none`: without a verdict.", examples=["anomaly"])
+    ] = None,
     label: Annotated[
         Literal["good", "defect", "unusable", "none"] | None,
-        Query(description="What a person said of it; `none`: nobody has looked."),
+        Query(description="What a person said; `none`: nobody has looked.", examples=["none"]),
     ] = None,
-    min_score: Annotated[float | None, Query(ge=0, le=1, description="At least.")] = None,
-    max_score: Annotated[float | None, Query(ge=0, le=1, description="At most.")] = None,
+    min_score: Annotated[
+        float | None, Query(ge=0, le=1, description="At least.", examples=[0.4])
+    ] = None,
+    max_score: Annotated[
+        float | None, Query(ge=0, le=1, description="At most.", examples=[0.6])
+    ] = None,
     since: Since = None,
     until: Until = None,
 ) -> Filter:
@@ -411,7 +431,10 @@ async def replay(
     id: Id,  # noqa: A002
     version: Annotated[
         str | None,
-        Query(description="By this version of its model; that which judged it, if left out."),
+        Query(
+            description="By this version of its model; that which judged it, if left out.",
+            examples=["0001-3f9a0c41d2e8"],
+        ),
     ] = None,
 ) -> ReplayBody:
     """It counts nowhere. The same version on the same runtime gives the same raw score."""
@@ -450,7 +473,7 @@ async def replay(
     "/parts/{part:path}",
     dependencies=[needs("line")],
     summary="What was decided of this part?",
-    responses={409: _OFF},
+    responses={404: _UNKNOWN, 409: _OFF},
 )
 async def part(
     request: Request,
@@ -463,6 +486,8 @@ async def part(
     def look() -> DecisionsBody:
         asked = Filter(part=checked(part))
         found = _recorder(request).read(lambda it: it.find(asked, limit, before))
+        if not found and before is None:
+            raise UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
         following = found[-1].number if len(found) == limit else None
         return DecisionsBody(decisions=[_body(one) for one in found], next=following)
 
@@ -478,7 +503,12 @@ async def part(
 async def trail(
     request: Request,
     subject: Annotated[
-        str, Query(description="A decision's id, or a model's or a key's name.", max_length=200)
+        str,
+        Query(
+            description="A decision's id, or a model's or a key's name.",
+            max_length=200,
+            examples=["bracket"],
+        ),
     ] = "",
     limit: Limit = PAGE,
     before: Before = None,
@@ -505,10 +535,14 @@ async def trail(
 async def preview(
     request: Request,
     name: Annotated[str, InPath(description="The model's name.", examples=["bracket"])],
-    raw: Annotated[float | None, Query(description="The limit for `raw_score`.")] = None,
-    threshold: Annotated[float | None, Query(description="The limit for `score`, 0 to 1.")] = None,
+    raw: Annotated[
+        float | None, Query(description="The limit for `raw_score`.", examples=[2.1])
+    ] = None,
+    threshold: Annotated[
+        float | None, Query(description="The limit for `score`, 0 to 1.", examples=[0.55])
+    ] = None,
     false_rejects: Annotated[
-        float | None, Query(description="The share of good parts to reject.")
+        float | None, Query(description="The share of good parts to reject.", examples=[0.005])
     ] = None,
     since: Since = None,
     until: Until = None,

@@ -55,9 +55,9 @@ class State:
     queue: str | None  # what is wrong with it
     disk_free: int | None  # bytes
     disk_size: int | None
-    decisions: int  # written down since the start
-    decisions_lost: int  # that no disk took
     device: Device = field(default_factory=Device)
+    decisions: int = 0  # written down since the start
+    decisions_lost: int = 0  # that no disk took
     degraded: list[str] = field(default_factory=list)  # sentences
 
     @property

@@ -33,6 +33,7 @@ from schemathesis.specs.openapi.checks import (
 
 from app.http.openapi import operations
 from app.main import create_app
+from app.routes.decisions import LabelBody
 from app.routes.jobs import ScheduleRequest
 from app.routes.models import ChangeThresholdBody
 from app.settings import Settings
@@ -558,7 +559,7 @@ def test_the_ids_of_operations_come_from_what_clients_rely_on() -> None:
 def test_every_example_of_a_request_is_one_that_is_read() -> None:
     models = {"RetrainRequest": RetrainRequest, "ConvertRequest": ConvertRequest,
               "ScheduleRequest": ScheduleRequest, "TeacherRequest": TeacherRequest,
-              "ChangeThresholdBody": ChangeThresholdBody}  # fmt: skip
+              "ChangeThresholdBody": ChangeThresholdBody, "LabelBody": LabelBody}  # fmt: skip
     schemas = document()["components"]["schemas"]
     for operation in operations(document()).values():
         body = operation.get("requestBody", {}).get("content", {}).get("application/json")
