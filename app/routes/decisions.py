@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, ConfigDict, Field
 from app.decisions.database import DecisionDatabase, Filter, Kept, Line
 from app.decisions.decision import Verdict, short_sha256
 from app.decisions.recorder import Recorder
+from app.decisions.teaching import teach
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
 from app.http.part import checked
@@ -29,6 +30,7 @@ from engines.image import decode
 from engines.limits import asked_for, share_at_most
 from engines.meta import Meta
 from engines.serving.resident import Resident
+from engines.store.datasets import CATEGORY
 from engines.store.versions import META, Store
 from engines.verdict import Scale
 
@@ -80,8 +82,8 @@ class LineBody(Body):
         description="Whose key; null for Kensa itself, or where none is needed."
     )
     what: str = Field(
-        description="label, threshold, live, rollback, held, key_added, key_removed, prune, lost or"
-        " repair."
+        description="label, taught, threshold, live, rollback, held, key_added, key_removed, prune,"
+        " lost or repair."
     )
     subject: str = Field(description="A decision's id, or a model's or a key's name.")
     reason: str | None
@@ -161,6 +163,41 @@ class FlipsBody(Body):
     flips: list[DecisionBody] = Field(
         description=f"Those whose verdict changes, newest first, up to {FLIPS}."
     )
+
+
+class TeachBody(Body):
+    """Which of the parts that somebody has marked."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"model": "bracket"}]},
+    )
+
+    model: str | None = Field(None, max_length=64, description="Of this model.")
+    version: str | None = Field(None, max_length=64, description="Judged by this version.")
+    part: str | None = Field(None, max_length=200, description="Only of this part.")
+    since: AwareDatetime | None = Field(None, description="Only from this time on.")
+    until: AwareDatetime | None = Field(None, description="Only before this time.")
+    test_share: float = Field(
+        0.2, ge=0, le=1, description="Of the good ones, so many are kept to test with."
+    )
+
+    def filter(self) -> Filter:
+        return Filter(part=self.part, model=self.model, version=self.version,
+                      since=_ms(self.since), until=_ms(self.until))  # fmt: skip
+
+
+class TaughtBody(Body):
+    """What became of them."""
+
+    category: str
+    train: int = Field(description="Good ones, to learn from, that were added.")
+    normal: int = Field(description="Good ones, to test with.")
+    anomaly: int = Field(description="Defects, to test with.")
+    moved: int = Field(description="Taken out of another split: the label is another one now.")
+    already_there: int
+    without_picture: int = Field(description="Marked, but their picture is not kept any more.")
 
 
 router = APIRouter(tags=["record"], route_class=KeyFirst)
@@ -572,6 +609,42 @@ async def preview(
         )  # fmt: skip
 
     return await _ask(look)
+
+
+@router.post(
+    "/datasets/{category}/from-decisions",
+    dependencies=[needs("operator")],
+    status_code=201,
+    summary="Let marked parts be learned from",
+    responses={
+        409: _OFF,
+        507: error_response("No room.", disk_full="The disk of the data folder is full: ..."),
+    },
+)
+async def from_decisions(
+    request: Request,
+    category: Annotated[
+        str, InPath(pattern=CATEGORY, description="What the images show.", examples=["bracket"])
+    ],
+    body: TeachBody,
+) -> TaughtBody:
+    """Good parts become images to learn from, and some to test with; defects, to test with.
+
+    A picture is in one split at most, whatever is said of it later. Asked again it adds what is
+    new.
+    """
+    return await taught(request, category, body)
+
+
+async def taught(request: Request, category: str, body: TeachBody) -> TaughtBody:
+    """Put marked parts into a category, and say so in the audit trail."""
+    recorder, datasets = _recorder(request), request.app.state.datasets
+    limits = request.app.state.inspector.limits
+    found = await _ask(teach, recorder, datasets, category, body.filter(), body.test_share, limits)
+    counts: dict[str, int] = {str(split): number for split, number in found.added.items()}
+    counts |= {name: getattr(found, name) for name in found._fields[1:]}
+    recorder.note("taught", who(request), category, "", **counts)
+    return TaughtBody(category=category, **counts)
 
 
 # ---- what is shown of it -------------------------------------------------------------------------
