@@ -7,11 +7,13 @@ They come from environment variables with the prefix `KENSA_`. Nobody else reads
 from __future__ import annotations
 
 import os
+from datetime import time
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -353,6 +355,15 @@ class Settings(BaseSettings):
         le=1,
     )
     record_sample: float = _setting(0.01, "share", "And of so many of the other parts.", ge=0, le=1)
+    shifts: str = _setting(
+        "06:00,14:00,22:00",
+        "times",
+        "When shifts begin, for statistics: at quarters of an hour, separated by commas.",
+        pattern=r"^([01]\d|2[0-3]):(00|15|30|45)( *, *([01]\d|2[0-3]):(00|15|30|45))*$",
+    )
+    timezone: str = _setting(
+        "UTC", "name", "The time zone of shifts and days, such as Asia/Tokyo.", max_length=100
+    )
     repeat_s: int = _setting(
         60,
         "seconds",
@@ -404,6 +415,7 @@ class Settings(BaseSettings):
             raise BadSettings(message) from None
         settings.fleet  # noqa: B018 (raises what is wrong with it)
         settings.served_name  # noqa: B018 (the same)
+        settings.zone  # noqa: B018 (the same)
         return settings
 
     @property
@@ -422,6 +434,26 @@ class Settings(BaseSettings):
                 " made: set KENSA_MODEL_NAME."
             )
         return name
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The time zone of shifts.
+
+        Raises:
+            BadSettings: there is none of this name.
+        """
+        try:
+            return ZoneInfo(self.timezone)
+        except (KeyError, ValueError, OSError):
+            raise BadSettings(
+                f"KENSA_TIMEZONE is {self.timezone!r}, and there is no such zone: say Asia/Tokyo or"
+                " UTC, for example."
+            ) from None
+
+    @property
+    def shift_times(self) -> list[time]:
+        """The times in `shifts`."""
+        return [time.fromisoformat(one) for one in _listed(self.shifts)]
 
     @property
     def host_names(self) -> list[str]:

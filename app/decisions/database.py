@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.decisions.decision import COLUMNS, FIRST_HASH, Decision, Label, hash_after
+from app.decisions.quarters import Quarter, of_batch
 
 FILE = "decisions.sqlite"
 WAIT_S = 10.0  # for another process that writes
@@ -62,6 +63,12 @@ CREATE TABLE trail (
     hash TEXT NOT NULL
 );
 CREATE INDEX trail_by_subject ON trail (subject, number);
+CREATE TABLE quarters (
+    model TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (model, at)
+) WITHOUT ROWID;
 PRAGMA user_version = {LAYOUT};
 """
 TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
@@ -241,6 +248,20 @@ class DecisionDatabase:
                 before = hash_after(before, {"number": number, **content})
                 kept = {"number": number, "hash": before, "picture_bytes": keep(place, number)}
                 self._connection.execute(_INSERT, content | kept)
+            self._count(entry for entry in entries if isinstance(entry, Decision))
+
+    def _count(self, decisions: Iterable[Decision]) -> None:
+        """Add decisions to what is known of their quarters of an hour."""
+        for place, quarter in of_batch(decisions).items():
+            found = self._connection.execute(
+                "SELECT content FROM quarters WHERE model = ? AND at = ?", place
+            ).fetchone()
+            if found is not None:
+                quarter += Quarter.of(json.loads(found[0]))
+            self._connection.execute(
+                "INSERT OR REPLACE INTO quarters VALUES (?, ?, ?)",
+                [*place, json.dumps(quarter.content())],
+            )
 
     def _note(self, note: Note, decisions: int, decisions_hash: str) -> None:
         number, before = self.last("trail")
@@ -361,6 +382,18 @@ class DecisionDatabase:
             [*values, scorer, raw, limit],
         )
         return [Kept.of(row) for row in rows]
+
+    def quarters(
+        self, since: int, until: int, model: str | None = None
+    ) -> Iterator[tuple[str, int, Quarter]]:
+        """Model, beginning and sums of each quarter of an hour that began within a time."""
+        rows = self._connection.execute(
+            "SELECT model, at, content FROM quarters"
+            " WHERE at >= ? AND at < ? AND (? IS NULL OR model = ?) ORDER BY at, model",
+            [since, until, model, model],
+        )
+        for name, at, content in rows:
+            yield name, at, Quarter.of(json.loads(content))
 
     # ---- room --------------------------------------------------------------------------------
 
@@ -503,7 +536,7 @@ def _repair(path: Path, why: str) -> None:
     with closing(sqlite3.connect(path)) as new, closing(sqlite3.connect(aside)) as old:
         new.execute("PRAGMA journal_mode = WAL")
         new.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-        for table in ("decisions", "trail"):
+        for table in ("decisions", "trail", "quarters"):
             counts[table] = _take_over(old, new, table)
         new.commit()
     log.error(
@@ -518,10 +551,11 @@ def _repair(path: Path, why: str) -> None:
 def _take_over(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:
     """Copy the lines that can be read, from both ends; how many those were."""
     columns = [row[1] for row in new.execute(f"PRAGMA table_info({table})")]
+    key = "at" if table == "quarters" else "number"
     insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(columns))})"
     for order in ("ASC", "DESC"):
         with suppress(sqlite3.DatabaseError):  # here the damage begins
-            for row in old.execute(f"SELECT * FROM {table} ORDER BY number {order}"):
+            for row in old.execute(f"SELECT * FROM {table} ORDER BY {key} {order}"):
                 with suppress(sqlite3.IntegrityError):
                     new.execute(insert, row)
     return int(new.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])

@@ -7,17 +7,22 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
-from typing import Annotated, Any, Literal, TypeVar
+from datetime import datetime, time, timezone
+from functools import partial
+from tempfile import SpooledTemporaryFile
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import StreamingResponse
 from pydantic import AwareDatetime, ConfigDict, Field
+from starlette.background import BackgroundTask
 
 from app.decisions.database import DecisionDatabase, Filter, Kept, Line
 from app.decisions.decision import Verdict, short_sha256
-from app.decisions.recorder import Recorder
+from app.decisions.evidence import write_evidence
+from app.decisions.quarters import Quarter, Spans
+from app.decisions.recorder import DAY_MS, Recorder
 from app.decisions.teaching import teach
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
@@ -25,6 +30,7 @@ from app.http.part import checked
 from app.routes.infer import ImageBody, TimingBody
 from app.serving.inspection import Inspector, draw
 from app.serving.model_manager import ModelManager
+from app.settings import Settings
 from engines.errors import BadRequest, UnknownDecision
 from engines.image import decode
 from engines.limits import asked_for, share_at_most
@@ -36,6 +42,8 @@ from engines.verdict import Scale
 
 PAGE, MOST = 50, 500
 FLIPS = 200  # of a preview that are named
+SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
+MOST_DAYS = 400  # of statistics at once
 AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
 
@@ -162,6 +170,32 @@ class FlipsBody(Body):
     )
     flips: list[DecisionBody] = Field(
         description=f"Those whose verdict changes, newest first, up to {FLIPS}."
+    )
+
+
+class SpanBody(Body):
+    """What was decided by a model within a span of time."""
+
+    model: str = Field(description="Empty: of requests that named none and got no verdict.")
+    since: datetime = Field(description="When the span began, in the zone of KENSA_TIMEZONE.")
+    until: datetime
+    parts: int = Field(description="That got a verdict; a part that was sent again counts once.")
+    rejects: int
+    reject_share: float | None = Field(description="Of `parts`; null without any.")
+    no_verdict: dict[str, int] = Field(description="Requests without a verdict, by their `code`.")
+    score_p50: float | None
+    score_p95: float | None
+    score_p99: float | None
+    ms_p50: float | None = Field(description="From the whole request to the verdict.")
+    ms_p95: float | None
+    ms_p99: float | None
+
+
+class SpansBody(Body):
+    """What was decided, span by span."""
+
+    spans: list[SpanBody] = Field(
+        description="Oldest first; those in which nothing came are left out."
     )
 
 
@@ -506,6 +540,46 @@ async def replay(
         return await judged(opened)
 
 
+PartPath = Annotated[str, InPath(description="Its name.", examples=["KB-2046/A 17"])]
+
+
+@router.get(
+    "/parts/{part:path}/evidence",
+    dependencies=[needs("line")],
+    summary="All that is known of this part, as a zip",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}},
+        404: _UNKNOWN,
+        409: _OFF,
+    },
+)
+async def evidence(request: Request, part: PartPath) -> StreamingResponse:
+    """Records, pictures, overlays, what people said, the versions' reports, and hashes of all."""
+    recorder, store = _recorder(request), _store(request)
+    limits = request.app.state.inspector.limits
+
+    def found(database: DecisionDatabase) -> list[tuple[Kept, list[Line]]]:
+        of_part = database.find(Filter(part=checked(part)), MOST)
+        if not of_part:
+            raise UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
+        return [(one, database.lines(MOST, subject=one.decision.id)) for one in of_part]
+
+    def write() -> IO[bytes]:
+        file = SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (the answer closes it)
+        write_evidence(file, part, recorder.read(found), recorder, store, limits)
+        file.seek(0)
+        return file
+
+    file = await _ask(write)
+    return StreamingResponse(
+        iter(partial(file.read, 2**16), b""),
+        media_type="application/zip",
+        headers={"Content-Disposition": 'attachment; filename="evidence.zip"'},
+        background=BackgroundTask(file.close),
+    )
+
+
 @router.get(
     "/parts/{part:path}",
     dependencies=[needs("line")],
@@ -514,7 +588,7 @@ async def replay(
 )
 async def part(
     request: Request,
-    part: Annotated[str, InPath(description="Its name.", examples=["KB-2046/A 17"])],
+    part: PartPath,
     limit: Limit = PAGE,
     before: Before = None,
 ) -> DecisionsBody:
@@ -609,6 +683,92 @@ async def preview(
         )  # fmt: skip
 
     return await _ask(look)
+
+
+Per = Annotated[
+    Literal["hour", "shift", "day"], Query(description="How long a span is; shifts: KENSA_SHIFTS.")
+]
+OfModel = Annotated[
+    str | None, Query(description="Of this model alone.", max_length=64, examples=["bracket"])
+]
+
+
+@router.get(
+    "/statistics",
+    dependencies=[needs("line")],
+    summary="How many parts, how many rejects?",
+    responses={409: _OFF},
+)
+async def statistics(
+    request: Request,
+    per: Per = "hour",
+    model: OfModel = None,
+    since: Since = None,
+    until: Until = None,
+) -> SpansBody:
+    """By hour, shift or day: of the last 24 hours, where no time is said.
+
+    They are kept when decisions grow too old. Quantiles of scores are exact to 0.0025, of times to
+    5 %.
+    """
+    return SpansBody(spans=await _ask(_spans, request, per, model, since, until))
+
+
+@router.get(
+    "/statistics.csv",
+    dependencies=[needs("line")],
+    summary="The same as a table",
+    response_class=Response,
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, 409: _OFF},
+)
+async def statistics_table(
+    request: Request,
+    per: Per = "hour",
+    model: OfModel = None,
+    since: Since = None,
+    until: Until = None,
+) -> Response:
+    """As GET /statistics; the reasons for no verdict stand in one column."""
+    spans = await _ask(_spans, request, per, model, since, until)
+    rows = [[*SpanBody.model_fields]]
+    for span in spans:
+        body = span.model_dump(mode="json")
+        reasons = (f"{code} {count}" for code, count in span.no_verdict.items())
+        rows.append([*(body | {"no_verdict": ", ".join(reasons)}).values()])
+    return Response("".join(map(_row, rows)), media_type="text/csv; charset=utf-8")
+
+
+def _spans(
+    request: Request, per: str, model: str | None, since: datetime | None, until: datetime | None
+) -> list[SpanBody]:
+    settings: Settings = request.app.state.settings
+    begins = {
+        "hour": [time(hour) for hour in range(24)],
+        "shift": settings.shift_times,
+        "day": [time(0)],
+    }[per]
+    spans = Spans(settings.zone, begins)
+    end = _ms(until) or _ms(datetime.now(timezone.utc)) or 0
+    begin = _ms(since) or end - DAY_MS
+    if end - begin > MOST_DAYS * DAY_MS:
+        raise BadRequest(f"Ask for {MOST_DAYS} days at most: say since and until.")
+    found: dict[tuple[datetime, datetime, str], Quarter] = {}
+    first = round(spans.around(begin)[0].timestamp() * 1000)  # spans are told whole
+    quarters = _recorder(request).read(lambda it: list(it.quarters(first, end, model)))
+    for name, at, quarter in quarters:
+        total = found.setdefault((*spans.around(at), name), Quarter())
+        total += quarter
+    return [_span(*place, total) for place, total in sorted(found.items(), key=lambda one: one[0])]
+
+
+def _span(since: datetime, until: datetime, model: str, total: Quarter) -> SpanBody:
+    score, ms = total.score_at, total.ms_at
+    return SpanBody(
+        model=model, since=since, until=until, parts=total.parts, rejects=total.rejects,
+        reject_share=round(total.rejects / total.parts, 6) if total.parts else None,
+        no_verdict=dict(total.none), score_p50=score(0.5), score_p95=score(0.95),
+        score_p99=score(0.99), ms_p50=ms(0.5), ms_p95=ms(0.95), ms_p99=ms(0.99),
+    )  # fmt: skip
 
 
 @router.post(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import signal
 import sqlite3
@@ -233,6 +234,57 @@ def test_the_table_is_what_the_list_says_and_no_formula(running: Line, good: byt
     assert [int(row["number"]) for row in rows] == [one["number"] for one in listed]
     assert rows[0]["part"] == "'=HYPERLINK(1)"
     assert float(rows[0]["raw_score"]) == listed[0]["raw_score"]
+
+
+def test_statistics_count_what_the_list_shows(running: Line, good: bytes) -> None:
+    server = running.server
+    server.infer(good)
+    server.infer(good[:100])
+    listed = get(server, "/decisions", limit=500)["decisions"]
+    for per in ("hour", "shift", "day"):
+        spans = get(server, "/statistics", per=per)["spans"]
+        assert sum(one["parts"] for one in spans) == sum(one["verdict"] != "none" for one in listed)
+        assert sum(one["rejects"] for one in spans) == sum(
+            one["verdict"] == "anomaly" for one in listed
+        )
+        reasons = sum(sum(one["no_verdict"].values()) for one in spans)
+        assert reasons == sum(one["verdict"] == "none" for one in listed)
+    table = server.client.get("/statistics.csv", params={"per": "day", "model": NAME}).text
+    assert table.splitlines()[0].startswith("model,since,until,parts,rejects,")
+    assert table.splitlines()[1].startswith(f"{NAME},")
+    answer = server.client.get("/statistics", params={"since": "2020-01-01T00:00:00Z"})
+    assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+
+
+def test_the_evidence_of_a_part_is_a_zip_with_all_of_it_and_its_hashes(
+    running: Line, good: bytes, bad: bytes
+) -> None:
+    import io
+    import zipfile
+
+    server = running.server
+    with_limit(server, threshold=0)
+    for number, data in enumerate((good, bad)):
+        server.infer(data, **{"X-Part": "E/1", "X-Request-ID": f"evidence-{number}"})
+    server.client.post("/decisions/evidence-1/label", json={"label": "defect", "defect": "stain"})
+    answer = server.client.get("/parts/E/1/evidence")
+    assert answer.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as found:
+        assert found.testzip() is None
+        names = set(found.namelist())
+        live = running.model()["live"]
+        assert {"decisions/evidence-0.json", "decisions/evidence-1.png", "trail.json", "sha256.txt",
+                f"versions/{NAME}/{live}/meta.json", f"versions/{NAME}/{live}/gate.json",
+                "decisions/evidence-1.overlay.png"} <= names  # fmt: skip
+        assert found.read("decisions/evidence-1.png") == bad
+        assert json.loads(found.read("trail.json"))[0]["details"]["defect"] == "stain"
+        hashes = dict(line.split("  ")[::-1] for line in
+                      found.read("sha256.txt").decode().splitlines())  # fmt: skip
+        assert hashes.keys() == names - {"sha256.txt"}
+        for name, sha256 in hashes.items():
+            assert hashlib.sha256(found.read(name)).hexdigest() == sha256
+    nobody = server.client.get("/parts/nobody/evidence")
+    assert (nobody.status_code, agreed(nobody)) == (404, "unknown_decision")
 
 
 # ---- what people say of it ----------------------------------------------------------------------
