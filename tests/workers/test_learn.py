@@ -166,7 +166,9 @@ def test_ctrl_c_leaves_nothing_half(
     time.sleep(0.5)  # into the step
     os.killpg(learning.pid, signal.SIGINT)
     said += learning.communicate(timeout=60)[1]
-    assert learning.returncode == 130, said
+    # A shell sees 130 either way. Where Ctrl-C met C code that ran Python code, as torch does while
+    # it is loaded, Python kills itself in the end, though the exception was caught.
+    assert learning.returncode in (130, -signal.SIGINT), said
     assert "Traceback" not in said
     assert content(engine) == before
     half = [path for path in (tmp_path / "models").rglob("*") if path.name.startswith(".")]
