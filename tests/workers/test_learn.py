@@ -14,17 +14,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from app.http.keys import add_key
+from engines.files import printable
 from engines.meta import FIRST, Meta
 from engines.store.bundle import Bundle
 from engines.store.versions import Store
 from support.damage import seeds
 from support.project import ROOT
-from support.server import Server, serving
+from support.server import serving
 from support.waiting import until
 from workers.evaluation.evaluate import PAGE
-from workers.learn import _asked, main, parse
+from workers.learn import Learn, Server, _asked, _curl, _published, main, parse
 from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
 GOOD = 6  # parts: few, so that learning them is quick
@@ -60,11 +64,6 @@ def learn(folder: Path, *words: str | Path, **variables: str) -> subprocess.Comp
         command(*words), cwd=folder, env=environment(folder, **variables),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-
-
-def of_server(server: Server) -> dict[str, str]:
-    """The settings of a server, as the shell has them in which it was started."""
-    return {"KENSA_PORT": server.url.rpartition(":")[2]}
 
 
 def printed(said: str, label: str) -> str:
@@ -169,6 +168,11 @@ def test_ctrl_c_leaves_nothing_half(
     assert learning.returncode == 130, said
     assert "Traceback" not in said
     assert content(engine) == before
+    last = said.splitlines()[-1]
+    if step == "2/5":
+        assert last == "error: Stopped. Nothing was changed."
+    else:
+        assert last.startswith("error: Stopped. What was learned is in models/bolt, and no server")
     half = [path for path in (tmp_path / "models").rglob("*") if path.name.startswith(".")]
     assert half == []
     assert not (engine.parent / "wanted.json").exists()
@@ -182,8 +186,9 @@ def test_ctrl_c_leaves_nothing_half(
 
 @needs_curl
 def test_beside_a_server_it_goes_live_and_judges(good: Path, tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        done = learn(tmp_path, good, **of_server(server))
+    (good / "._0000.png").write_bytes(b"what a Mac leaves beside a file")
+    with serving(tmp_path) as server:  # at a port that nobody tells the command
+        done = learn(tmp_path, good)
         assert done.returncode == 0, done.stdout + done.stderr
         version = Store(tmp_path / "data" / "models").versions("検査-部品")[-1]
         assert printed(done.stdout, "live") == f"検査-部品 {version} judges parts at {server.url}"
@@ -196,7 +201,7 @@ def test_beside_a_server_it_goes_live_and_judges(good: Path, tmp_path: Path) -> 
 @needs_curl
 def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path) -> None:
     with serving(tmp_path, KENSA_GATE_FOUND="1") as server:
-        done = learn(tmp_path, good, "--name", "bolt", **of_server(server))
+        done = learn(tmp_path, good, "--name", "bolt")
         assert done.returncode == 0, done.stdout + done.stderr
         version = Store(tmp_path / "data" / "models").versions("bolt")[-1]
         held = printed(done.stdout, "held")
@@ -206,6 +211,49 @@ def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path
         assert answer.status_code != 200
         in_a_shell(printed(done.stdout, "let it in"), tmp_path)
         until(lambda: server.client.get("/models/bolt").json()["live"] == version)
+
+
+@pytest.mark.parametrize("judges_already", [False, True])
+def test_what_was_handed_over_is_taken_back_by_ctrl_c_unless_it_judges(
+    judges_already: bool, kensa_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "data" / "models")
+    other = store.take_in("bolt", kensa_model, {})
+    shutil.copytree(kensa_model, tmp_path / "out" / "engine")
+    meta = Meta.read(kensa_model / "meta.json")
+    meta.with_(image_threshold=0.4).write(tmp_path / "out" / "engine" / "meta.json")
+    folder = tmp_path / os.fsdecode("検査".encode("cp932"))
+    server = Server("http://127.0.0.1:9", tmp_path / "data")
+    request = Learn(folder, "bolt", tmp_path / "out", server=server)
+
+    def ctrl_c(_: float) -> None:
+        if judges_already:
+            store.activate("bolt", store.versions("bolt")[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workers.learn.time.sleep", ctrl_c)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        _published(request, server, folder / "0000.png")
+    if judges_already:
+        assert len(store.versions("bolt")) == 2
+        assert "judges parts already. POST http://127.0.0.1:9/models/bolt/rollback" in str(
+            stopped.value
+        )
+    else:
+        assert store.versions("bolt") == [other]
+        assert str(stopped.value) == ""
+
+
+@needs_curl
+def test_where_keys_are_wanted_the_line_has_a_place_for_one(good: Path, tmp_path: Path) -> None:
+    key = add_key(tmp_path / "data" / "keys.json", "line-3", "line")
+    with serving(tmp_path):
+        done = learn(tmp_path, good, "--name", "bolt")
+        assert done.returncode == 0, done.stdout + done.stderr
+        ask = printed(done.stdout, "try it")
+        assert "-H 'X-API-Key: KEY'" in ask
+        answer = in_a_shell(ask.replace("X-API-Key: KEY", f"X-API-Key: {key}"), tmp_path)
+        assert answer["model_name"] == "bolt"
 
 
 # ---- what cannot be learned ---------------------------------------------------------------------
@@ -248,6 +296,44 @@ def test_what_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused(learn(tmp_path, "empty"))
     assert "is no name for a model" in refused(learn(tmp_path, good, "--name", "a/b"))
+
+
+def test_folders_to_measure_with_hold_pictures_that_are_not_learned(
+    good: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for flag in ("--defects", "--good"):
+        assert f"{flag} names a folder with some" in refused(learn(tmp_path, good, flag, "empty"))
+        said = refused(learn(tmp_path, good, flag, good))
+        assert f"{GOOD} pictures to measure with are among those of" in said
+
+
+def test_what_a_command_is_told_to_do_it_has_a_flag_for(good: Path, tmp_path: Path) -> None:
+    said = refused(learn(tmp_path, good, "--pretrained_pth", "gone.pth"))
+    assert "gone.pth does not exist" in said
+    for path in good.iterdir():  # as of a camera of 12 bits
+        Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path)
+        path.write_bytes(path.read_bytes() + path.name.encode())  # no two of them the same
+    assert "--bit_depth" in learn(tmp_path, good).stderr.splitlines()[-1]
+    assert parse([str(good), "--bit_depth", "12"]).bit_depth == 12
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "a;b,\"c'\\.png", os.fsdecode("検表'.png".encode("cp932"))]
+)
+def test_the_printed_line_names_the_picture_whatever_it_is_called(
+    name: str, tmp_path: Path
+) -> None:
+    if shutil.which("bash") is None or shutil.which("curl") is None:
+        pytest.skip("needs bash and curl")
+    (tmp_path / name).write_bytes(b"the picture")
+    request = Learn(tmp_path, "bolt", tmp_path)
+    line = printable(_curl(request, "http://127.0.0.1:9", tmp_path / name))
+    done = subprocess.run(
+        ["bash", "-c", line.replace("curl ", "curl --noproxy '*' ")], check=False, timeout=60
+    )
+    cannot_connect, cannot_read = 7, 26
+    assert done.returncode == cannot_connect != cannot_read, line
 
 
 def test_what_stands_in_the_way_of_its_links_is_left_alone(good: Path, tmp_path: Path) -> None:
