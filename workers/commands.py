@@ -49,6 +49,9 @@ def run(work: Callable[[], None], progress: Progress) -> int:
             progress.fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return EXIT_CODE
     except KeyboardInterrupt as stopped:
+        # Where it came inside an exec (dataclasses are made by one, on import), Python would end
+        # a module that -m runs by the signal and not with the exit code, until the next exec.
+        exec("")
         progress.fail(str(stopped) or "Stopped. Nothing was changed.")
         return INTERRUPTED
     return 0

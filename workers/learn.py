@@ -80,11 +80,16 @@ def learn(request: Learn, progress: Progress) -> list[str]:
         KensaError: the pictures or the machine do not allow it. What was there is as it was.
     """
     progress.say("1/5  looking at the pictures")
-    data = _dataset(request)
-    pictures = Category.find(data, request.name)
+    root = _root(request)
+    pictures = (
+        Category.of(request.folder, request.good, request.defects)
+        if root is None
+        else Category.find(root, request.name)
+    )
     found = _looked_at(pictures, request, progress)
     progress.say(_told(found, pictures))
     part = _one_to_ask_about(pictures, found)
+    data = root or _linked(request)
     said = _learned(request, data, progress)
     try:
         said += _converted(request, data, pictures, progress)
@@ -147,16 +152,18 @@ def _converted(request: Learn, data: Path, pictures: Category, progress: Progres
     return said + summarise_evaluation(evaluate(measuring, progress), page)
 
 
-def _dataset(request: Learn) -> Path:
-    """The folder with train/ and test/ that the commands read: the one there is, or of links."""
+def _root(request: Learn) -> Path | None:
+    """The folder with train/ and test/ that the commands read, where FOLDER lies in one."""
     folder = request.folder
-    if folder.parent.name == "train" and request.name == folder.name:
-        root = folder.parent.parent
-        if not (request.defects or request.good):
-            return root
+    is_one = folder.parent.name == "train" and request.name == folder.name
+    return folder.parent.parent if is_one and not (request.defects or request.good) else None
+
+
+def _linked(request: Learn) -> Path:
+    """Such a folder of links to those that were named."""
     data = request.out_dir / "data"
     for source, place in (
-        (folder, data / "train" / request.name),
+        (request.folder, data / "train" / request.name),
         (request.good, data / "test" / request.name / "normal"),
         (request.defects, data / "test" / request.name / "anomaly"),
     ):
@@ -371,6 +378,10 @@ def _asked(flags: dict[str, Any]) -> Learn:
     folder = flags["folder"]
     named = folder.parent if folder.name.lower() in USUAL_NAMES else folder
     name = flags.pop("name") or name_of_folder(named)
+    if not name:
+        raise BadRequest(
+            f"Of {printable(str(named))} no name for a model can be made: say one with --name."
+        )
     if not is_name(name):
         raise BadRequest(
             f"{name!r} is no name for a model: --name takes up to 64 letters, digits, - and _."

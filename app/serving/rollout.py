@@ -25,7 +25,7 @@ from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings
 from engines import promise
-from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownVersion
+from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownModel, UnknownVersion
 from engines.files import name_of_folder, printable
 from engines.limits import asked_for
 from engines.meta import Meta
@@ -282,7 +282,7 @@ class Rollout:
                 await self._models.note_held(name)
                 self.on_swap(name, "held")
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
-        except UnknownVersion as error:
+        except (UnknownModel, UnknownVersion) as error:
             log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
         except (BadBundle, BadMeta) as error:
             log.error("%s %s is refused: %s", name, version, error)

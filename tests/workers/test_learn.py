@@ -93,6 +93,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: "), done.stderr
+    assert "/data/train/" not in last, "it names the folders that were named"
     assert "2/5" not in done.stderr, "it says so before it learns"
     return last
 
@@ -179,6 +180,20 @@ def test_ctrl_c_leaves_nothing_half(
     if (engine.parent / "meta.json").exists():
         meta = Meta.read(engine.parent / "meta.json")
         assert all((engine.parent / name).is_file() for name in meta.files or {})
+
+
+def test_ctrl_c_while_torch_is_imported_ends_with_the_same_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(
+        "import sys\n"
+        "from workers.commands import run\n"
+        "from workers.progress import Progress\n"
+        "sys.exit(run(lambda: exec('raise KeyboardInterrupt'), Progress()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "stopped"], cwd=tmp_path, env=environment(tmp_path),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "error: Stopped. Nothing was changed.\n")
 
 
 # ---- a server runs ------------------------------------------------------------------------------
@@ -294,8 +309,11 @@ def test_what_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
     assert "is no folder: --defects names" in refused(learn(tmp_path, good, "--defects", file))
     assert "is no folder: --good names" in refused(learn(tmp_path, good, "--good", "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in refused(learn(tmp_path, "empty"))
+    assert "/empty holds no images" in refused(learn(tmp_path, "empty"))
+    (tmp_path / "!!!").mkdir()
+    assert "!!! no name for a model can be made" in refused(learn(tmp_path, "!!!"))
     assert "is no name for a model" in refused(learn(tmp_path, good, "--name", "a/b"))
+    assert not (tmp_path / "models").exists(), "what is refused leaves nothing"
 
 
 def test_folders_to_measure_with_hold_pictures_that_are_not_learned(
@@ -340,8 +358,10 @@ def test_what_stands_in_the_way_of_its_links_is_left_alone(good: Path, tmp_path:
     mine = tmp_path / "models" / "bolt" / "data" / "train" / "bolt" / "mine.png"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    said = refused(learn(tmp_path, good, "--name", "bolt"))
-    assert "is in the way" in said
+    done = learn(tmp_path, good, "--name", "bolt")
+    assert done.returncode == 2
+    assert "is in the way" in done.stderr
+    assert "2/5" not in done.stderr
     assert mine.exists()
 
 
