@@ -6,6 +6,7 @@ The way of retrain.py, convtrt.py and evaluate.py in one go, with settings that 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from contextlib import suppress
@@ -389,8 +390,21 @@ def _asked(flags: dict[str, Any]) -> Learn:
     out_dir = flags.pop("out_dir") or Path("models") / name
     server = flags.pop("server")
     where = Server(server[0], Path(server[1])) if server else None
+    if where is not None:
+        _must_be_ours(where.data)
     limits = ImageLimits.of_flags(flags)
     return Learn(name=name, out_dir=out_dir, limits=limits, server=where, **flags)
+
+
+def _must_be_ours(data: Path) -> None:
+    """Raise BadRequest where a server's folder cannot be written: now, not after the learning."""
+    place = next(folder for folder in (data / "models", data) if folder.is_dir())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise BadRequest(
+            f"A server runs with the data folder {data}, which cannot be written: run kensa learn"
+            " as the user who runs the server, or set KENSA_DATA_DIR to a folder of your own: then"
+            " the model stays in --out_dir."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

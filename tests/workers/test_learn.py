@@ -280,6 +280,16 @@ def test_a_folder_that_is_called_good_takes_the_name_of_the_one_around_it(tmp_pa
         assert _asked(vars(parse([str(tmp_path / place)]))).name == name
 
 
+def test_a_servers_folder_that_cannot_be_written_is_said_before_it_learns(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workers.learn.os.access", lambda *_: False)
+    assert main([str(good), "--server", "http://127.0.0.1:9", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: A server runs with the data folder {tmp_path}, which cannot")
+    assert said.count("\n") == 1
+
+
 def test_too_few_pictures_are_counted(good: Path, tmp_path: Path) -> None:
     for path in sorted(good.iterdir())[3:]:
         path.unlink()
