@@ -273,10 +273,9 @@ def _take_back(store: Store, name: str, version: str, learned: str, server: Serv
             store.withdraw(name, version)
     pointer = store.pointer(name)
     if pointer is not None and pointer.live == version:
-        raise Stopped(
-            f"Stopped too late: {name} {version} judges parts already."
-            f" POST {server.url}/models/{in_url(name)}/rollback goes back to the version before."
-        )
+        back = f"curl{_key(server.url)} -X POST {server.url}/models/{in_url(name)}/rollback"
+        undo = f" {back} goes back to {pointer.previous}." if pointer.previous else ""
+        raise Stopped(f"Stopped too late: {name} {version} judges parts already.{undo}")
 
 
 def _what_became_of_it(

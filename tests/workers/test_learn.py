@@ -234,6 +234,7 @@ def test_what_was_handed_over_is_taken_back_by_ctrl_c_unless_it_judges(
 ) -> None:
     store = Store(tmp_path / "data" / "models")
     other = store.take_in("bolt", kensa_model, {})
+    store.activate("bolt", other)
     shutil.copytree(kensa_model, tmp_path / "out" / "engine")
     meta = Meta.read(kensa_model / "meta.json")
     meta.with_(image_threshold=0.4).write(tmp_path / "out" / "engine" / "meta.json")
@@ -251,9 +252,8 @@ def test_what_was_handed_over_is_taken_back_by_ctrl_c_unless_it_judges(
         _published(request, server, folder / "0000.png")
     if judges_already:
         assert len(store.versions("bolt")) == 2
-        assert "judges parts already. POST http://127.0.0.1:9/models/bolt/rollback" in str(
-            stopped.value
-        )
+        undo = "curl -X POST http://127.0.0.1:9/models/bolt/rollback"
+        assert f"judges parts already. {undo} goes back to {other}." in str(stopped.value)
     else:
         assert store.versions("bolt") == [other]
         assert str(stopped.value) == ""
