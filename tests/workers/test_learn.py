@@ -132,8 +132,12 @@ def test_a_folder_becomes_a_model_and_the_last_lines_serve_it(
 def test_what_is_learned_again_takes_the_place_of_what_was_there(
     good: Path, parts: Path, tmp_path: Path
 ) -> None:
+    page = tmp_path / "models" / "bolt" / "evaluation" / "evaluation.json"
+    page.parent.mkdir(parents=True)
+    page.write_text("{}")  # of a model that was there before
     first = learn(tmp_path, good, "--name", "bolt")
     assert first.returncode == 0, first.stderr
+    assert not page.parent.exists()
     before = Bundle.open(tmp_path / "models" / "bolt" / "engine").meta
     (good / "0000.png").unlink()
     again = learn(tmp_path, good, "--name", "bolt", "--good", parts / "test" / CATEGORY / "normal")
