@@ -31,7 +31,7 @@ from typing import Any
 from unicodedata import normalize
 
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
-from engines.files import replaced, sha256, sweep, sync_folder, write_atomically
+from engines.files import json_text, replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
@@ -483,8 +483,7 @@ class Store:
             version = f"{serial:04d}-{digest}"
             created = datetime.now(timezone.utc).isoformat(timespec="seconds")
             content = {"version": version, "created": created, "files": files, "origin": origin}
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / MANIFEST).write_text(text, encoding="utf-8")
+            (folder / MANIFEST).write_text(json_text(content), encoding="utf-8")
             _flush(folder, [*files, MANIFEST])
             folder.rename(model / version)
             try:

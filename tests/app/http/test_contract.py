@@ -156,13 +156,24 @@ def test_the_docs_page_shows_values_that_can_be_sent_as_they_are() -> None:
                 assert "deadline" not in parameter["name"] or "default" not in shape, where
 
 
-@pytest.mark.parametrize("path", ["/retrain", "/convert"])
-def test_the_example_of_a_job_is_of_a_model_that_no_other_page_makes(path: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("post", "/retrain"),
+        ("post", "/convert"),
+        ("post", "/teacher"),
+        ("put", "/schedules/{name}"),
+    ],
+)
+def test_the_example_of_a_job_is_of_a_model_that_no_other_page_makes(
+    method: str, path: str
+) -> None:
     """So that one click on the docs page starts nothing: the tutorial's model is another one."""
-    content = document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    content = document()["paths"][path][method]["requestBody"]["content"]["application/json"]
     name = content["schema"]["$ref"].rpartition("/")[2]
-    examples = document()["components"]["schemas"][name]["examples"]
-    assert [example["model"] for example in examples] == ["my-part"]
+    (example,) = document()["components"]["schemas"][name]["examples"]
+    job = example.get("retrain", example)
+    assert {job[key] for key in ("model", "category") if key in job} == {"my-part"}
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     assert "my-part" not in pages
 

@@ -622,6 +622,26 @@ def test_a_folder_that_was_taken_in_before_does_not_replace_what_was_learned_sin
         assert running.store.versions(NAME) == [first, version]
 
 
+def test_a_folder_whose_name_is_not_utf_8_is_taken_in_and_known_again(
+    kensa_model: Path, other: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / os.fsdecode("検査bolt".encode("cp932"))  # Windows in Japanese
+    shutil.copytree(kensa_model, folder)
+    with line(tmp_path, KENSA_MODEL_DIR=str(folder)) as running:
+        version = running.score(photos[0])[0]
+        told = running.server.client.get(f"/models/bolt/versions/{version}").json()
+        assert told["origin"]["folder"].endswith(r"/\x8c\x9f\x8d\xb8bolt")
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+    with line(tmp_path, KENSA_MODEL_DIR=str(folder)) as running:
+        assert running.score(photos[0])[0] != version
+        assert "which has changed" in running.server.log.read_text()
+    (folder / "meta.json").unlink()
+    with line(tmp_path, KENSA_MODEL_DIR=str(folder)) as running:
+        problem = running.server.client.get("/models/bolt").json()["problem"]
+        assert r"\x8c\x9f" in problem
+
+
 # ---- taking in --------------------------------------------------------------------------------
 
 
