@@ -192,8 +192,8 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 def _freeze() -> None:
     """Let Python's search for cycles pass over all that stays as long as the process does.
 
-    It stops every thread: over the 300,000 objects of the libraries it takes as long as two parts
-    do, and a list, which makes thousands of objects, brings one on.
+    It stops every thread: over the 160,000 objects of the libraries it takes as long as a part does
+    or longer, and a list, which makes thousands of objects, brings one on.
     """
     gc.collect()  # else what is left of the start would stay, too
     gc.freeze()
