@@ -725,6 +725,15 @@ class Store:
             yield
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file is another; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def is_name(name: str) -> bool:
     """Whether a model may be called so: in one spelling only, and short enough for a folder."""
     alone = name == normalize("NFC", name) and len(name.encode(errors="replace")) <= _NAME_BYTES
@@ -763,7 +772,8 @@ def _digest(files: dict[str, str]) -> str:
 def _versions_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    names = [path.name for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    with os.scandir(folder) as entries:  # a list of 1,000 as paths takes three times as long
+        names = [entry.name for entry in entries if _VERSION.fullmatch(entry.name)]
     return sorted(names, key=_serial)
 
 
