@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import engines.missing_packages  # noqa: F401 (it says what to install)
+from engines.errors import INTERRUPTED
 from engines.image import ImageLimits
-from workers.commands import INTERRUPTED, must_be_there, run, show
+from workers.commands import must_be_there, run, show
 from workers.models import KINDS
 from workers.progress import Progress
 

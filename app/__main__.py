@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,12 +21,14 @@ from typing import TYPE_CHECKING, NoReturn
 import engines.missing_packages  # noqa: F401 (it says what to install)
 from app.http.starting import Starting
 from engines.errors import EXIT_CODE, BadRequest, BadSettings, KensaError
+from engines.files import write_atomically
 
 if TYPE_CHECKING:
     from app.settings import Settings
 
 TAKE_OVER_S = 5.0  # that a server may take to end, beside its grace ...
 MOST_GRACE_S = 60  # ... of which more is not waited for
+ADDRESS = "address"  # in the data folder: where its server answers
 LAST_WORDS_S = 1.0  # for answers, after the GPU was lost
 # A thread that only computes, such as one that lists versions, gives Python's lock away after so
 # long. A part asks for it a dozen times: Python's own 5 ms would be 60 ms for it.
@@ -131,8 +135,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(settings: Settings, listener: socket.socket) -> None:
     """Answer requests until SIGTERM, SIGHUP or Ctrl-C, then exit with 0."""
-    host, port = listener.getsockname()[:2]
-    url = _url(host, port)
+    url = _url(*listener.getsockname()[:2])
+    with suppress(OSError):  # a folder that cannot be written is said elsewhere
+        write_atomically(settings.data / ADDRESS, url.encode())
     starting = Starting(listener)
     log.info("Kensa starts; %s answers 503 until it is ready", url)
 
@@ -159,6 +164,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
             async def open_models_first() -> None:
                 await open_models()
+                _freeze()
                 starting.end()
 
             self.lifespan.startup = open_models_first
@@ -186,6 +192,16 @@ def serve(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
     Server(config).run(sockets=[listener])
+
+
+def _freeze() -> None:
+    """Let Python's search for cycles pass over all that stays as long as the process does.
+
+    It stops every thread: over the 160,000 objects of the libraries it takes as long as a part does
+    or longer, and a list, which makes thousands of objects, brings one on.
+    """
+    gc.collect()  # else what is left of the start would stay, too
+    gc.freeze()
 
 
 def _command(name: str, arguments: list[str]) -> int:
@@ -228,10 +244,18 @@ def _learn(arguments: list[str]) -> NoReturn:
     given = [f"--max_image_{what}={getattr(settings, f'max_image_{what}')}"
              for what in ("bytes", "pixels")]  # fmt: skip
     if _serves(settings.data):
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-        given += ["--server", _url(host, settings.port), str(settings.data)]
+        given += ["--server", _address(settings), str(settings.data)]
     words = [sys.executable, "-m", "workers.learn", *given, *arguments]
     os.execv(sys.executable, words)  # it gets the terminal, and Ctrl-C
+
+
+def _address(settings: Settings) -> str:
+    """Where the server of this data folder answers this machine: it may have other settings."""
+    try:
+        url = (settings.data / ADDRESS).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        url = _url(settings.host, settings.port)
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _url(host: str, port: int) -> str:

@@ -52,6 +52,7 @@ KensaError
 from __future__ import annotations
 
 EXIT_CODE = 2  # what a command exits with after a KensaError; 1 is an error nobody foresaw
+INTERRUPTED = 130  # after Ctrl-C, as shells expect it
 
 
 class KensaError(Exception):

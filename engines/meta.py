@@ -40,6 +40,12 @@ _REQUIRED: dict[Kind, tuple[str, ...]] = {
 _OLD_NAMES = {"image_min": "raw_image_min", "image_max": "raw_image_max"}  # older PaDiM files
 
 
+def of_kind(keys: dict[str, Any]) -> Kind | None:
+    """The kind of model that alone has one of these keys; None where they do not say it."""
+    kinds = [kind for key, kind in _TELLTALE.items() if key in keys]
+    return kinds[0] if len(kinds) == 1 else None
+
+
 class Meta(BaseModel):
     """One meta.json. Keys it does not know are kept and written back."""
 
@@ -83,13 +89,13 @@ class Meta(BaseModel):
             if old in data:
                 data.setdefault(new, data.pop(old))
         if "model" not in data:
-            kinds = [kind for key, kind in _TELLTALE.items() if key in data]
-            if len(kinds) != 1:
+            kind = of_kind(data)
+            if kind is None:
                 raise ValueError(
                     "cannot tell which model it describes: it needs `model`,"
                     f" or one of {', '.join(_TELLTALE)}"
                 )
-            data["model"] = kinds[0]
+            data["model"] = kind
         if data["model"] == "patchcore":
             data.setdefault("memory_bank", "memory_bank.npz")
         if data["model"] == "padim":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.errors import EXIT_CODE, BadRequest, KensaError
+from engines.errors import EXIT_CODE, INTERRUPTED, BadRequest, KensaError
 from engines.files import print_anything, printable
 from engines.limits import TRAINED
 from engines.promise import FEW_FOUND, UNTRAINED
@@ -22,7 +22,10 @@ from workers.progress import Progress
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FEW_PARTS = 20  # under so many a threshold says little
-INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, where something was changed: the sentence says what."""
 
 
 def run(work: Callable[[], None], progress: Progress) -> int:
@@ -45,8 +48,11 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         else:
             progress.fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return EXIT_CODE
-    except KeyboardInterrupt:
-        progress.fail("Stopped. Nothing was changed.")
+    except KeyboardInterrupt as stopped:
+        # Where it came inside an exec (dataclasses are made by one, on import), Python would end
+        # a module that -m runs by the signal and not with the exit code, until the next exec.
+        exec("")
+        progress.fail(str(stopped) or "Stopped. Nothing was changed.")
         return INTERRUPTED
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import secrets
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -38,12 +39,13 @@ from engines.queue.protocol import (
 )
 from engines.queue.schedules import NAME, Schedules, last_due
 from engines.store.datasets import cannot_write
-from engines.store.versions import Store
+from engines.store.versions import GATE, Store, stamp
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 Outcome = Literal["live", "held", "refused", "published", "replaced"]
 
 KEPT = 500  # ended jobs
+REMEMBERED = 2 * KEPT  # jobs and versions whose files are not read again
 TIDY_EVERY_S = 600.0  # old jobs are looked for at least so often
 AT_ONCE = 100  # jobs that are forgotten in one go
 LOOK_EVERY_S = 1.0  # whether a locked database can be opened, or one far away still answers
@@ -257,10 +259,9 @@ class JobQueue:
     def count(self) -> dict[str, int]:
         """How many jobs are in each state, of those that are kept."""
         counts: dict[str, int] = dict.fromkeys(get_args(State), 0)
-        for one in self._reached().list_workflows(load_input=False, **self._mine):
-            ended = one.output if isinstance(one.output, dict) else {}
-            state = _STATES.get(one.status) or ended.get("state")
-            counts[state if state in counts else "failed"] += 1
+        for status, output, number in self._reached().count_workflows(**self._mine):
+            state = _STATES.get(status) or _state_in(output)
+            counts[state if state in counts else "failed"] += number
         return counts
 
     def _all_described(self, found: list[Any]) -> list[dict[str, Any]]:
@@ -275,7 +276,7 @@ class JobQueue:
         return jobs
 
     def _described(self, status: Any, training: Any) -> dict[str, Any]:
-        folder = JobFolder(self._data, status.workflow_id)
+        attempts, progress = self._files(status)
         kind, request = status.input["args"][:2] if status.input else ("retrain", {})
         ended = status.output if isinstance(status.output, dict) else {}
         job: dict[str, Any] = {
@@ -285,7 +286,7 @@ class JobQueue:
             "state": _STATES.get(status.status) or ended.get("state", "failed"),
             "created": _time(status.created_at),
             "ended": _time(status.completed_at),
-            "attempts": max(folder.attempts(), ended.get("attempts", 0)),
+            "attempts": max(attempts, ended.get("attempts", 0)),
             "request": request,
             "progress": None,
             "version": ended.get("version"),
@@ -300,12 +301,16 @@ class JobQueue:
         if status.status == "ERROR":
             job["error"], job["code"] = f"The queue failed: {status.error}.", "internal_error"
         if job["state"] in ("running", "failed", "succeeded"):
-            progress = folder.progress()
-            progress.pop("pid", None)
             if job["state"] == "running" and progress.get("phase") in ("failed", "succeeded"):
-                progress["phase"] = "ending"  # the queue does not know of it yet
+                progress = {**progress, "phase": "ending"}  # the queue does not know of it yet
             job["progress"] = progress or None
         return job
+
+    def _files(self, status: Any) -> tuple[int, dict[str, Any]]:
+        """How often a job was begun, and how far it is. Of one that has ended it is known."""
+        if status.status == "SUCCESS":  # so nobody writes them any more
+            return _ended_files(self._data, status.workflow_id, status.completed_at)
+        return _read_files(self._data, status.workflow_id)
 
     def _add_training(self, job: dict[str, Any], training: Any) -> None:
         """Where a job learns, or that it still waits for a machine."""
@@ -328,7 +333,7 @@ class JobQueue:
         def gate(job: dict[str, Any]) -> dict[str, Any] | None:
             with contextlib.suppress(OSError):  # of a model that cannot be read
                 if job["version"] in known(job["model"]):  # else its record is gone as well
-                    return self._store.gate(job["model"], job["version"])
+                    return _gate(self._store, job["model"], job["version"])
             return None
 
         gates = [gate(job) for job in jobs]
@@ -379,7 +384,7 @@ class JobQueue:
 
     def _goes_live(self, name: str, version: str) -> bool:
         try:
-            return self._store.manifest(name, version).origin.get("activate") is True
+            return _is_to_go_live(self._store, name, version)
         except KensaError:
             return False
 
@@ -499,6 +504,50 @@ def _written(what: str) -> Iterator[None]:
                 " writing, or let this user write there."
             ) from error
         raise
+
+
+def _read_files(data: Path, job_id: str) -> tuple[int, dict[str, Any]]:
+    folder = JobFolder(data, job_id)
+    progress = folder.progress()
+    progress.pop("pid", None)
+    return folder.attempts(), progress
+
+
+@lru_cache(REMEMBERED)
+def _ended_files(data: Path, job_id: str, _ended: int | None) -> tuple[int, dict[str, Any]]:
+    return _read_files(data, job_id)
+
+
+def _gate(store: Store, name: str, version: str) -> dict[str, Any] | None:
+    """What the gate found, which is read again where the file is another."""
+    return _read_gate(store, name, version, stamp(_gate_file(store, name, version)))
+
+
+@lru_cache(REMEMBERED)
+def _gate_file(store: Store, name: str, version: str) -> Path:
+    return store.gate_folder(name, version) / GATE
+
+
+@lru_cache(REMEMBERED)
+def _read_gate(
+    store: Store, name: str, version: str, _stamp: tuple[int, ...]
+) -> dict[str, Any] | None:
+    return store.gate(name, version)
+
+
+@lru_cache(REMEMBERED)
+def _is_to_go_live(store: Store, name: str, version: str) -> bool:
+    """A version never changes, so its manifest is read once."""
+    return store.manifest(name, version).origin.get("activate") is True
+
+
+def _state_in(output: str | None) -> str:
+    """How a job ended by what it left, the queue's JSON."""
+    try:
+        ended = json.loads(output or "null")
+    except (ValueError, RecursionError):
+        return "failed"
+    return str(ended.get("state")) if isinstance(ended, dict) else "failed"
 
 
 def _time(epoch_ms: int | None) -> str | None:

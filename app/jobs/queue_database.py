@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import sqlalchemy as sql
+from dbos import DBOS, DBOSClient
 
 from engines.errors import NoWorker
 from engines.queue.fleet import Fleet
@@ -18,10 +20,35 @@ from engines.queue.protocol import APPLICATION, DATABASE, JsonSerializer, databa
 log = logging.getLogger("kensa")
 
 
-def connect(data: Path) -> Any:
-    """A DBOSClient on the queue of this machine, which is made where there is no good one."""
-    from dbos import DBOS, DBOSClient
+class QueueClient(DBOSClient):
+    """DBOS's client, which can count as well: it lists all rows, and 5,000 are 0.1 s of Python."""
 
+    def count_workflows(
+        self, attributes: dict[str, Any] | None = None
+    ) -> list[tuple[str, str | None, int]]:
+        """How many there are of each status and, of those that succeeded, of each output.
+
+        Args:
+            attributes: which all of them have, as `list_workflows` takes them.
+        """
+        queue = self._sys_db
+        job, ended = queue.tables.workflow_status, queue.tables.workflow_output
+        output = sql.func.coalesce(ended.c.output, job.c.output)
+        said = sql.case((job.c.status == "SUCCESS", output)).label("said")
+        query = (
+            sql.select(job.c.status, said, sql.func.count())
+            .select_from(job.outerjoin(ended, queue._wf_join(job, ended)))
+            .where(queue._observability_filter(job.c.application_name, None))
+            .group_by(job.c.status, sql.literal_column("said"))
+        )
+        if attributes:
+            query = query.where(queue._attributes_contains_clause(attributes))
+        with queue._observability_query() as connection:
+            return [(row[0], row[1], row[2]) for row in connection.execute(query)]
+
+
+def connect(data: Path) -> Any:
+    """A QueueClient on the queue of this machine, which is made where there is no good one."""
     data.mkdir(parents=True, exist_ok=True)
     _put_aside_if_damaged(data)
 
@@ -30,20 +57,18 @@ def connect(data: Path) -> Any:
     DBOS.migrate(url)
     with closing(sqlite3.connect(data / DATABASE, timeout=30)) as database:
         database.execute("PRAGMA journal_mode=WAL")  # who reads waits for nobody
-    return DBOSClient(
+    return QueueClient(
         system_database_url=url, serializer=JsonSerializer(), application_name=APPLICATION
     )
 
 
 def reach(fleet: Fleet) -> Any:
-    """A DBOSClient on the queue of several machines. Raises what is wrong, in psycopg's words."""
-    from dbos import DBOS, DBOSClient
-
+    """A QueueClient on the queue of several machines. Raises what is wrong, in psycopg's words."""
     logging.getLogger("dbos").setLevel(logging.CRITICAL)  # `problem` says it, once
     with psycopg.connect(fleet.database_url):
         pass  # which says best what is wrong
     DBOS.migrate(fleet.database_url)
-    client = DBOSClient(
+    client = QueueClient(
         system_database_url=fleet.database_url, serializer=JsonSerializer(),
         application_name=APPLICATION, retry_connection_errors=False,
     )  # fmt: skip
@@ -76,7 +101,7 @@ def _put_aside_if_damaged(data: Path) -> None:
 
 
 class _Reaching:
-    """A DBOSClient far away: where its database does not answer, every method raises NoWorker."""
+    """A QueueClient far away: where its database does not answer, every method raises NoWorker."""
 
     def __init__(self, client: Any, fleet: Fleet) -> None:
         self._client = client

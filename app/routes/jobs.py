@@ -25,6 +25,7 @@ from app.routes.decisions import TeachBody, taught
 from app.serving.model_manager import ModelManager
 from engines.errors import BadDataset, KensaError, NoWorker
 from engines.machine import job_memory
+from engines.meta import Meta
 from engines.queue.job_requests import (
     ConvertRequest,
     JobKind,
@@ -34,7 +35,7 @@ from engines.queue.job_requests import (
 )
 from engines.queue.schedules import NAME
 from engines.store.datasets import Datasets
-from engines.store.versions import Store
+from engines.store.versions import META, Store
 
 MOST_WAIT_S = 10.0  # of a submission for those before it
 
@@ -125,7 +126,7 @@ class ScheduleRequest(Body):
                 {
                     "cron": "0 2 * * *",
                     "timezone": "Asia/Tokyo",
-                    "retrain": {"model": "bracket", "category": "bracket"},
+                    "retrain": {"model": "my-part", "category": "my-part"},
                 }
             ]
         },
@@ -482,8 +483,12 @@ async def _submit(
 def _check_retrain(request: Request, body: RetrainRequest) -> None:
     """Say at once what a job would only find out later."""
     _check_learning(request, body)
-    if body.start(request.app.state.store) is None:
+    store: Store = request.app.state.store
+    parent = body.start(store)
+    if parent is None:
         body.first_meta()
+    else:
+        body.meta_after(Meta.read(store.folder(body.model, parent) / META))
 
 
 def _check_learning(request: Request, body: RetrainRequest | TeacherRequest) -> None:

@@ -32,7 +32,7 @@ from engines.queue.job_requests import few_keys
 from engines.store.bundle import ONNX, PLAN, read_strange
 from engines.store.datasets import Datasets, room
 from engines.store.plan_record import PLAN_RECORD
-from engines.store.versions import GATE, MANIFEST, META, NAME, Store
+from engines.store.versions import GATE, MANIFEST, META, NAME, Store, stamp
 from engines.verdict import Label, Scale
 
 
@@ -612,22 +612,21 @@ def _versions(
 
 def _record(store: Store, name: str, version: str, *, among: bool) -> _Record:
     try:
-        folder = store.folder(name, version)
+        stamps = tuple(map(stamp, _files(store, name, version)))
+        if not stamps[0]:  # perhaps it was deleted since its files were named
+            store.folder(name, version)
     except UnknownVersion as error:
         if not among:
             raise
         return _Record(_damaged(version, error), activate=False, gate=None)
-    files = (folder / MANIFEST, folder / META, store.gate_folder(name, version) / GATE)
-    return _read_record(store, name, version, tuple(map(_stamp, files)))
+    return _read_record(store, name, version, stamps)
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What differs once a file is another."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+@lru_cache(RECORDS_KEPT)
+def _files(store: Store, name: str, version: str) -> tuple[Path, ...]:
+    """Where it stands what a version is; to name 600 paths takes longer than to look at them."""
+    folder = store.folder(name, version)
+    return folder / MANIFEST, folder / META, store.gate_folder(name, version) / GATE
 
 
 @lru_cache(RECORDS_KEPT)

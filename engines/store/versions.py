@@ -31,7 +31,7 @@ from typing import Any
 from unicodedata import normalize
 
 from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
-from engines.files import replaced, sha256, sweep, sync_folder, write_atomically
+from engines.files import json_text, replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
@@ -483,8 +483,7 @@ class Store:
             version = f"{serial:04d}-{digest}"
             created = datetime.now(timezone.utc).isoformat(timespec="seconds")
             content = {"version": version, "created": created, "files": files, "origin": origin}
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / MANIFEST).write_text(text, encoding="utf-8")
+            (folder / MANIFEST).write_text(json_text(content), encoding="utf-8")
             _flush(folder, [*files, MANIFEST])
             folder.rename(model / version)
             try:
@@ -726,6 +725,15 @@ class Store:
             yield
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file is another; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def is_name(name: str) -> bool:
     """Whether a model may be called so: in one spelling only, and short enough for a folder."""
     alone = name == normalize("NFC", name) and len(name.encode(errors="replace")) <= _NAME_BYTES
@@ -764,7 +772,8 @@ def _digest(files: dict[str, str]) -> str:
 def _versions_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    names = [path.name for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    with os.scandir(folder) as entries:  # a list of 1,000 as paths takes three times as long
+        names = [entry.name for entry in entries if _VERSION.fullmatch(entry.name)]
     return sorted(names, key=_serial)
 
 

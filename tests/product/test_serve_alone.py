@@ -174,7 +174,8 @@ def test_a_model_without_a_plan_gets_one_where_nothing_can_be_learned(alone: Alo
     then = alone.client.post("/infer", content=image, headers=RAW).json()
     assert then["label"] == first.json()["label"]
     assert then["raw_score"] == pytest.approx(first.json()["raw_score"], rel=0.01)
-    assert then["model_version"] != first.json()["model_version"]
+    # Not "another than the first": on a busy machine this asks when the plan is live already.
+    assert then["model_version"].startswith("0002-")
 
 
 def test_a_retraining_ends_there_with_what_to_install(

@@ -17,6 +17,7 @@ COMMANDS = [
     *([f"bin/{kind}"] for kind in ("patchcore", "padim", "efficientad", "vae")),
     ["-m", "app"],
     *(["-m", "app", name] for name in ("learn", "doctor", "threshold", "keys")),
+    *(["-m", f"workers.{name}"] for name in ("learn", "distil", "sample_parts")),
 ]  # fmt: skip
 
 
@@ -54,3 +55,21 @@ def test_the_sentence_names_the_environment_that_is_there(
     assert f"source {tmp_path}/.venv/bin/activate" in missing_packages.sentence("cv2")
     monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
     assert "pip install" in missing_packages.sentence("cv2"), "it is active, and lacks them"
+    (tmp_path / ".venv").rename(tmp_path / "elsewhere")
+    (tmp_path / ".venv").symlink_to(tmp_path / "elsewhere")
+    assert "pip install" in missing_packages.sentence("cv2"), "the same, behind a link"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words))
+def test_ctrl_c_while_a_command_is_loaded_is_no_traceback(
+    command: list[str], tmp_path: Path
+) -> None:
+    for package in ("cv2", "numpy", "pydantic", "starlette"):  # each loads one of them
+        (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
+    argument = [] if command == ["-m", "app"] else ["x"]
+    done = subprocess.run(
+        [sys.executable, *command, *argument], cwd=ROOT,
+        capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "error: Stopped.\n")

@@ -75,6 +75,12 @@ def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet_until_ctr
     Bundle.open(tmp_path / "models" / "engine")
 
 
+def test_the_readmes_count_the_parts_that_it_judges() -> None:
+    words = {3: "three", 4: "four", 5: "five"}
+    assert f"judges {words[len(PARTS)]} parts" in (ROOT / "README.md").read_text()
+    assert f"{len(PARTS)} 個を判定します" in (ROOT / "README.ja.md").read_text()
+
+
 WITHOUT_WEIGHTS = """
 import sys
 from engines.machine import backbones

@@ -14,17 +14,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from app.http.keys import add_key
+from engines.files import printable
 from engines.meta import FIRST, Meta
 from engines.store.bundle import Bundle
 from engines.store.versions import Store
 from support.damage import seeds
 from support.project import ROOT
-from support.server import Server, serving
+from support.server import serving
 from support.waiting import until
 from workers.evaluation.evaluate import PAGE
-from workers.learn import _asked, main, parse
+from workers.learn import Learn, Server, _asked, _curl, _published, main, parse
 from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
 GOOD = 6  # parts: few, so that learning them is quick
@@ -62,11 +66,6 @@ def learn(folder: Path, *words: str | Path, **variables: str) -> subprocess.Comp
     )  # fmt: skip
 
 
-def of_server(server: Server) -> dict[str, str]:
-    """The settings of a server, as the shell has them in which it was started."""
-    return {"KENSA_PORT": server.url.rpartition(":")[2]}
-
-
 def printed(said: str, label: str) -> str:
     """The command that stands behind a label in the last lines."""
     found = re.search(rf"^{label} +(.*)$", said, re.MULTILINE)
@@ -94,6 +93,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: "), done.stderr
+    assert "/data/train/" not in last, "it names the folders that were named"
     assert "2/5" not in done.stderr, "it says so before it learns"
     return last
 
@@ -132,8 +132,12 @@ def test_a_folder_becomes_a_model_and_the_last_lines_serve_it(
 def test_what_is_learned_again_takes_the_place_of_what_was_there(
     good: Path, parts: Path, tmp_path: Path
 ) -> None:
+    page = tmp_path / "models" / "bolt" / "evaluation" / "evaluation.json"
+    page.parent.mkdir(parents=True)
+    page.write_text("{}")  # of a model that was there before
     first = learn(tmp_path, good, "--name", "bolt")
     assert first.returncode == 0, first.stderr
+    assert not page.parent.exists()
     before = Bundle.open(tmp_path / "models" / "bolt" / "engine").meta
     (good / "0000.png").unlink()
     again = learn(tmp_path, good, "--name", "bolt", "--good", parts / "test" / CATEGORY / "normal")
@@ -166,9 +170,16 @@ def test_ctrl_c_leaves_nothing_half(
     time.sleep(0.5)  # into the step
     os.killpg(learning.pid, signal.SIGINT)
     said += learning.communicate(timeout=60)[1]
-    assert learning.returncode == 130, said
+    # A shell sees 130 either way. Where Ctrl-C met C code that ran Python code, as torch does while
+    # it is loaded, Python kills itself in the end, though the exception was caught.
+    assert learning.returncode in (130, -signal.SIGINT), said
     assert "Traceback" not in said
     assert content(engine) == before
+    last = said.splitlines()[-1]
+    if step == "2/5":
+        assert last == "error: Stopped. Nothing was changed."
+    else:
+        assert last.startswith("error: Stopped. What was learned is in models/bolt, and no server")
     half = [path for path in (tmp_path / "models").rglob("*") if path.name.startswith(".")]
     assert half == []
     assert not (engine.parent / "wanted.json").exists()
@@ -177,13 +188,28 @@ def test_ctrl_c_leaves_nothing_half(
         assert all((engine.parent / name).is_file() for name in meta.files or {})
 
 
+def test_ctrl_c_while_torch_is_imported_ends_with_the_same_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(
+        "import sys\n"
+        "from workers.commands import run\n"
+        "from workers.progress import Progress\n"
+        "sys.exit(run(lambda: exec('raise KeyboardInterrupt'), Progress()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "stopped"], cwd=tmp_path, env=environment(tmp_path),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "error: Stopped. Nothing was changed.\n")
+
+
 # ---- a server runs ------------------------------------------------------------------------------
 
 
 @needs_curl
 def test_beside_a_server_it_goes_live_and_judges(good: Path, tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        done = learn(tmp_path, good, **of_server(server))
+    (good / "._0000.png").write_bytes(b"what a Mac leaves beside a file")
+    with serving(tmp_path) as server:  # at a port that nobody tells the command
+        done = learn(tmp_path, good)
         assert done.returncode == 0, done.stdout + done.stderr
         version = Store(tmp_path / "data" / "models").versions("検査-部品")[-1]
         assert printed(done.stdout, "live") == f"検査-部品 {version} judges parts at {server.url}"
@@ -196,7 +222,7 @@ def test_beside_a_server_it_goes_live_and_judges(good: Path, tmp_path: Path) -> 
 @needs_curl
 def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path) -> None:
     with serving(tmp_path, KENSA_GATE_FOUND="1") as server:
-        done = learn(tmp_path, good, "--name", "bolt", **of_server(server))
+        done = learn(tmp_path, good, "--name", "bolt")
         assert done.returncode == 0, done.stdout + done.stderr
         version = Store(tmp_path / "data" / "models").versions("bolt")[-1]
         held = printed(done.stdout, "held")
@@ -208,6 +234,49 @@ def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path
         until(lambda: server.client.get("/models/bolt").json()["live"] == version)
 
 
+@pytest.mark.parametrize("judges_already", [False, True])
+def test_what_was_handed_over_is_taken_back_by_ctrl_c_unless_it_judges(
+    judges_already: bool, kensa_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "data" / "models")
+    other = store.take_in("bolt", kensa_model, {})
+    store.activate("bolt", other)
+    shutil.copytree(kensa_model, tmp_path / "out" / "engine")
+    meta = Meta.read(kensa_model / "meta.json")
+    meta.with_(image_threshold=0.4).write(tmp_path / "out" / "engine" / "meta.json")
+    folder = tmp_path / os.fsdecode("検査".encode("cp932"))
+    server = Server("http://127.0.0.1:9", tmp_path / "data")
+    request = Learn(folder, "bolt", tmp_path / "out", server=server)
+
+    def ctrl_c(_: float) -> None:
+        if judges_already:
+            store.activate("bolt", store.versions("bolt")[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workers.learn.time.sleep", ctrl_c)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        _published(request, server, folder / "0000.png")
+    if judges_already:
+        assert len(store.versions("bolt")) == 2
+        undo = "curl -X POST http://127.0.0.1:9/models/bolt/rollback"
+        assert f"judges parts already. {undo} goes back to {other}." in str(stopped.value)
+    else:
+        assert store.versions("bolt") == [other]
+        assert str(stopped.value) == ""
+
+
+@needs_curl
+def test_where_keys_are_wanted_the_line_has_a_place_for_one(good: Path, tmp_path: Path) -> None:
+    key = add_key(tmp_path / "data" / "keys.json", "line-3", "line")
+    with serving(tmp_path):
+        done = learn(tmp_path, good, "--name", "bolt")
+        assert done.returncode == 0, done.stdout + done.stderr
+        ask = printed(done.stdout, "try it")
+        assert "-H 'X-API-Key: KEY'" in ask
+        answer = in_a_shell(ask.replace("X-API-Key: KEY", f"X-API-Key: {key}"), tmp_path)
+        assert answer["model_name"] == "bolt"
+
+
 # ---- what cannot be learned ---------------------------------------------------------------------
 
 
@@ -215,6 +284,16 @@ def test_a_folder_that_is_called_good_takes_the_name_of_the_one_around_it(tmp_pa
     for place, name in (("bolt/good", "bolt"), ("bolt/Train", "bolt"), ("bolt/left", "left")):
         (tmp_path / place).mkdir(parents=True)
         assert _asked(vars(parse([str(tmp_path / place)]))).name == name
+
+
+def test_a_servers_folder_that_cannot_be_written_is_said_before_it_learns(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workers.learn.os.access", lambda *_: False)
+    assert main([str(good), "--server", "http://127.0.0.1:9", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: A server runs with the data folder {tmp_path}, which cannot")
+    assert said.count("\n") == 1
 
 
 def test_too_few_pictures_are_counted(good: Path, tmp_path: Path) -> None:
@@ -246,16 +325,59 @@ def test_what_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
     assert "is no folder: --defects names" in refused(learn(tmp_path, good, "--defects", file))
     assert "is no folder: --good names" in refused(learn(tmp_path, good, "--good", "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in refused(learn(tmp_path, "empty"))
+    assert "/empty holds no images" in refused(learn(tmp_path, "empty"))
+    (tmp_path / "!!!").mkdir()
+    assert "!!! no name for a model can be made" in refused(learn(tmp_path, "!!!"))
     assert "is no name for a model" in refused(learn(tmp_path, good, "--name", "a/b"))
+    assert not (tmp_path / "models").exists(), "what is refused leaves nothing"
+
+
+def test_folders_to_measure_with_hold_pictures_that_are_not_learned(
+    good: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for flag in ("--defects", "--good"):
+        assert f"{flag} names a folder with some" in refused(learn(tmp_path, good, flag, "empty"))
+        said = refused(learn(tmp_path, good, flag, good))
+        assert f"{GOOD} pictures to measure with are among those of" in said
+
+
+def test_what_a_command_is_told_to_do_it_has_a_flag_for(good: Path, tmp_path: Path) -> None:
+    said = refused(learn(tmp_path, good, "--pretrained_pth", "gone.pth"))
+    assert "gone.pth does not exist" in said
+    for path in good.iterdir():  # as of a camera of 12 bits
+        Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path)
+        path.write_bytes(path.read_bytes() + path.name.encode())  # no two of them the same
+    assert "--bit_depth" in learn(tmp_path, good).stderr.splitlines()[-1]
+    assert parse([str(good), "--bit_depth", "12"]).bit_depth == 12
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "a;b,\"c'\\.png", os.fsdecode("検表'.png".encode("cp932"))]
+)
+def test_the_printed_line_names_the_picture_whatever_it_is_called(
+    name: str, tmp_path: Path
+) -> None:
+    if shutil.which("bash") is None or shutil.which("curl") is None:
+        pytest.skip("needs bash and curl")
+    (tmp_path / name).write_bytes(b"the picture")
+    request = Learn(tmp_path, "bolt", tmp_path)
+    line = printable(_curl(request, "http://127.0.0.1:9", tmp_path / name))
+    done = subprocess.run(
+        ["bash", "-c", line.replace("curl ", "curl --noproxy '*' ")], check=False, timeout=60
+    )
+    cannot_connect, cannot_read = 7, 26
+    assert done.returncode == cannot_connect != cannot_read, line
 
 
 def test_what_stands_in_the_way_of_its_links_is_left_alone(good: Path, tmp_path: Path) -> None:
     mine = tmp_path / "models" / "bolt" / "data" / "train" / "bolt" / "mine.png"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    said = refused(learn(tmp_path, good, "--name", "bolt"))
-    assert "is in the way" in said
+    done = learn(tmp_path, good, "--name", "bolt")
+    assert done.returncode == 2
+    assert "is in the way" in done.stderr
+    assert "2/5" not in done.stderr
     assert mine.exists()
 
 

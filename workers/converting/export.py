@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -49,6 +50,7 @@ def export_onnx(
     names = ["score", "map", "embedding"] if "memory_bank" in inputs else ["score", "map"]
     dynamic = {name: {0: "n"} for name in ("image", *names)}
     dynamic["memory_bank"] = {0: "m"}
+    written = io.BytesIO()  # torch opens no file whose name is not UTF-8
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -56,13 +58,14 @@ def export_onnx(
         torch.onnx.export(
             graph,
             tuple(inputs.values()),
-            str(path),
+            written,  # type: ignore[arg-type]  # the older exporter takes one
             dynamo=False,
             opset_version=opset,
             input_names=list(inputs),
             output_names=names,
             dynamic_axes={name: dynamic[name] for name in (*inputs, *names)},
         )
+    path.write_bytes(written.getvalue())
     model = onnx.load(path)
     for output in [output for output in model.graph.output if output.name == "embedding"]:
         model.graph.output.remove(output)

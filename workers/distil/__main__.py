@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.image import ImageLimits
 from workers.commands import run
 from workers.distil.teacher import Distil, distil

@@ -242,7 +242,7 @@ def _learn(
         bit_depth = meta.bit_depth
     else:
         before = Meta.read(source / META)
-        meta = before.with_(**request.meta)
+        meta = request.meta_after(before)
         bit_depth, meta = meta.bit_depth, meta.with_(bit_depth=before.bit_depth)
         weights = weights or source / meta.weights_pth
         if weights != "untrained" and not Path(weights).is_file():

@@ -65,13 +65,7 @@ class Category:
                 if there
                 else f"{folder} does not exist: put the normal images there."
             )
-        train = _below(folder, _is_good)
-        if not train.images:
-            raise BadDataset(
-                f"{folder} holds no images: put normal images there"
-                f" ({', '.join(sorted(image.SUFFIXES))})."
-                f" {' '.join(notes_on_passed_over(train.passed_over))}".rstrip()
-            )
+        train = _normals(folder)
         tests = find_tests(root, name)
         return cls(
             train.images,
@@ -79,6 +73,21 @@ class Category:
             tests.test_anomaly,
             {**train.passed_over, **tests.passed_over},
         )
+
+    @classmethod
+    def of(cls, folder: Path, normal: Path | None, anomaly: Path | None) -> Category:
+        """The same, of folders that may lie anywhere.
+
+        Raises:
+            BadDataset: there are no training images.
+        """
+        train = _normals(folder)
+        tests = [
+            _Found([], {}) if place is None else _below(place, belongs)
+            for place, belongs in ((normal, _is_good), (anomaly, _is_no_good))
+        ]
+        over = {**train.passed_over, **tests[0].passed_over, **tests[1].passed_over}
+        return cls(train.images, tests[0].images, tests[1].images, over)
 
 
 def find_tests(root: Path, name: str) -> Category:
@@ -113,6 +122,18 @@ def notes_on_passed_over(passed_over: dict[str, list[Path]]) -> list[str]:
 class _Found(NamedTuple):
     images: list[Path]
     passed_over: dict[str, list[Path]]
+
+
+def _normals(folder: Path) -> _Found:
+    """The images of normal parts in a folder; BadDataset where there are none."""
+    found = _below(folder, _is_good)
+    if not found.images:
+        raise BadDataset(
+            f"{folder} holds no images: put normal images there"
+            f" ({', '.join(sorted(image.SUFFIXES))})."
+            f" {' '.join(notes_on_passed_over(found.passed_over))}".rstrip()
+        )
+    return found
 
 
 def _is_good(folder: str) -> bool:

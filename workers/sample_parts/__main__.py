@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.errors import EXIT_CODE, KensaError
 from workers.sample_parts.defects import DEFECTS
 from workers.sample_parts.write_dataset import CATEGORY, draw_sheet, write_dataset, write_png

@@ -401,6 +401,8 @@ def test_a_teacher_is_made_though_its_job_is_killed(
         ("/retrain", {**AGAIN, "model": "new", "pretrained": "gone.pth"}, 422, "bad_weights"),
         ("/retrain", {**AGAIN, "model": "new", "kind": "padim"}, 422, "bad_meta"),
         ("/retrain", {**AGAIN, "model": "new", "meta": {"backbone": "resnet18"}}, 422, "bad_meta"),
+        ("/retrain", {**AGAIN, "kind": "padim"}, 422, "bad_meta"),
+        ("/retrain", {**AGAIN, "meta": {"coreset_ratio": 5}}, 422, "bad_meta"),
         ("/retrain", {**AGAIN, "epochs": 0}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "ephocs": 3}, 422, "bad_request"),
         ("/retrain", {**AGAIN, "false_rejects": 0}, 422, "bad_request"),

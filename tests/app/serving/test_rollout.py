@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import io
 import json
 import os
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +33,7 @@ from engines.store.versions import Store
 from support.clients import Clients
 from support.damage import picture, saved
 from support.double import environment, reports
+from support.in_process import in_process, settings_of
 from support.line import NAME, SLOW_DISK, Line, line, variant
 from support.plans import tiny_bank, tiny_bundle, with_bank, with_plan
 from support.project import run, write_meta
@@ -210,6 +214,34 @@ def test_a_bank_alone_is_swapped_without_a_new_engine(
 
 
 # ---- the gate ---------------------------------------------------------------------------------
+
+
+def test_a_version_leaves_memory_without_a_search_for_cycles(
+    kensa_model: Path, regraphed: Path, tmp_path: Path
+) -> None:
+    """What was opened at the start is passed over by it, so it would stay for ever."""
+    settings = settings_of(tmp_path)
+    store = Store(settings.data / "models")
+    first, second = (store.take_in(NAME, bundle, {}) for bundle in (kensa_model, regraphed))
+    store.activate(NAME, first)
+
+    async def swap(client: httpx.AsyncClient, app: Any) -> None:
+        model = app.state.inspector.residents.get(NAME)
+        left = [weakref.ref(model), weakref.ref(model.runtime)]
+        del model
+        gc.disable()
+        try:
+            answer = await client.post(f"/models/{NAME}/versions/{second}/activate")
+            assert answer.status_code == 200, answer.text
+            for _ in range(100):
+                await asyncio.sleep(0.1)
+                if not any(one() for one in left):
+                    return
+            raise AssertionError([gc.get_referrers(one()) for one in left if one() is not None])
+        finally:
+            gc.enable()
+
+    in_process(settings, swap)
 
 
 def test_what_is_published_to_go_live_goes_live(
@@ -620,6 +652,26 @@ def test_a_folder_that_was_taken_in_before_does_not_replace_what_was_learned_sin
     with line(tmp_path, **settings) as running:
         assert running.score(photos[0])[0] == version
         assert running.store.versions(NAME) == [first, version]
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_taken_in_and_known_again(
+    kensa_model: Path, other: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / os.fsdecode("検査bolt".encode("cp932"))  # Windows in Japanese
+    shutil.copytree(kensa_model, folder)
+    with line(tmp_path, KENSA_MODEL_DIR=str(folder)) as running:
+        version = running.score(photos[0])[0]
+        told = running.server.client.get(f"/models/bolt/versions/{version}").json()
+        assert told["origin"]["folder"].endswith(r"/\x8c\x9f\x8d\xb8bolt")
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+    with line(tmp_path, KENSA_MODEL_DIR=str(folder)) as running:
+        assert running.score(photos[0])[0] != version
+        assert "which has changed" in running.server.log.read_text()
+    (folder / "meta.json").unlink()
+    with line(tmp_path, KENSA_MODEL_DIR=str(folder)) as running:
+        problem = running.server.client.get("/models/bolt").json()["problem"]
+        assert r"\x8c\x9f" in problem
 
 
 # ---- taking in --------------------------------------------------------------------------------

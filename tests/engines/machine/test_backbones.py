@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,46 @@ def test_a_file_that_was_removed_is_named(site: Path) -> None:
     path.unlink()
     with pytest.raises(BadWeights, match=f"{path} is missing: it should be the file that"):
         LITE0.find()
+
+
+@pytest.mark.parametrize("metadata", [None, b"Name: x\n", b"\xff\xfe\0"])
+def test_where_pip_left_no_version_the_file_says_what_it_is(
+    site: Path, tmp_path: Path, metadata: bytes | None
+) -> None:
+    package = published(LITE0, b"weights", tmp_path)
+    path = lay_down(site, package, b"weights")
+    (written,) = site.glob("*.dist-info/METADATA")
+    written.write_bytes(metadata) if metadata is not None else written.unlink()
+    assert package.find() == path
+    path.write_bytes(b"something else")
+    with pytest.raises(BadWeights, match=f"{path} does not have the SHA-256"):
+        package.find()
+
+
+def test_a_file_that_may_not_be_read_is_named_and_hides_no_other(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lay_down(site, LITE1, b"weights")
+
+    def refused(_: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(backbones, "sha256", refused)
+    with pytest.raises(
+        BadWeights, match=f"{path} cannot be read \\(Permission denied\\): it should"
+    ):
+        LITE1.find()
+    assert any(str(path) in problem for problem in backbones.at_hand()[1])
+
+
+def test_a_cache_of_another_user_holds_nothing(
+    nothing_else: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", refused)
+    assert backbones.at_hand() == ({}, [])
 
 
 def test_what_is_at_hand_is_what_is_installed_and_what_timm_has_fetched(

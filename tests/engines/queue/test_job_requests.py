@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engines.errors import BadMeta
-from engines.meta import FIRST
+from engines.meta import FIRST, Meta
 from engines.queue.job_requests import RetrainRequest
 from engines.store.versions import Store
 from support.plans import tiny_bundle
@@ -42,6 +42,27 @@ def test_layers_of_another_backbone_and_keys_of_another_kind_are_not_guessed(
 ) -> None:
     with pytest.raises(BadMeta):
         asked(kind=kind, meta=meta).first_meta()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"meta": {"model": "padim"}}, {"meta": {"latent_dim": 8, "image_size": 64}},
+     {"meta": {**RESNET, "n_features": 100}}, {"kind": "patchcore", "meta": {"model": "padim"}}],
+)  # fmt: skip
+def test_a_meta_of_another_kind_is_never_taken_for_patchcore(more: dict[str, Any]) -> None:
+    with pytest.raises(BadMeta, match=r"padim|vae"):
+        asked(**more).first_meta()
+
+
+def test_what_goes_on_from_a_version_stays_of_its_kind() -> None:
+    before = Meta.parse(FIRST)
+    assert asked(kind="patchcore", meta={"coreset_ratio": 0.2}).meta_after(before) == before.with_(
+        coreset_ratio=0.2
+    )
+    vae = {"model": "vae", "latent_dim": 8}
+    for more in ({"kind": "padim"}, {"meta": vae}, {"meta": {"coreset_ratio": 5}}):
+        with pytest.raises(BadMeta):
+            asked(**more).meta_after(before)
 
 
 def test_where_every_version_was_held_nothing_begins_anew_unless_a_kind_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ def test_the_graph_is_one_file(graph: Path) -> None:
     assert [path.name for path in graph.parent.iterdir()] == ["model.onnx"]
     weights = onnx.load(graph, load_external_data=False).graph.initializer
     assert not any(weight.data_location for weight in weights)
+
+
+def test_a_folder_whose_name_is_not_utf_8_takes_an_engine_that_opens(
+    trained: Path, meta: Meta, tmp_path: Path
+) -> None:
+    folder = tmp_path / os.fsdecode("検査".encode("cp932"))  # Windows in Japanese
+    convert(
+        Convert(meta.model, trained / meta.weights_pth, trained / "meta.json", folder),
+        Progress(quiet=True),
+    )
+    assert Bundle.open(folder).meta.backbone == meta.backbone
 
 
 @pytest.mark.parametrize("opset", [17, 18])

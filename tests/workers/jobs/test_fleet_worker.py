@@ -355,6 +355,7 @@ def test_machines_neither_see_nor_stop_each_others_jobs(fleet: Fleets) -> None:
         one.submit("bracket")
     same = other.submit("bracket")
     assert [found["id"] for found in other.jobs.newest()] == [same]
+    assert sum(other.jobs.count().values()) == 1
     for ask in (other.jobs.get, other.jobs.cancel):
         with pytest.raises(UnknownJob):
             ask(job)
@@ -362,6 +363,7 @@ def test_machines_neither_see_nor_stop_each_others_jobs(fleet: Fleets) -> None:
     for line, its in ((one, job), (other, same)):
         assert line.ended(its)["state"] == "succeeded"
         assert fleet.begun(its, "finish") == [line.name]
+        assert line.jobs.count()["succeeded"] == sum(line.jobs.count().values()) == 1
 
 
 @pytest.mark.soak
