@@ -265,7 +265,7 @@ Id = Annotated[
     str, InPath(description="As in the answer of the inspection.", examples=["line-3.part_17"])
 ]
 PartName = Annotated[
-    str,
+    str | None,
     Query(description="What the request called it.", max_length=200, examples=["KB-2046/A 17"]),
 ]
 Since = Annotated[
@@ -284,7 +284,7 @@ Limit = Annotated[int, Query(ge=1, le=MOST, description="How many at once.")]
 
 
 def asked_for_by(
-    part: PartName | None = None,
+    part: PartName = None,
     model: Annotated[
         str | None, Query(description="Of this model.", max_length=64, examples=["bracket"])
     ] = None,
