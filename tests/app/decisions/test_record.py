@@ -438,10 +438,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- what goes wrong ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.soak)])
 def test_after_a_kill_nothing_older_than_a_second_is_lost_and_the_chains_are_whole(
-    kensa_model: Path, good: bytes, tmp_path: Path
+    kills: int, kensa_model: Path, good: bytes, tmp_path: Path
 ) -> None:
-    for _ in range(2):
+    for _ in range(kills):
         killed_under_load(kensa_model, good, tmp_path)
 
 
