@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -249,6 +252,42 @@ def test_a_training_is_queued_once_and_what_is_wrong_with_another_is_told(
     assert job["id"] in second.value.sentence
     with pytest.raises(NoAnswer, match="it is queued"):
         kensa.wait(job["id"], 0.2)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize(
+    ("language", "shell", "in_time"),
+    [("sh", ["sh", "-c"], {"--max-time 0.35": "--max-time 20", "=300": "=4000"}),
+     ("python", [sys.executable, "-c"], {"deadline_s=0.3": "deadline_s=20"})],
+)  # fmt: skip
+def test_the_programs_of_the_page_stop_a_defect_and_what_got_no_verdict(
+    running: Line, bad: Path, tmp_path: Path, language: str, shell: list[str],
+    in_time: dict[str, str],
+) -> None:  # fmt: skip
+    part = (ROOT / "docs" / "http.md").read_text().split("## Notes for a PLC gateway")[1]
+    (program,) = re.findall(rf"```{language}\n(.*?)```", part, re.DOTALL)
+    for fast, slow in in_time.items():
+        assert fast in program
+        program = program.replace(fast, slow)
+
+    def said(url: str) -> str:
+        words = [*shell, program.replace("http://localhost:8000", url)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.stdout
+
+    (tmp_path / "part.jpg").write_bytes(bad.read_bytes())
+    assert re.match(r"stop \((NG|Anomaly)", said(running.server.url))
+    assert said(unused_url()).startswith("stop (")
+    with hostile(half) as server:
+        assert said(server.url).startswith("stop (")
+    body = {"reason": "as this test needs it", "threshold": 1.0}
+    assert running.server.client.put(f"/models/{NAME}/threshold", json=body).status_code == 200
+    (tmp_path / "part.jpg").write_bytes(bad.read_bytes() + b"2")  # else it is the same again
+    try:
+        assert said(running.server.url).startswith("pass")
+    finally:
+        assert running.server.client.post(f"/models/{NAME}/rollback").status_code == 200
 
 
 # ---- what may go wrong on the way ---------------------------------------------------------------
