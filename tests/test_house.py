@@ -201,6 +201,18 @@ def test_the_server_does_not_know_the_workers() -> None:
     assert not any(known.values()), known
 
 
+def test_the_client_knows_nobody_and_needs_only_httpx() -> None:
+    """Whoever asks a server may copy its folder, and nothing else."""
+    known = {name for path in files("kensa_client") for name in imports(path)}
+    assert known - sys.stdlib_module_names == {"httpx", "kensa_client"}
+
+
+def test_nobody_here_knows_the_client() -> None:
+    known = {path: set(imports(path)) & {"kensa_client"} for package in FLOORS
+             for path in files(package)}  # fmt: skip
+    assert not any(known.values()), known
+
+
 def test_only_one_runtime_knows_openvino_and_only_its_files_import_it() -> None:
     serving = files("app") + files("engines")
     users = [path for path in serving if "openvino" in set(imports(path))]
