@@ -560,9 +560,9 @@ async def evidence(request: Request, part: PartPath) -> StreamingResponse:
     limits = request.app.state.inspector.limits
 
     def found(database: DecisionDatabase) -> list[tuple[Kept, list[Line]]]:
-        of_part = database.find(Filter(part=checked(part)), MOST)
+        of_part = database.find(_of_part(part), MOST)
         if not of_part:
-            raise UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
+            raise _unknown(part)
         return [(one, database.lines(MOST, subject=one.decision.id)) for one in of_part]
 
     def write() -> IO[bytes]:
@@ -595,10 +595,10 @@ async def part(
     """All inspections of a part, newest first."""
 
     def look() -> DecisionsBody:
-        asked = Filter(part=checked(part))
+        asked = _of_part(part)
         found = _recorder(request).read(lambda it: it.find(asked, limit, before))
         if not found and before is None:
-            raise UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
+            raise _unknown(part)
         following = found[-1].number if len(found) == limit else None
         return DecisionsBody(decisions=[_body(one) for one in found], next=following)
 
@@ -835,6 +835,16 @@ def _line(line: Line) -> LineBody:
         number=line.number, time=_time(line.at), key=line.who or None, what=line.what,
         subject=line.subject, reason=line.reason or None, details=line.details, hash=line.hash,
     )  # fmt: skip
+
+
+def _of_part(part: str) -> Filter:
+    if not part:  # as of a path that ends with a line end
+        raise _unknown(part)
+    return Filter(part=checked(part))
+
+
+def _unknown(part: str) -> UnknownDecision:
+    return UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
 
 
 def _kept(database: DecisionDatabase, id_: str) -> Kept:
