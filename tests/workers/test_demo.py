@@ -75,6 +75,11 @@ def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet_until_ctr
     Bundle.open(tmp_path / "models" / "engine")
 
 
+def test_the_readme_counts_the_parts_that_the_demo_judges() -> None:
+    (said,) = re.findall(r"make demo .* judges (\w+) parts", (ROOT / "README.md").read_text())
+    assert ["one", "two", "three", "four"].index(said) == len(PARTS) - 1
+
+
 WITHOUT_WEIGHTS = """
 import sys
 from engines.machine import backbones
