@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,7 @@ AGAIN_AFTER_S = 2.0  # after the disk was full
 TIDY_EVERY_S = 5.0
 MOST_WAITING = 20_000  # decisions that wait for a disk; what comes then is lost, and counted
 MOST_WAITING_BYTES = 64 * 1024**2  # of their pictures; what comes then is kept without
+MOST_NAME = 64  # characters of a model's name, which may be any text that a client asked for
 PRUNE_SHARE = 0.05  # of all lines, at once, when there are too many
 MIB = 1024**2
 DAY_MS = 86_400_000
@@ -127,11 +128,10 @@ class Recorder:
             ("raw_score", "score", "threshold", "raw_threshold",
              "queue_ms", "decode_ms", "infer_ms", "total_ms")
         )  # fmt: skip
-        sha256 = hashlib.sha256(image).hexdigest() if image is not None else ""
         decision = Decision(
-            id=asked.id, part=asked.part, at=_now(), model=asked.model, version="", scorer="",
-            verdict="none", code=code, **nothing, sha256=sha256, format="", width=0, height=0,
-            who=asked.who,
+            id=asked.id, part=asked.part, at=_now(), model=asked.model[:MOST_NAME], version="",
+            scorer="", verdict="none", code=code, **nothing, sha256="", format="", width=0,
+            height=0, who=asked.who,
         )  # fmt: skip
         self._add(_Waiting(decision, image))
 
@@ -157,7 +157,7 @@ class Recorder:
             self.lost += 1
             return
         is_too_much = self._bytes_in - self._bytes_out + one.bytes > MOST_WAITING_BYTES
-        if is_too_much or not one.image or self._settings.record_pictures_mib == 0:
+        if is_too_much:
             one = _Waiting(one.entry)
         self._bytes_in += one.bytes
         self._waiting.append(one)
@@ -238,14 +238,16 @@ class Recorder:
 
         def keep(place: int, number: int) -> int:
             image, anomaly_map = batch[place].image, batch[place].anomaly_map
-            if image is None or self._problem is not None:  # for want of room, perhaps
+            if not image or self._problem is not None:  # for want of room, perhaps
+                return 0
+            if self._settings.record_pictures_mib == 0:
                 return 0
             kept[number] = 0
             kept[number] = self.pictures.keep(number, image, anomaly_map)
             return kept[number]
 
         try:
-            database.append([one.entry for one in batch], keep)
+            database.append([_with_sha256(one) for one in batch], keep)
         except BaseException:
             with suppress(OSError):  # it is logged why nothing can be written
                 for number in kept:  # they would lie there uncounted, on a disk that is full
@@ -300,6 +302,13 @@ class Recorder:
             log.error("%s Inspecting goes on.", problem, exc_info=not isinstance(
                 error, OSError | sqlite3.Error))  # fmt: skip
         self._problem = problem
+
+
+def _with_sha256(one: _Waiting) -> Decision | Note:
+    """Of a damaged picture, which nobody has hashed yet: in the event loop it would delay parts."""
+    if one.image is None or isinstance(one.entry, Note) or one.entry.sha256:
+        return one.entry
+    return replace(one.entry, sha256=hashlib.sha256(one.image).hexdigest())
 
 
 def _said(error: sqlite3.Error, folder: Path) -> Exception:

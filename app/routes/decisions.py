@@ -44,6 +44,7 @@ PAGE, MOST = 50, 500
 FLIPS = 200  # of a preview that are named
 SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
 MOST_DAYS = 400  # of statistics at once
+LATEST = 32_503_680_000_000  # milliseconds since 1970: calendars end
 AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
 
@@ -176,7 +177,7 @@ class FlipsBody(Body):
 class SpanBody(Body):
     """What was decided by a model within a span of time."""
 
-    model: str = Field(description="Empty: of requests that named none and got no verdict.")
+    model: str = Field(description="Empty: of requests that named none, or none that is known.")
     since: datetime = Field(description="When the span began, in the zone of KENSA_TIMEZONE.")
     until: datetime
     parts: int = Field(description="That got a verdict; a part that was sent again counts once.")
@@ -380,8 +381,8 @@ def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
 def _row(values: list[Any]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\r\n").writerow(
-        # A spreadsheet takes what begins so for a formula.
-        f"'{one}" if isinstance(one, str) and one[:1] in ("=", "+", "-", "@") else one
+        # A spreadsheet takes what begins so for a formula, in Japan also in full width.
+        f"'{one}" if isinstance(one, str) and one.startswith(tuple("=+-@＝＋－＠")) else one
         for one in values
     )
     return file.getvalue()
@@ -397,13 +398,14 @@ async def decision(request: Request, id: Id) -> WholeDecisionBody:  # noqa: A002
     """With everything that was said of it since. Of an id that came twice, the last one."""
 
     def look() -> WholeDecisionBody:
-        kept, lines = _recorder(request).read(
-            lambda it: (_kept(it, id), it.lines(MOST, subject=id))
-        )
+        def found(it: DecisionDatabase) -> tuple[Kept, list[Line]]:
+            kept = _kept(it, id)
+            return kept, _lines(it, kept)
+
+        kept, lines = _recorder(request).read(found)
         return WholeDecisionBody(
-            **_body(kept).model_dump(), hash=kept.hash,
-            history=[_line(one) for one in lines if one.details.get("number") == kept.number],
-        )  # fmt: skip
+            **_body(kept).model_dump(), hash=kept.hash, history=list(map(_line, lines))
+        )
 
     return await _ask(look)
 
@@ -563,7 +565,7 @@ async def evidence(request: Request, part: PartPath) -> StreamingResponse:
         of_part = database.find(Filter(part=checked(part)), MOST)
         if not of_part:
             raise UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
-        return [(one, database.lines(MOST, subject=one.decision.id)) for one in of_part]
+        return [(one, _lines(database, one)) for one in of_part]
 
     def write() -> IO[bytes]:
         file = SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (the answer closes it)
@@ -752,11 +754,16 @@ def _spans(
     begin = _ms(since) or end - DAY_MS
     if end - begin > MOST_DAYS * DAY_MS:
         raise BadRequest(f"Ask for {MOST_DAYS} days at most: say since and until.")
+    if not 0 <= begin < LATEST:
+        raise BadRequest("No part came then: ask for a time from 1970 to 2999.")
     found: dict[tuple[datetime, datetime, str], Quarter] = {}
-    first = round(spans.around(begin)[0].timestamp() * 1000)  # spans are told whole
+    span = spans.around(begin)
+    first = round(span[0].timestamp() * 1000)  # spans are told whole
     quarters = _recorder(request).read(lambda it: list(it.quarters(first, end, model)))
-    for name, at, quarter in quarters:
-        total = found.setdefault((*spans.around(at), name), Quarter())
+    for name, at, quarter in quarters:  # in the order of their times
+        if at >= span[1].timestamp() * 1000:
+            span = spans.around(at)
+        total = found.setdefault((*span, name), Quarter())
         total += quarter
     return [_span(*place, total) for place, total in sorted(found.items(), key=lambda one: one[0])]
 
@@ -844,6 +851,12 @@ def _kept(database: DecisionDatabase, id_: str) -> Kept:
             f"There is no decision {id_[:128]!r}: it was never made, or is too old to be kept."
         )
     return kept
+
+
+def _lines(database: DecisionDatabase, kept: Kept) -> list[Line]:
+    """What people said of a decision, and not of another one of the same id."""
+    lines = database.lines(MOST, subject=kept.decision.id)
+    return [one for one in lines if one.details.get("number") == kept.number]
 
 
 def _image(recorder: Recorder, kept: Kept) -> bytes:

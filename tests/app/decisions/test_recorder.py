@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from app.decisions import database as files
 from app.decisions.database import FILE, note_once, open_or_make
+from app.decisions.decision import Decision
 from app.decisions.pictures import Pictures
 from app.decisions.recorder import MOST_WAITING_BYTES, Asked, Recorder
+from app.decisions.repeats import Repeats
+from app.serving.inspection import Inspection
 from app.settings import Settings
+from engines.errors import RuntimeFailed
 from support.decisions import decision
 
 DAY = 86_400_000
@@ -156,3 +162,56 @@ def test_a_copy_that_was_restored_is_read_while_it_is_written(tmp_path: Path) ->
         assert database.last("decisions")[0] == 1
         mode = database._connection.execute("PRAGMA journal_mode").fetchone()[0]
     assert mode == "wal"
+
+
+def test_of_several_that_wait_for_one_that_got_no_verdict_only_one_is_judged() -> None:
+    began, judged = asyncio.Event(), []
+
+    async def fails() -> Any:
+        began.set()
+        await asyncio.sleep(0.05)
+        raise RuntimeFailed("The model gave a score that is no number.")
+
+    async def judges() -> Any:
+        judged.append(1)
+        await asyncio.sleep(0.05)
+        return Inspection(*[cast("Any", None)] * 6)
+
+    async def scene() -> list[str | None]:
+        repeats, key = Repeats(60), ("part", "KB-1", "0" * 64)
+        first = asyncio.create_task(repeats.once(key, "first", fails))
+        await began.wait()
+        others = [repeats.once(key, f"{number}", judges) for number in range(5)]
+        found = [repeat_of for _, repeat_of in await asyncio.gather(*others)]
+        assert isinstance(first.exception(), RuntimeFailed)
+        return found
+
+    assert asyncio.run(scene()) == [None, "0", "0", "0", "0"]
+    assert len(judged) == 1
+
+
+def test_a_damaged_picture_is_hashed_beside_the_event_loop(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path, record_pictures_mib=0)
+    recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
+    entry = recorder._waiting[0].entry
+    assert isinstance(entry, Decision)
+    assert entry.sha256 == ""
+    recorder.start()
+    found = recorder.read(lambda it: it.one("one"))
+    recorder.close()
+    assert found is not None
+    assert found.decision.sha256 == hashlib.sha256(b"broken").hexdigest()
+
+
+def test_names_of_models_that_there_are_not_grow_no_statistics(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path)
+    for number in range(50):
+        asked = Asked(f"{number}", "", f"{number}" * 5000, "")
+        recorder.no_verdict(asked, "unknown_model")
+    recorder.start()
+    found = recorder.read(lambda it: list(it.quarters(0, 2**62)))
+    longest = recorder.read(lambda it: it.find(files.Filter(), 100))
+    recorder.close()
+    assert {name for name, _, _ in found} == {""}
+    assert sum(quarter.none["unknown_model"] for _, _, quarter in found) == 50
+    assert max(len(one.decision.model) for one in longest) == 64
