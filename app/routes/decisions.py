@@ -256,9 +256,10 @@ _MODEL: dict[int | str, dict[str, Any]] = {
     404: error_response(
         "No such model.", unknown_model="There is no model 'bolt'; there is 'bracket'."
     ),
-    409: error_response(
-        "Nothing is recorded here, or no version of the model is live.",
-        conflict="There is no threshold to speak of: bracket has no live version.",
+    409: _OFF,
+    503: error_response(
+        "The model is not in memory, such as one that rests.",
+        not_ready="bracket was unloaded; POST /v2/repository/models/bracket/load brings it back.",
     ),
 }
 
@@ -497,7 +498,14 @@ async def label(request: Request, id: Id, body: LabelBody) -> WholeDecisionBody:
     "/decisions/{id}/replay",
     dependencies=[needs("operator")],
     summary="Judge its picture again",
-    responses={404: _UNKNOWN, 409: _OFF},
+    responses={
+        404: _UNKNOWN,
+        409: _OFF,
+        507: error_response(
+            "That version does not fit beside what is in memory.",
+            out_of_memory="bracket 0001-3f9a0c41d2e8 needs about 900 MiB, and 700 MiB are free.",
+        ),
+    },
 )
 async def replay(
     request: Request,
@@ -538,7 +546,9 @@ async def replay(
         with inspector.residents.use(live) as held:
             return await judged(held)
     await _ask(lambda: _store(request).folder(one.model, wanted))
-    async with manager.change(one.model), manager.opened(one.model, wanted) as opened:
+    # Nothing that judges parts has to go for a look at an old one.
+    opening = manager.opened(one.model, wanted, exchange=False)
+    async with manager.change(one.model), opening as opened:
         return await judged(opened)
 
 
