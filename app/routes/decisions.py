@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, time, timezone
@@ -15,7 +16,7 @@ from typing import IO, Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, ConfigDict, Field
+from pydantic import AwareDatetime, BeforeValidator, ConfigDict, Field
 from starlette.background import BackgroundTask
 
 from app.decisions.database import DecisionDatabase, Filter, Kept, Line
@@ -47,6 +48,16 @@ MOST_DAYS = 400  # of statistics at once
 LATEST = 32_503_680_000_000  # milliseconds since 1970: calendars end
 AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
+
+
+def _written(given: Any) -> Any:
+    """A time in words: a number would be taken for seconds, and a large one for milliseconds."""
+    if not isinstance(given, str) or not re.match(r"\d{4}-\d\d-\d\d", given):
+        raise ValueError("say a time with its zone, such as 2026-11-29T06:00:00Z")
+    return given
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
 
 
 class DecisionBody(Body):
@@ -212,8 +223,8 @@ class TeachBody(Body):
     model: str | None = Field(None, max_length=64, description="Of this model.")
     version: str | None = Field(None, max_length=64, description="Judged by this version.")
     part: str | None = Field(None, max_length=200, description="Only of this part.")
-    since: AwareDatetime | None = Field(None, description="Only from this time on.")
-    until: AwareDatetime | None = Field(None, description="Only before this time.")
+    since: Moment | None = Field(None, description="Only from this time on.")
+    until: Moment | None = Field(None, description="Only before this time.")
     test_share: float = Field(
         0.2, ge=0, le=1, description="Of the good ones, so many are kept to test with."
     )
@@ -271,11 +282,11 @@ PartName = Annotated[
     Query(description="What the request called it.", max_length=200, examples=["KB-2046/A 17"]),
 ]
 Since = Annotated[
-    AwareDatetime | None,
+    Moment | None,
     Query(description="Only from this time on, with its zone.", examples=["2026-11-29T06:00:00Z"]),
 ]
 Until = Annotated[
-    AwareDatetime | None,
+    Moment | None,
     Query(description="Only before this time.", examples=["2026-11-29T14:00:00Z"]),
 ]
 Before = Annotated[

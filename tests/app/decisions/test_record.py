@@ -227,8 +227,9 @@ def test_decisions_are_filtered_and_come_in_pages(running: Line, good: bytes) ->
     assert all(one["score"] >= 0.5 for one in least)
     assert get(server, "/decisions", since=since)["decisions"][-1]["time"] >= since
     assert get(server, "/decisions", until="2020-01-01T00:00:00Z")["decisions"] == []
-    answer = server.client.get("/decisions", params={"since": "2026-11-29T06:00:00"})
-    assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+    for wrong in ("2026-11-29T06:00:00", "1764400000", "0.5", "today"):
+        answer = server.client.get("/decisions", params={"since": wrong})
+        assert (answer.status_code, agreed(answer)) == (422, "bad_request")
 
 
 def test_the_table_is_what_the_list_says_and_no_formula(running: Line, good: bytes) -> None:
