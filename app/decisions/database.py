@@ -205,11 +205,11 @@ class DecisionDatabase:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._connection.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):  # what ended the transaction already
                 self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -414,9 +414,15 @@ class DecisionDatabase:
         return row[0], row[1], at.fetchone()[0]
 
     def last_before(self, at: int) -> int:
-        """The highest number of the decisions that were made before a time; 0 for none."""
+        """The number up to which all decisions were made before a time; 0 for none.
+
+        Not the last one of that age: a clock that was wrong after a start may have made it.
+        """
+        newer = self._connection.execute(  # in the order of numbers: it ends at the first
+            "SELECT number FROM decisions NOT INDEXED WHERE at >= ? ORDER BY number LIMIT 1", [at]
+        ).fetchone()
         row = self._connection.execute(
-            "SELECT MAX(number) FROM decisions WHERE at < ?", [at]
+            "SELECT MAX(number) FROM decisions WHERE number < ?", [newer[0] if newer else 2**62]
         ).fetchone()
         return row[0] or 0
 
@@ -427,7 +433,7 @@ class DecisionDatabase:
         ).fetchone()
         return row[0] or 0
 
-    def with_pictures(self, up_to: int) -> list[int]:
+    def with_pictures(self, up_to: int = 2**62) -> list[int]:
         """The numbers of decisions up to one whose pictures are kept."""
         rows = self._connection.execute(
             "SELECT number FROM decisions WHERE picture_bytes > 0 AND number <= ?", [up_to]
@@ -487,17 +493,25 @@ def _line(row: Sequence[Any]) -> Line:
 def open_or_make(folder: Path) -> DecisionDatabase:
     """The database of a folder, made where there is none; a damaged one is repaired, in words.
 
+    Only for the server that has the folder: nobody else may have the file open.
+
     Raises:
         OSError, sqlite3.Error: it cannot be written, or is of another Kensa.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     if path.exists() and (why := _damage(path)):
         _repair(path, why)
+    return _made(folder)
+
+
+def _made(folder: Path) -> DecisionDatabase:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
     with closing(sqlite3.connect(path, timeout=WAIT_S)) as database:
         layout = database.execute("PRAGMA user_version").fetchone()[0]
+        # Who reads waits for nobody. Always: a copy by VACUUM INTO has lost it.
+        database.execute("PRAGMA journal_mode = WAL")
         if layout == 0:
-            database.execute("PRAGMA journal_mode = WAL")  # who reads waits for nobody
             database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
         elif layout != LAYOUT:
             raise sqlite3.DatabaseError(f"{path} is of another Kensa (layout {layout})")
@@ -507,7 +521,7 @@ def open_or_make(folder: Path) -> DecisionDatabase:
 def note_once(folder: Path, what: str, subject: str, **details: Any) -> None:
     """Add a line to the audit trail from a command; the log says where that fails."""
     try:
-        with open_or_make(folder) as database:
+        with _made(folder) as database:  # never repaired: a server may be writing it
             database.append([Note.now(what, "", subject, "", {**details, "by": "command"})])
     except (OSError, sqlite3.Error) as error:
         log.error("The audit trail lacks a line, %s of %s: %s", what, subject, error)
@@ -526,19 +540,22 @@ def _damage(path: Path) -> str | None:
 
 
 def _repair(path: Path, why: str) -> None:
-    """Put the file aside, and take over into a new one whatever of it can be read."""
+    """Take over into a new file whatever of it can be read, and put it aside."""
     aside = path.with_name(f"{FILE}.damaged-{secrets.token_hex(3)}")
+    repaired = path.with_name(f"{FILE}.repaired")  # in its place once all is taken over
+    repaired.unlink(missing_ok=True)
+    counts = {}
+    with closing(sqlite3.connect(repaired)) as new, closing(sqlite3.connect(path)) as old:
+        new.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        old.execute("PRAGMA writable_schema = ON")  # else nothing is read of a file that was cut
+        for table in ("decisions", "trail", "quarters"):
+            counts[table] = _take_over(old, new, table)
+        new.commit()
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
             part.rename(aside.with_name(aside.name + suffix))
-    counts = {}
-    with closing(sqlite3.connect(path)) as new, closing(sqlite3.connect(aside)) as old:
-        new.execute("PRAGMA journal_mode = WAL")
-        new.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-        for table in ("decisions", "trail", "quarters"):
-            counts[table] = _take_over(old, new, table)
-        new.commit()
+    repaired.rename(path)
     log.error(
         "%s was damaged (%s): it is now %s, and %d decisions and %d lines of the trail were taken"
         " over into a new one", path.name, why, aside.name, counts["decisions"], counts["trail"],

@@ -22,7 +22,8 @@ class Decision:
         scorer: short SHA-256 of the files that the raw score comes from: versions with the same one
             give the same raw scores, and differ in the threshold alone. Empty without a verdict.
         verdict: `none` where there was no verdict; then `code` says why, and the numbers are null.
-        sha256: of the image as it was sent; empty where none arrived whole.
+        sha256: of the image as it was sent; empty where none arrived whole, or where a damaged one
+            was let go because too many waited for the disk.
         who: the name of the API key; empty where none was needed.
     """
 

@@ -20,11 +20,11 @@ from engines.verdict import Scale
 
 README = """What Kensa recorded of the part {part!r}.
 
-decisions/ID.json   what was decided, and when; `hash` is SHA-256 of it and of the hash before it
-decisions/ID.*      the picture as it was sent (its SHA-256 is `sha256`), and what was strange in it
-versions/...        of each version that judged: its meta.json, its training's report, its gate
-trail.json          what people said of these decisions
-sha256.txt          of each file in this zip
+decisions/NUMBER-ID.json   what was decided, and when; `hash` is SHA-256 of it and of the one before
+decisions/NUMBER-ID.*      the picture as it was sent (its SHA-256 is `sha256`), what was strange
+versions/...               of each that judged: its meta.json, report of training, gate
+trail.json                 what people said of these decisions
+sha256.txt                 of each file in this zip
 """
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tif"}
 
@@ -65,7 +65,7 @@ def write_evidence(
     versions: set[tuple[str, str]] = set()
     for kept, _ in found:
         one = kept.decision
-        place = f"decisions/{one.id}"
+        place = f"decisions/{kept.number}-{one.id}"  # clients choose ids, and may choose one twice
         about = {"number": kept.number, **one.values(), "hash": kept.hash, "label": kept.label,
                  "defect": kept.defect}  # fmt: skip
         whole.add(f"{place}.json", _json(about))

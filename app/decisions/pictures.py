@@ -54,7 +54,7 @@ class Pictures:
             with suppress(FileNotFoundError):
                 one.unlink()
 
-    def sweep(self, kept: range) -> None:
+    def sweep(self, kept: set[int]) -> None:
         """Delete what belongs to no decision of these numbers, after a kill or a pruning."""
         for path in list(self._folder.glob("*/*")):
             if not path.stem.isdigit() or int(path.stem) not in kept:

@@ -87,7 +87,9 @@ def of_batch(decisions: Iterable[Decision]) -> dict[tuple[str, int], Quarter]:
     """The sums of some decisions: (model, when the quarter began) -> them."""
     found: dict[tuple[str, int], Quarter] = {}
     for one in decisions:
-        found.setdefault((one.model, one.at // MS * MS), Quarter()).add(one)
+        # Clients may ask for any text, and quarters are kept for ever.
+        model = "" if one.code == "unknown_model" else one.model
+        found.setdefault((model, one.at // MS * MS), Quarter()).add(one)
     return found
 
 

@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +30,7 @@ AGAIN_AFTER_S = 2.0  # after the disk was full
 TIDY_EVERY_S = 5.0
 MOST_WAITING = 20_000  # decisions that wait for a disk; what comes then is lost, and counted
 MOST_WAITING_BYTES = 64 * 1024**2  # of their pictures; what comes then is kept without
+MOST_NAME = 64  # characters of a model's name, which may be any text that a client asked for
 PRUNE_SHARE = 0.05  # of all lines, at once, when there are too many
 MIB = 1024**2
 DAY_MS = 86_400_000
@@ -49,8 +51,13 @@ class Asked:
 
 class _Waiting(NamedTuple):
     entry: Decision | Note
-    image: bytes | None
-    anomaly_map: NDArray[np.float32] | None
+    image: bytes | None = None
+    anomaly_map: NDArray[np.float32] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of image and map, in memory."""
+        return len(self.image or b"") + (0 if self.anomaly_map is None else self.anomaly_map.nbytes)
 
 
 class Recorder:
@@ -111,7 +118,7 @@ class Recorder:
         if image is not None and self._is_wanted(decision):
             self._add(_Waiting(decision, image, done.anomaly_map))
         else:
-            self._add(_Waiting(decision, None, None))
+            self._add(_Waiting(decision))
 
     def no_verdict(self, asked: Asked, code: str, image: bytes | None = None) -> None:
         """Keep that a request got no verdict, and its picture where that was the reason."""
@@ -121,20 +128,17 @@ class Recorder:
             ("raw_score", "score", "threshold", "raw_threshold",
              "queue_ms", "decode_ms", "infer_ms", "total_ms")
         )  # fmt: skip
-        sha256 = hashlib.sha256(image).hexdigest() if image is not None else ""
         decision = Decision(
-            id=asked.id, part=asked.part, at=_now(), model=asked.model, version="", scorer="",
-            verdict="none", code=code, **nothing, sha256=sha256, format="", width=0, height=0,
-            who=asked.who,
+            id=asked.id, part=asked.part, at=_now(), model=asked.model[:MOST_NAME], version="",
+            scorer="", verdict="none", code=code, **nothing, sha256="", format="", width=0,
+            height=0, who=asked.who,
         )  # fmt: skip
-        self._add(_Waiting(decision, image, None))
+        self._add(_Waiting(decision, image))
 
     def note(self, what: str, who: str, subject: str, reason: str = "", **details: Any) -> None:
         """Add a line to the audit trail. In any thread."""
         if self.is_on:
-            self._waiting.append(
-                _Waiting(Note.now(what, who, subject, reason, details), None, None)
-            )
+            self._waiting.append(_Waiting(Note.now(what, who, subject, reason, details)))
 
     def _is_wanted(self, decision: Decision) -> bool:
         """Whether its picture is kept: a reject, near the limit, or one of a sample of the rest."""
@@ -144,18 +148,18 @@ class Recorder:
             return True
         if decision.threshold - decision.score <= self._settings.record_near:
             return True
+        before, share = self._normals, self._settings.record_sample
         self._normals += 1
-        every = self._settings.record_sample
-        return every > 0 and self._normals % max(1, round(1 / every)) == 0
+        return int(before * share) != int(self._normals * share)
 
     def _add(self, one: _Waiting) -> None:
-        size = len(one.image) if one.image is not None else 0
-        if size and self._bytes_in - self._bytes_out + size > MOST_WAITING_BYTES:
-            one, size = one._replace(image=None, anomaly_map=None), 0
         if len(self._waiting) >= MOST_WAITING:
             self.lost += 1
             return
-        self._bytes_in += size
+        is_too_much = self._bytes_in - self._bytes_out + one.bytes > MOST_WAITING_BYTES
+        if is_too_much:
+            one = _Waiting(one.entry)
+        self._bytes_in += one.bytes
         self._waiting.append(one)
 
     # ---- what is asked, in other threads -----------------------------------------------------
@@ -168,7 +172,7 @@ class Recorder:
         """
         if not self.is_on:
             raise Conflict("Nothing is recorded here: set KENSA_RECORD=on and start Kensa again.")
-        if not self._opened.wait(timeout=WAIT_S):
+        if not self._opened.wait(timeout=0 if self._problem else WAIT_S):
             raise Conflict(self._problem or f"The record in {self.folder} is still being opened.")
         self.flush()
         try:
@@ -220,8 +224,7 @@ class Recorder:
 
     def _open(self) -> DecisionDatabase:
         database = open_or_make(self.folder)
-        first, last, _ = database.span()
-        self.pictures.sweep(range(first, last + 1))
+        self.pictures.sweep(set(database.with_pictures()))
         self._picture_bytes = database.picture_bytes()
         self._opened.set()
         return database
@@ -231,22 +234,29 @@ class Recorder:
         if not batch:
             return
 
-        taken = 0
+        kept: dict[int, int] = {}  # number -> bytes
 
         def keep(place: int, number: int) -> int:
-            nonlocal taken
             image, anomaly_map = batch[place].image, batch[place].anomaly_map
-            if image is None or self._problem is not None:  # for want of room, perhaps
+            if not image or self._problem is not None:  # for want of room, perhaps
                 return 0
-            size = self.pictures.keep(number, image, anomaly_map)
-            taken += size
-            return size
+            if self._settings.record_pictures_mib == 0:
+                return 0
+            kept[number] = 0
+            kept[number] = self.pictures.keep(number, image, anomaly_map)
+            return kept[number]
 
-        database.append([one.entry for one in batch], keep)
-        self._picture_bytes += taken
+        try:
+            database.append([_with_sha256(one) for one in batch], keep)
+        except BaseException:
+            with suppress(OSError):  # it is logged why nothing can be written
+                for number in kept:  # they would lie there uncounted, on a disk that is full
+                    self.pictures.delete(number)
+            raise
+        self._picture_bytes += sum(kept.values())
         for one in batch:
             self._waiting.popleft()
-            self._bytes_out += len(one.image) if one.image is not None else 0
+            self._bytes_out += one.bytes
         self.written += len(batch)
 
     def _tidy(self, database: DecisionDatabase) -> None:
@@ -292,6 +302,13 @@ class Recorder:
             log.error("%s Inspecting goes on.", problem, exc_info=not isinstance(
                 error, OSError | sqlite3.Error))  # fmt: skip
         self._problem = problem
+
+
+def _with_sha256(one: _Waiting) -> Decision | Note:
+    """Of a damaged picture, which nobody has hashed yet: in the event loop it would delay parts."""
+    if one.image is None or isinstance(one.entry, Note) or one.entry.sha256:
+        return one.entry
+    return replace(one.entry, sha256=hashlib.sha256(one.image).hexdigest())
 
 
 def _said(error: sqlite3.Error, folder: Path) -> Exception:

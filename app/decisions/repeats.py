@@ -43,7 +43,7 @@ class Repeats:
         Where the first one ended without a verdict, this one is the first.
         """
         self._forget_old()
-        if (first := self._known.get(key)) is not None:
+        while (first := self._known.get(key)) is not None:  # of several that waited, one is next
             await asyncio.wait({first.done})
             if not first.done.cancelled() and first.done.exception() is None:
                 return first.done.result(), first.id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, time, timezone
@@ -15,7 +16,7 @@ from typing import IO, Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, ConfigDict, Field
+from pydantic import AwareDatetime, BeforeValidator, ConfigDict, Field
 from starlette.background import BackgroundTask
 
 from app.decisions.database import DecisionDatabase, Filter, Kept, Line
@@ -44,8 +45,19 @@ PAGE, MOST = 50, 500
 FLIPS = 200  # of a preview that are named
 SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
 MOST_DAYS = 400  # of statistics at once
+LATEST = 32_503_680_000_000  # milliseconds since 1970: calendars end
 AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
+
+
+def _written(given: Any) -> Any:
+    """A time in words: a number would be taken for seconds, and a large one for milliseconds."""
+    if not isinstance(given, str) or not re.match(r"\d{4}-\d\d-\d\d", given):
+        raise ValueError("say a time with its zone, such as 2026-11-29T06:00:00Z")
+    return given
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
 
 
 class DecisionBody(Body):
@@ -176,7 +188,7 @@ class FlipsBody(Body):
 class SpanBody(Body):
     """What was decided by a model within a span of time."""
 
-    model: str = Field(description="Empty: of requests that named none and got no verdict.")
+    model: str = Field(description="Empty: of requests that named none, or none that is known.")
     since: datetime = Field(description="When the span began, in the zone of KENSA_TIMEZONE.")
     until: datetime
     parts: int = Field(description="That got a verdict; a part that was sent again counts once.")
@@ -211,8 +223,8 @@ class TeachBody(Body):
     model: str | None = Field(None, max_length=64, description="Of this model.")
     version: str | None = Field(None, max_length=64, description="Judged by this version.")
     part: str | None = Field(None, max_length=200, description="Only of this part.")
-    since: AwareDatetime | None = Field(None, description="Only from this time on.")
-    until: AwareDatetime | None = Field(None, description="Only before this time.")
+    since: Moment | None = Field(None, description="Only from this time on.")
+    until: Moment | None = Field(None, description="Only before this time.")
     test_share: float = Field(
         0.2, ge=0, le=1, description="Of the good ones, so many are kept to test with."
     )
@@ -255,9 +267,10 @@ _MODEL: dict[int | str, dict[str, Any]] = {
     404: error_response(
         "No such model.", unknown_model="There is no model 'bolt'; there is 'bracket'."
     ),
-    409: error_response(
-        "Nothing is recorded here, or no version of the model is live.",
-        conflict="There is no threshold to speak of: bracket has no live version.",
+    409: _OFF,
+    503: error_response(
+        "The model is not in memory, such as one that rests.",
+        not_ready="bracket was unloaded; POST /v2/repository/models/bracket/load brings it back.",
     ),
 }
 
@@ -269,11 +282,11 @@ PartName = Annotated[
     Query(description="What the request called it.", max_length=200, examples=["KB-2046/A 17"]),
 ]
 Since = Annotated[
-    AwareDatetime | None,
+    Moment | None,
     Query(description="Only from this time on, with its zone.", examples=["2026-11-29T06:00:00Z"]),
 ]
 Until = Annotated[
-    AwareDatetime | None,
+    Moment | None,
     Query(description="Only before this time.", examples=["2026-11-29T14:00:00Z"]),
 ]
 Before = Annotated[
@@ -380,8 +393,8 @@ def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
 def _row(values: list[Any]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\r\n").writerow(
-        # A spreadsheet takes what begins so for a formula.
-        f"'{one}" if isinstance(one, str) and one[:1] in ("=", "+", "-", "@") else one
+        # A spreadsheet takes what begins so for a formula, in Japan also in full width.
+        f"'{one}" if isinstance(one, str) and one.startswith(tuple("=+-@＝＋－＠")) else one
         for one in values
     )
     return file.getvalue()
@@ -397,13 +410,14 @@ async def decision(request: Request, id: Id) -> WholeDecisionBody:  # noqa: A002
     """With everything that was said of it since. Of an id that came twice, the last one."""
 
     def look() -> WholeDecisionBody:
-        kept, lines = _recorder(request).read(
-            lambda it: (_kept(it, id), it.lines(MOST, subject=id))
-        )
+        def found(it: DecisionDatabase) -> tuple[Kept, list[Line]]:
+            kept = _kept(it, id)
+            return kept, _lines(it, kept)
+
+        kept, lines = _recorder(request).read(found)
         return WholeDecisionBody(
-            **_body(kept).model_dump(), hash=kept.hash,
-            history=[_line(one) for one in lines if one.details.get("number") == kept.number],
-        )  # fmt: skip
+            **_body(kept).model_dump(), hash=kept.hash, history=list(map(_line, lines))
+        )
 
     return await _ask(look)
 
@@ -495,7 +509,14 @@ async def label(request: Request, id: Id, body: LabelBody) -> WholeDecisionBody:
     "/decisions/{id}/replay",
     dependencies=[needs("operator")],
     summary="Judge its picture again",
-    responses={404: _UNKNOWN, 409: _OFF},
+    responses={
+        404: _UNKNOWN,
+        409: _OFF,
+        507: error_response(
+            "That version does not fit beside what is in memory.",
+            out_of_memory="bracket 0001-3f9a0c41d2e8 needs about 900 MiB, and 700 MiB are free.",
+        ),
+    },
 )
 async def replay(
     request: Request,
@@ -536,7 +557,9 @@ async def replay(
         with inspector.residents.use(live) as held:
             return await judged(held)
     await _ask(lambda: _store(request).folder(one.model, wanted))
-    async with manager.change(one.model), manager.opened(one.model, wanted) as opened:
+    # Nothing that judges parts has to go for a look at an old one.
+    opening = manager.opened(one.model, wanted, exchange=False)
+    async with manager.change(one.model), opening as opened:
         return await judged(opened)
 
 
@@ -563,7 +586,7 @@ async def evidence(request: Request, part: PartPath) -> StreamingResponse:
         of_part = database.find(_of_part(part), MOST)
         if not of_part:
             raise _unknown(part)
-        return [(one, database.lines(MOST, subject=one.decision.id)) for one in of_part]
+        return [(one, _lines(database, one)) for one in of_part]
 
     def write() -> IO[bytes]:
         file = SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (the answer closes it)
@@ -752,11 +775,16 @@ def _spans(
     begin = _ms(since) or end - DAY_MS
     if end - begin > MOST_DAYS * DAY_MS:
         raise BadRequest(f"Ask for {MOST_DAYS} days at most: say since and until.")
+    if not 0 <= begin < LATEST:
+        raise BadRequest("No part came then: ask for a time from 1970 to 2999.")
     found: dict[tuple[datetime, datetime, str], Quarter] = {}
-    first = round(spans.around(begin)[0].timestamp() * 1000)  # spans are told whole
+    span = spans.around(begin)
+    first = round(span[0].timestamp() * 1000)  # spans are told whole
     quarters = _recorder(request).read(lambda it: list(it.quarters(first, end, model)))
-    for name, at, quarter in quarters:
-        total = found.setdefault((*spans.around(at), name), Quarter())
+    for name, at, quarter in quarters:  # in the order of their times
+        if at >= span[1].timestamp() * 1000:
+            span = spans.around(at)
+        total = found.setdefault((*span, name), Quarter())
         total += quarter
     return [_span(*place, total) for place, total in sorted(found.items(), key=lambda one: one[0])]
 
@@ -854,6 +882,12 @@ def _kept(database: DecisionDatabase, id_: str) -> Kept:
             f"There is no decision {id_[:128]!r}: it was never made, or is too old to be kept."
         )
     return kept
+
+
+def _lines(database: DecisionDatabase, kept: Kept) -> list[Line]:
+    """What people said of a decision, and not of another one of the same id."""
+    lines = database.lines(MOST, subject=kept.decision.id)
+    return [one for one in lines if one.details.get("number") == kept.number]
 
 
 def _image(recorder: Recorder, kept: Kept) -> bytes:

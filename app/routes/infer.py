@@ -288,7 +288,8 @@ async def _once(
     key = asked.model, asked.part, sha256
     inspection, repeat_of = await repeats.once(key, asked.id, inspect)
     if repeat_of is not None and drawing is not None:  # which are not remembered
-        inspection = replace(inspection, drawing=(await inspect()).drawing)
+        drawn = await inspector.draw_again(data, asked.model or None, drawing)
+        inspection = replace(inspection, drawing=drawn)
     return inspection, repeat_of
 
 

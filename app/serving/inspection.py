@@ -215,6 +215,18 @@ class Inspector:
         scores, _ = await self.in_a_gap(lambda: model.runtime.infer(pixels[None]))
         return judge(float(scores[0]), model.scale)
 
+    async def draw_again(self, image: Image, name: str | None, drawing: Drawing) -> bytes:
+        """The drawing of a picture that has its verdict already. It counts nowhere.
+
+        Raises:
+            BadImage, RuntimeFailed, NotReady, UnknownModel: as `inspect`.
+        """
+        with self.residents.use(name) as model:
+            picture, pixels, _ = await self.beside(lambda: self._see(image, model, drawing))
+            _, anomaly_map = (await self.batcher.infer(model.runtime, pixels, model.name)).result
+            size = model.runtime.image_size
+            return await self.beside(lambda: draw(anomaly_map, model.scale, size, picture))
+
     def _note(self, model: Resident, verdict: Verdict, part: Part) -> None:
         if verdict.is_anomalous:
             self.counts.anomaly += 1
@@ -225,7 +237,7 @@ class Inspector:
 
 
 def _sha256(image: Image) -> str:
-    data = image if isinstance(image, bytes) else image.tobytes()
+    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
     return hashlib.sha256(data).hexdigest()
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -165,9 +166,17 @@ def test_the_same_picture_of_a_part_sent_again_gets_its_first_decision_and_count
     assert second["raw_score"] == first["raw_score"]
     of_part = get(server, "/parts/again-1")["decisions"]
     assert [one["id"] for one in of_part] == ["r3", "r1"]
+    counted = _inspected(server)
     drawn = server.infer(good, **{"X-Part": "again-1", "Accept": "image/png"})
     assert drawn.content[:4] == b"\x89PNG"
+    assert counted
+    assert _inspected(server) == counted
     assert drawn.headers["x-kensa-repeat-of"] == "r1"
+
+
+def _inspected(server: Server) -> list[str]:
+    lines = server.client.get("/metrics").text.splitlines()
+    return [line for line in lines if line.startswith("kensa_verdicts_total{")]
 
 
 def test_sent_again_while_the_first_is_being_judged_both_get_one_decision(
@@ -218,21 +227,23 @@ def test_decisions_are_filtered_and_come_in_pages(running: Line, good: bytes) ->
     assert all(one["score"] >= 0.5 for one in least)
     assert get(server, "/decisions", since=since)["decisions"][-1]["time"] >= since
     assert get(server, "/decisions", until="2020-01-01T00:00:00Z")["decisions"] == []
-    answer = server.client.get("/decisions", params={"since": "2026-11-29T06:00:00"})
-    assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+    for wrong in ("2026-11-29T06:00:00", "1764400000", "0.5", "today"):
+        answer = server.client.get("/decisions", params={"since": wrong})
+        assert (answer.status_code, agreed(answer)) == (422, "bad_request")
 
 
 def test_the_table_is_what_the_list_says_and_no_formula(running: Line, good: bytes) -> None:
     import csv
     import io
 
+    running.server.infer(good, **{"X-Part": quote("＝HYPERLINK(2)")})
     running.server.infer(good, **{"X-Part": "=HYPERLINK(1)"})
     answer = running.server.client.get("/decisions.csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
     rows = list(csv.DictReader(io.StringIO(answer.text)))
     listed = get(running.server, "/decisions", limit=500)["decisions"]
     assert [int(row["number"]) for row in rows] == [one["number"] for one in listed]
-    assert rows[0]["part"] == "'=HYPERLINK(1)"
+    assert [row["part"] for row in rows[:2]] == ["'=HYPERLINK(1)", "'＝HYPERLINK(2)"]
     assert float(rows[0]["raw_score"]) == listed[0]["raw_score"]
 
 
@@ -252,8 +263,13 @@ def test_statistics_count_what_the_list_shows(running: Line, good: bytes) -> Non
     table = server.client.get("/statistics.csv", params={"per": "day", "model": NAME}).text
     assert table.splitlines()[0].startswith("model,since,until,parts,rejects,")
     assert table.splitlines()[1].startswith(f"{NAME},")
-    answer = server.client.get("/statistics", params={"since": "2020-01-01T00:00:00Z"})
-    assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+    for since, until in (
+        ("2020-01-01T00:00:00Z", "2026-01-01T00:00:00Z"),
+        ("0001-01-01T00:00:00Z", "0001-01-01T06:00:00Z"),
+        ("9999-12-31T12:00:00Z", "9999-12-31T23:00:00Z"),
+    ):
+        answer = server.client.get("/statistics", params={"since": since, "until": until})
+        assert (answer.status_code, agreed(answer)) == (422, "bad_request")
 
 
 def test_the_evidence_of_a_part_is_a_zip_with_all_of_it_and_its_hashes(
@@ -264,20 +280,26 @@ def test_the_evidence_of_a_part_is_a_zip_with_all_of_it_and_its_hashes(
 
     server = running.server
     with_limit(server, threshold=0)
-    for number, data in enumerate((good, bad)):
-        server.infer(data, **{"X-Part": "E/1", "X-Request-ID": f"evidence-{number}"})
-    server.client.post("/decisions/evidence-1/label", json={"label": "defect", "defect": "stain"})
+    for number, data in enumerate((good, bad)):  # of one id, as of a PLC that has a constant one
+        server.infer(data, **{"X-Part": "E/1", "X-Request-ID": "evidence"})
+        body = {"label": "defect", "defect": f"kind-{number}"}
+        server.client.post("/decisions/evidence/label", json=body)
+    second, first = (
+        f"decisions/{one['number']}-evidence" for one in get(server, "/parts/E/1")["decisions"]
+    )
     answer = server.client.get("/parts/E/1/evidence")
     assert answer.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(answer.content)) as found:
         assert found.testzip() is None
         names = set(found.namelist())
         live = running.model()["live"]
-        assert {"decisions/evidence-0.json", "decisions/evidence-1.png", "trail.json", "sha256.txt",
-                f"versions/{NAME}/{live}/meta.json", f"versions/{NAME}/{live}/gate.json",
-                "decisions/evidence-1.overlay.png"} <= names  # fmt: skip
-        assert found.read("decisions/evidence-1.png") == bad
-        assert json.loads(found.read("trail.json"))[0]["details"]["defect"] == "stain"
+        assert {f"{first}.json", f"{second}.json", f"{second}.overlay.png", "trail.json",
+                "sha256.txt", f"versions/{NAME}/{live}/meta.json",
+                f"versions/{NAME}/{live}/gate.json"} <= names  # fmt: skip
+        assert len(found.namelist()) == len(names)
+        assert (found.read(f"{first}.png"), found.read(f"{second}.png")) == (good, bad)
+        trail = json.loads(found.read("trail.json"))
+        assert [line["details"]["defect"] for line in trail] == ["kind-1", "kind-0"]
         hashes = dict(line.split("  ")[::-1] for line in
                       found.read("sha256.txt").decode().splitlines())  # fmt: skip
         assert hashes.keys() == names - {"sha256.txt"}
