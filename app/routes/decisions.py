@@ -27,7 +27,7 @@ from app.decisions.recorder import DAY_MS, Recorder
 from app.decisions.teaching import teach
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
-from app.http.part import checked
+from app.http.part import SCHEMA, checked
 from app.routes.infer import ImageBody, TimingBody
 from app.serving.inspection import Inspector, draw
 from app.serving.model_manager import ModelManager
@@ -226,7 +226,7 @@ class TeachBody(Body):
     since: Moment | None = Field(None, description="Only from this time on.")
     until: Moment | None = Field(None, description="Only before this time.")
     test_share: float = Field(
-        0.2, ge=0, le=1, description="Of the good ones, so many are kept to test with."
+        0.2, ge=0, le=1, strict=True, description="Of the good ones, so many are kept to test with."
     )
 
     def filter(self) -> Filter:
@@ -563,7 +563,7 @@ async def replay(
         return await judged(opened)
 
 
-PartPath = Annotated[str, InPath(description="Its name.", examples=["KB-2046/A 17"])]
+PartPath = Annotated[str, InPath(description="Its name.", json_schema_extra=SCHEMA)]
 
 
 @router.get(
