@@ -265,6 +265,9 @@ async def infer(
         raise
     if repeat_of is None:
         recorder.verdict(asked, inspection, data)
+    else:  # in the log it is a part as any other, which the inspector would have noted
+        model, verdict = inspection.model, inspection.verdict
+        note(model=model.name, version=model.version, label=verdict.label)
     return _answer(inspection, answer, asked, repeat_of)
 
 
