@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": "look at this machine: what it has, what fits, what is wrong, what to type for it",
     "threshold": "show or change the threshold of a model in a folder",
     "keys": "make, show and remove API keys",
+    "verify": "check the record of decisions: whether anything was changed in it afterwards",
 }
 
 log = logging.getLogger("kensa")
@@ -216,6 +217,10 @@ def _command(name: str, arguments: list[str]) -> int:
             from engines.threshold_command import main as threshold
 
             return threshold(arguments)
+        elif name == "verify":
+            from app.decisions.verify import command as verify
+
+            verify(arguments)
         elif name == "keys":
             from app.http.keys import command as keys
 

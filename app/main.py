@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from app.background import Background
+from app.decisions.recorder import Recorder
+from app.decisions.repeats import Repeats
 from app.http.accept import error_line, sentence_header, wanted
 from app.http.access import Access
 from app.http.body_limit import BodyLimit
@@ -27,7 +30,7 @@ from app.http.part import given_back_at_once
 from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
-from app.routes import datasets, infer, models, open_inference, system
+from app.routes import datasets, decisions, infer, models, open_inference, system
 from app.routes import jobs as jobs_routes
 from app.serving.inspection import Inspection, Inspector
 from app.serving.model_manager import ModelManager
@@ -37,7 +40,7 @@ from app.settings import Settings, version
 from app.watching.health import Health
 from app.watching.metrics import Metrics
 from engines.errors import BadRequest, KensaError, UnsupportedBody
-from engines.logs import note
+from engines.logs import note, noted
 from engines.store.datasets import Datasets, cannot_write
 from engines.store.versions import Store
 
@@ -52,8 +55,8 @@ _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
-    infer.router, models.router, jobs_routes.router, datasets.router, system.router,
-    open_inference.router, open_inference.control, open_inference.health,
+    infer.router, decisions.router, models.router, jobs_routes.router, datasets.router,
+    system.router, open_inference.router, open_inference.control, open_inference.health,
 )  # fmt: skip
 
 
@@ -70,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     jobs.coming = rollout.coming
     worker = WorkerProcess(settings.data, settings, background)
     metrics = Metrics(version())
+    recorder = Recorder(settings)
     inspector.admission.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     rollout.on_swap = metrics.swapped
@@ -82,8 +86,14 @@ def create_app(settings: Settings) -> FastAPI:
 
     inspector.on_inspection = on_inspection
 
+    def on_change(what: str, name: str, of: str, reason: str, details: dict[str, Any]) -> None:
+        recorder.note(what, noted("key") or "", name, reason, version=of, **details)
+
+    rollout.on_change = on_change
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        recorder.start()
         await run_in_threadpool(app.state.datasets.sweep)  # whose first use is 35 ms of the loop
         await rollout.open()
         opening = asyncio.create_task(asyncio.to_thread(jobs.open))  # parts need no queue
@@ -93,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
         await rollout.close()
         await inspector.close()
         await asyncio.to_thread(jobs.close)
+        await asyncio.to_thread(recorder.close)
 
     app: FastAPI = FastAPIOffline(
         docs_url="/docs",
@@ -113,7 +124,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = jobs
     app.state.worker = worker
     app.state.metrics = metrics
-    app.state.health = Health(inspector, jobs, worker, settings, background)
+    app.state.recorder = recorder
+    app.state.repeats = Repeats(settings.repeat_s)
+    app.state.health = Health(inspector, jobs, worker, settings, background, recorder)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()

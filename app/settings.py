@@ -7,11 +7,13 @@ They come from environment variables with the prefix `KENSA_`. Nobody else reads
 from __future__ import annotations
 
 import os
+from datetime import time
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -315,6 +317,61 @@ class Settings(BaseSettings):
         ge=1024,
         le=10**9,
     )
+    record: Literal["on", "off"] = _setting(
+        "on",
+        "",
+        "Whether each inspection leaves a record in the data folder: what was decided of which part"
+        " and why, and an audit trail of who changed what.",
+    )
+    record_mib: int = _setting(
+        1024,
+        "MiB",
+        "The most disk that decisions may take, without their pictures; the oldest go first. About"
+        " 2,000 are 1 MiB.",
+        ge=1,
+        le=1024**2,
+    )
+    record_days: int = _setting(
+        0,
+        "days",
+        "How long decisions are kept; 0: as long as there is room.",
+        ge=0,
+        le=36_500,
+    )
+    record_pictures_mib: int = _setting(
+        2048,
+        "MiB",
+        "The most disk that their pictures may take; the oldest go first, and those that somebody"
+        " has marked last. 0: none is kept.",
+        ge=0,
+        le=1024**2,
+    )
+    record_near: float = _setting(
+        0.1,
+        "score",
+        "The pictures of all rejects are kept, and of parts whose score is this near to the"
+        " threshold.",
+        ge=0,
+        le=1,
+    )
+    record_sample: float = _setting(0.01, "share", "And of so many of the other parts.", ge=0, le=1)
+    shifts: str = _setting(
+        "06:00,14:00,22:00",
+        "times",
+        "When shifts begin, for statistics: at quarters of an hour, separated by commas.",
+        pattern=r"^([01]\d|2[0-3]):(00|15|30|45)( *, *([01]\d|2[0-3]):(00|15|30|45))*$",
+    )
+    timezone: str = _setting(
+        "UTC", "name", "The time zone of shifts and days, such as Asia/Tokyo.", max_length=100
+    )
+    repeat_s: int = _setting(
+        60,
+        "seconds",
+        "How long the same picture of the same part, sent again, gets its first decision back and"
+        " is counted once; 0: never.",
+        ge=0,
+        le=86_400,
+    )
     cache_dir: Path | None = _setting(
         None,
         "folder",
@@ -358,6 +415,7 @@ class Settings(BaseSettings):
             raise BadSettings(message) from None
         settings.fleet  # noqa: B018 (raises what is wrong with it)
         settings.served_name  # noqa: B018 (the same)
+        settings.zone  # noqa: B018 (the same)
         return settings
 
     @property
@@ -376,6 +434,26 @@ class Settings(BaseSettings):
                 " made: set KENSA_MODEL_NAME."
             )
         return name
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The time zone of shifts.
+
+        Raises:
+            BadSettings: there is none of this name.
+        """
+        try:
+            return ZoneInfo(self.timezone)
+        except (KeyError, ValueError, OSError):
+            raise BadSettings(
+                f"KENSA_TIMEZONE is {self.timezone!r}, and there is no such zone: say Asia/Tokyo or"
+                " UTC, for example."
+            ) from None
+
+    @property
+    def shift_times(self) -> list[time]:
+        """The times in `shifts`."""
+        return [time.fromisoformat(one) for one in _listed(self.shifts)]
 
     @property
     def host_names(self) -> list[str]:
@@ -456,6 +534,7 @@ GROUPS = {  # of the table, by the setting that each begins with
     "host": "Who may ask, and how many",
     "runtime": "Inference",
     "queue_size": "Parts",
+    "record": "The record",
     "cache_dir": "The process",
 }
 

@@ -24,6 +24,8 @@ from typing import Any
 import httpx
 
 from benchmarks.common import ASSETS, ROOT, begin, phase, print_load, print_machine, print_table
+from kensa_client import Kensa
+from kensa_client.answers import Split
 
 CATEGORY = "alien"
 SETTINGS = {"backbone": "resnet18", "layers": ["layer2", "layer3"], "coreset_ratio": 0.1,
@@ -106,18 +108,20 @@ def line(
 def first_training(client: httpx.Client) -> None:
     """Upload the photos, and learn them."""
     data = ASSETS / "data"
-    places = {"train": data / "train" / CATEGORY, "normal": data / "test" / CATEGORY / "normal",
-              "anomaly": data / "test" / CATEGORY / "anomaly"}  # fmt: skip
-    for split, place in places.items():
-        files = [("file", (path.name, path.read_bytes())) for path in sorted(place.iterdir())]
-        client.post(f"/datasets/{CATEGORY}/{split}", files=files).raise_for_status()
-    body = {"model": CATEGORY, "category": CATEGORY, "kind": "patchcore", "meta": SETTINGS,
-            "pretrained": "resnet18.safetensors"}  # fmt: skip
-    job = client.post("/retrain", json=body).raise_for_status().json()["id"]
-    while (state := client.get(f"/jobs/{job}").json())["state"] in ("queued", "running"):
-        time.sleep(0.5)
-    if state["outcome"] != "live":
-        sys.exit(f"The first training failed: {state}")
+    test = data / "test" / CATEGORY
+    places: dict[Split, Path] = {
+        "train": data / "train" / CATEGORY,
+        "normal": test / "normal",
+        "anomaly": test / "anomaly",
+    }
+    with Kensa(str(client.base_url)) as kensa:
+        for split, place in places.items():
+            kensa.upload(CATEGORY, split, sorted(place.iterdir()))
+        job = kensa.retrain(CATEGORY, CATEGORY, kind="patchcore", meta=SETTINGS,
+                            pretrained="resnet18.safetensors")  # fmt: skip
+        ended = kensa.wait(job["id"])
+    if ended["outcome"] != "live":
+        sys.exit(f"The first training failed: {ended}")
 
 
 @contextmanager
@@ -152,7 +156,7 @@ def server(folder: Path, pace: str) -> Iterator[httpx.Client]:
 def until_ready(client: httpx.Client) -> None:
     for _ in range(300):
         try:
-            if client.get("/healthz").json()["worker"] == "running":
+            if client.get("/healthz").json().get("worker") == "running":
                 client.get("/jobs").raise_for_status()
                 return
         except httpx.HTTPError:

@@ -23,11 +23,13 @@ KensaError
 ├── BadBundle             422  the files of a model are missing, damaged or do not fit together
 ├── BadDataset            422  a folder of images that cannot be learned from
 ├── BadWeights            422  weights that are missing or do not fit the backbone
+├── BadRecord             422  the record of decisions is not as it was written
 ├── BadShared             422  what lies in the shared store is missing or damaged
 ├── UnknownModel          404  no model of that name
 ├── UnknownVersion        404  the model has no such version
 ├── UnknownJob            404  no job of that id
 ├── UnknownDataset        404  no category or image of that name
+├── UnknownDecision       404  no decision of that id, or its picture is not kept
 ├── Conflict              409  what is asked for collides with what is going on
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
@@ -185,6 +187,13 @@ class BadWeights(KensaError):
     code = "bad_weights"
 
 
+class BadRecord(KensaError):
+    """The record of decisions is not as it was written, or cannot be read."""
+
+    status = 422
+    code = "bad_record"
+
+
 class BadShared(KensaError):
     """What another machine left in the shared store is missing or damaged."""
 
@@ -218,6 +227,13 @@ class UnknownDataset(KensaError):
 
     status = 404
     code = "unknown_dataset"
+
+
+class UnknownDecision(KensaError):
+    """No decision of that id, or its picture is not kept."""
+
+    status = 404
+    code = "unknown_decision"
 
 
 class Conflict(KensaError):

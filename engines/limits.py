@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from engines.errors import BadRequest
 from engines.meta import Meta
 from engines.verdict import Scale
@@ -121,6 +123,23 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _log_share(low: float, high: float, value: float) -> float:
     """Where a value lies between two others, 0 to 1, by their logarithms."""
     return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+
+
+def share_at_most(count: int, of: int) -> float | None:
+    """The share that so many of so many parts may stand for at most, 95 % sure; None of none.
+
+    Clopper and Pearson's bound (Biometrika 26, 1934), by halving.
+    """
+    if of == 0:
+        return None
+    low, high = count / of, 1.0
+    chosen = np.arange(count + 1)
+    ways = [math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1) for k in chosen]
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        odds = np.array(ways) + chosen * math.log(middle) + (of - chosen) * math.log1p(-middle)
+        low, high = (middle, high) if np.exp(odds).sum() > 0.05 else (low, middle)
+    return high
 
 
 def asked_for(meta: Meta, wanted: dict[str, Any]) -> Meta:

@@ -39,6 +39,11 @@ def note(**fields: Any) -> None:
         known.update(fields)
 
 
+def noted(field: str) -> Any:
+    """What was noted of the request under way; None outside of one."""
+    return (_under_way.get() or {}).get(field)
+
+
 def set_up(level: str, form: str, who: str = "") -> None:
     """Log to stderr, "text" or "json", also what uvicorn, DBOS and Python's warnings say.
 

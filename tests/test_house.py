@@ -30,8 +30,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("converting",), ("evaluation", "importing", "jobs"), ("demo", "learn"),
     ),
     "app": (
-        ("settings", "background"), ("jobs",), ("serving",), ("watching",), ("http",),
-        ("open_inference",), ("routes",), ("main",), ("__main__",),
+        ("settings", "background"), ("jobs",), ("serving",), ("decisions",), ("watching",),
+        ("http",), ("open_inference",), ("routes",), ("main",), ("__main__",),
     ),
 }  # fmt: skip
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}
@@ -198,6 +198,18 @@ def test_workers_do_not_know_the_server() -> None:
 def test_the_server_does_not_know_the_workers() -> None:
     known = {path: set(imports(path)) & {"workers"} for path in files("app")}
     assert len(known) > 5
+    assert not any(known.values()), known
+
+
+def test_the_client_knows_nobody_and_needs_only_httpx() -> None:
+    """Whoever asks a server may copy its folder, and nothing else."""
+    known = {name for path in files("kensa_client") for name in imports(path)}
+    assert known - sys.stdlib_module_names == {"httpx", "kensa_client"}
+
+
+def test_nobody_here_knows_the_client() -> None:
+    known = {path: set(imports(path)) & {"kensa_client"} for package in FLOORS
+             for path in files(package)}  # fmt: skip
     assert not any(known.values()), known
 
 

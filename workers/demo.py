@@ -54,7 +54,7 @@ def demo(folder: Path, port: int, progress: Progress, *, stay: bool = True) -> N
     """Draw, learn, convert, serve, inspect; stay until Ctrl-C, or end."""
     _must_be_free(port)
     progress.say(f"1/4  drawing sample parts into {folder / 'data'}")
-    data = write_dataset(folder / "data")
+    data = write_dataset(folder / "data", progress=progress)
     progress.say("2/4  learning what a normal part looks like")
     trained = _learn(data, folder / "models", progress)
     progress.say("3/4  converting the model")

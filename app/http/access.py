@@ -19,6 +19,7 @@ from engines.errors import (
     Forbidden,
     Unauthorized,
 )
+from engines.logs import note
 
 log = logging.getLogger("kensa")
 
@@ -137,14 +138,19 @@ _HEADER = APIKeyHeader(
 def needs(role: Role) -> Any:
     """A dependency for a route or a router: only who has a key of this role, or of a higher one."""
 
-    async def who(
+    async def known(
         request: Request,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
         header: Annotated[str | None, Security(_HEADER)],
     ) -> None:
         _check(request, bearer.credentials if bearer else header, role)
 
-    return Security(who, scopes=[role])
+    return Security(known, scopes=[role])
+
+
+def who(request: Request) -> str:
+    """The name of the key that a request came with; empty where none was needed."""
+    return getattr(request.state, "key", None) or ""
 
 
 class KeyFirst(APIRoute):
@@ -167,3 +173,5 @@ def _check(request: Request, given: str | None, role: Role) -> None:
     access: Access = request.app.state.access
     key = access.check(given, role)
     request.state.key = key.name if key else None
+    if key:
+        note(key=key.name)

@@ -146,13 +146,16 @@ def command(arguments: list[str]) -> None:
         KensaError: as the functions above.
     """
     asked = _parser().parse_args(arguments)
-    path = Settings.read().keys_path
+    settings = Settings.read()
+    path = settings.keys_path
     if asked.what == "add":
         print(add_key(path, asked.name, asked.role))  # noqa: T201 (alone, so that a script can take it)
         _say(f"This is the key {asked.name}, role {asked.role}. It is shown only now.")
+        _note(settings, "key_added", asked.name, role=asked.role)
     elif asked.what == "remove":
         left = remove_key(path, asked.name)
         _say(f"The key {asked.name} is removed; a running server refuses it from now on.")
+        _note(settings, "key_removed", asked.name)
         if not left:
             _say(
                 "There are no more keys: a server that only this machine reaches lets everybody in"
@@ -161,6 +164,13 @@ def command(arguments: list[str]) -> None:
     else:
         for key in read_keys(path) or []:
             print(f"{key.name:20} {key.role:8} {key.id} {key.created}")  # noqa: T201
+
+
+def _note(settings: Settings, what: str, name: str, **details: str) -> None:
+    from app.decisions.database import note_once
+
+    if settings.record == "on":
+        note_once(settings.data / "decisions", what, name, **details)
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -12,16 +14,19 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
+from app.decisions.recorder import Asked, Recorder
+from app.decisions.repeats import Repeats
 from app.http.accept import Answer, wanted
-from app.http.access import needs
+from app.http.access import needs, who
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import within_deadline
 from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, part_of
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
-from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
+from engines.errors import BadImage, BadRequest, ImageTooLarge, KensaError, UnsupportedBody
 from engines.logs import note
 from engines.verdict import Label
 
@@ -61,6 +66,11 @@ class InspectionBody(Body):
 
     id: str = Field(description="The X-Request-ID of the request, or a new one.")
     part: str | None = Field(None, description="What the request called the part, as it was sent.")
+    repeat_of: str | None = Field(
+        None,
+        description="The `id` of the inspection that this one repeats: the same picture of the same"
+        " part was sent again, and this is the answer from then. It is counted once.",
+    )
     model_name: str
     model_version: str = Field(description="Changes whenever a file of the model changes.")
     label: Label
@@ -87,6 +97,7 @@ _BINARY = {"type": "string", "format": "binary"}
 _EXAMPLE = {
     "id": "5f0c8e6c0b1d4a6f9d7c2f0e8a3b1c4d",
     "part": "KB-2046/A 17",
+    "repeat_of": None,
     "model_name": "sample_bracket",
     "model_version": "3f9a0c41d2e8",
     "label": "Anomaly",
@@ -104,6 +115,7 @@ _HEADERS = {
     "X-Request-ID": "The id of the inspection.",
     "X-Kensa-Id": "The same.",
     ANSWERED: "What the request called the part, percent-encoded where it is not ASCII.",
+    "X-Kensa-Repeat-Of": "The id of the inspection that this one repeats; absent otherwise.",
     "X-Kensa-Model-Name": "The model that judged.",
     "X-Kensa-Model-Version": "Its version.",
     "X-Kensa-Label": "Normal or Anomaly.",
@@ -226,27 +238,59 @@ async def infer(
     `Accept: application/json` (the default) answers with all numbers, `text/plain` with one line
     for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
     """
-    inspector: Inspector = request.app.state.inspector
+    recorder: Recorder = request.app.state.recorder
     called = part_of(request.scope["query_string"], request.headers.raw)
-    inspector.residents.call(model or None)  # before the image is read
-    inspector.admission.check_room()
-    answer = wanted(request.headers.get("accept", ""))
-    drawing: Drawing | None = "overlay" if answer == "image/png" else None
-    if heatmap and answer == "application/json":
-        drawing = "heatmap"
+    asked = Asked(request_id(request), called, model, who(request))
+    data: bytes | None = None
     try:
+        inspector: Inspector = request.app.state.inspector
+        inspector.residents.call(model or None)  # before the image is read
+        inspector.admission.check_room()
+        answer = wanted(request.headers.get("accept", ""))
+        drawing: Drawing | None = "overlay" if answer == "image/png" else None
+        if heatmap and answer == "application/json":
+            drawing = "heatmap"
         with inspector.admission.holding() as hold:
             data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
             in_form = checked(in_form)  # also where another one comes first
-            if called := called or in_form:
-                note(part=called)
+            if not called and in_form:
+                asked = replace(asked, part=in_form)
+                note(part=in_form)
             with inspector.admission.admitted():
-                inspecting = inspector.inspect(data, model or None, drawing)
-                inspection = await within_deadline(request, inspecting, deadline_ms)
-    except BadImage:
-        inspector.counts.refused += 1
+                inspecting = _once(request, asked, data, drawing)
+                inspection, repeat_of = await within_deadline(request, inspecting, deadline_ms)
+    except KensaError as error:
+        bad = isinstance(error, BadImage)
+        inspector.counts.refused += bad
+        recorder.no_verdict(asked, error.code, data if bad else None)
         raise
-    return _answer(inspection, answer, request_id(request), called or None)
+    except ClientDisconnect:
+        recorder.no_verdict(asked, "client_left")
+        raise
+    if repeat_of is None:
+        recorder.verdict(asked, inspection, data)
+    return _answer(inspection, answer, asked, repeat_of)
+
+
+async def _once(
+    request: Request, asked: Asked, data: bytes, drawing: Drawing | None
+) -> tuple[Inspection, str | None]:
+    """The inspection of a picture, and the id of the one that it repeats, if it does."""
+    inspector: Inspector = request.app.state.inspector
+    repeats: Repeats = request.app.state.repeats
+
+    def inspect() -> Awaitable[Inspection]:
+        return inspector.inspect(data, asked.model or None, drawing)
+
+    if not asked.part or not repeats.seconds:
+        return await inspect(), None
+    sha256 = await inspector.beside(lambda: hashlib.sha256(data).hexdigest())
+    key = asked.model, asked.part, sha256
+    inspection, repeat_of = await repeats.once(key, asked.id, inspect)
+    if repeat_of is not None and drawing is not None:  # which are not remembered
+        drawn = await inspector.draw_again(data, asked.model or None, drawing)
+        inspection = replace(inspection, drawing=drawn)
+    return inspection, repeat_of
 
 
 async def read_image(
@@ -311,15 +355,19 @@ async def _file_of_form(
     )
 
 
-def _answer(inspection: Inspection, answer: Answer, request_id: str, part: str | None) -> Response:
-    headers = _headers(inspection, request_id)
+def _answer(
+    inspection: Inspection, answer: Answer, asked: Asked, repeat_of: str | None
+) -> Response:
+    headers = _headers(inspection, asked.id)
+    if repeat_of is not None:
+        headers["X-Kensa-Repeat-Of"] = repeat_of
     if answer == "image/png":
         return Response(inspection.drawing, media_type=answer, headers=headers)
     if answer == "text/plain":
         verdict = inspection.verdict
         line = f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
         return Response(line, media_type=answer, headers=headers)
-    body = _body(inspection, request_id, part).model_dump_json()
+    body = _body(inspection, asked, repeat_of).model_dump_json()
     return Response(body, media_type=answer, headers=headers)
 
 
@@ -340,7 +388,7 @@ def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
     }
 
 
-def _body(inspection: Inspection, request_id: str, part: str | None) -> InspectionBody:
+def _body(inspection: Inspection, asked: Asked, repeat_of: str | None) -> InspectionBody:
     verdict, timing, model = inspection.verdict, inspection.timing, inspection.model
     seen = inspection.seen
     size = model.runtime.image_size
@@ -349,8 +397,9 @@ def _body(inspection: Inspection, request_id: str, part: str | None) -> Inspecti
         png = base64.b64encode(inspection.drawing).decode()
         heatmap = HeatmapBody(width=size, height=size, png=png)
     return InspectionBody(
-        id=request_id,
-        part=part,
+        id=asked.id,
+        part=asked.part or None,
+        repeat_of=repeat_of,
         model_name=model.name,
         model_version=model.version,
         label=verdict.label,

@@ -21,6 +21,7 @@ from app.http.access import KeyFirst, needs
 from app.http.base_body import Body
 from app.http.base_body import error_response as problem
 from app.jobs.job_queue import ENDED, JobQueue
+from app.routes.decisions import TeachBody, taught
 from app.serving.model_manager import ModelManager
 from engines.errors import BadDataset, KensaError, NoWorker
 from engines.machine import job_memory
@@ -103,6 +104,16 @@ class JobsBody(Body):
     """Jobs, newest first."""
 
     jobs: list[JobBody]
+
+
+class RetrainBody(RetrainRequest):
+    """Learn from the images of a category, and put the result in the place of the live version."""
+
+    from_decisions: bool = Field(
+        False,
+        description="First put the parts of this model that somebody has marked into the category,"
+        " as POST /datasets/{category}/from-decisions does.",
+    )
 
 
 class ScheduleRequest(Body):
@@ -202,10 +213,13 @@ _ASKED: dict[int | str, dict[str, Any]] = {
     summary="Learn from the images of a category",
     responses=_ASKED,
 )
-async def retrain(request: Request, response: Response, body: RetrainRequest) -> JobBody:
+async def retrain(request: Request, response: Response, body: RetrainBody) -> JobBody:
     """The answer comes at once; `Location` names the job. Parts are inspected all the while."""
+    if body.from_decisions:
+        await taught(request, body.category, TeachBody.model_validate({"model": body.model}))
+    asked = RetrainRequest(**body.model_dump(exclude={"from_decisions"}, exclude_unset=True))
     here = request.app.state.settings.fleet is None  # else any machine may learn
-    return await _submit(request, response, "retrain", body, _check_retrain, here=here)
+    return await _submit(request, response, "retrain", asked, _check_retrain, here=here)
 
 
 @router.post(

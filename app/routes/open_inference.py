@@ -16,8 +16,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
-from app.http.access import needs
+from app.decisions.recorder import Asked, Recorder
+from app.http.access import needs, who
 from app.http.base_body import error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import within_deadline
@@ -57,6 +59,7 @@ from engines.errors import (
     BadImage,
     BadRequest,
     ImageTooLarge,
+    KensaError,
     NotReady,
     UnknownVersion,
 )
@@ -302,23 +305,37 @@ async def infer(request: Request, model: Called) -> Response:
 
     One image that cannot be read is named, and the request gets no verdict at all.
     """
-    inspector = _inspector(request)
-    inspector.admission.check_room()
-    with inspector.admission.holding() as hold:
-        body = await _body(request, most_bytes(inspector.limits), hold)
-        arrived, length = time.monotonic(), request.headers.get(HEADER_LENGTH)
-        reading = inspector.beside(partial(read_request, body, length, inspector.limits))
-        wanted = await within_deadline(request, reading)
-        called = part_of(request.scope["query_string"], request.headers.raw)
-        wanted = replace(wanted, part=checked(wanted.part) or called)
-        if wanted.part:
-            note(part=wanted.part)
-        # Once more: another version may have gone live while the body arrived.
-        live = _find(request, model.name)
-        with inspector.residents.use(live) as held, inspector.admission.admitted():
-            within_ms = math.ceil(wanted.timeout_us / 1000) or None
-            answering = _answer(inspector, held, wanted)
-            content, json_length = await within_deadline(request, answering, within_ms, arrived)
+    recorder: Recorder = request.app.state.recorder
+    called = part_of(request.scope["query_string"], request.headers.raw)
+    asked = Asked(request_id(request), called, model.name, who(request))
+    try:
+        inspector = _inspector(request)
+        inspector.admission.check_room()
+        with inspector.admission.holding() as hold:
+            body = await _body(request, most_bytes(inspector.limits), hold)
+            arrived, length = time.monotonic(), request.headers.get(HEADER_LENGTH)
+            reading = inspector.beside(partial(read_request, body, length, inspector.limits))
+            wanted = await within_deadline(request, reading)
+            wanted = replace(wanted, part=checked(wanted.part) or called)
+            asked = replace(asked, part=wanted.part)
+            if wanted.part:
+                note(part=wanted.part)
+            # Once more: another version may have gone live while the body arrived.
+            live = _find(request, model.name)
+            with inspector.residents.use(live) as held, inspector.admission.admitted():
+                within_ms = math.ceil(wanted.timeout_us / 1000) or None
+                answering = _answer(inspector, held, wanted)
+                answered = await within_deadline(request, answering, within_ms, arrived)
+    except KensaError as error:
+        recorder.no_verdict(asked, error.code)
+        raise
+    except ClientDisconnect:
+        recorder.no_verdict(asked, "client_left")
+        raise
+    content, json_length, inspections = answered
+    for number, (image, done) in enumerate(zip(wanted.images, inspections, strict=True)):
+        one = replace(asked, id=f"{asked.id}.{number}") if len(inspections) > 1 else asked
+        recorder.verdict(one, done, image if isinstance(image, bytes) else None)
     headers = {"X-Request-ID": request_id(request)}
     if json_length is None:
         return Response(content, media_type="application/json", headers=headers)
@@ -328,10 +345,11 @@ async def infer(request: Request, model: Called) -> Response:
 
 async def _answer(
     inspector: Inspector, model: Resident, wanted: InferRequest
-) -> tuple[bytes, int | None]:
+) -> tuple[bytes, int | None, list[Inspection]]:
     """Inspect the images of a request, and write its answer: see `write_answer`."""
     inspections = await _inspect_all(inspector, model, wanted.images, wanted.tensor)
-    return await inspector.beside(lambda: write_answer(wanted, inspections))
+    content, length = await inspector.beside(lambda: write_answer(wanted, inspections))
+    return content, length, inspections
 
 
 async def _inspect_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from engines.meta import Meta
 from engines.runtimes import cuda
 from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
-from engines.verdict import Verdict, heatmap, judge, overlay_png, png
+from engines.verdict import Scale, Verdict, heatmap, judge, overlay_png, png
 
 LINE_SHARE = 100  # what is done in gaps takes one part in so many of a line that has none
 Drawing = Literal["heatmap", "overlay"]
@@ -45,6 +46,7 @@ class Seen(NamedTuple):
     width: int
     height: int
     hint: str | None  # what speaks against judging it, though it was judged
+    sha256: str  # of the file, or of the pixels where no file came
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,7 @@ class Inspector:
     async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
         """Decode, run, judge, draw if asked."""
         began = time.perf_counter()
-
-        def see() -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], Seen]:
-            kind, picture = "pixels", image
-            if isinstance(picture, bytes):
-                kind = kind_of(picture)
-                picture = decode(picture, self.limits, model.meta.bit_depth)  # (H, W, 3)
-            height, width = picture.shape[:2]
-            size, how = model.runtime.image_size, model.meta.resize
-            about = Seen(kind, width, height, hint_on(width, height, size))
-            pixels = resize(picture, size, how)  # (S, S, 3)
-            return picture if drawing == "overlay" else None, pixels, about
-
-        seen = await _timed(self._decoders, see)
+        seen = await _timed(self._decoders, lambda: self._see(image, model, drawing))
         picture, pixels, about = seen.result
         ran = await self.batcher.infer(model.runtime, pixels, model.name)
         raw_score, anomaly_map = ran.result  # (h, w)
@@ -181,7 +171,10 @@ class Inspector:
 
         drawn = None
         if drawing is not None:
-            drawn = await _timed(self._decoders, lambda: draw(anomaly_map, model, picture))
+            size = model.runtime.image_size
+            drawn = await _timed(
+                self._decoders, lambda: draw(anomaly_map, model.scale, size, picture)
+            )
         timing = Timing(
             queue_ms=seen.waited_ms + ran.waited_ms + (drawn.waited_ms if drawn else 0.0),
             decode_ms=seen.worked_ms,
@@ -195,6 +188,45 @@ class Inspector:
         self.on_inspection(done)
         return done
 
+    def _see(
+        self, image: Image, model: Resident, drawing: Drawing | None = None
+    ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], Seen]:
+        """What the model sees of an image (S, S, 3), and what is said of it.
+
+        Before them the picture (H, W, 3) where it is drawn on; else it is not kept in memory.
+        """
+        kind, picture, sha256 = "pixels", image, _sha256(image)
+        if isinstance(picture, bytes):
+            kind = kind_of(picture)
+            picture = decode(picture, self.limits, model.meta.bit_depth)
+        height, width = picture.shape[:2]
+        size, how = model.runtime.image_size, model.meta.resize
+        about = Seen(kind, width, height, hint_on(width, height, size), sha256)
+        pixels = resize(picture, size, how)
+        return picture if drawing == "overlay" else None, pixels, about
+
+    async def look(self, image: Image, model: Resident) -> Verdict:
+        """What a version says of a picture, in a gap of the line. It counts nowhere.
+
+        Raises:
+            BadImage, RuntimeFailed: as `inspect`.
+        """
+        _, pixels, _ = await self.beside(lambda: self._see(image, model))
+        scores, _ = await self.in_a_gap(lambda: model.runtime.infer(pixels[None]))
+        return judge(float(scores[0]), model.scale)
+
+    async def draw_again(self, image: Image, name: str | None, drawing: Drawing) -> bytes:
+        """The drawing of a picture that has its verdict already. It counts nowhere.
+
+        Raises:
+            BadImage, RuntimeFailed, NotReady, UnknownModel: as `inspect`.
+        """
+        with self.residents.use(name) as model:
+            picture, pixels, _ = await self.beside(lambda: self._see(image, model, drawing))
+            _, anomaly_map = (await self.batcher.infer(model.runtime, pixels, model.name)).result
+            size = model.runtime.image_size
+            return await self.beside(lambda: draw(anomaly_map, model.scale, size, picture))
+
     def _note(self, model: Resident, verdict: Verdict, part: Part) -> None:
         if verdict.is_anomalous:
             self.counts.anomaly += 1
@@ -204,13 +236,18 @@ class Inspector:
         self.on_verdict(model, verdict)
 
 
+def _sha256(image: Image) -> str:
+    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
+    return hashlib.sha256(data).hexdigest()
+
+
 def draw(
-    anomaly_map: NDArray[np.float32], model: Resident, picture: NDArray[np.uint8] | None
+    anomaly_map: NDArray[np.float32], scale: Scale, size: int, picture: NDArray[np.uint8] | None
 ) -> bytes:
     """A PNG of a raw anomaly map (h, w): over `picture` (H, W, 3) where there is one, else grey."""
-    heat = heatmap(anomaly_map, model.scale, model.runtime.image_size)  # (S, S) in [0, 1]
+    heat = heatmap(anomaly_map, scale, size)  # (S, S) in [0, 1]
     if picture is not None:
-        return overlay_png(picture, heat, model.scale.threshold)
+        return overlay_png(picture, heat, scale.threshold)
     return png((heat * 255).round().astype(np.uint8))
 
 

@@ -261,7 +261,12 @@ class ModelManager:
 
     @asynccontextmanager
     async def opened(
-        self, name: str, version: str, first: Callable[[Resident], Awaitable[None]] | None = None
+        self,
+        name: str,
+        version: str,
+        first: Callable[[Resident], Awaitable[None]] | None = None,
+        *,
+        exchange: bool = True,
     ) -> AsyncIterator[Resident]:
         """A version beside the live one.
 
@@ -269,15 +274,20 @@ class ModelManager:
 
         Args:
             first: what is done with the live version before it may have to go.
+            exchange: whether the live version or other models may have to go for it.
 
         Raises:
             BadBundle, BadMeta: it cannot be used, and is put aside.
             OutOfMemory: it does not fit, and the live one may not go first.
         """
         old = self.live(name)
-        if self.is_away(name) or (old is None and self._residents.names()):
+        beside = old is not None and await self._takes_nothing(old, version)
+        if not (exchange or beside):
+            await self.memory.must_fit(name, version, exchange=False)
+            beside = True
+        elif self.is_away(name) or (old is None and self._residents.names()):
             await self.memory.must_fit(name, version)
-        beside = old is None or await self._takes_nothing(old, version)
+        beside = beside or old is None
         beside = beside or await self.memory.fits(name, version)
         if old is not None and first is not None:
             await first(old)

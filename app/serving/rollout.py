@@ -41,6 +41,8 @@ RETRY_AFTER_S = 60.0  # what failed for a reason that may pass, such as a full d
 
 # What becomes of a version: by itself, or because a person says so.
 How = Literal["live", "held", "refused", "failed", "rolled_back", "by_hand"]
+# What became of which version of a model, why, and what else is to be known.
+OnChange = Callable[[str, str, str, str, dict[str, Any]], None]
 
 log = logging.getLogger("kensa")
 
@@ -58,6 +60,7 @@ class Rollout:
         background: Background,
     ) -> None:
         self.on_swap: Callable[[str, How], None] = lambda *_: None  # see docs/metrics.md
+        self.on_change: OnChange = lambda *_: None
         self._store = store
         self._models = models
         self._loader = models.loader
@@ -281,6 +284,7 @@ class Rollout:
                 await self._loader.write(lambda: self._store.record_gate(name, version, found))
                 await self._models.note_held(name)
                 self.on_swap(name, "held")
+                self.on_change("held", name, version, " ".join(found["reasons"]), {})
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
         except (UnknownModel, UnknownVersion) as error:
             log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
@@ -398,6 +402,7 @@ class Rollout:
 
             by_hand = {"ok": True, "reasons": [], "by_hand": True}
             version = await self._loader.write(publish)
+            self.on_change("threshold", name, version, reason, {**wanted, "gate": gate})
             if gate:
                 return version
             try:
@@ -454,6 +459,7 @@ class Rollout:
                 await self._loader.write(write)
                 self._models.put(model)
         self.on_swap(name, "by_hand" if reason is None else "rolled_back")
+        self.on_change("rollback", name, back.live, reason or "", {"from": back.previous})
         log.warning("%s is rolled back to %s%s", name, back.live, f": {reason}" if reason else "")
 
     def answering(self, name: str) -> str | None:
@@ -487,7 +493,9 @@ class Rollout:
             self._models.put(model)
         finally:
             self._going_live.discard((name, version))
-        self.on_swap(name, "by_hand" if found.get("by_hand") else "live")
+        how: How = "by_hand" if found.get("by_hand") else "live"
+        self.on_swap(name, how)
+        self.on_change("live", name, version, "", {"by_hand": how == "by_hand"})
         log.info("Live: %s", describe(model))
         await self._prune_one(name)
 

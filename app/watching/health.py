@@ -19,6 +19,7 @@ from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.background import Background
+from app.decisions.recorder import Recorder
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
 from app.serving.inspection import Inspector
@@ -55,6 +56,8 @@ class State:
     disk_free: int | None  # bytes
     disk_size: int | None
     device: Device = field(default_factory=Device)
+    decisions: int = 0  # written down since the start
+    decisions_lost: int = 0  # that no disk took
     degraded: list[str] = field(default_factory=list)  # sentences
 
     @property
@@ -72,7 +75,9 @@ class Health:
         worker: WorkerProcess,
         settings: Settings,
         background: Background,
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
         self._background = background
         self._residents = inspector.residents
         self._worker = worker
@@ -116,6 +121,8 @@ class Health:
                     f"Too hot, and slowed down for it: {', '.join(hot)}. See to the fan and the air"
                     " around it, or take a lower power mode."
                 )
+            if self._recorder.problem is not None:
+                degraded.append(self._recorder.problem)
             if queue is not None:
                 degraded.append(queue)
             if ended is not None and time.monotonic() - ended < RECENT_S:
@@ -136,6 +143,8 @@ class Health:
                 queue=queue,
                 disk_free=free,
                 disk_size=size,
+                decisions=self._recorder.written,
+                decisions_lost=self._recorder.lost,
                 device=device,
                 degraded=degraded,
             )

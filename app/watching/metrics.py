@@ -163,6 +163,11 @@ class LookedUp(Collector):
         yield from _of_models(self.state)
         yield from _of_jobs(self.state)
         yield from _of_the_machine(self.state)
+        for name, meaning, count in (
+            ("decisions", "Decisions that were written down.", self.state.decisions),
+            ("decisions_lost", "Decisions that no disk took.", self.state.decisions_lost),
+        ):
+            yield CounterMetricFamily(f"kensa_{name}", meaning, count)
         yield _gauge(
             "queue_length", "Parts that have arrived and wait for their verdict.", self.queue_length
         )

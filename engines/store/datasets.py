@@ -3,6 +3,7 @@
     train/<category>/*              the split `train`: normal images, to learn from
     test/<category>/normal/*        the split `normal`
     test/<category>/anomaly/*       the split `anomaly`
+    origins/<category>.json         which decisions images came from, by their names
     uploads/                        what is arriving just now
 
 An image is decoded before it is stored, and moved in whole, so whoever reads a folder finds good
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import cv2
 import simplejpeg
@@ -229,7 +231,34 @@ class Datasets:
         with self._changing:
             self._must_know(category)
             with self._at_work():
-                remove(*self._folders(category))
+                remove(*self._folders(category), *self._origins_there(category))
+
+    def origins(self, category: str) -> dict[str, dict[str, Any]]:
+        """Which decision an image came from, by its name; of images that came otherwise nothing."""
+        try:
+            found: dict[str, dict[str, Any]] = json.loads(self._origins(category).read_bytes())
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def note_origins(self, category: str, origins: dict[str, dict[str, Any]]) -> None:
+        """Keep which decisions images came from, besides what is known of others.
+
+        Raises:
+            DiskFull: there is no room left; what was there is unchanged.
+        """
+        with room(), self._at_work(), self._changing:
+            path = self._origins(category)
+            path.parent.mkdir(exist_ok=True)
+            known = self.origins(category) | origins
+            write_atomically(path, json.dumps(known, ensure_ascii=False, indent=1).encode())
+
+    def _origins(self, category: str) -> Path:
+        return self.root / "origins" / f"{self._folder(category, 'train').name}.json"
+
+    def _origins_there(self, category: str) -> list[Path]:
+        path = self._origins(category)
+        return [path] if path.exists() else []
 
     @contextmanager
     def upload(self) -> Iterator[Path]:

@@ -30,6 +30,23 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_heading_leads_to_one(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    missing = [
+        f"{file}#{name}"
+        for file, name in links
+        if name not in anchors(page.parent / file if file else page)
+    ]
+    assert not missing
+
+
 def test_every_ending_of_a_name_that_is_read_is_documented() -> None:
     (line,) = (one for one in (ROOT / "docs" / "http.md").read_text().splitlines()
                if one.startswith("A **name** is kept"))  # fmt: skip
@@ -72,10 +89,11 @@ def test_every_make_target_is_documented_and_every_documented_one_exists() -> No
 def test_the_japanese_readme_shows_the_same_commands_as_the_english_one() -> None:
     def commands(name: str) -> list[str]:
         text = "\n".join(blocks(ROOT / name))
-        return re.findall(r"^(?:\$ )?((?:make|python3|curl|KENSA_\w+=)[^#\n]*[^#\s])", text, re.M)
+        first = r"make|source|kensa|python3|curl|KENSA_\w+="
+        return re.findall(rf"^(?:\$ )?((?:{first})[^#\n]*[^#\s])", text, re.M)
 
     assert commands("README.ja.md") == commands("README.md")
-    assert len(commands("README.md")) >= 6
+    assert len(commands("README.md")) >= 13
 
 
 def test_the_readmes_name_the_same_pages() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.errors import EXIT_CODE, KensaError
+from workers.progress import Progress
 from workers.sample_parts.defects import DEFECTS
 from workers.sample_parts.write_dataset import CATEGORY, draw_sheet, write_dataset, write_png
 
@@ -17,18 +18,17 @@ from workers.sample_parts.write_dataset import CATEGORY, draw_sheet, write_datas
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _arguments(argv)
-    began = time.monotonic()
+    began, progress = time.monotonic(), Progress()
     try:
-        write_dataset(
-            args.out, args.category, args.train, args.normal, args.per_kind, args.size, args.seed
-        )
+        counts = args.train, args.normal, args.per_kind
+        write_dataset(args.out, args.category, *counts, args.size, args.seed, progress)
         if args.sheet is not None:
             write_png(args.sheet, draw_sheet(args.seed, args.size))
     except KensaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        progress.fail(str(error))
         return EXIT_CODE
     except OSError as error:
-        print(f"error: cannot write the pictures: {error}", file=sys.stderr)
+        progress.fail(f"cannot write the pictures: {error}")
         return EXIT_CODE
     print(_summary(args, time.monotonic() - began))
     return 0

@@ -11,6 +11,7 @@ import numpy as np
 
 from engines.errors import BadRequest
 from engines.files import write_atomically
+from workers.progress import Progress
 from workers.sample_parts.defects import DEFECTS, HARD_DEFECTS
 from workers.sample_parts.drawing import draw_part
 from workers.sample_parts.fields import Pixels, u8
@@ -27,6 +28,7 @@ def write_dataset(
     per_kind: int = 4,
     size: int = 512,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Write PNG files in the layout that retrain reads, masks beside them, and return `root`.
 
@@ -36,11 +38,14 @@ def write_dataset(
     file of the same name is replaced, other files stay. Raises BadRequest for counts, sizes, seeds
     or names that cannot be, OSError where a file cannot be written.
     """
-    for picture in _plan(Path(root), category, (train, normal, per_kind), seed):
+    planned = list(_plan(Path(root), category, (train, normal, per_kind), seed))
+    tick = (progress or Progress(quiet=True)).phase("draw")
+    for done, picture in enumerate(planned, start=1):
         image, mask = draw_part(picture.seed, picture.defect, size)
         write_png(picture.path, image)
         if picture.mask_path is not None:
             write_png(picture.mask_path, mask)
+        tick(done, len(planned))
     return Path(root)
 
 

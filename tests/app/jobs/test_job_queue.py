@@ -232,6 +232,47 @@ def test_a_strange_picture_is_named_shown_and_not_learned(own: Path, sample_data
         assert (none.status_code, none.json()["code"]) == (404, "unknown_version")
 
 
+def test_rejects_that_a_person_marks_as_good_are_learned_and_accepted_from_then_on(
+    own: Path, sample_data: Path
+) -> None:
+    """And a part that passed and is marked as a defect is there to test with."""
+    with learning(own, sample_data, KENSA_RECORD_SAMPLE="1") as line:
+        client = line.server.client
+        looks = {f"new-{n}": saved(Image.fromarray(picture(200 + n, 300)), "PNG") for n in range(8)}
+        passed = (sample_data / "test" / CATEGORY / "normal" / "0000.png").read_bytes()
+        limit = {"threshold": 1, "reason": "let it pass"}
+        for id_, data in {**looks, "passed": passed}.items():
+            if id_ == "passed":
+                assert client.put("/models/part/threshold", json=limit).status_code == 200
+            answer = line.server.infer(data, **{"X-Request-ID": id_})
+            assert answer.json()["is_anomalous"] == (id_ != "passed"), answer.text
+            said = {"label": "good"} if id_ in looks else {"label": "defect", "defect": "scratch"}
+            marked = client.post(f"/decisions/{id_}/label", json=said)
+            assert marked.status_code == 200, marked.text
+        assert client.post("/models/part/rollback").status_code == 200
+        count = lambda: client.get("/datasets").json()["datasets"][0]  # noqa: E731
+        before = count()
+        body = {**AGAIN, "from_decisions": True, "max_flips": 1.0}
+        found = ended(line, ask(line, body))
+        after = count()
+        assert after["train"] + after["normal"] == before["train"] + before["normal"] + 8
+        assert after["anomaly"] == before["anomaly"] + 1
+        assert found["state"] == "succeeded", log_of(line, found["id"])
+        assert found["images"]["learned"] == after["train"] - before["train"]
+        if found["outcome"] == "held":  # a person looks at what changes, and lets it through
+            path = f"/models/part/versions/{found['version']}/activate"
+            assert client.post(path).status_code == 200
+        for data in looks.values():
+            assert not line.server.infer(data).json()["is_anomalous"]
+        again = client.post(f"/datasets/{CATEGORY}/from-decisions", json={"model": "part"}).json()
+        assert (again["train"], again["normal"], again["anomaly"], again["moved"]) == (0, 0, 0, 0)
+        client.post("/decisions/new-0/label", json={"label": "unusable"})
+        moved = client.post(f"/datasets/{CATEGORY}/from-decisions", json={"model": "part"}).json()
+        assert moved["moved"] == 1
+        origins = json.loads((own / f"data/datasets/origins/{CATEGORY}.json").read_text())
+        assert {one["decision"] for one in origins.values()} == {*looks, "passed"}
+
+
 def test_two_pictures_of_a_new_normal_are_enough_for_an_update(
     own: Path, sample_data: Path, photo: bytes
 ) -> None:

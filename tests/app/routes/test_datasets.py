@@ -1528,7 +1528,11 @@ def test_the_bytes_of_a_zip_are_counted_and_not_only_believed(
 
 def test_the_openapi_document_describes_every_route_and_status(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
-    ours = {path: item for path, item in document["paths"].items() if path.startswith("/datasets")}
+    ours = {
+        path: item
+        for path, item in document["paths"].items()
+        if path.startswith("/datasets") and not path.endswith("/from-decisions")
+    }
     of_every_route = {"400", "401", "403", "408", "431", "500", "503"}
     statuses = {
         f"{method} {path}": set(route["responses"]) - of_every_route

@@ -42,6 +42,7 @@ from support.project import ROOT
 from support.server import FORM, PART, RAW, Server, agreed, connected_socket, received, serving
 
 DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+RECORD = (ROOT / "docs" / "record.md").read_text(encoding="utf-8")
 MB = 1024 * 1024
 
 
@@ -67,6 +68,7 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
     assert list(body) == [
         "id",
         "part",
+        "repeat_of",
         "model_name",
         "model_version",
         "label",
@@ -688,7 +690,8 @@ def test_the_page_names_every_route(server: Server) -> None:
     routes = {
         f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item
     }
-    named = re.findall(r"^(?:## |\| )`([A-Z]+ /\S*)`", DOCS, re.MULTILINE)  # a heading, or a table
+    pages = DOCS + RECORD
+    named = re.findall(r"^(?:## |\| )`([A-Z]+ /\S*)`", pages, re.MULTILINE)  # heading or table
     assert set(named) == routes
 
 

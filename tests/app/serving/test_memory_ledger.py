@@ -309,6 +309,18 @@ def test_a_look_does_not_bring_a_model_back(turns: Server) -> None:
     assert resting(turns) == [away]
 
 
+def test_judging_a_picture_again_takes_no_model_out_of_memory(turns: Server) -> None:
+    ids = {name: until_it_answers(turns, name, photo(1)).json()["id"] for name in
+           ("bolt", "nut", "rod")}  # fmt: skip
+    (away,) = resting(turns)
+    answer = turns.client.post(f"/decisions/{ids[away]}/replay")
+    assert (answer.status_code, agreed(answer)) == (507, "out_of_memory")
+    assert resting(turns) == [away]
+    assert turns.client.post(f"/decisions/{ids['rod']}/replay").status_code == 200
+    preview = turns.client.get(f"/models/{away}/threshold/preview", params={"raw": 1})
+    assert (preview.status_code, agreed(preview)) == (503, "not_ready")
+
+
 def test_a_person_may_load_a_model_that_rests_and_unload_one(turns: Server) -> None:
     (away,) = resting(turns)
     load = turns.client.post(f"/v2/repository/models/{away}/load")

@@ -126,6 +126,17 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path, size: str) -> None:
     assert done.stderr == f"error: A size of {size} px is not between 64 and 4096 px.\n"
 
 
+def test_the_command_says_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.progress.PLAIN_EVERY_S", 0.0)
+    counts = ("--train", "2", "--normal", "1", "--per-kind", "0")
+    assert main(["--out", str(tmp_path), "--size", "64", *counts]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["draw: 1 of 3", "draw: 2 of 3"]
+    assert lines[2].startswith("draw: 3 in ")
+
+
 def test_the_command_says_where_it_cannot_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,578 @@
+"""`DecisionDatabase`: the file of decisions and of the audit trail, each a chain of hashes.
+
+A line's hash is of its content and of the hash before it, so that a line cannot be changed, removed
+or put in between without all after it being written anew. A line of the trail names the last
+decision at its time: so the two chains hold each other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.decisions.decision import COLUMNS, FIRST_HASH, Decision, Label, hash_after
+from app.decisions.quarters import Quarter, of_batch
+
+FILE = "decisions.sqlite"
+WAIT_S = 10.0  # for another process that writes
+FEW = 20_000  # decisions that are looked at one by one, in 20 ms
+LAYOUT = 1  # of the tables; another one is of another Kensa
+
+_TYPES = {
+    **dict.fromkeys(COLUMNS, "TEXT NOT NULL"),
+    **dict.fromkeys(("at", "width", "height"), "INTEGER NOT NULL"),
+    **dict.fromkeys(("raw_score", "score", "threshold", "raw_threshold"), "REAL"),
+    **dict.fromkeys(("queue_ms", "decode_ms", "infer_ms", "total_ms"), "REAL"),
+}
+_SCHEMA = f"""
+CREATE TABLE decisions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    {", ".join(f"{name} {kind}" for name, kind in _TYPES.items())},
+    hash TEXT NOT NULL,
+    label TEXT NOT NULL DEFAULT '',
+    defect TEXT NOT NULL DEFAULT '',
+    picture_bytes INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX decisions_by_id ON decisions (id);
+CREATE INDEX decisions_by_part ON decisions (part, at) WHERE part != '';
+CREATE INDEX decisions_by_time ON decisions (at);
+CREATE INDEX decisions_by_model ON decisions (model, at, scorer, verdict, raw_score, label);
+CREATE INDEX decisions_by_version ON decisions (version, at);
+CREATE INDEX decisions_by_score ON decisions (score, at);
+CREATE INDEX decisions_not_normal ON decisions (verdict, at) WHERE verdict != 'normal';
+CREATE INDEX decisions_by_label ON decisions (label, at) WHERE label != '';
+CREATE INDEX decisions_with_pictures ON decisions (number, picture_bytes) WHERE picture_bytes > 0;
+CREATE TABLE trail (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    at INTEGER NOT NULL,
+    who TEXT NOT NULL,
+    what TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    details TEXT NOT NULL,
+    decisions INTEGER NOT NULL,
+    decisions_hash TEXT NOT NULL,
+    hash TEXT NOT NULL
+);
+CREATE INDEX trail_by_subject ON trail (subject, number);
+CREATE TABLE quarters (
+    model TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (model, at)
+) WITHOUT ROWID;
+PRAGMA user_version = {LAYOUT};
+"""
+TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
+_INSERT = (
+    f"INSERT INTO decisions (number, {', '.join(COLUMNS)}, hash, picture_bytes)"
+    f" VALUES (:number, {', '.join(f':{name}' for name in COLUMNS)}, :hash, :picture_bytes)"
+)
+_INSERT_TRAIL = (
+    f"INSERT INTO trail (number, {', '.join(TRAIL)}, hash)"
+    f" VALUES (:number, {', '.join(f':{name}' for name in TRAIL)}, :hash)"
+)
+_KEPT = f"number, {', '.join(COLUMNS)}, hash, label, defect, picture_bytes"
+
+log = logging.getLogger("kensa")
+
+
+class Kept(NamedTuple):
+    """A decision as it lies in the file."""
+
+    number: int
+    decision: Decision
+    hash: str
+    label: str  # the last one; empty where nobody has looked
+    defect: str
+    picture_bytes: int  # of image and map; 0 where they are not kept
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Kept:
+        count = len(COLUMNS)
+        return cls(row[0], Decision(*row[1 : count + 1]), *row[count + 1 :])
+
+
+class Note(NamedTuple):
+    """What a line of the audit trail is to say: who did what to what, and why."""
+
+    at: int  # milliseconds since 1970, UTC
+    who: str  # the name of the API key; empty for Kensa itself, or where none was needed
+    what: str
+    subject: str
+    reason: str
+    details: dict[str, Any]
+
+    @classmethod
+    def now(cls, what: str, who: str, subject: str, reason: str, details: dict[str, Any]) -> Note:
+        return cls(round(time.time() * 1000), who, what, subject, reason, details)
+
+
+class Line(NamedTuple):
+    """A line of the audit trail."""
+
+    number: int
+    at: int
+    who: str
+    what: str
+    subject: str
+    reason: str
+    details: dict[str, Any]
+    decisions: int  # the number of the last decision at its time; 0 for none
+    decisions_hash: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which decisions are asked for; what is None is not asked."""
+
+    part: str | None = None
+    model: str | None = None
+    version: str | None = None
+    verdict: str | None = None
+    label: str | None = None  # "none": those that nobody has marked
+    score_from: float | None = None
+    score_to: float | None = None
+    since: int | None = None  # milliseconds since 1970, UTC; this one and later
+    until: int | None = None  # earlier
+
+    def where(self) -> tuple[str, list[Any]]:
+        """The condition in SQL, and its values."""
+        found: list[tuple[str, Any]] = [
+            ("part = ?", self.part), ("model = ?", self.model), ("version = ?", self.version),
+            ("verdict = ?", self.verdict), ("score >= ?", self.score_from),
+            ("score <= ?", self.score_to), ("at >= ?", self.since), ("at < ?", self.until),
+            ("label = ?", "" if self.label == "none" else self.label),
+        ]  # fmt: skip
+        asked = [(sql, value) for sql, value in found if value is not None]
+        conditions = [sql for sql, _ in asked]
+        # As the indices say that are of some of the lines only.
+        conditions += ["part != ''"] * bool(self.part)
+        conditions += ["label != ''"] * (self.label not in (None, "none"))
+        conditions += ["verdict != 'normal'"] * (self.verdict in ("anomaly", "none"))
+        return " AND ".join(conditions) or "TRUE", [value for _, value in asked]
+
+    def index(self, few_scores: Callable[[], bool]) -> str:
+        """The one that leads to the fewest lines; SQLite would have to have counted them.
+
+        Args:
+            few_scores: tells whether few decisions have such a score.
+        """
+        has_score = self.score_from is not None or self.score_to is not None
+        for name, is_asked in (
+            ("part", bool(self.part)),
+            ("label", self.label not in (None, "none")),
+            ("version", self.version is not None),
+            ("score", has_score and few_scores()),
+            ("not_normal", self.verdict in ("anomaly", "none")),
+            ("model", self.model is not None),
+        ):
+            if is_asked:
+                return "decisions_not_normal" if name == "not_normal" else f"decisions_by_{name}"
+        return "decisions_by_time"
+
+
+class DecisionDatabase:
+    """One file. Its methods block; a connection belongs to the thread that opened it."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> DecisionDatabase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- writing -----------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """All that is written in the block, or nothing; one process at a time."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):  # what ended the transaction already
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All that is read in the block is of one moment, whatever others write meanwhile."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.execute("ROLLBACK")
+
+    def last(self, table: str) -> tuple[int, str]:
+        """The number and hash of the last line of a table, also of one that was pruned."""
+        order = f"SELECT number, hash FROM {table} ORDER BY number DESC LIMIT 1"
+        found = self._connection.execute(order).fetchone()
+        if found is None and table == "decisions" and (pruned := self.pruned()):
+            return pruned
+        return found or (0, FIRST_HASH)
+
+    def append(
+        self,
+        entries: Sequence[Decision | Note],
+        keep: Callable[[int, int], int] = lambda *_: 0,
+    ) -> None:
+        """Add decisions and lines of the trail to the ends of their chains, in their order.
+
+        Args:
+            keep: keeps the pictures of the n-th entry under a number; how many bytes that took.
+        """
+        with self.writing():
+            number, before = self.last("decisions")
+            for place, entry in enumerate(entries):
+                if isinstance(entry, Note):
+                    self._note(entry, number, before)
+                    continue
+                number, content = number + 1, entry.values()
+                before = hash_after(before, {"number": number, **content})
+                kept = {"number": number, "hash": before, "picture_bytes": keep(place, number)}
+                self._connection.execute(_INSERT, content | kept)
+            self._count(entry for entry in entries if isinstance(entry, Decision))
+
+    def _count(self, decisions: Iterable[Decision]) -> None:
+        """Add decisions to what is known of their quarters of an hour."""
+        for place, quarter in of_batch(decisions).items():
+            found = self._connection.execute(
+                "SELECT content FROM quarters WHERE model = ? AND at = ?", place
+            ).fetchone()
+            if found is not None:
+                quarter += Quarter.of(json.loads(found[0]))
+            self._connection.execute(
+                "INSERT OR REPLACE INTO quarters VALUES (?, ?, ?)",
+                [*place, json.dumps(quarter.content())],
+            )
+
+    def _note(self, note: Note, decisions: int, decisions_hash: str) -> None:
+        number, before = self.last("trail")
+        details = json.dumps(note.details, sort_keys=True, ensure_ascii=False)
+        kept = {
+            "number": number + 1, **note._asdict(), "details": details,
+            "decisions": decisions, "decisions_hash": decisions_hash,
+        }  # fmt: skip
+        self._connection.execute(_INSERT_TRAIL, kept | {"hash": hash_after(before, kept)})
+
+    def mark(self, kept: Kept, label: Label, defect: str, who: str, reason: str) -> None:
+        """Label a decision; what others said of it stays in the trail."""
+        with self.writing():
+            self._connection.execute(
+                "UPDATE decisions SET label = ?, defect = ? WHERE number = ?",
+                [label, defect, kept.number],
+            )
+            details = {"number": kept.number, "label": label, "defect": defect}
+            note = Note.now("label", who, kept.decision.id, reason, details)
+            self._note(note, *self.last("decisions"))
+
+    def forget_pictures(self, numbers: Iterable[int]) -> None:
+        """Say of decisions that their pictures are no longer kept."""
+        with self.writing():
+            self._connection.executemany(
+                "UPDATE decisions SET picture_bytes = 0 WHERE number = ?",
+                [[number] for number in numbers],
+            )
+
+    def prune(self, up_to: int, why: str) -> None:
+        """Delete the decisions up to a number, which a line of the trail vouches for."""
+        with self.writing():
+            found = self._connection.execute(
+                "SELECT number, hash FROM decisions WHERE number <= ? ORDER BY number DESC LIMIT 1",
+                [up_to],
+            ).fetchone()
+            if found is not None:
+                number, hash_ = found
+                note = Note.now("prune", "", "decisions", why, {"number": number, "hash": hash_})
+                self._note(note, *self.last("decisions"))
+                self._connection.execute("DELETE FROM decisions WHERE number <= ?", [number])
+
+    def pruned(self) -> tuple[int, str] | None:
+        """The number and hash of the last decision that was pruned."""
+        found = self._connection.execute(
+            "SELECT details FROM trail WHERE what = 'prune' ORDER BY number DESC LIMIT 1"
+        ).fetchone()
+        if found is None:
+            return None
+        details = json.loads(found[0])
+        return details["number"], details["hash"]
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    def find(self, asked: Filter, limit: int, before: int | None = None) -> list[Kept]:
+        """Decisions, newest first.
+
+        Args:
+            before: only those before the one with this number: the last of the page before.
+        """
+        where, values = asked.where()
+        if before is not None:
+            where += " AND (at, number) < (SELECT at, number FROM decisions WHERE number = ?)"
+            values.append(before)
+        index = asked.index(lambda: self._has_few(asked))
+        rows = self._connection.execute(
+            f"SELECT {_KEPT} FROM decisions INDEXED BY {index} WHERE {where}"
+            " ORDER BY at DESC, number DESC LIMIT ?",
+            [*values, limit],
+        )
+        return [Kept.of(row) for row in rows]
+
+    def _has_few(self, asked: Filter) -> bool:
+        """Whether so few decisions have such a score that all of them can be looked at."""
+        where, values = Filter(score_from=asked.score_from, score_to=asked.score_to).where()
+        (count,) = self._connection.execute(
+            f"SELECT COUNT(*) FROM (SELECT 1 FROM decisions WHERE {where} LIMIT {FEW})", values
+        ).fetchone()
+        return bool(count < FEW)
+
+    def one(self, id_: str) -> Kept | None:
+        """The last decision of an id: clients choose them, and may choose one twice."""
+        rows = self._connection.execute(
+            f"SELECT {_KEPT} FROM decisions WHERE id = ? ORDER BY number DESC LIMIT 1",
+            [id_],
+        ).fetchall()
+        return Kept.of(rows[0]) if rows else None
+
+    def lines(self, limit: int, before: int | None = None, subject: str = "") -> list[Line]:
+        """Lines of the trail, newest first."""
+        rows = self._connection.execute(
+            f"SELECT number, {', '.join(TRAIL)}, hash FROM trail"
+            " WHERE number < ? AND (? = '' OR subject = ?) ORDER BY number DESC LIMIT ?",
+            [2**62 if before is None else before, subject, subject, limit],
+        )
+        return [_line(row) for row in rows]
+
+    def count_flips(self, asked: Filter, scorer: str, raw: float) -> Flips:
+        """What another limit would have said of decisions with raw scores of the same scorer."""
+        where, values = asked.where()
+        where += " AND scorer = ? AND verdict != 'none'"
+        row = self._connection.execute(
+            "SELECT COUNT(*), SUM(verdict = 'anomaly'), SUM(raw_score > ?),"
+            " SUM(label = 'good'), SUM(label = 'good' AND verdict = 'anomaly'),"
+            " SUM(label = 'good' AND raw_score > ?), SUM(label = 'defect'),"
+            " SUM(label = 'defect' AND verdict != 'anomaly'),"
+            f" SUM(label = 'defect' AND raw_score <= ?) FROM decisions WHERE {where}",
+            [raw, raw, raw, *values, scorer],
+        ).fetchone()
+        return Flips(*(number or 0 for number in row))
+
+    def flips(self, asked: Filter, scorer: str, raw: float, limit: int) -> list[Kept]:
+        """Those whose verdict would be another one, newest first."""
+        where, values = asked.where()
+        rows = self._connection.execute(
+            f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ? AND verdict != 'none'"
+            " AND (verdict = 'anomaly') != (raw_score > ?) ORDER BY at DESC, number DESC LIMIT ?",
+            [*values, scorer, raw, limit],
+        )
+        return [Kept.of(row) for row in rows]
+
+    def quarters(
+        self, since: int, until: int, model: str | None = None
+    ) -> Iterator[tuple[str, int, Quarter]]:
+        """Model, beginning and sums of each quarter of an hour that began within a time."""
+        rows = self._connection.execute(
+            "SELECT model, at, content FROM quarters"
+            " WHERE at >= ? AND at < ? AND (? IS NULL OR model = ?) ORDER BY at, model",
+            [since, until, model, model],
+        )
+        for name, at, content in rows:
+            yield name, at, Quarter.of(json.loads(content))
+
+    # ---- room --------------------------------------------------------------------------------
+
+    def bytes_used(self) -> int:
+        """What the lines take; pages that are free will be written again."""
+        pages, free, size = (
+            int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return (pages - free) * size
+
+    def span(self) -> tuple[int, int, int]:
+        """The first and last number of the decisions that are kept, and when the first was made."""
+        row = self._connection.execute("SELECT MIN(number), MAX(number) FROM decisions").fetchone()
+        if row[0] is None:
+            return 0, 0, 0
+        at = self._connection.execute("SELECT at FROM decisions WHERE number = ?", [row[0]])
+        return row[0], row[1], at.fetchone()[0]
+
+    def last_before(self, at: int) -> int:
+        """The number up to which all decisions were made before a time; 0 for none.
+
+        Not the last one of that age: a clock that was wrong after a start may have made it.
+        """
+        newer = self._connection.execute(  # in the order of numbers: it ends at the first
+            "SELECT number FROM decisions NOT INDEXED WHERE at >= ? ORDER BY number LIMIT 1", [at]
+        ).fetchone()
+        row = self._connection.execute(
+            "SELECT MAX(number) FROM decisions WHERE number < ?", [newer[0] if newer else 2**62]
+        ).fetchone()
+        return row[0] or 0
+
+    def picture_bytes(self) -> int:
+        """Of all pictures that are kept."""
+        row = self._connection.execute(
+            "SELECT SUM(picture_bytes) FROM decisions WHERE picture_bytes > 0"
+        ).fetchone()
+        return row[0] or 0
+
+    def with_pictures(self, up_to: int = 2**62) -> list[int]:
+        """The numbers of decisions up to one whose pictures are kept."""
+        rows = self._connection.execute(
+            "SELECT number FROM decisions WHERE picture_bytes > 0 AND number <= ?", [up_to]
+        )
+        return [row[0] for row in rows]
+
+    def oldest_pictures(self, limit: int) -> list[tuple[int, int]]:
+        """(number, bytes) of the oldest pictures; those that somebody has marked come last."""
+        return self._connection.execute(
+            "SELECT number, picture_bytes FROM decisions WHERE picture_bytes > 0"
+            " ORDER BY label != '', number LIMIT ?",
+            [limit],
+        ).fetchall()
+
+    # ---- whether it is whole -----------------------------------------------------------------
+
+    def rows(self, table: str) -> Iterator[tuple[int, dict[str, Any], str]]:
+        """Number, content and hash of each line of a table, in their order."""
+        names = COLUMNS if table == "decisions" else TRAIL
+        order = f"SELECT number, {', '.join(names)}, hash FROM {table} ORDER BY number"
+        for number, *content, hash_ in self._connection.execute(order):
+            yield number, dict(zip(names, content, strict=True)), hash_
+
+    def labels(self) -> Iterator[tuple[int, str, str]]:
+        """Number, label and defect of each decision that has one."""
+        yield from self._connection.execute(
+            "SELECT number, label, defect FROM decisions WHERE label != '' ORDER BY number"
+        )
+
+    def highest_ever(self, table: str) -> int:
+        """The highest number that a line of a table ever had, by SQLite's own count."""
+        row = self._connection.execute(
+            "SELECT seq FROM sqlite_sequence WHERE name = ?", [table]
+        ).fetchone()
+        return row[0] if row else 0
+
+
+class Flips(NamedTuple):
+    """What a limit did and what another would have done, in numbers of decisions."""
+
+    parts: int
+    rejected: int
+    would_reject: int
+    good: int  # marked so by a person
+    good_rejected: int
+    good_would_reject: int
+    defects: int
+    defects_missed: int
+    defects_would_miss: int
+
+
+def _line(row: Sequence[Any]) -> Line:
+    number, at, who, what, subject, reason, details, *rest = row
+    return Line(number, at, who, what, subject, reason, json.loads(details), *rest)
+
+
+def open_or_make(folder: Path) -> DecisionDatabase:
+    """The database of a folder, made where there is none; a damaged one is repaired, in words.
+
+    Only for the server that has the folder: nobody else may have the file open.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be written, or is of another Kensa.
+    """
+    path = folder / FILE
+    if path.exists() and (why := _damage(path)):
+        _repair(path, why)
+    return _made(folder)
+
+
+def _made(folder: Path) -> DecisionDatabase:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    with closing(sqlite3.connect(path, timeout=WAIT_S)) as database:
+        layout = database.execute("PRAGMA user_version").fetchone()[0]
+        # Who reads waits for nobody. Always: a copy by VACUUM INTO has lost it.
+        database.execute("PRAGMA journal_mode = WAL")
+        if layout == 0:
+            database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        elif layout != LAYOUT:
+            raise sqlite3.DatabaseError(f"{path} is of another Kensa (layout {layout})")
+    return DecisionDatabase(path)
+
+
+def note_once(folder: Path, what: str, subject: str, **details: Any) -> None:
+    """Add a line to the audit trail from a command; the log says where that fails."""
+    try:
+        with _made(folder) as database:  # never repaired: a server may be writing it
+            database.append([Note.now(what, "", subject, "", {**details, "by": "command"})])
+    except (OSError, sqlite3.Error) as error:
+        log.error("The audit trail lacks a line, %s of %s: %s", what, subject, error)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file; None where nothing is."""
+    try:
+        with closing(sqlite3.connect(path, timeout=WAIT_S)) as database:
+            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.OperationalError:  # it is locked, or cannot be read at the moment
+        raise
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    return None if found == "ok" else str(found)
+
+
+def _repair(path: Path, why: str) -> None:
+    """Take over into a new file whatever of it can be read, and put it aside."""
+    aside = path.with_name(f"{FILE}.damaged-{secrets.token_hex(3)}")
+    repaired = path.with_name(f"{FILE}.repaired")  # in its place once all is taken over
+    repaired.unlink(missing_ok=True)
+    counts = {}
+    with closing(sqlite3.connect(repaired)) as new, closing(sqlite3.connect(path)) as old:
+        new.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        old.execute("PRAGMA writable_schema = ON")  # else nothing is read of a file that was cut
+        for table in ("decisions", "trail", "quarters"):
+            counts[table] = _take_over(old, new, table)
+        new.commit()
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    repaired.rename(path)
+    log.error(
+        "%s was damaged (%s): it is now %s, and %d decisions and %d lines of the trail were taken"
+        " over into a new one", path.name, why, aside.name, counts["decisions"], counts["trail"],
+    )  # fmt: skip
+    with DecisionDatabase(path) as database:
+        details = {"aside": aside.name, **counts}
+        database.append([Note.now("repair", "", FILE, why, details)])
+
+
+def _take_over(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:
+    """Copy the lines that can be read, from both ends; how many those were."""
+    columns = [row[1] for row in new.execute(f"PRAGMA table_info({table})")]
+    key = "at" if table == "quarters" else "number"
+    insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(columns))})"
+    for order in ("ASC", "DESC"):
+        with suppress(sqlite3.DatabaseError):  # here the damage begins
+            for row in old.execute(f"SELECT * FROM {table} ORDER BY {key} {order}"):
+                with suppress(sqlite3.IntegrityError):
+                    new.execute(insert, row)
+    return int(new.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])

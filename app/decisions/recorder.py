@@ -1,0 +1,321 @@
+"""`Recorder`: writes decisions down, beside the line and never in its way."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.decisions.database import FILE, DecisionDatabase, Note, open_or_make
+from app.decisions.decision import Decision, short_sha256
+from app.decisions.pictures import Pictures
+from app.serving.inspection import Inspection
+from app.settings import Settings
+from engines.errors import Conflict, DiskFull
+
+WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
+EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
+AGAIN_AFTER_S = 2.0  # after the disk was full
+TIDY_EVERY_S = 5.0
+MOST_WAITING = 20_000  # decisions that wait for a disk; what comes then is lost, and counted
+MOST_WAITING_BYTES = 64 * 1024**2  # of their pictures; what comes then is kept without
+MOST_NAME = 64  # characters of a model's name, which may be any text that a client asked for
+PRUNE_SHARE = 0.05  # of all lines, at once, when there are too many
+MIB = 1024**2
+DAY_MS = 86_400_000
+
+log = logging.getLogger("kensa")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says of itself, besides its picture."""
+
+    id: str
+    part: str
+    model: str  # as it was asked for; empty for the only one
+    who: str
+
+
+class _Waiting(NamedTuple):
+    entry: Decision | Note
+    image: bytes | None = None
+    anomaly_map: NDArray[np.float32] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of image and map, in memory."""
+        return len(self.image or b"") + (0 if self.anomaly_map is None else self.anomaly_map.nbytes)
+
+
+class Recorder:
+    """Decisions wait in memory for at most a moment, until a thread of its own has written them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.is_on = settings.record == "on"
+        self.folder = settings.data / "decisions"
+        self.pictures = Pictures(self.folder)
+        self.written = 0
+        self.lost = 0  # decisions that no disk took
+        self._settings = settings
+        self._waiting: deque[_Waiting] = deque()
+        self._bytes_in, self._bytes_out = 0, 0  # of pictures: each has one thread that counts it
+        self._normals = 0
+        self._problem: str | None = None
+        self._lost_noted = 0
+        self._picture_bytes = 0
+        self._wake, self._idle = threading.Event(), threading.Event()
+        self._ending = False
+        self._opened = threading.Event()
+        self._of_thread = threading.local()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is recorded at the moment; None where all is well."""
+        return self._problem
+
+    def start(self) -> None:
+        if self.is_on:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        self._ending = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    # ---- what is told, in the event loop -----------------------------------------------------
+
+    def verdict(self, asked: Asked, done: Inspection, image: bytes | None) -> None:
+        """Keep a verdict, and the picture where it may be wanted again."""
+        if not self.is_on:
+            return
+        verdict, timing, seen = done.verdict, done.timing, done.seen
+        decision = Decision(
+            id=asked.id, part=asked.part, at=_now(), model=done.model.name,
+            version=done.model.version, scorer=short_sha256(done.model.made_of),
+            verdict="anomaly" if verdict.is_anomalous else "normal", code="",
+            raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
+            raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
+            decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
+            total_ms=round(timing.total_ms, 2), sha256=seen.sha256, format=seen.kind,
+            width=seen.width, height=seen.height, who=asked.who,
+        )  # fmt: skip
+        if image is not None and self._is_wanted(decision):
+            self._add(_Waiting(decision, image, done.anomaly_map))
+        else:
+            self._add(_Waiting(decision))
+
+    def no_verdict(self, asked: Asked, code: str, image: bytes | None = None) -> None:
+        """Keep that a request got no verdict, and its picture where that was the reason."""
+        if not self.is_on:
+            return
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("raw_score", "score", "threshold", "raw_threshold",
+             "queue_ms", "decode_ms", "infer_ms", "total_ms")
+        )  # fmt: skip
+        decision = Decision(
+            id=asked.id, part=asked.part, at=_now(), model=asked.model[:MOST_NAME], version="",
+            scorer="", verdict="none", code=code, **nothing, sha256="", format="", width=0,
+            height=0, who=asked.who,
+        )  # fmt: skip
+        self._add(_Waiting(decision, image))
+
+    def note(self, what: str, who: str, subject: str, reason: str = "", **details: Any) -> None:
+        """Add a line to the audit trail. In any thread."""
+        if self.is_on:
+            self._waiting.append(_Waiting(Note.now(what, who, subject, reason, details)))
+
+    def _is_wanted(self, decision: Decision) -> bool:
+        """Whether its picture is kept: a reject, near the limit, or one of a sample of the rest."""
+        assert decision.score is not None
+        assert decision.threshold is not None
+        if decision.verdict == "anomaly":
+            return True
+        if decision.threshold - decision.score <= self._settings.record_near:
+            return True
+        before, share = self._normals, self._settings.record_sample
+        self._normals += 1
+        return int(before * share) != int(self._normals * share)
+
+    def _add(self, one: _Waiting) -> None:
+        if len(self._waiting) >= MOST_WAITING:
+            self.lost += 1
+            return
+        is_too_much = self._bytes_in - self._bytes_out + one.bytes > MOST_WAITING_BYTES
+        if is_too_much:
+            one = _Waiting(one.entry)
+        self._bytes_in += one.bytes
+        self._waiting.append(one)
+
+    # ---- what is asked, in other threads -----------------------------------------------------
+
+    def read(self, work: Callable[[DecisionDatabase], Result]) -> Result:
+        """Ask the database, in a thread that may block. What was told before is in it.
+
+        Raises:
+            Conflict: nothing is recorded here, or cannot be.
+        """
+        if not self.is_on:
+            raise Conflict("Nothing is recorded here: set KENSA_RECORD=on and start Kensa again.")
+        if not self._opened.wait(timeout=0 if self._problem else WAIT_S):
+            raise Conflict(self._problem or f"The record in {self.folder} is still being opened.")
+        self.flush()
+        try:
+            return work(self._mine())
+        except sqlite3.Error as error:
+            raise _said(error, self.folder) from error
+
+    def flush(self, within_s: float = 2.0) -> None:
+        """Wait until what was told is written; not for a disk that is full."""
+        self._idle.clear()
+        self._wake.set()
+        if self._thread.is_alive() and self._problem is None:
+            self._idle.wait(within_s)
+
+    def _mine(self) -> DecisionDatabase:
+        """The connection of this thread."""
+        known: DecisionDatabase | None = getattr(self._of_thread, "database", None)
+        if known is None:
+            known = self._of_thread.database = DecisionDatabase(self.folder / FILE)
+        return known
+
+    # ---- what is done, in its own thread -----------------------------------------------------
+
+    def _run(self) -> None:
+        database, tidied = None, 0.0
+        while True:
+            self._wake.wait(EVERY_S)
+            self._wake.clear()
+            ending = self._ending
+            try:
+                if database is None:
+                    database = self._open()
+                self._write(database)
+                if time.monotonic() - tidied > TIDY_EVERY_S:
+                    self._tidy(database)
+                    tidied = time.monotonic()
+                self._is_well()
+            except Exception as error:  # noqa: BLE001 (whatever it is, it may pass, and is logged)
+                self._fails(error)
+                if not ending:
+                    self._idle.set()
+                    time.sleep(AGAIN_AFTER_S)
+            if not self._waiting:
+                self._idle.set()
+            if ending:
+                break
+        if database is not None:
+            database.close()
+
+    def _open(self) -> DecisionDatabase:
+        database = open_or_make(self.folder)
+        self.pictures.sweep(set(database.with_pictures()))
+        self._picture_bytes = database.picture_bytes()
+        self._opened.set()
+        return database
+
+    def _write(self, database: DecisionDatabase) -> None:
+        batch = list(self._waiting)
+        if not batch:
+            return
+
+        kept: dict[int, int] = {}  # number -> bytes
+
+        def keep(place: int, number: int) -> int:
+            image, anomaly_map = batch[place].image, batch[place].anomaly_map
+            if not image or self._problem is not None:  # for want of room, perhaps
+                return 0
+            if self._settings.record_pictures_mib == 0:
+                return 0
+            kept[number] = 0
+            kept[number] = self.pictures.keep(number, image, anomaly_map)
+            return kept[number]
+
+        try:
+            database.append([_with_sha256(one) for one in batch], keep)
+        except BaseException:
+            with suppress(OSError):  # it is logged why nothing can be written
+                for number in kept:  # they would lie there uncounted, on a disk that is full
+                    self.pictures.delete(number)
+            raise
+        self._picture_bytes += sum(kept.values())
+        for one in batch:
+            self._waiting.popleft()
+            self._bytes_out += one.bytes
+        self.written += len(batch)
+
+    def _tidy(self, database: DecisionDatabase) -> None:
+        """Keep within the bounds of days and bytes."""
+        most = self._settings.record_pictures_mib * MIB
+        while self._picture_bytes > most and (oldest := database.oldest_pictures(200)):
+            gone, size = [], 0
+            for number, taken in oldest:
+                if self._picture_bytes - size <= most:
+                    break
+                gone.append(number)
+                size += taken
+            database.forget_pictures(gone)
+            for number in gone:
+                self.pictures.delete(number)
+            self._picture_bytes -= size
+        days = self._settings.record_days
+        if days and (up_to := database.last_before(_now() - days * DAY_MS)):
+            self._prune(database, up_to, f"older than {days} days")
+        if database.bytes_used() > self._settings.record_mib * MIB:
+            first, last, _ = database.span()
+            up_to = first + max(1, round((last - first) * PRUNE_SHARE))
+            self._prune(database, up_to, f"more than {self._settings.record_mib} MiB")
+
+    def _prune(self, database: DecisionDatabase, up_to: int, why: str) -> None:
+        for number in database.with_pictures(up_to):
+            self.pictures.delete(number)
+        database.prune(up_to, why)
+        self._picture_bytes = database.picture_bytes()
+
+    def _is_well(self) -> None:
+        if self.lost > self._lost_noted:
+            self.note("lost", "", "decisions", "no disk took them",
+                      count=self.lost - self._lost_noted)  # fmt: skip
+            self._lost_noted = self.lost
+        if self._problem is not None:
+            log.info("Decisions are recorded again")
+        self._problem = None
+
+    def _fails(self, error: Exception) -> None:
+        problem = f"Decisions are not recorded: {error}."
+        if problem != self._problem:
+            log.error("%s Inspecting goes on.", problem, exc_info=not isinstance(
+                error, OSError | sqlite3.Error))  # fmt: skip
+        self._problem = problem
+
+
+def _with_sha256(one: _Waiting) -> Decision | Note:
+    """Of a damaged picture, which nobody has hashed yet: in the event loop it would delay parts."""
+    if one.image is None or isinstance(one.entry, Note) or one.entry.sha256:
+        return one.entry
+    return replace(one.entry, sha256=hashlib.sha256(one.image).hexdigest())
+
+
+def _said(error: sqlite3.Error, folder: Path) -> Exception:
+    if "full" in str(error):
+        return DiskFull("Nothing was changed: the disk is full. Free some space.")
+    return Conflict(f"The record in {folder} cannot be used at the moment: {error}.")
+
+
+def _now() -> int:
+    return round(time.time() * 1000)

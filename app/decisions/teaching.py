@@ -1,0 +1,109 @@
+"""`teach`: parts that a person has marked become images to learn from and to test with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from app.decisions.database import DecisionDatabase, Filter, Kept
+from app.decisions.recorder import Recorder
+from engines.errors import UnknownDataset
+from engines.image import ImageLimits
+from engines.store.datasets import SPLITS, Datasets, Split
+
+LABELS = ("good", "defect", "unusable")
+PAGE = 500
+_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif"}
+
+
+class Taught(NamedTuple):
+    """What became of the decisions that somebody has marked."""
+
+    added: dict[Split, int]
+    moved: int  # out of another split, because the label is another one now
+    already_there: int
+    without_picture: int  # which is not kept any more
+
+
+def teach(
+    recorder: Recorder,
+    datasets: Datasets,
+    category: str,
+    asked: Filter,
+    test_share: float,
+    limits: ImageLimits,
+) -> Taught:
+    """Put the pictures of marked decisions into the splits of a category. Blocks.
+
+    A good part goes to `train`, or to `normal` with one in so many; a defect to `anomaly`; what is
+    unusable, nowhere. A picture is in one split at most, and always in the same one: its SHA-256
+    decides. Where it was judged several times, what was said of the last one counts.
+
+    Args:
+        test_share: of the good ones, which are kept to test with.
+
+    Raises:
+        Conflict, DiskFull: as `Recorder.read` and `Datasets.add`.
+    """
+    counts: Counter[str] = Counter()
+    added: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    origins: dict[str, dict[str, Any]] = {}
+    for kept in recorder.read(lambda database: _last_of_each_picture(database, asked)):
+        split = _split(kept, test_share)
+        name = f"decision-{kept.decision.sha256[:16]}{_ENDINGS[kept.decision.format]}"
+        for other in SPLITS:
+            if other != split:
+                with suppress(UnknownDataset):
+                    datasets.delete_image(category, other, name)
+                    counts["moved"] += 1
+        if split is None:
+            continue
+        try:
+            data = recorder.pictures.image(kept.number)
+        except FileNotFoundError:
+            counts["without_picture"] += 1
+            continue
+        stored = datasets.add(category, split, name, data, limits=limits)
+        counts["already_there"] += stored.already_there
+        added[split] += not stored.already_there
+        origins[name] = _origin(kept)
+    if origins:
+        datasets.note_origins(category, origins)
+    return Taught(added, counts["moved"], counts["already_there"], counts["without_picture"])
+
+
+def _last_of_each_picture(database: DecisionDatabase, asked: Filter) -> list[Kept]:
+    found: dict[str, Kept] = {}
+    for label in LABELS:
+        for kept in _all(database, replace(asked, label=label)):
+            known = found.get(kept.decision.sha256)
+            if kept.decision.format and (known is None or known.number < kept.number):
+                found[kept.decision.sha256] = kept
+    return list(found.values())
+
+
+def _all(database: DecisionDatabase, asked: Filter) -> Iterator[Kept]:
+    page = database.find(asked, PAGE)
+    while page:
+        yield from page
+        page = database.find(asked, PAGE, page[-1].number)
+
+
+def _split(kept: Kept, test_share: float) -> Split | None:
+    if kept.label == "unusable":
+        return None
+    if kept.label == "defect":
+        return "anomaly"
+    return "normal" if int(kept.decision.sha256[:8], 16) < test_share * 2**32 else "train"
+
+
+def _origin(kept: Kept) -> dict[str, Any]:
+    one = kept.decision
+    return {
+        "decision": one.id, "number": kept.number, "part": one.part, "at": one.at,
+        "model": one.model, "version": one.version, "raw_score": one.raw_score,
+        "sha256": one.sha256, "label": kept.label, "defect": kept.defect,
+    }  # fmt: skip

@@ -1,0 +1,190 @@
+"""The record: what it costs the line, and how fast a million decisions are looked through.
+
+    python -m benchmarks.decisions [--lines N] [--clients N] [--turns N] [--seconds S]
+
+Two servers with the same PatchCore model, one with KENSA_RECORD=on and one with off, are asked in
+turns by the same clients, each part with a name of its own; every picture is kept. All in one run,
+because machines differ from one minute to the next. Then a database is filled and asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from app.decisions.database import DecisionDatabase, Filter, open_or_make
+from app.decisions.decision import Decision
+from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
+from benchmarks.load import CATEGORY, WEIGHTS, learned, server
+
+MODELS = 4
+SCORER = "5f0c8e6c0b1d"
+BEGAN, BEAT_MS = 1_764_400_000_000, 100  # when the first was made, and each after the one before
+DAY_MS = 86_400_000
+_PARTS = count()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decisions", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--lines", type=int, default=1_000_000, help="(default 1,000,000)")
+    parser.add_argument("--clients", type=int, default=16, help="at once (default 16)")
+    parser.add_argument("--turns", type=int, default=8, help="for each server (default 8)")
+    parser.add_argument("--seconds", type=float, default=8, help="for each turn (default 8)")
+    flags = parser.parse_args()
+    begin()
+    print_machine(["openvino"])
+    with tempfile.TemporaryDirectory() as folder:
+        if WEIGHTS.is_file():
+            with phase("learning"):
+                engine = learned("patchcore", Path(folder) / "patchcore")
+            beside_the_line(engine, flags.clients, flags.turns, flags.seconds)
+        else:
+            sys.stderr.write(f"No photos and weights in {ASSETS}: only lines are looked through.\n")
+        many(Path(folder) / "decisions", flags.lines)
+    print_load("after")
+
+
+def beside_the_line(engine: Path, clients: int, turns: int, seconds: float) -> None:
+    """Turns alternate, and the first of each is not counted."""
+    place = ASSETS / "data" / "test" / CATEGORY / "normal"
+    photos = [path.read_bytes() for path in sorted(place.iterdir())[:8]]
+    waits: dict[str, list[float]] = {"off": [], "on": []}
+    ratios: dict[str, list[float]] = {"p50": [], "p99": []}
+    with ExitStack() as stack:
+        ports = {
+            name: stack.enter_context(server(engine, "on", KENSA_RECORD=name,
+                                             KENSA_RECORD_SAMPLE="1"))[0]
+            for name in waits
+        }  # fmt: skip
+        for turn in range(turns + 1):
+            taken = {}
+            for name in list(waits) if turn % 2 else list(reversed(waits)):
+                taken[name] = ask(ports[name], photos, clients, seconds if turn else 2)
+            if turn:
+                for name, some in taken.items():
+                    waits[name] += some
+                for which, percent in (("p50", 50), ("p99", 99)):
+                    on, off = (percentile(taken[name], percent) for name in ("on", "off"))
+                    ratios[which].append(on / off)
+    rows = [
+        [name, f"{len(some) / turns / seconds:.1f}",
+         *(f"{percentile(some, percent):.1f}" for percent in (50, 99))]
+        for name, some in waits.items()
+    ]  # fmt: skip
+    head = ["record", "requests/s", "p50 ms", "p99 ms"]
+    print_table(f"{clients} clients, photos of 1024 pixels, every picture kept", head, rows)
+    for which, found in ratios.items():
+        print(f"{which}, on / off: {statistics.median(found):.3f} "
+              f"({min(found):.3f} to {max(found):.3f})")  # fmt: skip
+
+
+def ask(port: int, photos: list[bytes], clients: int, seconds: float) -> list[float]:
+    """How long each request took, milliseconds; each is about another part."""
+    taken: list[float] = []
+    until = time.perf_counter() + seconds
+
+    def send(number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        while (began := time.perf_counter()) < until:
+            headers = {"Content-Type": "image/jpeg", "X-Part": f"P-{next(_PARTS)}"}
+            connection.request("POST", "/infer", photos[number % len(photos)], headers)
+            answer = connection.getresponse()
+            body = answer.read()
+            assert answer.status == 200, body
+            taken.append((time.perf_counter() - began) * 1000)
+            number += 1
+        connection.close()
+
+    threads = [threading.Thread(target=send, args=[number]) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return taken
+
+
+def percentile(waits: list[float], percent: int) -> float:
+    return statistics.quantiles(waits, n=100)[percent - 1]
+
+
+# ---- many lines ----------------------------------------------------------------------------------
+
+
+def many(folder: Path, lines: int) -> None:
+    """Fill a database, and ask it in every way that the routes do."""
+    draw = random.Random(1)
+    with open_or_make(folder) as database:
+        with phase(f"writing {lines:,} decisions"):
+            began = time.perf_counter()
+            for first in range(0, lines, 1000):
+                database.append([_one(number, draw) for number in range(first, first + 1000)])
+            each_us = (time.perf_counter() - began) / lines * 1e6
+        rows = [[what, *_timed(lambda ask=ask: ask(database))] for what, ask in _ways(lines)]
+        mib = database.bytes_used() / 2**20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print_table(f"{lines:,} decisions", ["asked for", "first ms", "median ms"], rows)
+    print(f"Written in {each_us:.0f} us each; {mib:.0f} MiB; this process {memory:.0f} MiB")
+
+
+def _one(number: int, draw: random.Random) -> Decision:
+    raw = draw.gauss(1, 0.2)
+    return Decision(
+        id=f"line-{number}", part=f"KB-{number // 2}", at=BEGAN + BEAT_MS * number,
+        model=f"m{number % MODELS}", version="0001-3f9a0c41d2e8", scorer=SCORER,
+        verdict="anomaly" if raw > 1.5 else "normal", code="", raw_score=raw,
+        score=min(max(raw / 3, 0), 1), threshold=0.5, raw_threshold=1.5, queue_ms=0.1,
+        decode_ms=2.0, infer_ms=20.5, total_ms=23.25, sha256=f"{number:064x}", format="JPEG",
+        width=1024, height=1024, who="plc-3",
+    )  # fmt: skip
+
+
+def _ways(lines: int) -> list[tuple[str, Callable[[DecisionDatabase], Any]]]:
+    middle = BEGAN + BEAT_MS * lines // 2
+    day = Filter(model="m1", since=BEGAN + BEAT_MS * lines - DAY_MS)
+
+    def find(asked: Filter, limit: int = 50) -> Callable[[DecisionDatabase], Any]:
+        return lambda database: database.find(asked, limit)
+
+    return [
+        ("the newest 50", find(Filter())),
+        ("the newest 500", find(Filter(), 500)),
+        ("50 in the middle", lambda database: database.find(Filter(), 50, lines // 2)),
+        ("one, by its id", lambda database: database.one(f"line-{lines // 3}")),
+        ("of a part", find(Filter(part="KB-2046"))),
+        ("of a model", find(Filter(model="m2"))),
+        ("of a model, from the middle on", find(Filter(model="m2", since=middle))),
+        ("rejects that nobody has marked", find(Filter(verdict="anomaly", label="none"))),
+        ("marked as good", find(Filter(label="good"))),
+        ("near the threshold", find(Filter(score_from=0.49, score_to=0.51))),
+        ("of a version that there is not", find(Filter(model="m2", version="0009"))),
+        ("preview over a day of a model", lambda it: it.count_flips(day, SCORER, 1.4)),
+        ("preview over all of a model", lambda it: it.count_flips(Filter(model="m1"), SCORER, 1.4)),
+        ("the 200 newest flips", lambda it: it.flips(Filter(model="m1"), SCORER, 1.4, 200)),
+    ]
+
+
+def _timed(work: Callable[[], Any]) -> list[str]:
+    taken = []
+    for _ in range(7):
+        began = time.perf_counter()
+        work()
+        taken.append((time.perf_counter() - began) * 1000)
+    return [f"{taken[0]:.1f}", f"{statistics.median(taken):.1f}"]
+
+
+if __name__ == "__main__":
+    main()

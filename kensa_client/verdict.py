@@ -1,0 +1,98 @@
+"""`Verdict`: what Kensa said of a part, taken only where all of it is as it must be."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the server's time went, milliseconds."""
+
+    queue_ms: float
+    decode_ms: float
+    infer_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model said of a part. It is true where `ok` is."""
+
+    ok: bool  # Normal
+    label: str  # Normal or Anomaly
+    score: float  # 0 to 1
+    threshold: float  # the limit for `score`
+    raw_score: float  # in the model's own units
+    raw_threshold: float
+    id: str  # of the inspection, as the record has it
+    part: str
+    model: str
+    version: str
+    repeat_of: str | None  # the id of the inspection that this one repeats
+    hint: str | None  # what speaks against the picture, though it was judged
+    timing: Timing
+
+    def __bool__(self) -> bool:
+        return self.ok  # else `if kensa.inspect(picture):` would pass every part
+
+
+@dataclass(frozen=True)
+class SafeVerdict:
+    """Whether a part is known to be good, and why not. It is true where `ok` is."""
+
+    ok: bool  # a Normal verdict came within the deadline
+    reason: str  # empty where ok
+    verdict: Verdict | None  # None: there is none
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def read_verdict(body: bytes, id_: str, part: str, model: str | None) -> Verdict:
+    """The verdict in an answer to a request of this id, part and model.
+
+    Raises:
+        ValueError: it is none, contradicts itself, or is about something else.
+    """
+    said = json.loads(body, parse_int=float)  # so that no number is too large to be looked at
+    if not isinstance(said, dict):
+        raise ValueError("it is no object")
+    label, is_anomalous = said.get("label"), said.get("is_anomalous")
+    if label not in ("Normal", "Anomaly") or is_anomalous is not (label == "Anomaly"):
+        raise ValueError(f"label is {label!r}, and is_anomalous {is_anomalous!r}")
+    about = said.get("id"), said.get("part") or ""
+    if about != (id_, part):
+        raise ValueError(f"it is about {about}, and {(id_, part)} was asked")
+    if model is not None and said.get("model_name") != model:
+        raise ValueError(f"{said.get('model_name')!r} judged, and {model!r} was asked")
+    timing = said.get("timing")
+    return Verdict(
+        ok=label == "Normal", label=str(label), id=id_, part=part,
+        score=_number(said, "score"), threshold=_number(said, "threshold"),
+        raw_score=_number(said, "raw_score"), raw_threshold=_number(said, "raw_threshold"),
+        model=_text(said, "model_name"), version=_text(said, "model_version"),
+        repeat_of=_text_or_none(said, "repeat_of"), hint=_text_or_none(said, "hint"),
+        timing=Timing(**{name: _number(timing, name) for name in Timing.__annotations__}),
+    )  # fmt: skip
+
+
+def _number(said: Any, name: str) -> float:
+    found = said.get(name) if isinstance(said, dict) else None
+    if not isinstance(found, float) or not math.isfinite(found):
+        raise ValueError(f"{name} is {found!r}")
+    return found
+
+
+def _text(said: dict[str, Any], name: str) -> str:
+    found = said.get(name)
+    if not isinstance(found, str):
+        raise ValueError(f"{name} is {found!r}")
+    return found
+
+
+def _text_or_none(said: dict[str, Any], name: str) -> str | None:
+    return None if said.get(name) is None else _text(said, name)

@@ -1,0 +1,152 @@
+"""The file of decisions: what is asked of it is looked up, not searched, however many there are."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.decisions.database import FILE, DecisionDatabase, Filter, Note, open_or_make
+from app.decisions.verify import verify
+from support.decisions import decision
+
+ASKED: dict[str, Any] = {
+    "part": "P3", "model": "m1", "version": "v2", "verdict": "anomaly", "label": "good",
+    "score_from": 0.3, "score_to": 0.6, "since": 1_764_400_010_000, "until": 1_764_400_090_000,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecisionDatabase]:
+    draw = random.Random(0)
+    with open_or_make(tmp_path_factory.mktemp("database")) as found:
+        found.append([
+            decision(id=f"d{number}", part=draw.choice(["", "P1", "P2", "P3"]),
+                     at=1_764_400_000_000 + draw.randrange(100_000), model=f"m{number % 3}",
+                     version=f"v{number % 4}", verdict=draw.choice(["normal", "anomaly", "none"]),
+                     score=draw.choice([None, draw.random()]))
+            for number in range(600)
+        ])  # fmt: skip
+        for number in range(0, 600, 7):
+            kept = found.one(f"d{number}")
+            assert kept is not None
+            found.mark(kept, draw.choice(["good", "unusable"]), "", "anna", "")
+        yield found
+
+
+def test_every_filter_finds_what_it_says_newest_first_in_pages_without_gaps(
+    database: DecisionDatabase,
+) -> None:
+    everything = database.find(Filter(), 1000)
+    assert len(everything) == 600
+    names = [field.name for field in fields(Filter)]
+    for several in (*combinations(names, 1), *combinations(names, 2), *combinations(names, 3)):
+        asked = Filter(**{name: ASKED[name] for name in several})
+        expected = [kept for kept in everything if _fits(kept, asked)]
+        assert database.find(asked, 1000) == expected, asked
+        paged, before = [], None
+        while page := database.find(asked, 5, before):
+            paged += page
+            before = page[-1].number
+        assert paged == expected
+    times = [(kept.decision.at, kept.number) for kept in everything]
+    assert times == sorted(times, reverse=True)
+
+
+def _fits(kept: Any, asked: Filter) -> bool:
+    one = kept.decision
+    has_score = one.score is not None
+    return all((
+        asked.part in (None, one.part), asked.model in (None, one.model),
+        asked.version in (None, one.version), asked.verdict in (None, one.verdict),
+        asked.label in (None, kept.label),
+        asked.score_from is None or (has_score and one.score >= asked.score_from),
+        asked.score_to is None or (has_score and one.score <= asked.score_to),
+        asked.since is None or one.at >= asked.since, asked.until is None or one.at < asked.until,
+    ))  # fmt: skip
+
+
+def test_no_question_reads_the_whole_table_or_sorts_it(database: DecisionDatabase) -> None:
+    """By SQLite's own plan; only of few that have such a score all are sorted."""
+    asked: list[str] = []
+    database._connection.set_trace_callback(asked.append)
+    for name in (field.name for field in fields(Filter)):
+        database.find(Filter(**{name: ASKED[name]}), 50)
+    database.find(Filter(), 50, 17)
+    database.one("d3")
+    database.lines(50, subject="d7")
+    database.count_flips(Filter(model="m1"), "5f0c8e6c0b1d", 1.0)
+    database._connection.set_trace_callback(None)
+    assert len(asked) > 11
+    for statement in asked:
+        plan = [row[3] for row in database._connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+        scans = [step for step in plan if step.startswith("SCAN") and "INDEX" not in step]
+        assert all("(subquery" in step or "CONSTANT" in step for step in scans), (statement, plan)
+        by_score = "decisions_by_score" in statement
+        assert by_score or not any(step == "USE TEMP B-TREE FOR ORDER BY" for step in plan), (
+            statement,
+            plan,
+        )
+
+
+def test_a_pruned_record_is_whole_and_says_so_and_one_that_lost_its_beginning_does_not(
+    tmp_path: Path,
+) -> None:
+    with open_or_make(tmp_path) as database:
+        database.append([decision(id=f"d{number}") for number in range(20)])
+        database.prune(8, "too old")
+        database.append([decision(id="later")])
+        found = verify(database)
+        assert (found.problem, found.first, found.decisions) == (None, 9, 13)
+        database.prune(100, "too old")
+        database.append([decision(id="after all were pruned")])
+        found = verify(database)
+        assert (found.problem, found.first, found.decisions) == (None, 22, 1)
+        database.append([decision(), decision()])
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute("DELETE FROM decisions WHERE number <= 22")
+    connection.close()
+    with DecisionDatabase(tmp_path / FILE) as database:
+        assert verify(database).problem == (
+            "Decision 22 is missing: 23 comes next"
+            f" ({database.find(Filter(), 9)[-1].decision.id}, "
+            f"{_when(database)})."
+        )
+
+
+def _when(database: DecisionDatabase) -> str:
+    from app.decisions.verify import _time
+
+    return _time(database.find(Filter(), 9)[-1].decision.at)
+
+
+def test_two_processes_that_write_make_one_chain(tmp_path: Path) -> None:
+    """As `kensa keys` does beside a server."""
+    with open_or_make(tmp_path) as one, open_or_make(tmp_path) as other:
+        for number in range(10):
+            one.append([decision(id=f"d{number}")])
+            other.append([Note.now("key_added", "", f"k{number}", "", {})])
+        found = verify(one)
+    assert (found.problem, found.decisions, found.lines) == (None, 10, 10)
+
+
+def test_what_cannot_be_written_leaves_nothing_half(tmp_path: Path) -> None:
+    with open_or_make(tmp_path) as database:
+        database.append([decision(id="before")])
+
+        def full(place: int, number: int) -> int:
+            if place == 2:
+                raise OSError(28, "No space left on device")
+            return 100
+
+        with pytest.raises(OSError, match="No space"):
+            database.append([decision(), decision(), decision()], full)
+        assert [kept.decision.id for kept in database.find(Filter(), 10)] == ["before"]
+        database.append([replace(decision(), id="after")])
+        assert verify(database).problem is None

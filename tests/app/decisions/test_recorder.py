@@ -1,0 +1,217 @@
+"""What the record does when something is wrong: with the disk, the clock, the file, a client."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from app.decisions import database as files
+from app.decisions.database import FILE, note_once, open_or_make
+from app.decisions.decision import Decision
+from app.decisions.pictures import Pictures
+from app.decisions.recorder import MOST_WAITING_BYTES, Asked, Recorder
+from app.decisions.repeats import Repeats
+from app.serving.inspection import Inspection
+from app.settings import Settings
+from engines.errors import RuntimeFailed
+from support.decisions import decision
+
+DAY = 86_400_000
+
+
+def recorder_in(folder: Path, **settings: Any) -> Recorder:
+    return Recorder(Settings(data_dir=folder, **settings))
+
+
+def pictures_in(recorder: Recorder) -> list[str]:
+    return sorted(path.name for path in recorder.folder.glob("pictures/*/*"))
+
+
+def test_a_clock_that_was_wrong_after_a_start_lets_no_newer_decision_be_deleted(
+    tmp_path: Path,
+) -> None:
+    now = 20_000 * DAY
+    with open_or_make(tmp_path) as database:
+        for at in (now - 9 * DAY, now - 8 * DAY, now - DAY, 5_000, now):  # 5 s after 1970 began
+            database.append([decision(at=at)])
+        assert database.last_before(now - 7 * DAY) == 2
+        database.prune(2, "older than 7 days")
+        assert database.last_before(now - 7 * DAY) == 0
+        assert database.last_before(now + DAY) == 5
+
+
+def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk would be filled to its last byte, with files that nobody counts."""
+    recorder, keep = recorder_in(tmp_path), Pictures.keep
+
+    def full(self: Pictures, number: int, image: bytes, anomaly_map: Any) -> int:
+        taken = keep(self, number, image, anomaly_map)
+        if number == 3:
+            raise OSError(28, "No space left on device")
+        return taken
+
+    monkeypatch.setattr(Pictures, "keep", full)
+    for number in range(3):
+        recorder.no_verdict(Asked(f"{number}", "", "", ""), "bad_image", b"broken")
+    recorder.start()
+    found = recorder.read(lambda it: it.find(files.Filter(), 10))
+    assert pictures_in(recorder) == []
+    recorder.close()
+    with open_or_make(recorder.folder) as database:
+        found = database.find(files.Filter(), 10)
+    assert [one.picture_bytes for one in found] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("image", "room"), [(b"", 2048), (b"broken", 0)])
+def test_an_empty_picture_and_one_that_has_no_room_leave_no_file(
+    tmp_path: Path, image: bytes, room: int
+) -> None:
+    recorder = recorder_in(tmp_path, record_pictures_mib=room)
+    recorder.no_verdict(Asked("one", "", "", ""), "bad_image", image)
+    recorder.start()
+    recorder.close()
+    assert recorder.written == 1
+    assert pictures_in(recorder) == []
+
+
+def test_a_picture_that_no_decision_counts_is_gone_after_the_next_start(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path)
+    with open_or_make(recorder.folder) as database:
+        database.append([decision()])
+    recorder.pictures.keep(1, b"nobody's", np.zeros((2, 2), np.float32))
+    recorder.start()
+    recorder.read(lambda it: it.span())
+    recorder.close()
+    assert pictures_in(recorder) == []
+
+
+def test_the_maps_of_pictures_that_wait_are_counted_too(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path)  # not started: as good as a disk that takes nothing
+    heat = np.zeros((1024, 1024), np.float32)
+    for number in range(2 * MOST_WAITING_BYTES // heat.nbytes):
+        recorder._add(_waiting(f"{number}", heat))
+    held = [one.anomaly_map for one in recorder._waiting if one.anomaly_map is not None]
+    assert sum(one.nbytes for one in held) <= MOST_WAITING_BYTES
+    assert held
+
+
+def _waiting(id_: str, heat: Any) -> Any:
+    from app.decisions.recorder import _Waiting
+
+    return _Waiting(decision(id=id_), b"small", heat)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 1.0, 1e-310])
+def test_of_the_other_parts_as_many_are_kept_as_the_setting_says(
+    tmp_path: Path, share: float
+) -> None:
+    recorder = recorder_in(tmp_path, record_sample=share, record_near=0)
+    part = decision(score=0.1, threshold=0.5)
+    assert sum(recorder._is_wanted(part) for _ in range(1000)) == pytest.approx(1000 * share, abs=1)
+
+
+def test_a_command_never_puts_aside_a_file_that_a_server_writes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_or_make(tmp_path) as database:
+        database.append([replace(decision(), id="x" * 9000) for _ in range(50)])
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: len(whole) // 2])
+    note_once(tmp_path, "key_added", "anna")
+    assert not list(tmp_path.glob("*.damaged-*"))
+
+
+def test_a_repair_that_finds_no_room_leaves_the_damaged_file_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_or_make(tmp_path) as database:
+        database.append([decision() for _ in range(500)])
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: -len(whole) // 4])
+
+    def full(*_: Any) -> int:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_take_over", full)
+        with pytest.raises(sqlite3.OperationalError):
+            open_or_make(tmp_path)
+    with open_or_make(tmp_path) as database:
+        assert database.lines(1)[0].what == "repair"
+        assert database.span()[1] > 100  # of 500 in a file that lost its last quarter
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 1
+
+
+def test_a_copy_that_was_restored_is_read_while_it_is_written(tmp_path: Path) -> None:
+    with open_or_make(tmp_path / "old") as database:
+        database.append([decision()])
+    (tmp_path / "new").mkdir()
+    with closing(sqlite3.connect(tmp_path / "old" / FILE)) as copied:
+        copied.execute("VACUUM INTO ?", [str(tmp_path / "new" / FILE)])
+    with open_or_make(tmp_path / "new") as database:
+        assert database.last("decisions")[0] == 1
+        mode = database._connection.execute("PRAGMA journal_mode").fetchone()[0]
+    assert mode == "wal"
+
+
+def test_of_several_that_wait_for_one_that_got_no_verdict_only_one_is_judged() -> None:
+    began, judged = asyncio.Event(), []
+
+    async def fails() -> Any:
+        began.set()
+        await asyncio.sleep(0.05)
+        raise RuntimeFailed("The model gave a score that is no number.")
+
+    async def judges() -> Any:
+        judged.append(1)
+        await asyncio.sleep(0.05)
+        return Inspection(*[cast("Any", None)] * 6)
+
+    async def scene() -> list[str | None]:
+        repeats, key = Repeats(60), ("part", "KB-1", "0" * 64)
+        first = asyncio.create_task(repeats.once(key, "first", fails))
+        await began.wait()
+        others = [repeats.once(key, f"{number}", judges) for number in range(5)]
+        found = [repeat_of for _, repeat_of in await asyncio.gather(*others)]
+        assert isinstance(first.exception(), RuntimeFailed)
+        return found
+
+    assert asyncio.run(scene()) == [None, "0", "0", "0", "0"]
+    assert len(judged) == 1
+
+
+def test_a_damaged_picture_is_hashed_beside_the_event_loop(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path, record_pictures_mib=0)
+    recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
+    entry = recorder._waiting[0].entry
+    assert isinstance(entry, Decision)
+    assert entry.sha256 == ""
+    recorder.start()
+    found = recorder.read(lambda it: it.one("one"))
+    recorder.close()
+    assert found is not None
+    assert found.decision.sha256 == hashlib.sha256(b"broken").hexdigest()
+
+
+def test_names_of_models_that_there_are_not_grow_no_statistics(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path)
+    for number in range(50):
+        asked = Asked(f"{number}", "", f"{number}" * 5000, "")
+        recorder.no_verdict(asked, "unknown_model")
+    recorder.start()
+    found = recorder.read(lambda it: list(it.quarters(0, 2**62)))
+    longest = recorder.read(lambda it: it.find(files.Filter(), 100))
+    recorder.close()
+    assert {name for name, _, _ in found} == {""}
+    assert sum(quarter.none["unknown_model"] for _, _, quarter in found) == 50
+    assert max(len(one.decision.model) for one in longest) == 64
