@@ -232,6 +232,24 @@ def test_a_tiff_without_a_tag_that_it_needs_is_refused(tag: int) -> None:
     refused(raw_tiff({}, lost=(tag,)))
 
 
+@pytest.mark.parametrize("said", [None, 0, 1, 2])
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_sample_that_is_no_colour_is_dropped_whatever_a_tiff_says_of_it(
+    channels: int, planar: int, said: int | None
+) -> None:
+    """Four planes of which nothing was said came out as other colours."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, channels), np.uint8)
+    planes = np.moveaxis(pixels, 2, 0) if planar == 2 else pixels[None]
+    size = planes[0].size
+    tags = {256: [6], 257: [5], 258: [8] * channels, 259: [1], 262: [channels // 2],
+            273: [8 + size * n for n in range(len(planes))], 277: [channels], 278: [5],
+            279: [size] * len(planes), 284: [planar]}  # fmt: skip
+    tags |= {} if said is None else {338: [said]}
+    colours = pixels[..., : channels - 1].repeat(3 if channels == 2 else 1, axis=2)
+    assert np.array_equal(decode(tiff_file(planes.tobytes(), tags)), colours)
+
+
 def test_deflate_in_a_tiff_must_unpack_to_just_its_rows() -> None:
     good = tiff(picture())
     packed = zlib.compress(picture().tobytes())
@@ -422,6 +440,15 @@ def test_a_jpeg_of_another_sampling_is_refused_in_words(
 ) -> None:
     with pytest.raises(UnsupportedImage, match="save it with 4:4:4"):
         decode(flat_jpeg(*sampling))
+
+
+@pytest.mark.parametrize("marker", [0xC9, 0xCA])
+def test_a_jpeg_whose_code_hides_damage_is_refused_in_words(marker: int) -> None:
+    """libjpeg shows a picture of an arithmetic scan that is empty, and warns of nothing."""
+    good = saved(Image.fromarray(picture()), "JPEG")
+    head = bytearray(good[: good.index(b"\xff\xda") + 14])
+    head[head.index(b"\xff\xc0") + 1] = marker
+    assert "arithmetically" in refused(bytes(head) + b"\xff\xd9")
 
 
 @pytest.mark.parametrize("marker", [0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF])

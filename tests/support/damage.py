@@ -146,20 +146,23 @@ def tiff(
     return tiff_file(body, tags | shape | places | alpha)
 
 
-def tiff_file(body: bytes, tags: dict[int, list[int]]) -> bytes:
+def tiff_file(body: bytes, tags: dict[int, list[int]], order: str = "<") -> bytes:
     """Header, pixel data, the long values, and the directory at the end."""
     body += b"\0" * (len(body) % 2)
     entries = []
     for tag, values in sorted(tags.items()):
         kind, code = (4, "I") if tag in {273, 279, 324, 325} else (3, "H")
-        value = struct.pack(f"<{len(values)}{code}", *values)
+        value = struct.pack(f"{order}{len(values)}{code}", *values)
         if len(value) > 4:
-            place = struct.pack("<I", 8 + len(body))
+            place = struct.pack(f"{order}I", 8 + len(body))
             body += value + b"\0" * (len(value) % 2)
             value = place
-        entries.append(struct.pack("<HHI", tag, kind, len(values)) + value.ljust(4, b"\0"))
-    header = b"II*\0" + struct.pack("<I", 8 + len(body))
-    return header + body + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+        head = struct.pack(f"{order}HHI", tag, kind, len(values))
+        entries.append(head + value.ljust(4, b"\0"))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    header = mark + struct.pack(f"{order}I", 8 + len(body))
+    count = struct.pack(f"{order}H", len(entries))
+    return header + body + count + b"".join(entries) + b"\0\0\0\0"
 
 
 def seeds() -> dict[str, bytes]:
