@@ -14,6 +14,7 @@ from engines.files import write_atomically
 Kind = Literal["patchcore", "padim", "efficientad", "vae"]
 
 FORMAT = 1
+_MOST = 1e38  # of a raw score, which is a float32; the difference of two is one, too
 
 # What a first model is where nobody says otherwise; docs/models.md says how it was chosen.
 FIRST: dict[str, Any] = {
@@ -119,6 +120,13 @@ class Meta(BaseModel):
             if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
                 raise ValueError("must be a plain file name, without a folder")
         return names
+
+    @field_validator("image_threshold_auto", "raw_image_min", "raw_image_max")
+    @classmethod
+    def _raw_scores(cls, value: float | None) -> float | None:
+        if value is not None and abs(value) > _MOST:  # a limit that is NaN rejects nothing
+            raise ValueError(f"must be a raw score, from -{_MOST:g} to {_MOST:g}")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -147,7 +147,7 @@ class Store:
             manifest = Manifest(
                 version, str(content["created"]), dict(content["files"]), dict(content["origin"])
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadBundle(f"{path} cannot be read: {error}.") from None
         if not version.endswith(_digest(manifest.files)):
             raise BadBundle(f"{path} is damaged: it does not belong to {version}.")

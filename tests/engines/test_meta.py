@@ -160,6 +160,11 @@ def test_a_change_that_contradicts_the_rest_is_refused(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an auto threshold that is no number": ({"image_threshold_auto": math.nan}, "threshold_auto"),
     "an infinite range": ({"raw_image_max": math.inf}, "raw_image_max"),
+    "a range wider than any number": (
+        {"raw_image_min": -1.7e308, "raw_image_max": 1.7e308, "image_threshold_auto": 0.0},
+        "raw_image_m",
+    ),
+    "an auto threshold that no score reaches": ({"image_threshold_auto": 1e300}, "threshold_auto"),
     "a ratio of 0": ({"coreset_ratio": 0}, "coreset_ratio"),
     "a ratio above 1": ({"coreset_ratio": 1.01}, "coreset_ratio"),
     "a negative ratio": ({"coreset_ratio": -0.1}, "coreset_ratio"),

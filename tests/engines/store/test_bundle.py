@@ -102,7 +102,11 @@ def test_a_bundle_without_a_report_opens(own_model: Path) -> None:
     assert Bundle.open(own_model).report() == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "\0", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"],
+    ids=["empty", "cut", "a list", "nul", "deep", "long"],
+)
 def test_a_damaged_report_is_refused_by_name(text: str, own_model: Path) -> None:
     without_hashes(own_model)
     (own_model / "report.json").write_text(text)
@@ -156,7 +160,7 @@ def test_a_bank_of_another_maker_has_no_coverage_radius(tmp_path: Path) -> None:
     assert read_coverage_radius(npz(tmp_path / "bank.npz", embeddings=ROWS)) is None
 
 
-@pytest.mark.parametrize("radius", [np.zeros(3), np.array("far")])
+@pytest.mark.parametrize("radius", [np.zeros(3), np.array("far"), np.float32("inf"), -1.0])
 def test_a_coverage_radius_that_is_no_number_is_refused(radius: Any, tmp_path: Path) -> None:
     path = npz(tmp_path / "bank.npz", embeddings=ROWS, coverage_radius=radius)
     with pytest.raises(BadBundle, match="coverage_radius"):

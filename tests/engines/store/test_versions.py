@@ -360,10 +360,11 @@ def edited(**changes: Any) -> Callable[[str], str]:
         lambda text: "null", lambda text: "7", lambda text: "{}", edited(files=None),
         edited(files={}), edited(files=["meta.json"]), edited(files={"../x": "0"}),
         edited(origin=None), edited(origin=3),
-        lambda text: text.replace("meta.json", "meta.jsom"),
+        lambda text: text.replace("meta.json", "meta.jsom"), lambda text: "[" * 100_000,
     ],
     ids=["empty", "cut", "zeros", "a list", "null", "a number", "no keys", "no files", "0 files",
-         "files without hashes", "a path", "no origin", "a number as origin", "another name"],
+         "files without hashes", "a path", "no origin", "a number as origin", "another name",
+         "deep"],
 )  # fmt: skip
 def test_a_damaged_manifest_is_refused_by_name(store: Store, damage: Callable[[str], str]) -> None:
     version = publish(store, "a")
