@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,11 @@ class Meta(BaseModel):
             raise ValueError(f"must be a raw score, from -{_MOST:g} to {_MOST:g}")
         return value
 
+    @field_validator("calibration")
+    @classmethod
+    def _known_numbers(cls, value: Any) -> Any:
+        return _without_nan(value)  # which no JSON holds, so it could not be said or written
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_yes_or_no(cls, value: Any) -> Any:
@@ -180,6 +186,15 @@ class Meta(BaseModel):
             for key, value in self.model_dump().items()
             if value is not None or key in unknown
         }
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None, which is not known, for each number that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -402,12 +402,16 @@ class Rollout:
 
             by_hand = {"ok": True, "reasons": [], "by_hand": True}
             version = await self._loader.write(publish)
-            self.on_change("threshold", name, version, reason, {**wanted, "gate": gate})
+
+            def changed() -> None:
+                self.on_change("threshold", name, version, reason, {**wanted, "gate": gate})
+
             if gate:
+                changed()
                 return version
             try:
                 async with self._models.opened(name, version) as model:
-                    await self._go_live(model, by_hand)
+                    await self._go_live(model, by_hand, changed)
             except (KensaError, OSError):
                 await self._loader.do(lambda: self._store.withdraw(name, version))
                 raise
@@ -484,8 +488,14 @@ class Rollout:
             found.add(pointer.live)
         return found
 
-    async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
-        """On the disk first: after a power cut the version that was named last comes back."""
+    async def _go_live(
+        self, model: Resident, found: dict[str, Any], done: Callable[[], None] = lambda: None
+    ) -> None:
+        """On the disk first: after a power cut the version that was named last comes back.
+
+        Args:
+            done: is called once it is so, before anybody hears that it is live.
+        """
         name, version = model.name, model.version
         self._going_live.add((name, version))
         try:
@@ -493,6 +503,7 @@ class Rollout:
             self._models.put(model)
         finally:
             self._going_live.discard((name, version))
+        done()
         how: How = "by_hand" if found.get("by_hand") else "live"
         self.on_swap(name, how)
         self.on_change("live", name, version, "", {"by_hand": how == "by_hand"})

@@ -143,6 +143,15 @@ def test_a_null_in_the_calibration_record_survives(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["calibration"] == record
 
 
+def test_a_number_of_the_calibration_that_is_none_is_not_known(tmp_path: Path) -> None:
+    """JSON has no NaN, so a report that quotes it could not be written."""
+    found = {"parts": 1e400, "drawn": {"scores": [1.5, math.nan, -math.inf]}}
+    meta = Meta.read(written(tmp_path, {**OLD["patchcore"], "calibration": found}))
+    assert meta.calibration == {"parts": None, "drawn": {"scores": [1.5, None, None]}}
+    meta.write(tmp_path / "again.json")
+    json.loads((tmp_path / "again.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_keys_of_other_kinds_are_not_written_as_null(tmp_path: Path) -> None:
     path = written(tmp_path, OLD["vae"])
     Meta.read(path).write(path)

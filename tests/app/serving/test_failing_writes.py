@@ -71,8 +71,10 @@ def test_what_is_answered_holds_now_and_after_a_restart(
     new = tiny_bundle(tmp_path / "new", offset=9.0)
     shutil.make_archive(str(tmp_path / "new"), "zip", new)
 
-    async def fail(client: httpx.AsyncClient, _: Any) -> tuple[int, dict[str, Any]]:
+    async def fail(client: httpx.AsyncClient, app: Any) -> tuple[int, dict[str, Any]]:
         before = await seen(client)
+        changes: list[str] = []  # as the audit trail says them
+        app.state.rollout.on_change = lambda what, *_: changes.append(what)
         for step in range(
             200
         ):  # a mark of an opening may be missing: what is said holds all the same
@@ -85,6 +87,7 @@ def test_what_is_answered_holds_now_and_after_a_restart(
             pointer = store.pointer(NAME)
             assert pointer is not None
             assert pointer.live == before["live"], write.failed
+            assert changes == [], write.failed
         after = await seen(client)
         assert after != before
         return step, after
