@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -143,11 +144,11 @@ class Store:
         """
         path = self.folder(name, version) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _from_json(path.read_text(encoding="utf-8"))
             manifest = Manifest(
                 version, str(content["created"]), dict(content["files"]), dict(content["origin"])
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadBundle(f"{path} cannot be read: {error}.") from None
         if not version.endswith(_digest(manifest.files)):
             raise BadBundle(f"{path} is damaged: it does not belong to {version}.")
@@ -346,9 +347,9 @@ class Store:
         Its `reasons`, where it has them, are a list of sentences, whoever wrote it.
         """
         try:
-            found = json.loads(_text(self.gate_folder(name, version) / GATE) or "null")
+            found = _from_json(_text(self.gate_folder(name, version) / GATE) or "null")
             reasons = found.get("reasons", [])
-        except (ValueError, RecursionError, AttributeError):
+        except (ValueError, AttributeError):
             return None
         sentences = isinstance(reasons, list) and all(isinstance(one, str) for one in reasons)
         return found if sentences else None
@@ -804,6 +805,24 @@ def _text(path: Path) -> str | None:
         if error.errno in _UNREADABLE:
             return None
         raise
+
+
+def _from_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or absurdly deep, or has a number that no answer in JSON can hold.
+    """
+    try:
+        return json.loads(text, parse_float=_number, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is no number")
+    return number
 
 
 def _there_is(names: list[str]) -> str:
