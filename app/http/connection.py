@@ -404,7 +404,8 @@ class Connection(HttpToolsProtocol):
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
         status = f"HTTP/1.1 {problem.status} {http.HTTPStatus(problem.status).phrase}\r\n".encode()
         lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-        return b"%s%s\r\n%s" % (status, lines, body)
+        is_head = self._begun and self.parser.get_method() == b"HEAD"  # has no body
+        return b"%s%s\r\n%s" % (status, lines, b"" if is_head else body)
 
     def _probe(self, was_asked: bool) -> None:
         """Is a client that has shut down its side still there? Only writing to it tells.

@@ -434,6 +434,16 @@ HEADS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a long header", "many headers", "a long path"])
+def test_a_refused_head_has_no_body(server: Server, name: str) -> None:
+    with connect(server) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(HEADS[name].replace(b"GET", b"HEAD", 1))
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert statuses(head) == [431]
+    assert body == b""
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_has_an_end(server: Server, head: str) -> None:
     answer = b""
