@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from engines.errors import BadMeta
+from engines.errors import BadMeta, Unreadable
 from engines.files import write_atomically
 
 Kind = Literal["patchcore", "padim", "efficientad", "vae"]
@@ -147,12 +147,14 @@ class Meta(BaseModel):
 
         Raises:
             BadMeta: it is missing, is not JSON, or contradicts itself; the sentence says where.
+            Unreadable: the system does not give it.
         """
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
             raise BadMeta(f"{path} does not exist.") from None
         except OSError as error:
+            Unreadable.check(path, error)
             raise BadMeta(f"{path} cannot be read: {error.strerror}.") from None
         except ValidationError as error:
             raise BadMeta(f"{path} is not a valid meta.json: {_first_problem(error)}.") from None

@@ -25,7 +25,15 @@ from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings
 from engines import promise
-from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownModel, UnknownVersion
+from engines.errors import (
+    BadBundle,
+    BadMeta,
+    Conflict,
+    KensaError,
+    UnknownModel,
+    UnknownVersion,
+    Unreadable,
+)
 from engines.files import name_of_folder, printable
 from engines.limits import asked_for
 from engines.meta import Meta
@@ -217,6 +225,8 @@ class Rollout:
                 manifest = self._store.manifest(name, version)
             except UnknownVersion:  # somebody deleted it just now
                 continue
+            except Unreadable:  # nothing is known against it
+                raise
             except BadBundle as error:
                 self._refuse(name, version, str(error))
                 continue
@@ -288,9 +298,10 @@ class Rollout:
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
         except (UnknownModel, UnknownVersion) as error:
             log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
-        except (BadBundle, BadMeta) as error:
-            log.error("%s %s is refused: %s", name, version, error)
         except (KensaError, OSError) as error:
+            if isinstance(error, BadBundle | BadMeta) and not isinstance(error, Unreadable):
+                log.error("%s %s is refused: %s", name, version, error)
+                return
             self._failed[name, version] = time.monotonic()
             self.on_swap(name, "failed")
             log.error("%s %s does not go live: %s", name, version, error)

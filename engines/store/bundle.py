@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadBundle
+from engines.errors import BadBundle, Unreadable
 from engines.files import json_text, sha256, write_atomically
 from engines.meta import Meta
 from engines.store.known_scores import SCORES
@@ -156,6 +156,7 @@ def read_array(path: Path, name: str) -> NDArray[Any] | None:
     except FileNotFoundError:
         raise BadBundle(f"{path} does not exist.") from None
     except Exception as error:  # zip and npy readers raise what they like
+        Unreadable.check(path, error)
         raise BadBundle(f"{path} is not a readable .npz file: {error}.") from error
 
 
@@ -180,6 +181,7 @@ def read_report(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
+        Unreadable.check(path, error)
         raise BadBundle(f"{path} is not readable JSON: {error}.") from None
     if not isinstance(report, dict):
         raise BadBundle(f"{path} must be a JSON object.")

@@ -31,7 +31,14 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
+from engines.errors import (
+    BadBundle,
+    BadRequest,
+    Conflict,
+    UnknownModel,
+    UnknownVersion,
+    Unreadable,
+)
 from engines.files import json_text, replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
@@ -141,6 +148,7 @@ class Store:
 
         Raises:
             BadBundle: it is missing or damaged, or is not that of this version.
+            Unreadable: the system does not give it.
         """
         path = self.folder(name, version) / MANIFEST
         try:
@@ -149,6 +157,7 @@ class Store:
                 version, str(content["created"]), dict(content["files"]), dict(content["origin"])
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
+            Unreadable.check(path, error)
             raise BadBundle(f"{path} cannot be read: {error}.") from None
         if not version.endswith(_digest(manifest.files)):
             raise BadBundle(f"{path} is damaged: it does not belong to {version}.")
@@ -240,7 +249,7 @@ class Store:
     def made_by(self, name: str, job_id: str) -> str | None:
         """The version that a job published, also where it was killed before it could say so."""
         for version in self.versions(name):
-            with suppress(BadBundle):  # a damaged version is not this job's affair
+            with suppress(BadBundle, UnknownVersion):  # damaged, or deleted just now
                 if self.manifest(name, version).origin.get("job") == job_id:
                     return version
         return None
@@ -693,7 +702,7 @@ class Store:
 
     def _threshold_of(self, name: str, version: str) -> str | None:
         """The version from which this one differs only in the threshold; None for any other."""
-        with suppress(BadBundle):
+        with suppress(BadBundle, UnknownVersion):  # damaged, or deleted just now
             return self.manifest(name, version).origin.get(_THRESHOLD_OF)
         return None
 

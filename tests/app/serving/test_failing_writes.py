@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -99,3 +102,37 @@ def test_what_is_answered_holds_now_and_after_a_restart(
         return await seen(client)
 
     assert in_process(settings_of(tmp_path), look) == after
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("file", ["manifest.json", "meta.json"])
+def test_a_version_that_the_system_does_not_give_is_not_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, error: int
+) -> None:
+    """It may be whole: it judges again once that has passed."""
+    store = store_of(tmp_path)
+    live = store.take_in(NAME, tiny_bundle(tmp_path / "bundle", offset=1.0), {})
+    store.activate(NAME, live)
+    waiting = store.take_in(NAME, tiny_bundle(tmp_path / "other", offset=2.0), {"activate": True})
+
+    async def look(client: httpx.AsyncClient, _: Any) -> dict[str, Any]:
+        await asyncio.sleep(1.0)  # so that new versions are looked for
+        found: dict[str, Any] = (await client.get(f"/models/{NAME}")).json()
+        return found
+
+    def read_text(path: Path, *arguments: Any, **named: Any) -> str:
+        if path.name == file and path.is_relative_to(store.root):
+            raise OSError(error, os.strerror(error), str(path))
+        return whole(path, *arguments, **named)
+
+    whole = Path.read_text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        found = in_process(settings_of(tmp_path), look)
+    assert found["live"] is None
+    assert f"{file} cannot be read at the moment ({os.strerror(error)})" in found["problem"]
+    assert store.refused(NAME) == {}
+    assert store.versions(NAME) == [live, waiting]
+    found = in_process(settings_of(tmp_path), look)
+    assert found["live"] in (live, waiting)
+    assert store.refused(NAME) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.errors import BadBundle, BadMeta
+from engines.errors import BadBundle, BadMeta, Unreadable
 from engines.files import staged, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import Bundle, read_bank, read_coverage_radius, write_bank
@@ -165,6 +166,19 @@ def test_a_coverage_radius_that_is_no_number_is_refused(radius: Any, tmp_path: P
     path = npz(tmp_path / "bank.npz", embeddings=ROWS, coverage_radius=radius)
     with pytest.raises(BadBundle, match="coverage_radius"):
         read_coverage_radius(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_a_bank_that_the_system_does_not_give_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = npz(tmp_path / "bank.npz", embeddings=ROWS)
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(Unreadable, match="at the moment"):
+        read_bank(path)
 
 
 def test_a_file_without_embeddings_is_told_so(tmp_path: Path) -> None:

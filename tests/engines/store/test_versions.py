@@ -521,6 +521,17 @@ def test_what_was_rolled_back_is_not_before_the_next_one(store: Store) -> None:
 # Which version a job starts from
 
 
+def test_a_version_that_is_deleted_while_others_are_looked_at_is_passed_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish(store, "a", job="one")
+    gone = "0009-0123456789ab"
+    monkeypatch.setattr(store, "versions", lambda _: [gone, version])
+    assert store.made_by(BOLT, "one") == version
+    assert store.made_by(BOLT, "two") is None
+    assert store._threshold_of(BOLT, gone) is None
+
+
 def test_a_job_starts_from_what_may_serve(store: Store) -> None:
     assert store.to_start_from(BOLT) is None
     first, second, third = published(store, 3)
