@@ -200,6 +200,10 @@ class Connection(HttpToolsProtocol):
             self._part = "head"
             self._due = self.loop.time() + self._receive_s
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._part != "body":  # else a trailer: it came with the head or not, as packets fell
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         upgrade = self._get_upgrade()
         if upgrade == b"websocket" or self.parser.get_method() == b"CONNECT":

@@ -29,6 +29,7 @@ from support.damage import (
     tiff_file,
 )
 from support.mutations import bmp, flat_jpeg, interlaced, mutations, padded, structured_seeds
+from support.tiff_forms import tiff_forms
 
 INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4)
 COLOURS = np.random.default_rng(1).integers(0, 256, (256, 3), np.uint8)
@@ -230,6 +231,13 @@ def test_a_tiff_that_contradicts_itself_is_refused(changes: dict[int, list[int]]
 def test_a_tiff_without_a_tag_that_it_needs_is_refused(tag: int) -> None:
     """Readers guess: without 262, Pillow takes black for white."""
     refused(raw_tiff({}, lost=(tag,)))
+
+
+def test_a_tiff_of_every_form_that_is_read_is_right_in_both_orders_of_bytes() -> None:
+    other = [
+        form.name for form in tiff_forms(600) if not np.array_equal(decode(form.data), form.pixels)
+    ]
+    assert not other
 
 
 @pytest.mark.parametrize("said", [None, 0, 1, 2])

@@ -465,6 +465,25 @@ def test_small_chunks_are_no_large_head(server: Server, photo: bytes) -> None:
     assert statuses(ask(server, head + in_chunks(photo * 4, 1))) == [200]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_comes_behind_a_body_is_no_header(server: Server, photo: bytes, whole: bool) -> None:
+    """Whether it arrives with the head or later: no key, part or encoding of the request."""
+    trailers = b"X-Part: 17\r\nX-Request-ID: mine\r\nContent-Encoding: gzip\r\n"
+    head = b"POST /infer HTTP/1.1\r\n" + HOST + JPEG + CHUNKED + b"Connection: close\r\n\r\n"
+    chunks = in_chunks(photo, len(photo)).removesuffix(b"\r\n")
+    with connect(server) as connection:
+        if whole:
+            connection.sendall(head + chunks + trailers + b"\r\n")
+        else:
+            for piece in (head, chunks, trailers + b"\r\n"):
+                connection.sendall(piece)
+                time.sleep(0.05)
+        answer = read_all(connection)
+    assert statuses(answer) == [200]
+    assert b"x-kensa-part" not in answer
+    assert b"x-request-id: mine" not in answer
+
+
 GARBAGE = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "noise": b"\x00\xff\x80\x81" * 100,
