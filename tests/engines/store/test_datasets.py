@@ -81,6 +81,18 @@ def test_a_category_as_long_as_can_be_is_made_noted_and_deleted(datasets: Datase
     assert datasets.categories() == {}
 
 
+@pytest.mark.parametrize(
+    "name", ["a" * 251 + ".png", "検" * 83 + "12.png", "a" + "検" * 83 + "1.png"]
+)
+def test_a_file_whose_name_is_as_long_as_a_disk_takes_is_read_and_deleted(
+    datasets: Datasets, name: str
+) -> None:
+    there = copied(datasets, name, ONE)
+    assert datasets.read("bolt", "train", name) == ONE
+    datasets.delete_image("bolt", "train", name)
+    assert list(there.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", "\0"])
 def test_a_damaged_list_of_origins_is_named_and_not_written_over(
     datasets: Datasets, content: str
