@@ -337,13 +337,17 @@ class Datasets:
             raise UnknownDataset(f"There is no category {category}; there is: {names or 'none'}.")
 
     def _find(self, category: str, split: Split, name: str) -> Path:
-        """An image by its name, spelt in whichever Unicode form it has on the disk."""
+        """An image by its name, in whichever Unicode form it has on the disk, or as it is shown."""
         folder = self._folder(category, split)
         self._must_know(category)
         if is_image(name) and not set(name) & set("/\0"):
             path = _where(folder, name)
             if len(os.fsencode(path.name)) <= _MAX_NAME and self._is_file(path):
                 return path
+        if "\\" in name:  # as the list shows bytes that are no UTF-8
+            for there in self._names(folder):
+                if shown(there) == name:
+                    return folder / there
         raise _unknown(category, split, name)
 
     def _names(self, folder: Path) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from unicodedata import normalize
 
 import pytest
 
-from engines.errors import BadRequest, Conflict
+from engines.errors import BadRequest, Conflict, UnknownDataset
 from engines.store.datasets import Datasets
 from support.damage import picture, png
 
@@ -91,6 +92,18 @@ def test_a_file_whose_name_is_as_long_as_a_disk_takes_is_read_and_deleted(
     assert datasets.read("bolt", "train", name) == ONE
     datasets.delete_image("bolt", "train", name)
     assert list(there.parent.iterdir()) == []
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read_and_deleted_by_the_name_that_the_list_shows(
+    datasets: Datasets,
+) -> None:
+    copied(datasets, os.fsdecode("検査.png".encode("cp932")), ONE)
+    (listed,) = datasets.images("bolt", "train").images
+    assert datasets.read("bolt", "train", listed.name) == ONE
+    datasets.delete_image("bolt", "train", listed.name)
+    assert datasets.count("bolt", "train") == 0
+    with pytest.raises(UnknownDataset):
+        datasets.read("bolt", "train", listed.name)
 
 
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", "\0"])
