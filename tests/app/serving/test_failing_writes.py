@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable
@@ -136,3 +137,27 @@ def test_a_version_that_the_system_does_not_give_is_not_put_aside(
     found = in_process(settings_of(tmp_path), look)
     assert found["live"] in (live, waiting)
     assert store.refused(NAME) == {}
+
+
+@pytest.mark.parametrize("lost", ["raw_image_min", "raw_image_max", "image_threshold_auto"])
+def test_a_model_that_was_verified_in_part_takes_no_list_away(tmp_path: Path, lost: str) -> None:
+    store = store_of(tmp_path)
+    store.activate(NAME, store.take_in(NAME, tiny_bundle(tmp_path / "bundle"), {}))
+    odd = tiny_bundle(tmp_path / "odd", offset=1.0)
+    content = json.loads((odd / "meta.json").read_text())
+    (odd / "meta.json").write_text(json.dumps({k: v for k, v in content.items() if k != lost}))
+    version = store.take_in("odd", odd, {})
+
+    async def look(client: httpx.AsyncClient, _: Any) -> httpx.Response:
+        return await client.get("/models")
+
+    answer = in_process(settings_of(tmp_path), look)
+    assert answer.status_code == 200, answer.text
+    models = {one["name"]: one for one in answer.json()["models"]}
+    (described,) = models["odd"]["versions"]
+    assert (described["version"], described["state"], described["raw_threshold"]) == (
+        version,
+        "kept",
+        None,
+    )
+    assert models[NAME]["live"]
