@@ -18,6 +18,7 @@ from engines.errors import BadImage, KensaError, UnsupportedImage
 from engines.image import decode, kind_of
 from support.damage import (
     Damaged,
+    big_tiff,
     damaged,
     odd_streams,
     picture,
@@ -285,18 +286,6 @@ def test_exif_without_end_costs_nothing() -> None:
     start = time.process_time()
     decode(with_exif(*[many] * 400))
     assert time.process_time() - start < 0.5
-
-
-def big_tiff(pixels: np.ndarray, order: str) -> bytes:
-    """A grey BigTIFF of one raw strip."""
-    height, width = pixels.shape
-    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 16, 277: 1, 278: height,
-            279: pixels.size}  # fmt: skip
-    mark = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HHH", 43, 8, 0)
-    header = mark + struct.pack(f"{order}Q", 16 + pixels.size)
-    entries = b"".join(struct.pack(f"{order}HHQQ", tag, 16, 1, tags[tag]) for tag in tags)
-    directory = struct.pack(f"{order}Q", len(tags)) + entries + bytes(8)
-    return header + pixels.tobytes() + directory
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

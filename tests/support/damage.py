@@ -165,6 +165,18 @@ def tiff_file(body: bytes, tags: dict[int, list[int]], order: str = "<") -> byte
     return header + body + count + b"".join(entries) + b"\0\0\0\0"
 
 
+def big_tiff(pixels: NDArray[np.uint8], order: str) -> bytes:
+    """A grey BigTIFF of one raw strip."""
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 16, 277: 1, 278: height,
+            279: pixels.size}  # fmt: skip
+    mark = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HHH", 43, 8, 0)
+    header = mark + struct.pack(f"{order}Q", 16 + pixels.size)
+    entries = b"".join(struct.pack(f"{order}HHQQ", tag, 16, 1, tags[tag]) for tag in tags)
+    directory = struct.pack(f"{order}Q", len(tags)) + entries + bytes(8)
+    return header + pixels.tobytes() + directory
+
+
 def seeds() -> dict[str, bytes]:
     """A good file of every variant that is read, by name; what stands before _ is its kind."""
     pixels = picture()
