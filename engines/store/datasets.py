@@ -437,8 +437,8 @@ def _where(folder: Path, name: str) -> Path:
 
     Just as it is asked for where it is there so: a folder may hold both.
     """
-    forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
-    short = (folder / form for form in forms if len(os.fsencode(form)) <= _MAX_NAME)
+    forms = name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    short = (folder / one for one in dict.fromkeys(forms) if len(os.fsencode(one)) <= _MAX_NAME)
     return next((path for path in short if path.exists()), folder / name)
 
 
