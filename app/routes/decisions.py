@@ -243,7 +243,9 @@ class TaughtBody(Body):
     anomaly: int = Field(description="Defects, to test with.")
     moved: int = Field(description="Taken out of another split: the label is another one now.")
     already_there: int
-    without_picture: int = Field(description="Marked, but their picture is not kept any more.")
+    without_picture: int = Field(
+        description="Marked, but their picture is not kept, or cannot be read any more."
+    )
 
 
 router = APIRouter(tags=["record"], route_class=KeyFirst)
@@ -438,7 +440,7 @@ async def image(request: Request, id: Id) -> Response:  # noqa: A002
         return _image(recorder, kept), kept.decision.format
 
     data, kind = await _ask(look)
-    media_type = f"image/{kind.lower()}" if kind else "application/octet-stream"
+    media_type = f"image/{kind.removeprefix('Big').lower()}" if kind else "application/octet-stream"
     return Response(data, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
 
 
