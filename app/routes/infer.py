@@ -266,8 +266,8 @@ async def infer(
     if repeat_of is None:
         recorder.verdict(asked, inspection, data)
     else:  # in the log it is a part as any other, which the inspector would have noted
-        model, verdict = inspection.model, inspection.verdict
-        note(model=model.name, version=model.version, label=verdict.label)
+        judged_by, verdict = inspection.model, inspection.verdict
+        note(model=judged_by.name, version=judged_by.version, label=verdict.label)
     return _answer(inspection, answer, asked, repeat_of)
 
 
