@@ -21,6 +21,7 @@ KensaError
 ├── BadSettings           500  a setting of the server is wrong; it does not start
 ├── BadMeta               422  meta.json is unreadable or contradicts itself
 ├── BadBundle             422  the files of a model are missing, damaged or do not fit together
+│   └── Unreadable        503  the system does not give one of them, which may be whole
 ├── BadDataset            422  a folder of images that cannot be learned from
 ├── BadWeights            422  weights that are missing or do not fit the backbone
 ├── BadRecord             422  the record of decisions is not as it was written
@@ -51,8 +52,16 @@ KensaError
 
 from __future__ import annotations
 
+import errno
+
 EXIT_CODE = 2  # what a command exits with after a KensaError; 1 is an error nobody foresaw
 INTERRUPTED = 130  # after Ctrl-C, as shells expect it
+
+
+_MAY_PASS = {
+    errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBUSY,
+    errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.EREMOTEIO,
+}  # fmt: skip
 
 
 class KensaError(Exception):
@@ -171,6 +180,23 @@ class BadBundle(KensaError):
 
     status = 422
     code = "bad_bundle"
+
+
+class Unreadable(BadBundle):
+    """The system does not give a file of a model: that may pass, and the file may be whole."""
+
+    status = 503
+    code = "unreadable"
+
+    @classmethod
+    def check(cls, path: object, error: BaseException) -> None:
+        """Raise it where an error says so, rather than that a file is missing or damaged."""
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _MAY_PASS:
+            why = getattr(error, "strerror", None) or "memory was short"
+            raise cls(
+                f"{path} cannot be read at the moment ({why}): look at who may read it, at the"
+                " disk, and at the limit of open files."
+            ) from error
 
 
 class BadDataset(KensaError):

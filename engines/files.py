@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+_ROOM = 245  # bytes of a file's name, of 255, beside two dots and eight digits
 _NOT_IN_UTF_8 = re.compile(r"[\ud800-\udfff]")  # as Python reads bytes that are not UTF-8
 
 
@@ -39,7 +40,7 @@ def replaced(path: Path, data: bytes, mode: int = 0o666) -> Iterator[None]:
 
     What was there is kept under a second name meanwhile, so that undoing it needs no room.
     """
-    temporary, before = (path.with_name(f".{path.name}.{secrets.token_hex(4)}") for _ in range(2))
+    temporary, before = _hidden_beside(path), _hidden_beside(path)
     try:
         created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(created, "wb") as file:
@@ -69,7 +70,7 @@ def remove(*paths: Path) -> None:
     Raises:
         OSError: one cannot be deleted, or that cannot be flushed; they are there as they were.
     """
-    aside = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
+    aside = [_hidden_beside(path) for path in paths]
     moved: list[tuple[Path, Path]] = []
     try:
         for path, hidden in zip(paths, aside, strict=True):
@@ -82,6 +83,12 @@ def remove(*paths: Path) -> None:
         raise
     for hidden in aside:  # nobody sees it, and who tidies up finds what is left
         remove_hidden(hidden)
+
+
+def _hidden_beside(path: Path) -> Path:
+    """A name of its own beside a path, and not too long for a file system where that is not."""
+    name = os.fsdecode(os.fsencode(path.name)[:_ROOM])
+    return path.with_name(f".{name}.{secrets.token_hex(4)}")
 
 
 def remove_hidden(path: Path) -> None:

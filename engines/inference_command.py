@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from engines.store.bundle import ONNX, PLAN, read_bank, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
 from engines.verdict import decide
+
+# What ends a line, moves a terminal's cursor or turns the direction of what follows.
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 NOT_ALL_JUDGED = 1  # exit code when some images could not be read; the others are in the CSV
 
@@ -66,6 +70,7 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
     failed: RuntimeFailed | None = None
     for path in paths:
         name = printable(path.name)
+        shown = _on_one_line(name)
         try:
             data, bit_depth = path.read_bytes(), meta.bit_depth if meta else None
             picture = image.decode(data, flags.limits, bit_depth)
@@ -75,18 +80,21 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
             hints[name] = image.hint_on(width, height, runtime.image_size)
             rows.append((name, f"{raw_score:.6f}", decide(raw_score, flags.threshold)))
         except OSError as error:  # it went away, or the disk does not give it
-            print(f"{name}: not judged: it cannot be read: {error.strerror}", file=sys.stderr)
+            print(f"{shown}: not judged: it cannot be read: {error.strerror}", file=sys.stderr)
             continue
         except BadImage as error:
-            print(f"{name}: not judged: {error}", file=sys.stderr)
+            print(f"{shown}: not judged: {error}", file=sys.stderr)
+            continue
+        except MemoryError:  # the others may be smaller
+            print(f"{shown}: not judged: memory was short", file=sys.stderr)
             continue
         except GpuLost:
             raise
         except RuntimeFailed as error:
             failed = error
-            print(f"{name}: not judged: {error}", file=sys.stderr)
+            print(f"{shown}: not judged: {error}", file=sys.stderr)
             continue
-        print(f"{name}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
+        print(f"{shown}  {raw_score:.6f}  {rows[-1][2]}", flush=True)
     if hint := image.hints_in_short(hints):
         print(f"hint: {hint}", file=sys.stderr)
     if failed is not None and not rows:  # it is not the pictures
@@ -101,6 +109,10 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return NOT_ALL_JUDGED if unread else 0
+
+
+def _on_one_line(name: str) -> str:
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 def _parse(kind: Kind, arguments: list[str] | None) -> argparse.Namespace:

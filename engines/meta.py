@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from engines.errors import BadMeta
+from engines.errors import BadMeta, Unreadable
 from engines.files import write_atomically
 
 Kind = Literal["patchcore", "padim", "efficientad", "vae"]
 
 FORMAT = 1
+_MOST = 1e38  # of a raw score, which is a float32; the difference of two is one, too
 
 # What a first model is where nobody says otherwise; docs/models.md says how it was chosen.
 FIRST: dict[str, Any] = {
@@ -120,6 +122,18 @@ class Meta(BaseModel):
                 raise ValueError("must be a plain file name, without a folder")
         return names
 
+    @field_validator("image_threshold_auto", "raw_image_min", "raw_image_max")
+    @classmethod
+    def _raw_scores(cls, value: float | None) -> float | None:
+        if value is not None and abs(value) > _MOST:  # a limit that is NaN rejects nothing
+            raise ValueError(f"must be a raw score, from -{_MOST:g} to {_MOST:g}")
+        return value
+
+    @field_validator("calibration")
+    @classmethod
+    def _known_numbers(cls, value: Any) -> Any:
+        return _without_nan(value)  # which no JSON holds, so it could not be said or written
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_yes_or_no(cls, value: Any) -> Any:
@@ -133,12 +147,14 @@ class Meta(BaseModel):
 
         Raises:
             BadMeta: it is missing, is not JSON, or contradicts itself; the sentence says where.
+            Unreadable: the system does not give it.
         """
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
             raise BadMeta(f"{path} does not exist.") from None
         except OSError as error:
+            Unreadable.check(path, error)
             raise BadMeta(f"{path} cannot be read: {error.strerror}.") from None
         except ValidationError as error:
             raise BadMeta(f"{path} is not a valid meta.json: {_first_problem(error)}.") from None
@@ -172,6 +188,15 @@ class Meta(BaseModel):
             for key, value in self.model_dump().items()
             if value is not None or key in unknown
         }
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None, which is not known, for each number that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 Verdict = Literal["normal", "anomaly", "none"]
 Label = Literal["good", "defect", "unusable"]
 
+ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif", "BigTIFF": ".tif"}
 FIRST_HASH = "0" * 64  # what the first line of a chain follows
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from app.decisions.database import Kept, Line
+from app.decisions.decision import ENDINGS
 from app.decisions.recorder import Recorder
 from app.serving.inspection import draw
 from engines.errors import KensaError
@@ -26,7 +27,6 @@ versions/...               of each that judged: its meta.json, report of trainin
 trail.json                 what people said of these decisions
 sha256.txt                 of each file in this zip
 """
-_ENDINGS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tif"}
 
 
 class _Zip:
@@ -71,7 +71,7 @@ def write_evidence(
         whole.add(f"{place}.json", _json(about))
         with suppress(FileNotFoundError):
             image = recorder.pictures.image(kept.number)
-            whole.add(f"{place}.{_ENDINGS.get(one.format, 'bin')}", image)
+            whole.add(f"{place}{ENDINGS.get(one.format, '.bin')}", image)
             with suppress(FileNotFoundError, KensaError):
                 meta = Meta.read(store.folder(one.model, one.version) / META)
                 picture = decode(image, limits, meta.bit_depth)

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
 
 from app.decisions.database import FILE, DecisionDatabase, Note, open_or_make
 from app.decisions.decision import Decision, short_sha256
 from app.decisions.pictures import Pictures
 from app.serving.inspection import Inspection
 from app.settings import Settings
-from engines.errors import Conflict, DiskFull
+from engines.errors import Conflict, DiskFull, KensaError
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
@@ -233,7 +234,25 @@ class Recorder:
         batch = list(self._waiting)
         if not batch:
             return
+        try:
+            self._write_batch(database, batch)
+        except (OSError, sqlite3.OperationalError):  # the disk, which may have room later
+            raise
+        except Exception:  # noqa: BLE001 (one of them; the others must not wait for it)
+            for one in batch:
+                self._write_or_leave_out(database, one)
 
+    def _write_or_leave_out(self, database: DecisionDatabase, one: _Waiting) -> None:
+        try:
+            self._write_batch(database, [one])
+        except (OSError, sqlite3.OperationalError):
+            raise
+        except Exception:
+            log.exception("A line of the record cannot be written, and is left out")
+            self._bytes_out += self._waiting.popleft().bytes
+            self.lost += 1
+
+    def _write_batch(self, database: DecisionDatabase, batch: list[_Waiting]) -> None:
         kept: dict[int, int] = {}  # number -> bytes
 
         def keep(place: int, number: int) -> int:
@@ -309,6 +328,13 @@ def _with_sha256(one: _Waiting) -> Decision | Note:
     if one.image is None or isinstance(one.entry, Note) or one.entry.sha256:
         return one.entry
     return replace(one.entry, sha256=hashlib.sha256(one.image).hexdigest())
+
+
+def why_none(error: Exception) -> str:
+    """The code of a decision that is none, as the answer says it."""
+    if isinstance(error, ClientDisconnect):
+        return "client_left"
+    return error.code if isinstance(error, KensaError) else KensaError.code
 
 
 def _said(error: sqlite3.Error, folder: Path) -> Exception:

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from app.decisions.database import DecisionDatabase, Filter, Kept
+from app.decisions.decision import ENDINGS
 from app.decisions.recorder import Recorder
-from engines.errors import UnknownDataset
+from engines.errors import BadImage, UnknownDataset
 from engines.image import ImageLimits
 from engines.store.datasets import SPLITS, Datasets, Split
 
 LABELS = ("good", "defect", "unusable")
 PAGE = 500
-_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif"}
 
 
 class Taught(NamedTuple):
@@ -25,7 +25,7 @@ class Taught(NamedTuple):
     added: dict[Split, int]
     moved: int  # out of another split, because the label is another one now
     already_there: int
-    without_picture: int  # which is not kept any more
+    without_picture: int  # which is not kept, or cannot be read any more
 
 
 def teach(
@@ -51,9 +51,14 @@ def teach(
     counts: Counter[str] = Counter()
     added: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     origins: dict[str, dict[str, Any]] = {}
+    datasets.origins(category)  # raises where they could not be noted in the end
     for kept in recorder.read(lambda database: _last_of_each_picture(database, asked)):
         split = _split(kept, test_share)
-        name = f"decision-{kept.decision.sha256[:16]}{_ENDINGS[kept.decision.format]}"
+        ending = ENDINGS.get(kept.decision.format)
+        if ending is None:  # pixels, of which no file came
+            counts["without_picture"] += split is not None
+            continue
+        name = f"decision-{kept.decision.sha256[:16]}{ending}"
         for other in SPLITS:
             if other != split:
                 with suppress(UnknownDataset):
@@ -63,10 +68,10 @@ def teach(
             continue
         try:
             data = recorder.pictures.image(kept.number)
-        except FileNotFoundError:
+            stored = datasets.add(category, split, name, data, limits=limits)
+        except (FileNotFoundError, BadImage):
             counts["without_picture"] += 1
             continue
-        stored = datasets.add(category, split, name, data, limits=limits)
         counts["already_there"] += stored.already_there
         added[split] += not stored.already_there
         origins[name] = _origin(kept)

@@ -200,6 +200,10 @@ class Connection(HttpToolsProtocol):
             self._part = "head"
             self._due = self.loop.time() + self._receive_s
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._part != "body":  # else a trailer: it came with the head or not, as packets fell
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         upgrade = self._get_upgrade()
         if upgrade == b"websocket" or self.parser.get_method() == b"CONNECT":
@@ -404,7 +408,8 @@ class Connection(HttpToolsProtocol):
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
         status = f"HTTP/1.1 {problem.status} {http.HTTPStatus(problem.status).phrase}\r\n".encode()
         lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-        return b"%s%s\r\n%s" % (status, lines, body)
+        is_head = self._begun and self.parser.get_method() == b"HEAD"  # has no body
+        return b"%s%s\r\n%s" % (status, lines, b"" if is_head else body)
 
     def _probe(self, was_asked: bool) -> None:
         """Is a client that has shut down its side still there? Only writing to it tells.

@@ -446,7 +446,7 @@ class Intake:
                 raise
             raise Conflict(f"Two different images of this upload are called {name}.") from None
         self.names.add(name)
-        (self.already_there if stored.already_there else self.added).append(name)
+        (self.already_there if stored.already_there else self.added).append(stored.name)
 
     def _first_refusal(self) -> KensaError:
         if self.refused:

@@ -27,7 +27,7 @@ from app.decisions.recorder import DAY_MS, Recorder
 from app.decisions.teaching import teach
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
-from app.http.part import checked
+from app.http.part import SCHEMA, checked
 from app.routes.infer import ImageBody, TimingBody
 from app.serving.inspection import Inspector, draw
 from app.serving.model_manager import ModelManager
@@ -226,7 +226,7 @@ class TeachBody(Body):
     since: Moment | None = Field(None, description="Only from this time on.")
     until: Moment | None = Field(None, description="Only before this time.")
     test_share: float = Field(
-        0.2, ge=0, le=1, description="Of the good ones, so many are kept to test with."
+        0.2, ge=0, le=1, strict=True, description="Of the good ones, so many are kept to test with."
     )
 
     def filter(self) -> Filter:
@@ -243,7 +243,9 @@ class TaughtBody(Body):
     anomaly: int = Field(description="Defects, to test with.")
     moved: int = Field(description="Taken out of another split: the label is another one now.")
     already_there: int
-    without_picture: int = Field(description="Marked, but their picture is not kept any more.")
+    without_picture: int = Field(
+        description="Marked, but their picture is not kept, or cannot be read any more."
+    )
 
 
 router = APIRouter(tags=["record"], route_class=KeyFirst)
@@ -438,7 +440,7 @@ async def image(request: Request, id: Id) -> Response:  # noqa: A002
         return _image(recorder, kept), kept.decision.format
 
     data, kind = await _ask(look)
-    media_type = f"image/{kind.lower()}" if kind else "application/octet-stream"
+    media_type = f"image/{kind.removeprefix('Big').lower()}" if kind else "application/octet-stream"
     return Response(data, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
 
 
@@ -563,7 +565,7 @@ async def replay(
         return await judged(opened)
 
 
-PartPath = Annotated[str, InPath(description="Its name.", examples=["KB-2046/A 17"])]
+PartPath = Annotated[str, InPath(description="Its name.", json_schema_extra=SCHEMA)]
 
 
 @router.get(

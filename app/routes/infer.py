@@ -14,9 +14,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
 
-from app.decisions.recorder import Asked, Recorder
+from app.decisions.recorder import Asked, Recorder, why_none
 from app.decisions.repeats import Repeats
 from app.http.accept import Answer, wanted
 from app.http.access import needs, who
@@ -26,7 +25,7 @@ from app.http.deadlines import within_deadline
 from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, part_of
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
-from engines.errors import BadImage, BadRequest, ImageTooLarge, KensaError, UnsupportedBody
+from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 from engines.logs import note
 from engines.verdict import Label
 
@@ -259,16 +258,16 @@ async def infer(
             with inspector.admission.admitted():
                 inspecting = _once(request, asked, data, drawing)
                 inspection, repeat_of = await within_deadline(request, inspecting, deadline_ms)
-    except KensaError as error:
+    except Exception as error:
         bad = isinstance(error, BadImage)
         inspector.counts.refused += bad
-        recorder.no_verdict(asked, error.code, data if bad else None)
-        raise
-    except ClientDisconnect:
-        recorder.no_verdict(asked, "client_left")
+        recorder.no_verdict(asked, why_none(error), data if bad else None)
         raise
     if repeat_of is None:
         recorder.verdict(asked, inspection, data)
+    else:  # in the log it is a part as any other, which the inspector would have noted
+        judged_by, verdict = inspection.model, inspection.verdict
+        note(model=judged_by.name, version=judged_by.version, label=verdict.label)
     return _answer(inspection, answer, asked, repeat_of)
 
 

@@ -111,6 +111,7 @@ class RetrainBody(RetrainRequest):
 
     from_decisions: bool = Field(
         False,
+        strict=True,
         description="First put the parts of this model that somebody has marked into the category,"
         " as POST /datasets/{category}/from-decisions does.",
     )

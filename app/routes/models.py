@@ -24,7 +24,7 @@ from app.http.uploads import receive, upload_folder
 from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout
 from app.settings import Settings
-from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion
+from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion, Unreadable
 from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.promise import drawn_found, promise
@@ -619,7 +619,10 @@ def _record(store: Store, name: str, version: str, *, among: bool) -> _Record:
         if not among:
             raise
         return _Record(_damaged(version, error), activate=False, gate=None)
-    return _read_record(store, name, version, stamps)
+    try:
+        return _read_record(store, name, version, stamps)
+    except Unreadable as error:
+        return _Record(_damaged(version, error), activate=False, gate=None)
 
 
 @lru_cache(RECORDS_KEPT)
@@ -637,11 +640,16 @@ def _read_record(
 
     Args:
         stamps: of the files that are read.
+
+    Raises:
+        Unreadable: the system does not give them, which may pass: it is not remembered.
     """
     found = store.gate(name, version)
     try:
         manifest = store.manifest(name, version)
         meta = Meta.read(store.folder(name, version) / META)
+    except Unreadable:
+        raise
     except (BadBundle, BadMeta, UnknownVersion) as error:
         return _Record(_damaged(version, error), activate=False, gate=found)
     gate, problem = _gate_body(found)
@@ -653,7 +661,7 @@ def _read_record(
         origin=manifest.origin,
         files=manifest.files,
         threshold=meta.image_threshold,
-        raw_threshold=None if meta.image_threshold_auto is None else Scale.of(meta).raw_threshold,
+        raw_threshold=_raw_threshold(meta),
         calibration=_calibration(meta),
         gate=gate,
         problem=problem,
@@ -663,6 +671,13 @@ def _read_record(
 
 def _damaged(version: str, error: Exception) -> VersionBody:
     return VersionBody(version=version, state="damaged", problem=str(error))
+
+
+def _raw_threshold(meta: Meta) -> float | None:
+    """None of a model that was never verified, or only in part."""
+    with contextlib.suppress(BadMeta):
+        return Scale.of(meta).raw_threshold
+    return None
 
 
 def _calibration(meta: Meta) -> CalibrationBody | None:

@@ -16,9 +16,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 
-from app.decisions.recorder import Asked, Recorder
+from app.decisions.recorder import Asked, Recorder, why_none
 from app.http.access import needs, who
 from app.http.base_body import error_response
 from app.http.body_limit import body_of
@@ -59,7 +58,6 @@ from engines.errors import (
     BadImage,
     BadRequest,
     ImageTooLarge,
-    KensaError,
     NotReady,
     UnknownVersion,
 )
@@ -326,11 +324,8 @@ async def infer(request: Request, model: Called) -> Response:
                 within_ms = math.ceil(wanted.timeout_us / 1000) or None
                 answering = _answer(inspector, held, wanted)
                 answered = await within_deadline(request, answering, within_ms, arrived)
-    except KensaError as error:
-        recorder.no_verdict(asked, error.code)
-        raise
-    except ClientDisconnect:
-        recorder.no_verdict(asked, "client_left")
+    except Exception as error:
+        recorder.no_verdict(asked, why_none(error))
         raise
     content, json_length, inspections = answered
     for number, (image, done) in enumerate(zip(wanted.images, inspections, strict=True)):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from app.serving.inspection import Inspector
 from app.settings import Settings
-from engines.errors import BadBundle, BadMeta, DiskFull, ReadOnly
+from engines.errors import BadBundle, BadMeta, DiskFull, ReadOnly, Unreadable
 from engines.machine.memory import give_back
 from engines.runtimes.compiled_cache import usable_cache
 from engines.serving.opening import Opening, open_model
@@ -105,6 +105,8 @@ class Loader:
                 folder = self._store.check(name, version)
                 with self._store.opening(name, version):
                     return open_model(folder, name, version, self.opening, beside, given_up.is_set)
+            except Unreadable:  # nothing is known against it
+                raise
             except (BadBundle, BadMeta) as error:
                 try:
                     self._store.refuse(name, version, str(error))

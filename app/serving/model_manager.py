@@ -26,6 +26,7 @@ from engines.errors import (
     NotReady,
     OutOfMemory,
     StalePlan,
+    Unreadable,
 )
 from engines.serving.resident import Resident, held_back, in_its_place, nobody_instead
 from engines.store.versions import Store
@@ -315,8 +316,9 @@ class ModelManager:
         try:
             await self.memory.must_be_possible(name, version)
             return await self.loader.open(name, version, beside)
-        except (BadBundle, BadMeta):
-            self.on_refused(name)
+        except (BadBundle, BadMeta) as error:
+            if not isinstance(error, Unreadable):
+                self.on_refused(name)
             raise
         except StalePlan as error:
             self._stale_plans.note(name, version, str(error))

@@ -25,7 +25,15 @@ from app.serving.probation import Probation
 from app.serving.stale_plans import StalePlans
 from app.settings import Settings
 from engines import promise
-from engines.errors import BadBundle, BadMeta, Conflict, KensaError, UnknownModel, UnknownVersion
+from engines.errors import (
+    BadBundle,
+    BadMeta,
+    Conflict,
+    KensaError,
+    UnknownModel,
+    UnknownVersion,
+    Unreadable,
+)
 from engines.files import name_of_folder, printable
 from engines.limits import asked_for
 from engines.meta import Meta
@@ -217,6 +225,8 @@ class Rollout:
                 manifest = self._store.manifest(name, version)
             except UnknownVersion:  # somebody deleted it just now
                 continue
+            except Unreadable:  # nothing is known against it
+                raise
             except BadBundle as error:
                 self._refuse(name, version, str(error))
                 continue
@@ -288,9 +298,10 @@ class Rollout:
                 log.warning("%s %s is held: %s", name, version, " ".join(found["reasons"]))
         except (UnknownModel, UnknownVersion) as error:
             log.warning("%s %s is gone before the gate has seen it: %s", name, version, error)
-        except (BadBundle, BadMeta) as error:
-            log.error("%s %s is refused: %s", name, version, error)
         except (KensaError, OSError) as error:
+            if isinstance(error, BadBundle | BadMeta) and not isinstance(error, Unreadable):
+                log.error("%s %s is refused: %s", name, version, error)
+                return
             self._failed[name, version] = time.monotonic()
             self.on_swap(name, "failed")
             log.error("%s %s does not go live: %s", name, version, error)
@@ -402,12 +413,16 @@ class Rollout:
 
             by_hand = {"ok": True, "reasons": [], "by_hand": True}
             version = await self._loader.write(publish)
-            self.on_change("threshold", name, version, reason, {**wanted, "gate": gate})
+
+            def changed() -> None:
+                self.on_change("threshold", name, version, reason, {**wanted, "gate": gate})
+
             if gate:
+                changed()
                 return version
             try:
                 async with self._models.opened(name, version) as model:
-                    await self._go_live(model, by_hand)
+                    await self._go_live(model, by_hand, changed)
             except (KensaError, OSError):
                 await self._loader.do(lambda: self._store.withdraw(name, version))
                 raise
@@ -484,8 +499,14 @@ class Rollout:
             found.add(pointer.live)
         return found
 
-    async def _go_live(self, model: Resident, found: dict[str, Any]) -> None:
-        """On the disk first: after a power cut the version that was named last comes back."""
+    async def _go_live(
+        self, model: Resident, found: dict[str, Any], done: Callable[[], None] = lambda: None
+    ) -> None:
+        """On the disk first: after a power cut the version that was named last comes back.
+
+        Args:
+            done: is called once it is so, before anybody hears that it is live.
+        """
         name, version = model.name, model.version
         self._going_live.add((name, version))
         try:
@@ -493,6 +514,7 @@ class Rollout:
             self._models.put(model)
         finally:
             self._going_live.discard((name, version))
+        done()
         how: How = "by_hand" if found.get("by_hand") else "live"
         self.on_swap(name, how)
         self.on_change("live", name, version, "", {"by_hand": how == "by_hand"})

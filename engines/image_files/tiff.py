@@ -120,7 +120,8 @@ def _decoded(twin: bytes, directory: _Directory) -> Pixels:
             raise _unsupported(directory)
         image.load()
         if image.mode.startswith("I;16"):
-            return np.asarray(image)
+            # In this machine's order of bytes: cv2 turns others as if they were in that.
+            return np.asarray(image).astype(np.uint16, copy=False)
         if directory.same(_BITS, 1) <= 8:
             return _rgb_of(image)
     # Pillow keeps 8 bits of 16-bit colour, so it only was the judge.
@@ -210,22 +211,32 @@ def _check_form(directory: _Directory) -> None:
     readable = (
         photometric in plain
         and bits in ((8, 16) if photometric == _RGB else (1, 2, 4, 8, 16))
-        and (bits <= 8 or directory.one(_PLANAR, 1) == 1)
         and directory.one(_PLANAR, 1) in (1, 2)
+        and (bits <= 8 or not _in_planes(directory))
         and directory.same(_SAMPLE_FORMAT, 1) == 1  # unsigned
         and directory.one(_FILL_ORDER, 1) == 1
         and (compression in (_RAW, _PACKBITS) or directory.one(_PREDICTOR, 1) in (1, 2))
     )
     if not readable:
         raise _unsupported(directory)
-    _check_extra(directory, 3 if photometric == _RGB else 1)
+    _check_extra(directory)
     if photometric == _PALETTE and len(directory.tags.get(_COLOURS, ())) != 3 << bits:
         raise BadImage("The TIFF image is damaged: its palette is missing, or of another length.")
 
 
-def _check_extra(directory: _Directory, colours: int) -> None:
+def _in_planes(directory: _Directory) -> bool:
+    """Whether each sample stands by itself; of one alone the tag says nothing."""
+    return directory.one(_PLANAR, 1) == 2 and directory.one(_SAMPLES, 1) > 1
+
+
+def _extra(directory: _Directory) -> int:
+    """How many samples of a pixel are no colours; below 0 where colours are missing."""
+    return directory.one(_SAMPLES, 1) - (3 if directory.one(_PHOTOMETRIC) == _RGB else 1)
+
+
+def _check_extra(directory: _Directory) -> None:
     """Raises BadImage where there are not the colours, or other samples than the file says."""
-    extra = directory.one(_SAMPLES, 1) - colours
+    extra = _extra(directory)
     told = directory.tags.get(_EXTRA, (_UNSPECIFIED,) * max(0, extra))
     if extra < 0 or len(told) != extra or not set(told) <= {_UNSPECIFIED, 1, 2}:
         raise _nonsense()
@@ -276,7 +287,7 @@ def _blocks(
     """Offsets and byte counts of the strips or tiles, and the bytes of pixels in each of them."""
     width, height = directory.one(_WIDTH), directory.one(_LENGTH)
     samples = directory.one(_SAMPLES, 1)
-    planes = samples if directory.one(_PLANAR, 1) == 2 and samples > 1 else 1
+    planes = samples if _in_planes(directory) else 1
     bits = directory.same(_BITS, 1) * samples // planes  # of a pixel
     if _TILES in directory.tags:
         across, down = directory.one(_TILE_WIDTH), directory.one(_TILE_LENGTH)
@@ -317,8 +328,10 @@ def _twin(data: bytes, directory: _Directory, pixels: list[_Block]) -> bytes:
     compression = directory.one(_COMPRESSION, _RAW)
     if compression in (_RAW, _PACKBITS):
         tags.pop(_PREDICTOR, None)
-    if _EXTRA in tags:
-        tags[_EXTRA] = (_UNSPECIFIED,) * len(tags[_EXTRA])
+    if not _in_planes(directory):
+        tags.pop(_PLANAR, None)
+    if extra := _extra(directory):  # said also where the file does not: Pillow mixes planes up
+        tags[_EXTRA] = (_UNSPECIFIED,) * extra
     if _COLOURS in tags:
         tags[_COLOURS] = _16_bit(tags[_COLOURS])
     view = memoryview(data)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadBundle
+from engines.errors import BadBundle, Unreadable
 from engines.files import json_text, sha256, write_atomically
 from engines.meta import Meta
 from engines.store.known_scores import SCORES
@@ -141,7 +141,8 @@ def read_coverage_radius(path: Path) -> float | None:
     radius = read_array(path, "coverage_radius")
     if radius is None:
         return None
-    if radius.shape != () or not np.issubdtype(radius.dtype, np.floating) or not radius >= 0:
+    is_number = radius.shape == () and np.issubdtype(radius.dtype, np.floating)
+    if not is_number or not 0 <= radius < np.inf:
         raise BadBundle(f"{path}: coverage_radius must be a distance, got {radius}.")
     return float(radius)
 
@@ -155,6 +156,7 @@ def read_array(path: Path, name: str) -> NDArray[Any] | None:
     except FileNotFoundError:
         raise BadBundle(f"{path} does not exist.") from None
     except Exception as error:  # zip and npy readers raise what they like
+        Unreadable.check(path, error)
         raise BadBundle(f"{path} is not a readable .npz file: {error}.") from error
 
 
@@ -178,7 +180,8 @@ def read_report(root: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        Unreadable.check(path, error)
         raise BadBundle(f"{path} is not readable JSON: {error}.") from None
     if not isinstance(report, dict):
         raise BadBundle(f"{path} must be a JSON object.")

@@ -39,9 +39,10 @@ from engines.errors import (
     ReadOnly,
     UnknownDataset,
 )
-from engines.files import remove, remove_hidden, sync_folder, write_atomically
+from engines.files import read_object, remove, remove_hidden, sync_folder, write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits, decode, measured_bit_depth
 from engines.store.image_names import checked_name, is_image, shown
+from engines.store.versions import is_name
 
 Split = Literal["train", "normal", "anomaly"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -57,6 +58,7 @@ _PLACES: dict[Split, str] = {
 }
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # what write_atomically and remove hide
 
+_MAX_NAME = 255  # bytes that a file system takes
 _DECODERS = 2  # pictures decoded at once; each takes 3 bytes of memory for a pixel
 
 
@@ -149,16 +151,16 @@ class Datasets:
             decode(data, limits)
         with room(), self._at_work(), self._changing:
             self._make(folder)
-            path = folder / name
+            path = _where(folder, name)
             if self._is_file(path) and _has(path, data):
-                return Stored(name, already_there=True)
+                return Stored(path.name, already_there=True)
             if path.exists() and not (replace and self._is_file(path)):
                 raise Conflict(
                     f"{category}/{split} has another image of the name {name}: send this one under"
                     " a new name, or with ?replace=true."
                 )
             write_atomically(path, data)
-        return Stored(name, already_there=False)
+        return Stored(path.name, already_there=False)
 
     def read(
         self, category: str, split: Split, name: str, limits: ImageLimits = DEFAULT_LIMITS
@@ -234,12 +236,19 @@ class Datasets:
                 remove(*self._folders(category), *self._origins_there(category))
 
     def origins(self, category: str) -> dict[str, dict[str, Any]]:
-        """Which decision an image came from, by its name; of images that came otherwise nothing."""
-        try:
-            found: dict[str, dict[str, Any]] = json.loads(self._origins(category).read_bytes())
-        except FileNotFoundError:
-            return {}
-        return found
+        """Which decision an image came from, by its name; of images that came otherwise nothing.
+
+        Raises:
+            Conflict: the file that says it is damaged.
+        """
+        path = self._origins(category)
+        found: dict[str, dict[str, Any]] | None = read_object(path)
+        if found is None and path.exists():
+            raise Conflict(
+                f"{path} is damaged, which says what decisions the images of {category} came from:"
+                " restore it from a backup, or delete it."
+            )
+        return found or {}
 
     def note_origins(self, category: str, origins: dict[str, dict[str, Any]]) -> None:
         """Keep which decisions images came from, besides what is known of others.
@@ -305,18 +314,16 @@ class Datasets:
         return folder
 
     def _place(self, category: str, split: Split) -> Path:
-        if not re.fullmatch(CATEGORY, category):
+        if not is_name(category):  # a model is called so
             raise BadRequest(
                 f"The category {category[:100]!r} is no name: it takes 1 to 64 letters, digits,"
-                " - and _."
+                " - and _, composed (Unicode's NFC), and 200 bytes in UTF-8 at most."
             )
         return self.root / _PLACES[split].format(category)
 
     def _categories(self) -> list[str]:
         folders = {path.name for path in [*self.root.glob("train/*"), *self.root.glob("test/*")]}
-        return sorted(
-            name for name in folders if re.fullmatch(CATEGORY, name) and self._folders(name)
-        )
+        return sorted(name for name in folders if is_name(name) and self._folders(name))
 
     def _folders(self, category: str) -> list[Path]:
         """The folders in which a category lies: none, one or two."""
@@ -330,13 +337,17 @@ class Datasets:
             raise UnknownDataset(f"There is no category {category}; there is: {names or 'none'}.")
 
     def _find(self, category: str, split: Split, name: str) -> Path:
-        """An image by its name, spelt in whichever Unicode form it has on the disk."""
+        """An image by its name, in whichever Unicode form it has on the disk, or as it is shown."""
         folder = self._folder(category, split)
         self._must_know(category)
-        for spelling in (unicodedata.normalize("NFC", name), name):
-            plain = not set(spelling) & set("/\0") and len(os.fsencode(spelling)) < 256
-            if plain and is_image(spelling) and self._is_file(folder / spelling):
-                return folder / spelling
+        if is_image(name) and not set(name) & set("/\0"):
+            path = _where(folder, name)
+            if len(os.fsencode(path.name)) <= _MAX_NAME and self._is_file(path):
+                return path
+        if "\\" in name:  # as the list shows bytes that are no UTF-8
+            for there in self._names(folder):
+                if shown(there) == name:
+                    return folder / there
         raise _unknown(category, split, name)
 
     def _names(self, folder: Path) -> tuple[str, ...]:
@@ -419,6 +430,16 @@ def cannot_write(error: OSError) -> KensaError | None:
             f" ({error.strerror}): mount it for writing, or let this user write there."
         )
     return None
+
+
+def _where(folder: Path, name: str) -> Path:
+    """Where a file lies whose name may be composed or decomposed on the disk, as on a Mac.
+
+    Just as it is asked for where it is there so: a folder may hold both.
+    """
+    forms = name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    short = (folder / one for one in dict.fromkeys(forms) if len(os.fsencode(one)) <= _MAX_NAME)
+    return next((path for path in short if path.exists()), folder / name)
 
 
 def _unknown(category: str, split: Split, name: str) -> UnknownDataset:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadBundle
+from engines.errors import BadBundle, Unreadable
 from engines.files import write_atomically
 
 GOLDEN = "golden.npz"
@@ -61,6 +61,7 @@ class Golden:
             with np.load(path, allow_pickle=False) as file:
                 images, defective = file["images"], file.get("defective")
         except Exception as error:  # zip and npy readers raise what they like
+            Unreadable.check(path, error)
             raise BadBundle(f"{path} is damaged: {error}. Run retrain.py again.") from error
         if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
             raise BadBundle(f"{path} holds {images.dtype} {images.shape}, not {size} x {size} RGB.")

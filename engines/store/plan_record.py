@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from engines.errors import BadBundle, NoTensorRT
+from engines.errors import BadBundle, NoTensorRT, Unreadable
 from engines.files import sha256, write_atomically
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 
@@ -135,6 +135,7 @@ class Fingerprint:
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
+            Unreadable.check(path, error)
             what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise BadBundle(
                 f"{path} is damaged ({what}), so nobody knows what model.plan was built for."

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,14 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from engines.errors import BadBundle, BadRequest, Conflict, UnknownModel, UnknownVersion
+from engines.errors import (
+    BadBundle,
+    BadRequest,
+    Conflict,
+    UnknownModel,
+    UnknownVersion,
+    Unreadable,
+)
 from engines.files import json_text, replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
@@ -140,14 +148,16 @@ class Store:
 
         Raises:
             BadBundle: it is missing or damaged, or is not that of this version.
+            Unreadable: the system does not give it.
         """
         path = self.folder(name, version) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _from_json(path.read_text(encoding="utf-8"))
             manifest = Manifest(
                 version, str(content["created"]), dict(content["files"]), dict(content["origin"])
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
+            Unreadable.check(path, error)
             raise BadBundle(f"{path} cannot be read: {error}.") from None
         if not version.endswith(_digest(manifest.files)):
             raise BadBundle(f"{path} is damaged: it does not belong to {version}.")
@@ -239,7 +249,7 @@ class Store:
     def made_by(self, name: str, job_id: str) -> str | None:
         """The version that a job published, also where it was killed before it could say so."""
         for version in self.versions(name):
-            with suppress(BadBundle):  # a damaged version is not this job's affair
+            with suppress(BadBundle, UnknownVersion):  # damaged, or deleted just now
                 if self.manifest(name, version).origin.get("job") == job_id:
                     return version
         return None
@@ -346,9 +356,9 @@ class Store:
         Its `reasons`, where it has them, are a list of sentences, whoever wrote it.
         """
         try:
-            found = json.loads(_text(self.gate_folder(name, version) / GATE) or "null")
+            found = _from_json(_text(self.gate_folder(name, version) / GATE) or "null")
             reasons = found.get("reasons", [])
-        except (ValueError, RecursionError, AttributeError):
+        except (ValueError, AttributeError):
             return None
         sentences = isinstance(reasons, list) and all(isinstance(one, str) for one in reasons)
         return found if sentences else None
@@ -692,7 +702,7 @@ class Store:
 
     def _threshold_of(self, name: str, version: str) -> str | None:
         """The version from which this one differs only in the threshold; None for any other."""
-        with suppress(BadBundle):
+        with suppress(BadBundle, UnknownVersion):  # damaged, or deleted just now
             return self.manifest(name, version).origin.get(_THRESHOLD_OF)
         return None
 
@@ -804,6 +814,24 @@ def _text(path: Path) -> str | None:
         if error.errno in _UNREADABLE:
             return None
         raise
+
+
+def _from_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or absurdly deep, or has a number that no answer in JSON can hold.
+    """
+    try:
+        return json.loads(text, parse_float=_number, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is no number")
+    return number
 
 
 def _there_is(names: list[str]) -> str:

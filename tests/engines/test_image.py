@@ -28,7 +28,18 @@ from engines.image import (
     measured_bit_depth,
     resize,
 )
-from support.damage import Damaged, damaged, picture, png, png_chunk, png_rows, saved, seeds, tiff
+from support.damage import (
+    Damaged,
+    damaged,
+    picture,
+    png,
+    png_chunk,
+    png_rows,
+    saved,
+    seeds,
+    tiff,
+    tiff_file,
+)
 from support.project import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # at damaged EXIF
@@ -146,6 +157,20 @@ def test_orientation_is_applied_once_in_every_kind(orientation: int) -> None:
         assert np.array_equal(decode(data), expected), name
     grey = decode(tiff(ORIENTED[..., 0].astype(np.uint16) << 8, orientation=orientation))
     assert np.array_equal(grey[..., 0], expected[..., 0])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_grey_in_either_order_of_bytes_is_turned(orientation: int, order: str) -> None:
+    """Where the low bytes say something, too: cv2 turns big-endian numbers as if they were not."""
+    high = ORIENTED[..., 0].astype(np.uint16)
+    grey = high << 8 | 255 - high
+    height, width = grey.shape
+    body = grey.astype(f"{order}u2").tobytes()
+    tags = {256: [width], 257: [height], 258: [16], 259: [1], 262: [1], 273: [8],
+            274: [orientation], 277: [1], 278: [height], 279: [len(body)]}  # fmt: skip
+    found = decode(tiff_file(body, tags, order))
+    assert np.array_equal(found[..., 0], turned(orientation)[..., 0])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -18,6 +18,7 @@ from engines.errors import BadImage, KensaError, UnsupportedImage
 from engines.image import decode, kind_of
 from support.damage import (
     Damaged,
+    big_tiff,
     damaged,
     odd_streams,
     picture,
@@ -29,6 +30,7 @@ from support.damage import (
     tiff_file,
 )
 from support.mutations import bmp, flat_jpeg, interlaced, mutations, padded, structured_seeds
+from support.tiff_forms import tiff_forms
 
 INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4)
 COLOURS = np.random.default_rng(1).integers(0, 256, (256, 3), np.uint8)
@@ -232,6 +234,31 @@ def test_a_tiff_without_a_tag_that_it_needs_is_refused(tag: int) -> None:
     refused(raw_tiff({}, lost=(tag,)))
 
 
+def test_a_tiff_of_every_form_that_is_read_is_right_in_both_orders_of_bytes() -> None:
+    other = [
+        form.name for form in tiff_forms(600) if not np.array_equal(decode(form.data), form.pixels)
+    ]
+    assert not other
+
+
+@pytest.mark.parametrize("said", [None, 0, 1, 2])
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_sample_that_is_no_colour_is_dropped_whatever_a_tiff_says_of_it(
+    channels: int, planar: int, said: int | None
+) -> None:
+    """Four planes of which nothing was said came out as other colours."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, channels), np.uint8)
+    planes = np.moveaxis(pixels, 2, 0) if planar == 2 else pixels[None]
+    size = planes[0].size
+    tags = {256: [6], 257: [5], 258: [8] * channels, 259: [1], 262: [channels // 2],
+            273: [8 + size * n for n in range(len(planes))], 277: [channels], 278: [5],
+            279: [size] * len(planes), 284: [planar]}  # fmt: skip
+    tags |= {} if said is None else {338: [said]}
+    colours = pixels[..., : channels - 1].repeat(3 if channels == 2 else 1, axis=2)
+    assert np.array_equal(decode(tiff_file(planes.tobytes(), tags)), colours)
+
+
 def test_deflate_in_a_tiff_must_unpack_to_just_its_rows() -> None:
     good = tiff(picture())
     packed = zlib.compress(picture().tobytes())
@@ -259,18 +286,6 @@ def test_exif_without_end_costs_nothing() -> None:
     start = time.process_time()
     decode(with_exif(*[many] * 400))
     assert time.process_time() - start < 0.5
-
-
-def big_tiff(pixels: np.ndarray, order: str) -> bytes:
-    """A grey BigTIFF of one raw strip."""
-    height, width = pixels.shape
-    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 16, 277: 1, 278: height,
-            279: pixels.size}  # fmt: skip
-    mark = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HHH", 43, 8, 0)
-    header = mark + struct.pack(f"{order}Q", 16 + pixels.size)
-    entries = b"".join(struct.pack(f"{order}HHQQ", tag, 16, 1, tags[tag]) for tag in tags)
-    directory = struct.pack(f"{order}Q", len(tags)) + entries + bytes(8)
-    return header + pixels.tobytes() + directory
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -422,6 +437,15 @@ def test_a_jpeg_of_another_sampling_is_refused_in_words(
 ) -> None:
     with pytest.raises(UnsupportedImage, match="save it with 4:4:4"):
         decode(flat_jpeg(*sampling))
+
+
+@pytest.mark.parametrize("marker", [0xC9, 0xCA])
+def test_a_jpeg_whose_code_hides_damage_is_refused_in_words(marker: int) -> None:
+    """libjpeg shows a picture of an arithmetic scan that is empty, and warns of nothing."""
+    good = saved(Image.fromarray(picture()), "JPEG")
+    head = bytearray(good[: good.index(b"\xff\xda") + 14])
+    head[head.index(b"\xff\xc0") + 1] = marker
+    assert "arithmetically" in refused(bytes(head) + b"\xff\xd9")
 
 
 @pytest.mark.parametrize("marker", [0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF])

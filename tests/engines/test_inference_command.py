@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engines import image
 from engines.errors import EXIT_CODE
 from engines.inference_command import NOT_ALL_JUDGED, main
 from engines.runtimes.openvino import OpenVINORuntime
@@ -49,6 +50,36 @@ def test_a_picture_for_which_there_is_no_number_is_named_and_the_others_are_judg
     with (tmp_path / "result_vae.csv").open() as file:
         assert [row["filename"] for row in csv.DictReader(file)] == ["a.png", "c.png"]
     assert "b.png: not judged: " in capsys.readouterr().err
+
+
+def test_whatever_a_picture_is_called_it_has_one_line_and_its_name_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["1\n2.png", "3\x1b[2J.png", "4\u202egnp.png", "検査\u3000５.png"]
+    assert inspect(tmp_path, dict.fromkeys(names, 90), monkeypatch) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert [line.split("  ")[0] for line in lines] == [
+        r"1\n2.png", r"3\x1b[2J.png", r"4\u202egnp.png", "検査\u3000５.png", ""
+    ]  # fmt: skip
+    with (tmp_path / "result_vae.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["filename"] for row in csv.DictReader(file)] == names
+
+
+def test_a_picture_for_which_memory_is_short_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decode(data: bytes, *arguments: Any) -> Any:
+        found = whole(data, *arguments)
+        if found.max() == WHITE - 1:
+            raise MemoryError
+        return found
+
+    whole = image.decode
+    monkeypatch.setattr(image, "decode", decode)
+    assert inspect(tmp_path, {"a.png": 0, "b.png": WHITE - 1, "c.png": 100}, monkeypatch) == 1
+    with (tmp_path / "result_vae.csv").open() as file:
+        assert [row["filename"] for row in csv.DictReader(file)] == ["a.png", "c.png"]
+    assert "b.png: not judged: memory was short" in capsys.readouterr().err
 
 
 def test_a_model_that_has_no_number_for_any_picture_is_told_and_leaves_the_old_table(

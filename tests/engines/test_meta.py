@@ -143,6 +143,15 @@ def test_a_null_in_the_calibration_record_survives(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["calibration"] == record
 
 
+def test_a_number_of_the_calibration_that_is_none_is_not_known(tmp_path: Path) -> None:
+    """JSON has no NaN, so a report that quotes it could not be written."""
+    found = {"parts": 1e400, "drawn": {"scores": [1.5, math.nan, -math.inf]}}
+    meta = Meta.read(written(tmp_path, {**OLD["patchcore"], "calibration": found}))
+    assert meta.calibration == {"parts": None, "drawn": {"scores": [1.5, None, None]}}
+    meta.write(tmp_path / "again.json")
+    json.loads((tmp_path / "again.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_keys_of_other_kinds_are_not_written_as_null(tmp_path: Path) -> None:
     path = written(tmp_path, OLD["vae"])
     Meta.read(path).write(path)
@@ -160,6 +169,11 @@ def test_a_change_that_contradicts_the_rest_is_refused(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an auto threshold that is no number": ({"image_threshold_auto": math.nan}, "threshold_auto"),
     "an infinite range": ({"raw_image_max": math.inf}, "raw_image_max"),
+    "a range wider than any number": (
+        {"raw_image_min": -1.7e308, "raw_image_max": 1.7e308, "image_threshold_auto": 0.0},
+        "raw_image_m",
+    ),
+    "an auto threshold that no score reaches": ({"image_threshold_auto": 1e300}, "threshold_auto"),
     "a ratio of 0": ({"coreset_ratio": 0}, "coreset_ratio"),
     "a ratio above 1": ({"coreset_ratio": 1.01}, "coreset_ratio"),
     "a negative ratio": ({"coreset_ratio": -0.1}, "coreset_ratio"),

@@ -146,20 +146,35 @@ def tiff(
     return tiff_file(body, tags | shape | places | alpha)
 
 
-def tiff_file(body: bytes, tags: dict[int, list[int]]) -> bytes:
+def tiff_file(body: bytes, tags: dict[int, list[int]], order: str = "<") -> bytes:
     """Header, pixel data, the long values, and the directory at the end."""
     body += b"\0" * (len(body) % 2)
     entries = []
     for tag, values in sorted(tags.items()):
         kind, code = (4, "I") if tag in {273, 279, 324, 325} else (3, "H")
-        value = struct.pack(f"<{len(values)}{code}", *values)
+        value = struct.pack(f"{order}{len(values)}{code}", *values)
         if len(value) > 4:
-            place = struct.pack("<I", 8 + len(body))
+            place = struct.pack(f"{order}I", 8 + len(body))
             body += value + b"\0" * (len(value) % 2)
             value = place
-        entries.append(struct.pack("<HHI", tag, kind, len(values)) + value.ljust(4, b"\0"))
-    header = b"II*\0" + struct.pack("<I", 8 + len(body))
-    return header + body + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+        head = struct.pack(f"{order}HHI", tag, kind, len(values))
+        entries.append(head + value.ljust(4, b"\0"))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    header = mark + struct.pack(f"{order}I", 8 + len(body))
+    count = struct.pack(f"{order}H", len(entries))
+    return header + body + count + b"".join(entries) + b"\0\0\0\0"
+
+
+def big_tiff(pixels: NDArray[np.uint8], order: str) -> bytes:
+    """A grey BigTIFF of one raw strip."""
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 16, 277: 1, 278: height,
+            279: pixels.size}  # fmt: skip
+    mark = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HHH", 43, 8, 0)
+    header = mark + struct.pack(f"{order}Q", 16 + pixels.size)
+    entries = b"".join(struct.pack(f"{order}HHQQ", tag, 16, 1, tags[tag]) for tag in tags)
+    directory = struct.pack(f"{order}Q", len(tags)) + entries + bytes(8)
+    return header + pixels.tobytes() + directory
 
 
 def seeds() -> dict[str, bytes]:

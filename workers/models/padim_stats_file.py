@@ -86,6 +86,8 @@ def _array(path: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]
             f" layers, n_features and image_size make {shape}. Pass the meta.json that was written"
             " with it."
         )
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(found, dtype=np.float32)  # of which some may be too large
     if not np.isfinite(found).all():
         raise BadBundle(f"{path}: {name} holds values that are not finite.")
-    return np.ascontiguousarray(found, dtype=np.float32)
+    return found

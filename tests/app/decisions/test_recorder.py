@@ -215,3 +215,15 @@ def test_names_of_models_that_there_are_not_grow_no_statistics(tmp_path: Path) -
     assert {name for name, _, _ in found} == {""}
     assert sum(quarter.none["unknown_model"] for _, _, quarter in found) == 50
     assert max(len(one.decision.model) for one in longest) == 64
+
+
+def test_what_no_database_takes_is_left_out_and_holds_nothing_up(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path)
+    for part in ("before", "half a character: \ud800", "after"):
+        recorder.no_verdict(Asked(part[:6], part, "", ""), "overloaded")
+    recorder.start()
+    kept = recorder.read(lambda it: it.find(files.Filter(), 10))
+    lost = recorder.lost
+    recorder.close()
+    assert [one.decision.part for one in kept] == ["after", "before"]
+    assert lost == 1

@@ -434,6 +434,16 @@ HEADS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a long header", "many headers", "a long path"])
+def test_a_refused_head_has_no_body(server: Server, name: str) -> None:
+    with connect(server) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(HEADS[name].replace(b"GET", b"HEAD", 1))
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert statuses(head) == [431]
+    assert body == b""
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_has_an_end(server: Server, head: str) -> None:
     answer = b""
@@ -453,6 +463,25 @@ def test_a_head_of_almost_64_kib_is_read(server: Server) -> None:
 def test_small_chunks_are_no_large_head(server: Server, photo: bytes) -> None:
     head = b"POST /infer HTTP/1.1\r\n" + HOST + JPEG + CHUNKED + b"Connection: close\r\n\r\n"
     assert statuses(ask(server, head + in_chunks(photo * 4, 1))) == [200]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_comes_behind_a_body_is_no_header(server: Server, photo: bytes, whole: bool) -> None:
+    """Whether it arrives with the head or later: no key, part or encoding of the request."""
+    trailers = b"X-Part: 17\r\nX-Request-ID: mine\r\nContent-Encoding: gzip\r\n"
+    head = b"POST /infer HTTP/1.1\r\n" + HOST + JPEG + CHUNKED + b"Connection: close\r\n\r\n"
+    chunks = in_chunks(photo, len(photo)).removesuffix(b"\r\n")
+    with connect(server) as connection:
+        if whole:
+            connection.sendall(head + chunks + trailers + b"\r\n")
+        else:
+            for piece in (head, chunks, trailers + b"\r\n"):
+                connection.sendall(piece)
+                time.sleep(0.05)
+        answer = read_all(connection)
+    assert statuses(answer) == [200]
+    assert b"x-kensa-part" not in answer
+    assert b"x-request-id: mine" not in answer
 
 
 GARBAGE = {

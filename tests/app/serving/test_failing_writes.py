@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import json
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -71,8 +75,10 @@ def test_what_is_answered_holds_now_and_after_a_restart(
     new = tiny_bundle(tmp_path / "new", offset=9.0)
     shutil.make_archive(str(tmp_path / "new"), "zip", new)
 
-    async def fail(client: httpx.AsyncClient, _: Any) -> tuple[int, dict[str, Any]]:
+    async def fail(client: httpx.AsyncClient, app: Any) -> tuple[int, dict[str, Any]]:
         before = await seen(client)
+        changes: list[str] = []  # as the audit trail says them
+        app.state.rollout.on_change = lambda what, *_: changes.append(what)
         for step in range(
             200
         ):  # a mark of an opening may be missing: what is said holds all the same
@@ -85,6 +91,7 @@ def test_what_is_answered_holds_now_and_after_a_restart(
             pointer = store.pointer(NAME)
             assert pointer is not None
             assert pointer.live == before["live"], write.failed
+            assert changes == [], write.failed
         after = await seen(client)
         assert after != before
         return step, after
@@ -96,3 +103,61 @@ def test_what_is_answered_holds_now_and_after_a_restart(
         return await seen(client)
 
     assert in_process(settings_of(tmp_path), look) == after
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("file", ["manifest.json", "meta.json"])
+def test_a_version_that_the_system_does_not_give_is_not_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, error: int
+) -> None:
+    """It may be whole: it judges again once that has passed."""
+    store = store_of(tmp_path)
+    live = store.take_in(NAME, tiny_bundle(tmp_path / "bundle", offset=1.0), {})
+    store.activate(NAME, live)
+    waiting = store.take_in(NAME, tiny_bundle(tmp_path / "other", offset=2.0), {"activate": True})
+
+    async def look(client: httpx.AsyncClient, _: Any) -> dict[str, Any]:
+        await asyncio.sleep(1.0)  # so that new versions are looked for
+        found: dict[str, Any] = (await client.get(f"/models/{NAME}")).json()
+        return found
+
+    def read_text(path: Path, *arguments: Any, **named: Any) -> str:
+        if path.name == file and path.is_relative_to(store.root):
+            raise OSError(error, os.strerror(error), str(path))
+        return whole(path, *arguments, **named)
+
+    whole = Path.read_text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        found = in_process(settings_of(tmp_path), look)
+    assert found["live"] is None
+    assert f"{file} cannot be read at the moment ({os.strerror(error)})" in found["problem"]
+    assert store.refused(NAME) == {}
+    assert store.versions(NAME) == [live, waiting]
+    found = in_process(settings_of(tmp_path), look)
+    assert found["live"] in (live, waiting)
+    assert store.refused(NAME) == {}
+
+
+@pytest.mark.parametrize("lost", ["raw_image_min", "raw_image_max", "image_threshold_auto"])
+def test_a_model_that_was_verified_in_part_takes_no_list_away(tmp_path: Path, lost: str) -> None:
+    store = store_of(tmp_path)
+    store.activate(NAME, store.take_in(NAME, tiny_bundle(tmp_path / "bundle"), {}))
+    odd = tiny_bundle(tmp_path / "odd", offset=1.0)
+    content = json.loads((odd / "meta.json").read_text())
+    (odd / "meta.json").write_text(json.dumps({k: v for k, v in content.items() if k != lost}))
+    version = store.take_in("odd", odd, {})
+
+    async def look(client: httpx.AsyncClient, _: Any) -> httpx.Response:
+        return await client.get("/models")
+
+    answer = in_process(settings_of(tmp_path), look)
+    assert answer.status_code == 200, answer.text
+    models = {one["name"]: one for one in answer.json()["models"]}
+    (described,) = models["odd"]["versions"]
+    assert (described["version"], described["state"], described["raw_threshold"]) == (
+        version,
+        "kept",
+        None,
+    )
+    assert models[NAME]["live"]

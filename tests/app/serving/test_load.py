@@ -33,6 +33,7 @@ QUEUE, DEADLINE_MS = 16, 10_000
 def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("load")
     limits = {"KENSA_QUEUE_SIZE": str(QUEUE), "KENSA_DEADLINE_MS": str(DEADLINE_MS)}
+    limits["KENSA_REPEAT_S"] = "0"  # all send the same part
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_BATCHING": "on", **limits}
     with serving(folder, **settings) as running:
         yield running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.errors import BadBundle, BadMeta
+from engines.errors import BadBundle, BadMeta, Unreadable
 from engines.files import staged, write_atomically
 from engines.meta import Meta
 from engines.store.bundle import Bundle, read_bank, read_coverage_radius, write_bank
@@ -102,7 +103,11 @@ def test_a_bundle_without_a_report_opens(own_model: Path) -> None:
     assert Bundle.open(own_model).report() == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "\0", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"],
+    ids=["empty", "cut", "a list", "nul", "deep", "long"],
+)
 def test_a_damaged_report_is_refused_by_name(text: str, own_model: Path) -> None:
     without_hashes(own_model)
     (own_model / "report.json").write_text(text)
@@ -156,11 +161,24 @@ def test_a_bank_of_another_maker_has_no_coverage_radius(tmp_path: Path) -> None:
     assert read_coverage_radius(npz(tmp_path / "bank.npz", embeddings=ROWS)) is None
 
 
-@pytest.mark.parametrize("radius", [np.zeros(3), np.array("far")])
+@pytest.mark.parametrize("radius", [np.zeros(3), np.array("far"), np.float32("inf"), -1.0])
 def test_a_coverage_radius_that_is_no_number_is_refused(radius: Any, tmp_path: Path) -> None:
     path = npz(tmp_path / "bank.npz", embeddings=ROWS, coverage_radius=radius)
     with pytest.raises(BadBundle, match="coverage_radius"):
         read_coverage_radius(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_a_bank_that_the_system_does_not_give_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = npz(tmp_path / "bank.npz", embeddings=ROWS)
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(Unreadable, match="at the moment"):
+        read_bank(path)
 
 
 def test_a_file_without_embeddings_is_told_so(tmp_path: Path) -> None:

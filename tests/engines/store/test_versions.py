@@ -360,10 +360,13 @@ def edited(**changes: Any) -> Callable[[str], str]:
         lambda text: "null", lambda text: "7", lambda text: "{}", edited(files=None),
         edited(files={}), edited(files=["meta.json"]), edited(files={"../x": "0"}),
         edited(origin=None), edited(origin=3),
-        lambda text: text.replace("meta.json", "meta.jsom"),
+        lambda text: text.replace("meta.json", "meta.jsom"), lambda text: "[" * 100_000,
+        lambda text: text.replace('"origin": {}', '"origin": {"a": NaN}'),
+        lambda text: text.replace('"origin": {}', '"origin": {"a": -1e400}'),
     ],
     ids=["empty", "cut", "zeros", "a list", "null", "a number", "no keys", "no files", "0 files",
-         "files without hashes", "a path", "no origin", "a number as origin", "another name"],
+         "files without hashes", "a path", "no origin", "a number as origin", "another name",
+         "deep", "NaN", "infinite"],
 )  # fmt: skip
 def test_a_damaged_manifest_is_refused_by_name(store: Store, damage: Callable[[str], str]) -> None:
     version = publish(store, "a")
@@ -518,6 +521,17 @@ def test_what_was_rolled_back_is_not_before_the_next_one(store: Store) -> None:
 # Which version a job starts from
 
 
+def test_a_version_that_is_deleted_while_others_are_looked_at_is_passed_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish(store, "a", job="one")
+    gone = "0009-0123456789ab"
+    monkeypatch.setattr(store, "versions", lambda _: [gone, version])
+    assert store.made_by(BOLT, "one") == version
+    assert store.made_by(BOLT, "two") is None
+    assert store._threshold_of(BOLT, gone) is None
+
+
 def test_a_job_starts_from_what_may_serve(store: Store) -> None:
     assert store.to_start_from(BOLT) is None
     first, second, third = published(store, 3)
@@ -656,7 +670,14 @@ def test_what_the_gate_found_is_kept(store: Store) -> None:
     assert (store.passed(BOLT, first), store.passed(BOLT, second)) == (True, False)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"null", b"\xff", b"\0" * 20])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"7", b"null", b"\xff", b"\0" * 20, b'{"ok": true, "limit": NaN}',
+        b'{"ok": true, "limit": 1e999}', b'{"ok": true, "groups": ' + b"[" * 100_000,
+    ],
+    ids=["empty", "cut", "list", "number", "null", "latin", "zeros", "NaN", "infinite", "deep"],
+)  # fmt: skip
 def test_a_damaged_record_is_none(store: Store, content: bytes) -> None:
     version = publish(store, "a")
     store.record_gate(BOLT, version, {"ok": True})
