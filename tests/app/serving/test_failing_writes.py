@@ -76,7 +76,7 @@ def test_what_is_answered_holds_now_and_after_a_restart(
     shutil.make_archive(str(tmp_path / "new"), "zip", new)
 
     async def fail(client: httpx.AsyncClient, app: Any) -> tuple[int, dict[str, Any]]:
-        before = await seen(client)
+        before = first = await seen(client)
         changes: list[str] = []  # as the audit trail says them
         app.state.rollout.on_change = lambda what, *_: changes.append(what)
         for step in range(
@@ -84,8 +84,12 @@ def test_what_is_answered_holds_now_and_after_a_restart(
         ):  # a mark of an opening may be missing: what is said holds all the same
             with failing(store.root, step, spared=("/opening", "/opened")) as write:
                 answer = await send(client, store)
-            if answer.is_success:
+            if answer.is_success and write.failed is None:
                 break
+            if answer.is_success:  # what only tidies up may fail; the writes behind it come, too
+                before = await seen(client)
+                changes.clear()
+                continue
             assert answer.status_code == 507, (write.failed, answer.text)
             assert await seen(client) == before, write.failed
             pointer = store.pointer(NAME)
@@ -93,7 +97,7 @@ def test_what_is_answered_holds_now_and_after_a_restart(
             assert pointer.live == before["live"], write.failed
             assert changes == [], write.failed
         after = await seen(client)
-        assert after != before
+        assert after != first or send is roll_back  # which goes back and forth
         return step, after
 
     failures, after = in_process(settings_of(tmp_path), fail)
