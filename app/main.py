@@ -30,7 +30,17 @@ from app.http.part import given_back_at_once
 from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
-from app.routes import datasets, decisions, infer, models, open_inference, system
+from app.routes import (
+    datasets,
+    decisions,
+    infer,
+    marked_parts,
+    models,
+    open_inference,
+    statistics,
+    system,
+    threshold_preview,
+)
 from app.routes import jobs as jobs_routes
 from app.serving.inspection import Inspection, Inspector
 from app.serving.model_manager import ModelManager
@@ -55,7 +65,8 @@ _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
-    infer.router, decisions.router, models.router, jobs_routes.router, datasets.router,
+    infer.router, decisions.router, marked_parts.router, statistics.router,
+    threshold_preview.router, models.router, jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
 )  # fmt: skip
 

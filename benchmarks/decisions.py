@@ -10,13 +10,11 @@ because machines differ from one minute to the next. Then a database is filled a
 from __future__ import annotations
 
 import argparse
-import http.client
 import random
 import resource
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,7 +25,8 @@ from typing import Any
 from app.decisions.database import DecisionDatabase, Filter, open_or_make
 from app.decisions.decision import Decision
 from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
-from benchmarks.load import CATEGORY, WEIGHTS, learned, server
+from benchmarks.lists import percentile
+from benchmarks.load import CATEGORY, WEIGHTS, ask, learned, server
 
 MODELS = 4
 SCORER = "5f0c8e6c0b1d"
@@ -73,7 +72,9 @@ def beside_the_line(engine: Path, clients: int, turns: int, seconds: float) -> N
         for turn in range(turns + 1):
             taken = {}
             for name in list(waits) if turn % 2 else list(reversed(waits)):
-                taken[name] = ask(ports[name], photos, clients, seconds if turn else 2)
+                taken[name] = ask(
+                    ports[name], photos, clients, seconds if turn else 2, another_part
+                )
             if turn:
                 for name, some in taken.items():
                     waits[name] += some
@@ -92,33 +93,8 @@ def beside_the_line(engine: Path, clients: int, turns: int, seconds: float) -> N
               f"({min(found):.3f} to {max(found):.3f})")  # fmt: skip
 
 
-def ask(port: int, photos: list[bytes], clients: int, seconds: float) -> list[float]:
-    """How long each request took, milliseconds; each is about another part."""
-    taken: list[float] = []
-    until = time.perf_counter() + seconds
-
-    def send(number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        while (began := time.perf_counter()) < until:
-            headers = {"Content-Type": "image/jpeg", "X-Part": f"P-{next(_PARTS)}"}
-            connection.request("POST", "/infer", photos[number % len(photos)], headers)
-            answer = connection.getresponse()
-            body = answer.read()
-            assert answer.status == 200, body
-            taken.append((time.perf_counter() - began) * 1000)
-            number += 1
-        connection.close()
-
-    threads = [threading.Thread(target=send, args=[number]) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return taken
-
-
-def percentile(waits: list[float], percent: int) -> float:
-    return statistics.quantiles(waits, n=100)[percent - 1]
+def another_part() -> dict[str, str]:
+    return {"X-Part": f"P-{next(_PARTS)}"}
 
 
 # ---- many lines ----------------------------------------------------------------------------------

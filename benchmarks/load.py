@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,16 +118,22 @@ def measure(kind: str, engine: Path, clients: int, turns: int, seconds: float) -
     ]
 
 
-def ask(port: int, photos: list[bytes], clients: int, seconds: float) -> list[float]:
-    """How long each request took, milliseconds."""
+def ask(
+    port: int,
+    photos: list[bytes],
+    clients: int,
+    seconds: float,
+    more: Callable[[], dict[str, str]] = dict,
+) -> list[float]:
+    """How long each request took, milliseconds; `more`: headers of each."""
     taken: list[float] = []
     until = time.perf_counter() + seconds
 
     def send(number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         while (began := time.perf_counter()) < until:
-            connection.request("POST", "/infer", photos[number % len(photos)],
-                               {"Content-Type": "image/jpeg"})  # fmt: skip
+            headers = {"Content-Type": "image/jpeg", **more()}
+            connection.request("POST", "/infer", photos[number % len(photos)], headers)
             answer = connection.getresponse()
             body = answer.read()
             assert answer.status == 200, body

@@ -128,7 +128,8 @@ def _log_share(low: float, high: float, value: float) -> float:
 def share_at_most(count: int, of: int) -> float | None:
     """The share that so many of so many parts may stand for at most, 95 % sure; None of none.
 
-    Clopper and Pearson's bound (Biometrika 26, 1934), by halving.
+    Clopper and Pearson's bound (Biometrika 26, 1934), by halving: a server has no scipy, which
+    training asks for the same.
     """
     if of == 0:
         return None

@@ -405,13 +405,10 @@ class DecisionDatabase:
         )
         return (pages - free) * size
 
-    def span(self) -> tuple[int, int, int]:
-        """The first and last number of the decisions that are kept, and when the first was made."""
+    def span(self) -> tuple[int, int]:
+        """The first and the last number of the decisions that are kept; 0 for none."""
         row = self._connection.execute("SELECT MIN(number), MAX(number) FROM decisions").fetchone()
-        if row[0] is None:
-            return 0, 0, 0
-        at = self._connection.execute("SELECT at FROM decisions WHERE number = ?", [row[0]])
-        return row[0], row[1], at.fetchone()[0]
+        return row[0] or 0, row[1] or 0
 
     def last_before(self, at: int) -> int:
         """The number up to which all decisions were made before a time; 0 for none.

@@ -11,13 +11,10 @@ from typing import IO, Any
 from app.decisions.database import Kept, Line
 from app.decisions.decision import ENDINGS
 from app.decisions.recorder import Recorder
-from app.serving.inspection import draw
 from engines.errors import KensaError
-from engines.image import ImageLimits, decode
-from engines.meta import Meta
+from engines.image import ImageLimits
 from engines.store.bundle import REPORT
 from engines.store.versions import META, Store
-from engines.verdict import Scale
 
 README = """What Kensa recorded of the part {part!r}.
 
@@ -72,11 +69,8 @@ def write_evidence(
         with suppress(FileNotFoundError):
             image = recorder.pictures.image(kept.number)
             whole.add(f"{place}{ENDINGS.get(one.format, '.bin')}", image)
-            with suppress(FileNotFoundError, KensaError):
-                meta = Meta.read(store.folder(one.model, one.version) / META)
-                picture = decode(image, limits, meta.bit_depth)
-                heat = recorder.pictures.anomaly_map(kept.number)
-                overlay = draw(heat, Scale.of(meta), meta.image_size, picture)
+            with suppress(KensaError):
+                overlay = recorder.pictures.drawn(kept.number, limits, over_picture=True)
                 whole.add(f"{place}.overlay.png", overlay)
         if one.version:
             versions.add((one.model, one.version))

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import io
-import zlib
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.serving.inspection import draw
+from engines.image import ImageLimits, decode
+from engines.verdict import Scale
+
 FOLDER = "pictures"
 PER_FOLDER = 1000
+
+
+class Map(NamedTuple):
+    """What a version found in a picture, and all it takes to draw it when the version is gone."""
+
+    raw: NDArray[np.float32]  # (h, w)
+    scale: Scale
+    size: int  # of the pictures that the version sees, pixels
+    bit_depth: int | None  # as its meta.json names it
 
 
 class Pictures:
@@ -20,8 +34,8 @@ class Pictures:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / FOLDER
 
-    def keep(self, number: int, image: bytes, anomaly_map: NDArray[np.float32] | None) -> int:
-        """Write the image, and the map (h, w) where there is one; how many bytes that took.
+    def keep(self, number: int, image: bytes, seen: Map | None) -> int:
+        """Write the image, and the map where there is one; how many bytes that took.
 
         What was there under this number is replaced: a decision that was not written down.
 
@@ -33,8 +47,8 @@ class Pictures:
         path.write_bytes(image)
         taken = len(image)
         path.with_suffix(".map").unlink(missing_ok=True)
-        if anomaly_map is not None:
-            packed = _pack(anomaly_map)
+        if seen is not None:
+            packed = _pack(seen)
             path.with_suffix(".map").write_bytes(packed)
             taken += len(packed)
         return taken
@@ -43,9 +57,16 @@ class Pictures:
         """As it was sent. Raises FileNotFoundError where it is not kept."""
         return self._path(number).read_bytes()
 
-    def anomaly_map(self, number: int) -> NDArray[np.float32]:
-        """(h, w), raw. Raises FileNotFoundError where it is not kept."""
-        return _unpack(self._path(number).with_suffix(".map").read_bytes())
+    def drawn(self, number: int, limits: ImageLimits, *, over_picture: bool) -> bytes:
+        """A PNG of the map: over the picture, or alone in grey.
+
+        Raises:
+            FileNotFoundError: map or picture is not kept.
+            BadImage: and its kinds, as `engines.image.decode`: the limits are others now.
+        """
+        seen = _unpack(self._path(number).with_suffix(".map").read_bytes())
+        picture = decode(self.image(number), limits, seen.bit_depth) if over_picture else None
+        return draw(seen.raw, seen.scale, seen.size, picture)
 
     def delete(self, number: int) -> None:
         """Also where there is none."""
@@ -67,13 +88,21 @@ class Pictures:
         return self._folder / str(number // PER_FOLDER) / f"{number}.image"
 
 
-def _pack(anomaly_map: NDArray[np.float32]) -> bytes:
+def _pack(seen: Map) -> bytes:
     """float16 is enough to be drawn, and a third of it once it is packed."""
     file = io.BytesIO()
-    np.save(file, np.clip(anomaly_map, -6e4, 6e4).astype(np.float16), allow_pickle=False)
-    return zlib.compress(file.getvalue(), 1)
+    np.savez_compressed(
+        file,
+        raw=np.clip(seen.raw, -6e4, 6e4).astype(np.float16),
+        scale=np.array(astuple(seen.scale), np.float64),
+        size=seen.size,
+        bit_depth=seen.bit_depth or 0,
+    )
+    return file.getvalue()
 
 
-def _unpack(packed: bytes) -> NDArray[np.float32]:
-    found: NDArray[np.float16] = np.load(io.BytesIO(zlib.decompress(packed)), allow_pickle=False)
-    return found.astype(np.float32)
+def _unpack(packed: bytes) -> Map:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as found:
+        scale = Scale(*found["scale"].tolist())
+        raw = found["raw"].astype(np.float32)
+        return Map(raw, scale, int(found["size"]), int(found["bit_depth"]) or None)

@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from app.decisions.database import FILE, DecisionDatabase, Note, open_or_make
 from app.decisions.decision import Decision, short_sha256
-from app.decisions.pictures import Pictures
+from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.settings import Settings
 from engines.errors import Conflict, DiskFull, KensaError
@@ -53,12 +51,15 @@ class Asked:
 class _Waiting(NamedTuple):
     entry: Decision | Note
     image: bytes | None = None
-    anomaly_map: NDArray[np.float32] | None = None
+    seen: Map | None = None
 
     @property
     def bytes(self) -> int:
         """Of image and map, in memory."""
-        return len(self.image or b"") + (0 if self.anomaly_map is None else self.anomaly_map.nbytes)
+        return len(self.image or b"") + (self.seen.raw.nbytes if self.seen is not None else 0)
+
+
+_Told = _Waiting | threading.Event  # which is set once all that was told before it is written
 
 
 class Recorder:
@@ -71,13 +72,13 @@ class Recorder:
         self.written = 0
         self.lost = 0  # decisions that no disk took
         self._settings = settings
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Told] = deque()
         self._bytes_in, self._bytes_out = 0, 0  # of pictures: each has one thread that counts it
         self._normals = 0
         self._problem: str | None = None
         self._lost_noted = 0
         self._picture_bytes = 0
-        self._wake, self._idle = threading.Event(), threading.Event()
+        self._wake = threading.Event()
         self._ending = False
         self._opened = threading.Event()
         self._of_thread = threading.local()
@@ -117,7 +118,10 @@ class Recorder:
             width=seen.width, height=seen.height, who=asked.who,
         )  # fmt: skip
         if image is not None and self._is_wanted(decision):
-            self._add(_Waiting(decision, image, done.anomaly_map))
+            model = done.model
+            size, bit_depth = model.runtime.image_size, model.meta.bit_depth
+            seen_map = Map(done.anomaly_map, model.scale, size, bit_depth)
+            self._add(_Waiting(decision, image, seen_map))
         else:
             self._add(_Waiting(decision))
 
@@ -181,12 +185,17 @@ class Recorder:
         except sqlite3.Error as error:
             raise _said(error, self.folder) from error
 
-    def flush(self, within_s: float = 2.0) -> None:
-        """Wait until what was told is written; not for a disk that is full."""
-        self._idle.clear()
+    def flush(self, within_s: float = 2.0) -> bool:
+        """Wait until what was told before is written, whatever comes meanwhile; whether it is.
+
+        A disk that is full is not waited for.
+        """
+        if not self._thread.is_alive() or self._problem is not None:
+            return False
+        written = threading.Event()
+        self._waiting.append(written)
         self._wake.set()
-        if self._thread.is_alive() and self._problem is None:
-            self._idle.wait(within_s)
+        return written.wait(within_s)
 
     def _mine(self) -> DecisionDatabase:
         """The connection of this thread."""
@@ -214,10 +223,7 @@ class Recorder:
             except Exception as error:  # noqa: BLE001 (whatever it is, it may pass, and is logged)
                 self._fails(error)
                 if not ending:
-                    self._idle.set()
                     time.sleep(AGAIN_AFTER_S)
-            if not self._waiting:
-                self._idle.set()
             if ending:
                 break
         if database is not None:
@@ -231,38 +237,52 @@ class Recorder:
         return database
 
     def _write(self, database: DecisionDatabase) -> None:
-        batch = list(self._waiting)
-        if not batch:
-            return
+        told = list(self._waiting)
         try:
-            self._write_batch(database, batch)
+            self._write_these(database, told)
         except (OSError, sqlite3.OperationalError):  # the disk, which may have room later
             raise
         except Exception:  # noqa: BLE001 (one of them; the others must not wait for it)
-            for one in batch:
+            for one in told:
                 self._write_or_leave_out(database, one)
 
-    def _write_or_leave_out(self, database: DecisionDatabase, one: _Waiting) -> None:
+    def _write_or_leave_out(self, database: DecisionDatabase, one: _Told) -> None:
         try:
-            self._write_batch(database, [one])
+            self._write_these(database, [one])
         except (OSError, sqlite3.OperationalError):
             raise
         except Exception:
             log.exception("A line of the record cannot be written, and is left out")
-            self._bytes_out += self._waiting.popleft().bytes
+            self._take_off([one])
             self.lost += 1
+
+    def _write_these(self, database: DecisionDatabase, told: list[_Told]) -> None:
+        """Write the first of those that wait, and take them off."""
+        batch = [one for one in told if isinstance(one, _Waiting)]
+        if batch:
+            self._write_batch(database, batch)
+            self.written += len(batch)
+        self._take_off(told)
+
+    def _take_off(self, told: list[_Told]) -> None:
+        for one in told:
+            self._waiting.popleft()
+            if isinstance(one, _Waiting):
+                self._bytes_out += one.bytes
+            else:
+                one.set()
 
     def _write_batch(self, database: DecisionDatabase, batch: list[_Waiting]) -> None:
         kept: dict[int, int] = {}  # number -> bytes
 
         def keep(place: int, number: int) -> int:
-            image, anomaly_map = batch[place].image, batch[place].anomaly_map
+            image = batch[place].image
             if not image or self._problem is not None:  # for want of room, perhaps
                 return 0
             if self._settings.record_pictures_mib == 0:
                 return 0
             kept[number] = 0
-            kept[number] = self.pictures.keep(number, image, anomaly_map)
+            kept[number] = self.pictures.keep(number, image, batch[place].seen)
             return kept[number]
 
         try:
@@ -273,10 +293,6 @@ class Recorder:
                     self.pictures.delete(number)
             raise
         self._picture_bytes += sum(kept.values())
-        for one in batch:
-            self._waiting.popleft()
-            self._bytes_out += one.bytes
-        self.written += len(batch)
 
     def _tidy(self, database: DecisionDatabase) -> None:
         """Keep within the bounds of days and bytes."""
@@ -296,7 +312,7 @@ class Recorder:
         if days and (up_to := database.last_before(_now() - days * DAY_MS)):
             self._prune(database, up_to, f"older than {days} days")
         if database.bytes_used() > self._settings.record_mib * MIB:
-            first, last, _ = database.span()
+            first, last = database.span()
             up_to = first + max(1, round((last - first) * PRUNE_SHARE))
             self._prune(database, up_to, f"more than {self._settings.record_mib} MiB")
 

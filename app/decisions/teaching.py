@@ -59,25 +59,39 @@ def teach(
             counts["without_picture"] += split is not None
             continue
         name = f"decision-{kept.decision.sha256[:16]}{ending}"
-        for other in SPLITS:
+        if split is not None:
+            try:
+                data = _picture(recorder, datasets, category, kept, name)
+                stored = datasets.add(category, split, name, data, limits=limits)
+            except (UnknownDataset, BadImage):
+                counts["without_picture"] += 1
+                continue
+            counts["already_there"] += stored.already_there
+            added[split] += not stored.already_there
+            origins[name] = _origin(kept)
+        for other in SPLITS:  # now that it is where it belongs, for nothing may be lost on the way
             if other != split:
                 with suppress(UnknownDataset):
                     datasets.delete_image(category, other, name)
                     counts["moved"] += 1
-        if split is None:
-            continue
-        try:
-            data = recorder.pictures.image(kept.number)
-            stored = datasets.add(category, split, name, data, limits=limits)
-        except (FileNotFoundError, BadImage):
-            counts["without_picture"] += 1
-            continue
-        counts["already_there"] += stored.already_there
-        added[split] += not stored.already_there
-        origins[name] = _origin(kept)
     if origins:
         datasets.note_origins(category, origins)
     return Taught(added, counts["moved"], counts["already_there"], counts["without_picture"])
+
+
+def _picture(recorder: Recorder, datasets: Datasets, category: str, kept: Kept, name: str) -> bytes:
+    """Of a decision; where it is not kept any more, as it lies in a split since it was.
+
+    Raises:
+        UnknownDataset: it is in none.
+        ImageTooLarge: the limits are others now.
+    """
+    with suppress(FileNotFoundError):
+        return recorder.pictures.image(kept.number)
+    for split in SPLITS[:-1]:
+        with suppress(UnknownDataset):
+            return datasets.read(category, split, name)
+    return datasets.read(category, SPLITS[-1], name)
 
 
 def _last_of_each_picture(database: DecisionDatabase, asked: Filter) -> list[Kept]:

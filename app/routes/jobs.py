@@ -21,7 +21,7 @@ from app.http.access import KeyFirst, needs
 from app.http.base_body import Body
 from app.http.base_body import error_response as problem
 from app.jobs.job_queue import ENDED, JobQueue
-from app.routes.decisions import TeachBody, taught
+from app.routes.marked_parts import TeachBody, taught
 from app.serving.model_manager import ModelManager
 from engines.errors import BadDataset, KensaError, NoWorker
 from engines.machine import job_memory

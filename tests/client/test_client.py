@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.routes import datasets, decisions, jobs, models
+from app.routes import datasets, decisions, jobs, models, threshold_preview
 from kensa_client import (
     AsyncKensa,
     DecisionFilter,
@@ -561,7 +561,7 @@ def test_waiting_does_not_grow_without_end() -> None:
     [
         (answers.Decision, decisions.DecisionBody), (answers.Decisions, decisions.DecisionsBody),
         (answers.WholeDecision, decisions.WholeDecisionBody), (answers.Line, decisions.LineBody),
-        (answers.Preview, decisions.FlipsBody), (answers.Image, decisions.ImageBody),
+        (answers.Preview, threshold_preview.FlipsBody), (answers.Image, decisions.ImageBody),
         (answers.Model, models.StoredModelBody), (answers.Models, models.ModelsBody),
         (answers.Version, models.VersionBody), (answers.Upload, datasets.UploadBody),
         (answers.Refused, datasets.RefusedBody), (answers.Job, jobs.JobBody),

@@ -378,6 +378,23 @@ def test_a_replay_by_the_version_that_judged_gives_the_same_score_and_counts_now
     assert running.model()["live"] is not None
 
 
+def test_a_picture_is_drawn_as_it_was_judged_also_when_its_version_is_gone(
+    kensa_model: Path, bad: bytes, tmp_path: Path
+) -> None:
+    with line(tmp_path, kensa_model, KENSA_KEEP_VERSIONS="1") as running:
+        with_limit(running.server, threshold=0)
+        judged = running.server.infer(bad, **{"X-Part": "old", "X-Request-ID": "old"}).json()
+        before = running.server.client.get("/decisions/old/overlay").content
+        for threshold in (0.6, 0.7, 0.8):
+            with_limit(running.server, threshold=threshold)
+        left = [one["version"] for one in running.model()["versions"]]
+        assert judged["model_version"] not in left
+        assert running.server.client.get("/decisions/old/overlay").content == before
+        assert running.server.client.get("/decisions/old/heatmap").status_code == 200
+        again = running.server.client.post("/decisions/old/replay")
+        assert (again.status_code, agreed(again)) == (404, "unknown_version")
+
+
 # ---- who changed what, and whether it is whole --------------------------------------------------
 
 

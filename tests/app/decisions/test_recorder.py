@@ -16,12 +16,13 @@ import pytest
 from app.decisions import database as files
 from app.decisions.database import FILE, note_once, open_or_make
 from app.decisions.decision import Decision
-from app.decisions.pictures import Pictures
-from app.decisions.recorder import MOST_WAITING_BYTES, Asked, Recorder
+from app.decisions.pictures import Map, Pictures
+from app.decisions.recorder import MOST_WAITING_BYTES, Asked, Recorder, _Waiting
 from app.decisions.repeats import Repeats
 from app.serving.inspection import Inspection
 from app.settings import Settings
 from engines.errors import RuntimeFailed
+from engines.verdict import Scale
 from support.decisions import decision
 
 DAY = 86_400_000
@@ -88,7 +89,7 @@ def test_a_picture_that_no_decision_counts_is_gone_after_the_next_start(tmp_path
     recorder = recorder_in(tmp_path)
     with open_or_make(recorder.folder) as database:
         database.append([decision()])
-    recorder.pictures.keep(1, b"nobody's", np.zeros((2, 2), np.float32))
+    recorder.pictures.keep(1, b"nobody's", None)
     recorder.start()
     recorder.read(lambda it: it.span())
     recorder.close()
@@ -100,15 +101,14 @@ def test_the_maps_of_pictures_that_wait_are_counted_too(tmp_path: Path) -> None:
     heat = np.zeros((1024, 1024), np.float32)
     for number in range(2 * MOST_WAITING_BYTES // heat.nbytes):
         recorder._add(_waiting(f"{number}", heat))
-    held = [one.anomaly_map for one in recorder._waiting if one.anomaly_map is not None]
+    waiting = [one for one in recorder._waiting if isinstance(one, _Waiting)]
+    held = [one.seen.raw for one in waiting if one.seen is not None]
     assert sum(one.nbytes for one in held) <= MOST_WAITING_BYTES
     assert held
 
 
 def _waiting(id_: str, heat: Any) -> Any:
-    from app.decisions.recorder import _Waiting
-
-    return _Waiting(decision(id=id_), b"small", heat)
+    return _Waiting(decision(id=id_), b"small", Map(heat, Scale(1, 0, 2, 0.5), 8, None))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 1.0, 1e-310])
@@ -227,3 +227,25 @@ def test_what_no_database_takes_is_left_out_and_holds_nothing_up(tmp_path: Path)
     recorder.close()
     assert [one.decision.part for one in kept] == ["after", "before"]
     assert lost == 1
+
+
+def test_who_asks_waits_for_what_was_told_before_and_not_for_what_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line never stops: there is always something that waits."""
+    recorder = recorder_in(tmp_path)
+    append = files.DecisionDatabase.append
+
+    def and_more_comes(self: files.DecisionDatabase, *given: Any) -> None:
+        recorder.no_verdict(Asked("meanwhile", "", "", ""), "overloaded")
+        recorder._wake.set()
+        append(self, *given)
+
+    monkeypatch.setattr(files.DecisionDatabase, "append", and_more_comes)
+    recorder.no_verdict(Asked("before", "", "", ""), "overloaded")
+    recorder.start()
+    assert recorder._opened.wait(10)
+    for _ in range(5):
+        assert recorder.flush()
+    assert recorder.read(lambda it: it.one("before")) is not None
+    recorder.close()

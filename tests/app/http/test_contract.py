@@ -34,8 +34,9 @@ from schemathesis.specs.openapi.checks import (
 
 from app.http.openapi import operations
 from app.main import create_app
-from app.routes.decisions import LabelBody, TeachBody
+from app.routes.decisions import LabelBody
 from app.routes.jobs import RetrainBody, ScheduleRequest
+from app.routes.marked_parts import TeachBody
 from app.routes.models import ChangeThresholdBody
 from app.settings import Settings
 from engines.errors import KensaError

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from engines.errors import BadDataset
+from engines.limits import share_at_most
 from workers.learning.normal_scores import BUDGETS, ENOUGH, NormalScores, at_most, parts_for
 
 Scores = NDArray[np.float64]
@@ -97,6 +98,13 @@ def test_the_promise_is_the_bound_of_clopper_and_pearson(rejected: int, parts: i
 
 def test_of_parts_that_are_all_rejected_nothing_is_promised() -> None:
     assert at_most(4, 4) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 20, 97, 3000])
+def test_the_servers_bound_is_this_one_though_it_has_no_scipy(parts: int) -> None:
+    for count in sorted({0, 1, parts // 3, parts - 1, parts}):
+        assert share_at_most(count, parts) == pytest.approx(at_most(count, parts), abs=1e-5)
+    assert share_at_most(0, 0) is None
     assert at_most(0, 0) == 1
 
 

@@ -1,0 +1,139 @@
+"""GET /statistics: how many parts, how many rejects, by hour, shift or day."""
+
+from __future__ import annotations
+
+from datetime import datetime, time, timezone
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
+
+from app.decisions.quarters import Quarter, Spans
+from app.decisions.recorder import DAY_MS
+from app.http.access import KeyFirst, needs
+from app.http.base_body import Body
+from app.routes.decisions import OFF, Since, Until, ask, csv_row, milliseconds, recorder_of
+from app.settings import Settings
+from engines.errors import BadRequest
+
+MOST_DAYS = 400  # at once
+LATEST = 32_503_680_000_000  # milliseconds since 1970: calendars end
+
+
+class SpanBody(Body):
+    """What was decided by a model within a span of time."""
+
+    model: str = Field(description="Empty: of requests that named none, or none that is known.")
+    since: datetime = Field(description="When the span began, in the zone of KENSA_TIMEZONE.")
+    until: datetime
+    parts: int = Field(description="That got a verdict; a part that was sent again counts once.")
+    rejects: int
+    reject_share: float | None = Field(description="Of `parts`; null without any.")
+    no_verdict: dict[str, int] = Field(description="Requests without a verdict, by their `code`.")
+    score_p50: float | None
+    score_p95: float | None
+    score_p99: float | None
+    ms_p50: float | None = Field(description="From the whole request to the verdict.")
+    ms_p95: float | None
+    ms_p99: float | None
+
+
+class SpansBody(Body):
+    """What was decided, span by span."""
+
+    spans: list[SpanBody] = Field(
+        description="Oldest first; those in which nothing came are left out."
+    )
+
+
+router = APIRouter(tags=["record"], route_class=KeyFirst)
+
+Per = Annotated[
+    Literal["hour", "shift", "day"], Query(description="How long a span is; shifts: KENSA_SHIFTS.")
+]
+OfModel = Annotated[
+    str | None, Query(description="Of this model alone.", max_length=64, examples=["bracket"])
+]
+
+
+@router.get(
+    "/statistics",
+    dependencies=[needs("line")],
+    summary="How many parts, how many rejects?",
+    responses={409: OFF},
+)
+async def statistics(
+    request: Request,
+    per: Per = "hour",
+    model: OfModel = None,
+    since: Since = None,
+    until: Until = None,
+) -> SpansBody:
+    """By hour, shift or day: of the last 24 hours, where no time is said.
+
+    They are kept when decisions grow too old. Quantiles of scores are exact to 0.0025, of times to
+    5 %.
+    """
+    return SpansBody(spans=await ask(_spans, request, per, model, since, until))
+
+
+@router.get(
+    "/statistics.csv",
+    dependencies=[needs("line")],
+    summary="The same as a table",
+    response_class=Response,
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, 409: OFF},
+)
+async def statistics_table(
+    request: Request,
+    per: Per = "hour",
+    model: OfModel = None,
+    since: Since = None,
+    until: Until = None,
+) -> Response:
+    """As GET /statistics; the reasons for no verdict stand in one column."""
+    spans = await ask(_spans, request, per, model, since, until)
+    rows = [[*SpanBody.model_fields]]
+    for span in spans:
+        body = span.model_dump(mode="json")
+        reasons = (f"{code} {count}" for code, count in span.no_verdict.items())
+        rows.append([*(body | {"no_verdict": ", ".join(reasons)}).values()])
+    return Response("".join(map(csv_row, rows)), media_type="text/csv; charset=utf-8")
+
+
+def _spans(
+    request: Request, per: str, model: str | None, since: datetime | None, until: datetime | None
+) -> list[SpanBody]:
+    settings: Settings = request.app.state.settings
+    begins = {
+        "hour": [time(hour) for hour in range(24)],
+        "shift": settings.shift_times,
+        "day": [time(0)],
+    }[per]
+    spans = Spans(settings.zone, begins)
+    end = milliseconds(until) or milliseconds(datetime.now(timezone.utc)) or 0
+    begin = milliseconds(since) or end - DAY_MS
+    if end - begin > MOST_DAYS * DAY_MS:
+        raise BadRequest(f"Ask for {MOST_DAYS} days at most: say since and until.")
+    if not 0 <= begin < LATEST:
+        raise BadRequest("No part came then: ask for a time from 1970 to 2999.")
+    found: dict[tuple[datetime, datetime, str], Quarter] = {}
+    span = spans.around(begin)
+    first = round(span[0].timestamp() * 1000)  # spans are told whole
+    quarters = recorder_of(request).read(lambda it: list(it.quarters(first, end, model)))
+    for name, at, quarter in quarters:  # in the order of their times
+        if at >= span[1].timestamp() * 1000:
+            span = spans.around(at)
+        total = found.setdefault((*span, name), Quarter())
+        total += quarter
+    return [_span(*place, total) for place, total in sorted(found.items(), key=lambda one: one[0])]
+
+
+def _span(since: datetime, until: datetime, model: str, total: Quarter) -> SpanBody:
+    score, ms = total.score_at, total.ms_at
+    return SpanBody(
+        model=model, since=since, until=until, parts=total.parts, rejects=total.rejects,
+        reject_share=round(total.rejects / total.parts, 6) if total.parts else None,
+        no_verdict=dict(total.none), score_p50=score(0.5), score_p95=score(0.95),
+        score_p99=score(0.99), ms_p50=ms(0.5), ms_p95=ms(0.95), ms_p99=ms(0.99),
+    )  # fmt: skip
