@@ -107,7 +107,7 @@ def test_every_folder_of_ours_is_a_package_and_pyproject_finds_nothing_else() ->
     found = PROJECT["tool"]["setuptools"]["packages"]["find"]
     ours = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for package in ("app", "engines", "workers")
+        for package in ("app", "engines", "kensa_client", "workers")
         for path in (ROOT / package).rglob("*.py")
     }
     assert len(ours) > 15

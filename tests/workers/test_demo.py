@@ -128,7 +128,7 @@ SERVES_AT_ONCE = """
 import os, sys
 from pathlib import Path
 from workers import demo
-demo.write_dataset = demo._learn = lambda *_: None
+demo.write_dataset = demo._learn = lambda *_, **__: None
 demo._convert = lambda *_: Path(os.environ["MODEL"])
 demo._inspect = lambda *_: print("ready", flush=True)
 sys.exit(demo.main())
