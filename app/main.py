@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from app.background import Background
+from app.decisions.collector import Collector
 from app.decisions.recorder import Recorder
 from app.decisions.repeats import Repeats
 from app.http.accept import error_line, sentence_header, wanted
@@ -84,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     jobs.coming = rollout.coming
     worker = WorkerProcess(settings.data, settings, background)
     metrics = Metrics(version())
-    recorder = Recorder(settings)
+    recorder, collector = Recorder(settings), Collector(settings)
     inspector.admission.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     rollout.on_swap = metrics.swapped
@@ -105,6 +106,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         recorder.start()
+        collector.start()
         await run_in_threadpool(app.state.datasets.sweep)  # whose first use is 35 ms of the loop
         await rollout.open()
         opening = asyncio.create_task(asyncio.to_thread(jobs.open))  # parts need no queue
@@ -115,6 +117,7 @@ def create_app(settings: Settings) -> FastAPI:
         await inspector.close()
         await asyncio.to_thread(jobs.close)
         await asyncio.to_thread(recorder.close)
+        await asyncio.to_thread(collector.close)
 
     app: FastAPI = FastAPIOffline(
         docs_url="/docs",
@@ -137,7 +140,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = metrics
     app.state.recorder = recorder
     app.state.repeats = Repeats(settings.repeat_s)
-    app.state.health = Health(inspector, jobs, worker, settings, background, recorder)
+    app.state.health = Health(inspector, jobs, worker, settings, background, recorder, collector)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.stopping = asyncio.Event()

@@ -21,7 +21,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from engines.errors import BadSettings
 from engines.files import name_of_folder
 from engines.promise import FEW_FOUND
-from engines.queue.fleet import Fleet
+from engines.queue.fleet import Fleet, device_name
+from engines.queue.postgres import Postgres
 
 PREFIX = "KENSA_"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a key
@@ -187,8 +188,8 @@ class Settings(BaseSettings):
     device: str | None = _setting(
         None,
         "name",
-        "What this machine is called in the queue; no two have the same name. Without it, the name"
-        " of the host.",
+        "What this machine is called in the queue and in the collected record; no two have the same"
+        " name. Without it, the name of the host.",
     )
     job_pace: Literal["pause", "idle", "full"] = _setting(
         "pause",
@@ -355,6 +356,12 @@ class Settings(BaseSettings):
         le=1,
     )
     record_sample: float = _setting(0.01, "share", "And of so many of the other parts.", ge=0, le=1)
+    record_url: SecretStr | None = _setting(
+        None,
+        "URL",
+        "A PostgreSQL database in which the records of several lines are collected, each under its"
+        " KENSA_DEVICE, such as postgresql://user:password@host/kensa.",
+    )
     shifts: str = _setting(
         "06:00,14:00,22:00",
         "times",
@@ -414,6 +421,7 @@ class Settings(BaseSettings):
             message = f"{name} is {problem['input']!r}, which is wrong: {problem['msg']}."
             raise BadSettings(message) from None
         settings.fleet  # noqa: B018 (raises what is wrong with it)
+        settings.collected_in  # noqa: B018
         settings.served_name  # noqa: B018 (the same)
         settings.zone  # noqa: B018 (the same)
         return settings
@@ -495,6 +503,18 @@ class Settings(BaseSettings):
             one.get_secret_value() if one else None for one in (self.queue_url, self.shared_url)
         )
         return Fleet.of(queue_url, shared_url, self.device, self.worker)
+
+    @property
+    def collected_in(self) -> Postgres | None:
+        """Where the records of several lines are collected; None where that is nowhere.
+
+        Raises:
+            BadSettings: KENSA_RECORD_URL or KENSA_DEVICE is wrong.
+        """
+        if self.record_url is None:
+            return None
+        device_name(self.device)
+        return Postgres.of("KENSA_RECORD_URL", self.record_url.get_secret_value())
 
     @property
     def compiled_dir(self) -> Path | None:

@@ -447,12 +447,39 @@ class DecisionDatabase:
 
     # ---- whether it is whole -----------------------------------------------------------------
 
-    def rows(self, table: str) -> Iterator[tuple[int, dict[str, Any], str]]:
-        """Number, content and hash of each line of a table, in their order."""
+    def rows(
+        self, table: str, after: int = 0, limit: int = -1
+    ) -> Iterator[tuple[int, dict[str, Any], str]]:
+        """Number, content and hash of each line of a table, in their order.
+
+        Args:
+            after: only of those with higher numbers.
+            limit: that many at most; -1 for all.
+        """
         names = COLUMNS if table == "decisions" else TRAIL
-        order = f"SELECT number, {', '.join(names)}, hash FROM {table} ORDER BY number"
-        for number, *content, hash_ in self._connection.execute(order):
+        rows = self._connection.execute(
+            f"SELECT number, {', '.join(names)}, hash FROM {table} WHERE number > ?"
+            " ORDER BY number LIMIT ?",
+            [after, limit],
+        )
+        for number, *content, hash_ in rows:
             yield number, dict(zip(names, content, strict=True)), hash_
+
+    def hash_of(self, table: str, number: int) -> str | None:
+        """The hash of one line; None where it is not kept."""
+        row = self._connection.execute(
+            f"SELECT hash FROM {table} WHERE number = ?", [number]
+        ).fetchone()
+        return row[0] if row else None
+
+    @property
+    def name(self) -> int:
+        """A number that no other record has; it stays when the file is moved or copied."""
+        return int(self._connection.execute("PRAGMA application_id").fetchone()[0])
+
+    def make_durable(self) -> None:
+        """See to it that no power cut takes what is written so far."""
+        self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # which syncs the log first
 
     def labels(self) -> Iterator[tuple[int, str, str]]:
         """Number, label and defect of each decision that has one."""
@@ -512,6 +539,8 @@ def _made(folder: Path) -> DecisionDatabase:
             database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
         elif layout != LAYOUT:
             raise sqlite3.DatabaseError(f"{path} is of another Kensa (layout {layout})")
+        if database.execute("PRAGMA application_id").fetchone()[0] == 0:
+            database.execute(f"PRAGMA application_id = {secrets.randbelow(2**31 - 1) + 1}")
     return DecisionDatabase(path)
 
 

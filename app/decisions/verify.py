@@ -6,13 +6,18 @@ import argparse
 import json
 import sqlite3
 import sys
+from contextlib import closing
 from datetime import datetime, timezone
 from typing import NamedTuple
 
+import psycopg
+
+from app.decisions.collector import Shared, first_different
 from app.decisions.database import FILE, DecisionDatabase
 from app.decisions.decision import FIRST_HASH, hash_after
 from app.settings import Settings
-from engines.errors import BadRecord
+from engines.errors import BadRecord, Conflict
+from engines.queue.fleet import device_name
 
 
 class Found(NamedTuple):
@@ -106,12 +111,14 @@ def command(arguments: list[str]) -> None:
         " trail was changed, removed or put in. Exits with 2 and names the first that is wrong.",
     )
     parser.parse_args(arguments)
-    path = Settings.read().data / "decisions" / FILE
+    settings = Settings.read()
+    path = settings.data / "decisions" / FILE
     if not path.is_file():
         raise BadRecord(f"There is no record yet: {path} does not exist.")
     try:
         with DecisionDatabase(path) as database:
             found = verify(database)
+            collected = _collected(database, settings) if found.problem is None else ""
     except sqlite3.Error as error:
         raise BadRecord(f"{path} cannot be read: {error}.") from error
     if found.problem is not None:
@@ -119,4 +126,31 @@ def command(arguments: list[str]) -> None:
     sys.stdout.write(
         f"The record is whole: {found.decisions:,} decisions from number {found.first:,} on, and"
         f" {found.lines:,} lines of the audit trail.\nThe last decision's hash: {found.head}\n"
+        f"{collected}"
     )
+
+
+def _collected(database: DecisionDatabase, settings: Settings) -> str:
+    """What comes of comparing it with what was collected elsewhere, which nobody here can write.
+
+    Raises:
+        BadRecord: the two differ.
+        Conflict: nobody answers there.
+    """
+    postgres = settings.collected_in
+    if postgres is None:
+        return ""
+    device = device_name(settings.device)
+    try:
+        with closing(Shared(postgres, device, database.name)) as shared:
+            if not shared.is_made():
+                return f"Nothing is collected yet in {postgres.place}.\n"
+            count, problem = first_different(database, shared)
+    except psycopg.Error as error:
+        raise Conflict(
+            f"The record here is whole. What is collected in {postgres.place} cannot be compared:"
+            f" {postgres.shown(error)}."
+        ) from error
+    if problem is not None:
+        raise BadRecord(f"{problem} ({device} in {postgres.place}).")
+    return f"As collected in {postgres.place} under {device}: {count:,} lines, all the same.\n"

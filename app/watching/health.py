@@ -19,6 +19,7 @@ from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.background import Background
+from app.decisions.collector import Collector
 from app.decisions.recorder import Recorder
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
@@ -58,6 +59,7 @@ class State:
     device: Device = field(default_factory=Device)
     decisions: int = 0  # written down since the start
     decisions_lost: int = 0  # that no disk took
+    decisions_behind: int = 0  # that are not collected yet
     degraded: list[str] = field(default_factory=list)  # sentences
 
     @property
@@ -76,8 +78,9 @@ class Health:
         settings: Settings,
         background: Background,
         recorder: Recorder,
+        collector: Collector,
     ) -> None:
-        self._recorder = recorder
+        self._recorder, self._collector = recorder, collector
         self._background = background
         self._residents = inspector.residents
         self._worker = worker
@@ -121,8 +124,7 @@ class Health:
                     f"Too hot, and slowed down for it: {', '.join(hot)}. See to the fan and the air"
                     " around it, or take a lower power mode."
                 )
-            if self._recorder.problem is not None:
-                degraded.append(self._recorder.problem)
+            degraded += filter(None, (self._recorder.problem, self._collector.problem))
             if queue is not None:
                 degraded.append(queue)
             if ended is not None and time.monotonic() - ended < RECENT_S:
@@ -145,6 +147,7 @@ class Health:
                 disk_size=size,
                 decisions=self._recorder.written,
                 decisions_lost=self._recorder.lost,
+                decisions_behind=self._collector.behind,
                 device=device,
                 degraded=degraded,
             )

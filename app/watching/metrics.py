@@ -169,6 +169,10 @@ class LookedUp(Collector):
         ):
             yield CounterMetricFamily(f"kensa_{name}", meaning, count)
         yield _gauge(
+            "decisions_behind", "Decisions that KENSA_RECORD_URL has not got yet.",
+            self.state.decisions_behind,
+        )  # fmt: skip
+        yield _gauge(
             "queue_length", "Parts that have arrived and wait for their verdict.", self.queue_length
         )
 

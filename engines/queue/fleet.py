@@ -6,27 +6,17 @@ Without KENSA_QUEUE_URL there is no fleet: the queue is a file in the data folde
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
-
 from engines.errors import BadSettings
+from engines.queue.postgres import Postgres
 from engines.store.shared import check_url
 
+QUEUE_URL = "KENSA_QUEUE_URL"
 DEVICE = r"^[A-Za-z0-9_-]{1,64}$"
-# Of every connection to the queue: none hangs for long on a network that is gone.
-_PATIENCE = {
-    "connect_timeout": "5",  # seconds
-    "keepalives_idle": "5",
-    "keepalives_interval": "5",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "15000",  # ms
-}
 
 
 @dataclass(frozen=True)
@@ -52,19 +42,14 @@ class Fleet:
                 raise BadSettings("KENSA_WORKER=convert leaves learning to others: it needs"
                                   " KENSA_QUEUE_URL.")  # fmt: skip
             return None
-        _parsed(queue_url)
+        Postgres.of(QUEUE_URL, queue_url)
         if not shared_url:
             raise BadSettings(
                 "KENSA_QUEUE_URL is set without KENSA_SHARED_URL: name the folder, or the fsspec"
                 " URL, through which the machines of this queue exchange images and models."
             )
         check_url(shared_url)
-        device = device or this_machine()
-        if not re.fullmatch(DEVICE, device):
-            raise BadSettings(
-                f"KENSA_DEVICE is {device!r}: it takes 1 to 64 letters, digits, - and _."
-            )
-        return cls(device, queue_url, shared_url, worker)
+        return cls(device_name(device), queue_url, shared_url, worker)
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Fleet | None:
@@ -99,18 +84,11 @@ class Fleet:
     @property
     def database_url(self) -> str:
         """The queue's URL as DBOS takes it, with its patience."""
-        url = _parsed(self.queue_url).set(drivername="postgresql")
-        url = url.update_query_dict({**_PATIENCE, **url.query})
-        return url.render_as_string(hide_password=False)
+        return Postgres.of(QUEUE_URL, self.queue_url).connect_to
 
     def shown(self, error: BaseException) -> str:
         """What an error says, in one line and without the password."""
-        text = str(getattr(error, "orig", None) or error).strip()
-        text = " ".join(text.split("\n\t")[0].split("(Background on this error")[0].split())
-        secrets = {_parsed(self.queue_url).password, os.environ.get("PGPASSWORD")}
-        for secret in secrets - {None, ""}:
-            text = text.replace(str(secret), "***")
-        return text.rstrip(".")
+        return Postgres.of(QUEUE_URL, self.queue_url).shown(error)
 
 
 def lock_of(device: str) -> tuple[int, int]:
@@ -121,19 +99,18 @@ def lock_of(device: str) -> tuple[int, int]:
     )
 
 
+def device_name(given: str | None) -> str:
+    """What this machine is called among others.
+
+    Raises:
+        BadSettings: KENSA_DEVICE is no name.
+    """
+    device = given or this_machine()
+    if not re.fullmatch(DEVICE, device):
+        raise BadSettings(f"KENSA_DEVICE is {device!r}: it takes 1 to 64 letters, digits, - and _.")
+    return device
+
+
 def this_machine() -> str:
     """The host name, as a device may be called."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname()).strip("-")[:64] or "machine"
-
-
-def _parsed(queue_url: str) -> URL:
-    try:
-        url = make_url(queue_url)
-    except (ArgumentError, ValueError):
-        url = None
-    if url is None or url.get_backend_name() != "postgresql" or not url.database:
-        raise BadSettings(
-            "KENSA_QUEUE_URL is no PostgreSQL URL: it looks like"
-            " postgresql://user:password@host:5432/database."
-        )
-    return url
