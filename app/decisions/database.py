@@ -283,26 +283,30 @@ class DecisionDatabase:
             note = Note.now("label", who, kept.decision.id, reason, details)
             self._note(note, *self.last("decisions"))
 
-    def forget_pictures(self, numbers: Iterable[int]) -> None:
-        """Say of decisions that their pictures are no longer kept."""
+    def forget_pictures(self, numbers: Iterable[int], note: Note | None = None) -> None:
+        """Say of decisions that their pictures are not kept any more; in the trail, who says so."""
         with self.writing():
+            if note is not None:
+                self._note(note, *self.last("decisions"))
             self._connection.executemany(
                 "UPDATE decisions SET picture_bytes = 0 WHERE number = ?",
                 [[number] for number in numbers],
             )
 
-    def prune(self, up_to: int, why: str) -> None:
-        """Delete the decisions up to a number, which a line of the trail vouches for."""
+    def prune(self, up_to: int, why: str, who: str = "") -> int:
+        """Delete the decisions up to a number, which a line of the trail vouches for; how many."""
         with self.writing():
             found = self._connection.execute(
                 "SELECT number, hash FROM decisions WHERE number <= ? ORDER BY number DESC LIMIT 1",
                 [up_to],
             ).fetchone()
-            if found is not None:
-                number, hash_ = found
-                note = Note.now("prune", "", "decisions", why, {"number": number, "hash": hash_})
-                self._note(note, *self.last("decisions"))
-                self._connection.execute("DELETE FROM decisions WHERE number <= ?", [number])
+            if found is None:
+                return 0
+            number, hash_ = found
+            note = Note.now("prune", who, "decisions", why, {"number": number, "hash": hash_})
+            self._note(note, *self.last("decisions"))
+            order = "DELETE FROM decisions WHERE number <= ?"
+            return self._connection.execute(order, [number]).rowcount
 
     def pruned(self) -> tuple[int, str] | None:
         """The number and hash of the last decision that was pruned."""
@@ -342,11 +346,12 @@ class DecisionDatabase:
         ).fetchone()
         return bool(count < FEW)
 
-    def one(self, id_: str) -> Kept | None:
-        """The last decision of an id: clients choose them, and may choose one twice."""
+    def one(self, id_: str, number: int | None = None) -> Kept | None:
+        """A decision by its id; by its number as well where a client has chosen the id twice."""
         rows = self._connection.execute(
-            f"SELECT {_KEPT} FROM decisions WHERE id = ? ORDER BY number DESC LIMIT 1",
-            [id_],
+            f"SELECT {_KEPT} FROM decisions WHERE id = ? AND (? IS NULL OR number = ?)"
+            " ORDER BY number DESC LIMIT 1",
+            [id_, number, number],
         ).fetchall()
         return Kept.of(rows[0]) if rows else None
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import ClientDisconnect
 
-from app.decisions.database import FILE, DecisionDatabase, Note, open_or_make
+from app.decisions.database import FILE, DecisionDatabase, Kept, Note, open_or_make
 from app.decisions.decision import Decision, short_sha256
 from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
@@ -26,10 +26,12 @@ from engines.errors import Conflict, DiskFull, KensaError
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
 AGAIN_AFTER_S = 2.0  # after the disk was full
+PICTURES_AGAIN_AFTER_S = 10.0
 TIDY_EVERY_S = 5.0
 MOST_WAITING = 20_000  # decisions that wait for a disk; what comes then is lost, and counted
 MOST_WAITING_BYTES = 64 * 1024**2  # of their pictures; what comes then is kept without
 MOST_NAME = 64  # characters of a model's name, which may be any text that a client asked for
+PRUNE_AT_ONCE = 20_000  # decisions
 PRUNE_SHARE = 0.05  # of all lines, at once, when there are too many
 MIB = 1024**2
 DAY_MS = 86_400_000
@@ -76,8 +78,11 @@ class Recorder:
         self._bytes_in, self._bytes_out = 0, 0  # of pictures: each has one thread that counts it
         self._normals = 0
         self._problem: str | None = None
+        self._pictures_problem: str | None = None
+        self._pictures_again = 0.0  # when they are tried again
         self._lost_noted = 0
-        self._picture_bytes = 0
+        self._picture_bytes = 0  # as far as `_is_counted`
+        self._is_counted = False
         self._wake = threading.Event()
         self._ending = False
         self._opened = threading.Event()
@@ -86,8 +91,8 @@ class Recorder:
 
     @property
     def problem(self) -> str | None:
-        """Why nothing is recorded at the moment; None where all is well."""
-        return self._problem
+        """Why nothing, or no picture, is recorded at the moment; None where all is well."""
+        return self._problem or self._pictures_problem
 
     def start(self) -> None:
         if self.is_on:
@@ -204,6 +209,25 @@ class Recorder:
             known = self._of_thread.database = DecisionDatabase(self.folder / FILE)
         return known
 
+    def delete_before(self, at: int, who: str, why: str) -> int:
+        """Delete the decisions before a time, milliseconds since 1970, and their pictures.
+
+        Raises:
+            Conflict, DiskFull: as `read`.
+        """
+        return self.read(lambda it: self._prune(it, it.last_before(at), why, who))
+
+    def delete_picture(self, kept: Kept, who: str, why: str) -> None:
+        """Delete the picture and the map of a decision, which stays.
+
+        Raises:
+            Conflict, DiskFull: as `read`.
+        """
+        note = Note.now("deleted", who, kept.decision.id, why, {"number": kept.number})
+        self.read(lambda it: it.forget_pictures([kept.number], note))
+        self.pictures.delete(kept.number)
+        self._is_counted = False
+
     # ---- what is done, in its own thread -----------------------------------------------------
 
     def _run(self) -> None:
@@ -232,7 +256,6 @@ class Recorder:
     def _open(self) -> DecisionDatabase:
         database = open_or_make(self.folder)
         self.pictures.sweep(set(database.with_pictures()))
-        self._picture_bytes = database.picture_bytes()
         self._opened.set()
         return database
 
@@ -277,12 +300,9 @@ class Recorder:
 
         def keep(place: int, number: int) -> int:
             image = batch[place].image
-            if not image or self._problem is not None:  # for want of room, perhaps
+            if not image or self._settings.record_pictures_mib == 0:
                 return 0
-            if self._settings.record_pictures_mib == 0:
-                return 0
-            kept[number] = 0
-            kept[number] = self.pictures.keep(number, image, batch[place].seen)
+            kept[number] = self._keep(number, image, batch[place].seen)
             return kept[number]
 
         try:
@@ -294,8 +314,30 @@ class Recorder:
             raise
         self._picture_bytes += sum(kept.values())
 
+    def _keep(self, number: int, image: bytes, seen: Map | None) -> int:
+        """Keep a picture; 0 where the disk has no room for it: its line may find some."""
+        if self._pictures_problem is not None and time.monotonic() < self._pictures_again:
+            return 0
+        try:
+            taken = self.pictures.keep(number, image, seen)
+        except OSError as error:
+            with suppress(OSError):
+                self.pictures.delete(number)
+            if self._pictures_problem is None:
+                log.error("Pictures of decisions are not kept: %s. The decisions are.", error)
+            self._pictures_problem = f"Pictures of decisions are not kept: {error}."
+            self._pictures_again = time.monotonic() + PICTURES_AGAIN_AFTER_S
+            return 0
+        if self._pictures_problem is not None:
+            log.info("Pictures of decisions are kept again")
+        self._pictures_problem = None
+        return taken
+
     def _tidy(self, database: DecisionDatabase) -> None:
         """Keep within the bounds of days and bytes."""
+        if not self._is_counted:
+            self._is_counted = True
+            self._picture_bytes = database.picture_bytes()
         most = self._settings.record_pictures_mib * MIB
         while self._picture_bytes > most and (oldest := database.oldest_pictures(200)):
             gone, size = [], 0
@@ -316,11 +358,19 @@ class Recorder:
             up_to = first + max(1, round((last - first) * PRUNE_SHARE))
             self._prune(database, up_to, f"more than {self._settings.record_mib} MiB")
 
-    def _prune(self, database: DecisionDatabase, up_to: int, why: str) -> None:
-        for number in database.with_pictures(up_to):
-            self.pictures.delete(number)
-        database.prune(up_to, why)
-        self._picture_bytes = database.picture_bytes()
+    def _prune(self, database: DecisionDatabase, up_to: int, why: str, who: str = "") -> int:
+        """Delete the decisions up to a number. In any thread; how many those were."""
+        first, _ = database.span()
+        count = 0
+        while first and first <= up_to:  # in steps: who writes waits for each
+            last = min(first + PRUNE_AT_ONCE - 1, up_to)
+            pictures = database.with_pictures(last)
+            count += database.prune(last, why, who)
+            for number in pictures:
+                self.pictures.delete(number)
+            first = last + 1
+        self._is_counted = False
+        return count
 
     def _is_well(self) -> None:
         if self.lost > self._lost_noted:

@@ -12,7 +12,8 @@ from fastapi import Path as InPath
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from pydantic import Field
 
-from app.http.access import needs
+from app.decisions.recorder import Recorder
+from app.http.access import needs, who
 from app.http.base_body import Body, error_response
 from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
@@ -324,6 +325,7 @@ async def thumbnail(request: Request, category: Category, split: Which, name: Na
 async def delete_image(request: Request, category: Category, split: Which, name: Name) -> None:
     """Delete one image. What models have learned from it stays learned."""
     await run_in_threadpool(_datasets(request).delete_image, category, split, name)
+    _note_deletion(request, category, split=split, name=name)
 
 
 @router.delete(
@@ -337,6 +339,7 @@ async def delete_image(request: Request, category: Category, split: Which, name:
 async def delete_split(request: Request, category: Category, split: Which) -> None:
     """Delete all images of a split."""
     await run_in_threadpool(_datasets(request).delete_split, category, split)
+    _note_deletion(request, category, split=split)
 
 
 @router.delete(
@@ -350,6 +353,12 @@ async def delete_split(request: Request, category: Category, split: Which) -> No
 async def delete(request: Request, category: Category) -> None:
     """Delete a category with all its images."""
     await run_in_threadpool(_datasets(request).delete, category)
+    _note_deletion(request, category)
+
+
+def _note_deletion(request: Request, category: str, **what: str) -> None:
+    recorder: Recorder = request.app.state.recorder
+    recorder.note("deleted", who(request), category, "", **what)
 
 
 def _datasets(request: Request) -> Datasets:

@@ -91,8 +91,8 @@ class LineBody(Body):
         description="Whose key; null for Kensa itself, or where none is needed."
     )
     what: str = Field(
-        description="label, taught, threshold, live, rollback, held, key_added, key_removed, prune,"
-        " lost or repair."
+        description="label, taught, threshold, live, rollback, held, key_added, key_removed,"
+        " deleted, prune, lost or repair."
     )
     subject: str = Field(description="A decision's id, or a model's or a key's name.")
     reason: str | None
@@ -131,6 +131,12 @@ class LabelBody(Body):
     reason: str = Field("", max_length=500, description="Why, in a sentence.")
 
 
+class DeletedBody(Body):
+    """What is gone."""
+
+    decisions: int = Field(description="How many were deleted, with their pictures.")
+
+
 class ReplayBody(Body):
     """What a version says of a picture that was judged before."""
 
@@ -163,6 +169,13 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 Id = Annotated[
     str, InPath(description="As in the answer of the inspection.", examples=["line-3.part_17"])
 ]
+Which = Annotated[
+    int | None,
+    Query(
+        ge=1, le=2**62, examples=[481],
+        description="Its `number`, where clients gave an id twice; the last one, if left out.",
+    ),
+]  # fmt: skip
 PartName = Annotated[
     str | None,
     Query(description="What the request called it.", max_length=200, examples=["KB-2046/A 17"]),
@@ -175,6 +188,16 @@ Until = Annotated[
     Moment | None,
     Query(description="Only before this time.", examples=["2026-11-29T14:00:00Z"]),
 ]
+BeforeThis = Annotated[
+    Moment, Query(description="What is older than this time.", examples=["2026-01-01T00:00:00Z"])
+]
+Why = Annotated[
+    str,
+    Query(
+        min_length=1, max_length=500, examples=["kept for ten years, as agreed"],
+        description="Why, in a sentence: it stands in the audit trail.",
+    ),
+]  # fmt: skip
 Before = Annotated[
     int | None,
     Query(ge=1, le=2**62, examples=[480], description="The `next` of the page before."),
@@ -287,18 +310,36 @@ def csv_row(values: list[Any]) -> str:
     return file.getvalue()
 
 
+@router.delete(
+    "/decisions",
+    dependencies=[needs("admin")],
+    summary="Delete what is older than a time",
+    responses={409: OFF},
+)
+async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBody:
+    """With the pictures. The rest can be proved as before: a line of the audit trail vouches.
+
+    What lies between newer decisions, of a clock that was wrong, stays. Sums for GET /statistics
+    stay, too.
+    """
+    end = milliseconds(until) or 0
+    why, name = checked(reason), who(request)
+    count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
+    return DeletedBody(decisions=count)
+
+
 @router.get(
     "/decisions/{id}",
     dependencies=[needs("line")],
     summary="What was decided of this one?",
     responses={404: _UNKNOWN, 409: OFF},
 )
-async def decision(request: Request, id: Id) -> WholeDecisionBody:  # noqa: A002 (its public name)
-    """With everything that was said of it since. Of an id that came twice, the last one."""
+async def decision(request: Request, id: Id, number: Which = None) -> WholeDecisionBody:  # noqa: A002 (its public name)
+    """With everything that was said of it since."""
 
     def look() -> WholeDecisionBody:
         def found(it: DecisionDatabase) -> tuple[Kept, list[Line]]:
-            kept = _kept(it, id)
+            kept = _kept(it, id, number)
             return kept, _lines(it, kept)
 
         kept, lines = recorder_of(request).read(found)
@@ -316,17 +357,42 @@ async def decision(request: Request, id: Id) -> WholeDecisionBody:  # noqa: A002
     response_class=Response,
     responses=_PICTURE,
 )
-async def image(request: Request, id: Id) -> Response:  # noqa: A002
+async def image(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
     """The file as it was sent."""
 
     def look() -> tuple[bytes, str]:
         recorder = recorder_of(request)
-        kept = recorder.read(lambda it: _kept(it, id))
+        kept = recorder.read(lambda it: _kept(it, id, number))
         return _image(recorder, kept), kept.decision.format
 
     data, kind = await ask(look)
     media_type = f"image/{kind.removeprefix('Big').lower()}" if kind else "application/octet-stream"
     return Response(data, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
+
+
+@router.delete(
+    "/decisions/{id}/image",
+    dependencies=[needs("admin")],
+    summary="Delete its picture",
+    status_code=204,
+    response_class=Response,
+    responses={404: _UNKNOWN, 409: OFF},
+)
+async def delete_image(
+    request: Request,
+    id: Id,  # noqa: A002
+    reason: Why,
+    number: Which = None,
+) -> None:
+    """And its map: the decision stays. A copy that somebody has learned from is in its category."""
+    recorder, why, name = recorder_of(request), checked(reason), who(request)
+
+    def forget() -> None:
+        kept = recorder.read(lambda it: _kept(it, id, number))
+        _image(recorder, kept)  # raises where there is none
+        recorder.delete_picture(kept, name, why)
+
+    await ask(forget)
 
 
 @router.get(
@@ -336,9 +402,9 @@ async def image(request: Request, id: Id) -> Response:  # noqa: A002
     response_class=Response,
     responses=_PICTURE,
 )
-async def overlay(request: Request, id: Id) -> Response:  # noqa: A002
+async def overlay(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
     """Its picture with what is anomalous painted over it, as `Accept: image/png` draws it."""
-    return await _drawn(request, id, over_picture=True)
+    return await _drawn(request, id, number, over_picture=True)
 
 
 @router.get(
@@ -348,16 +414,16 @@ async def overlay(request: Request, id: Id) -> Response:  # noqa: A002
     response_class=Response,
     responses=_PICTURE,
 )
-async def heatmap(request: Request, id: Id) -> Response:  # noqa: A002
+async def heatmap(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
     """A grey PNG, where a pixel's value / 255 is the normalised score of its place."""
-    return await _drawn(request, id, over_picture=False)
+    return await _drawn(request, id, number, over_picture=False)
 
 
-async def _drawn(request: Request, id_: str, *, over_picture: bool) -> Response:
+async def _drawn(request: Request, id_: str, number: int | None, *, over_picture: bool) -> Response:
     recorder, limits = recorder_of(request), request.app.state.inspector.limits
 
     def look() -> bytes:
-        kept = recorder.read(lambda it: _kept(it, id_))
+        kept = recorder.read(lambda it: _kept(it, id_, number))
         try:
             return recorder.pictures.drawn(kept.number, limits, over_picture=over_picture)
         except FileNotFoundError:
@@ -373,18 +439,23 @@ async def _drawn(request: Request, id_: str, *, over_picture: bool) -> Response:
     summary="Say what it really was",
     responses={404: _UNKNOWN, 409: OFF},
 )
-async def label(request: Request, id: Id, body: LabelBody) -> WholeDecisionBody:  # noqa: A002
+async def label(
+    request: Request,
+    id: Id,  # noqa: A002
+    body: LabelBody,
+    number: Which = None,
+) -> WholeDecisionBody:
     """Several people may say different things: the last one counts, and all of it is kept."""
     if body.defect and body.label != "defect":
         raise BadRequest(f"A part that is {body.label} has no kind of defect: leave it out.")
     name = who(request)
 
     def mark(it: DecisionDatabase) -> None:
-        kept = _kept(it, id)
+        kept = _kept(it, id, number)
         it.mark(kept, body.label, checked(body.defect), name, checked(body.reason))
 
     await ask(recorder_of(request).read, mark)
-    return await decision(request, id)
+    return await decision(request, id, number)
 
 
 @router.post(
@@ -410,13 +481,14 @@ async def replay(
             examples=["0001-3f9a0c41d2e8"],
         ),
     ] = None,
+    number: Which = None,
 ) -> ReplayBody:
     """It counts nowhere. The same version on the same runtime gives the same raw score."""
     recorder, manager = recorder_of(request), _manager(request)
     inspector: Inspector = request.app.state.inspector
 
     def look() -> tuple[Kept, bytes]:
-        kept = recorder.read(lambda it: _kept(it, id))
+        kept = recorder.read(lambda it: _kept(it, id, number))
         return kept, _image(recorder, kept)
 
     kept, data = await ask(look)
@@ -582,11 +654,12 @@ def _unknown(part: str) -> UnknownDecision:
     return UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
 
 
-def _kept(database: DecisionDatabase, id_: str) -> Kept:
-    kept = database.one(id_)
+def _kept(database: DecisionDatabase, id_: str, number: int | None) -> Kept:
+    kept = database.one(id_, number)
     if kept is None:
+        which = f"{id_[:128]!r}" + (f" with the number {number}" if number is not None else "")
         raise UnknownDecision(
-            f"There is no decision {id_[:128]!r}: it was never made, or is too old to be kept."
+            f"There is no decision {which}: it was never made, or is too old to be kept."
         )
     return kept
 

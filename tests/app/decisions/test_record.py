@@ -305,6 +305,16 @@ def test_the_evidence_of_a_part_is_a_zip_with_all_of_it_and_its_hashes(
         assert hashes.keys() == names - {"sha256.txt"}
         for name, sha256 in hashes.items():
             assert hashlib.sha256(found.read(name)).hexdigest() == sha256
+    of_first = {"number": first.removeprefix("decisions/").removesuffix("-evidence")}
+    seen = server.client.get("/decisions/evidence/image", params=of_first)
+    assert seen.content == good  # without a number, it is the last one
+    assert server.client.get("/decisions/evidence/image").content == bad
+    body = {"label": "good", "reason": "of the first one"}
+    server.client.post("/decisions/evidence/label", params=of_first, json=body)
+    labels = [one["label"] for one in get(server, "/parts/E/1")["decisions"]]
+    assert labels == ["defect", "good"]
+    other = server.client.get("/decisions/marked", params=of_first)
+    assert (other.status_code, agreed(other)) == (404, "unknown_decision")
     nobody = server.client.get("/parts/nobody/evidence")
     assert (nobody.status_code, agreed(nobody)) == (404, "unknown_decision")
 
@@ -562,15 +572,17 @@ def test_it_can_be_turned_off(kensa_model: Path, good: bytes, tmp_path: Path) ->
         assert not (tmp_path / "data" / "decisions").exists()
 
 
-def test_a_lines_key_writes_no_label(kensa_model: Path, good: bytes, tmp_path: Path) -> None:
-    def key(name: str, role: str) -> dict[str, str]:
-        program = [sys.executable, "-m", "app", "keys", "add", name, "--role", role]
-        environment = {"KENSA_DATA_DIR": str(tmp_path / "data"), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
-        return {"X-API-Key": done.stdout.strip()}
+def key_of(folder: Path, name: str, role: str) -> dict[str, str]:
+    program = [sys.executable, "-m", "app", "keys", "add", name, "--role", role]
+    environment = {"KENSA_DATA_DIR": str(folder / "data"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return {"X-API-Key": done.stdout.strip()}
 
+
+def test_a_lines_key_writes_no_label(kensa_model: Path, good: bytes, tmp_path: Path) -> None:
     with line(tmp_path, kensa_model) as running:
-        plc, operator = key("plc-3", "line"), key("anna", "operator")
+        plc = key_of(tmp_path, "plc-3", "line")
+        operator = key_of(tmp_path, "anna", "operator")
         running.server.infer(good, **plc, **{"X-Request-ID": "k"})
         mark = {"url": "/decisions/k/label", "json": {"label": "good"}}
         assert running.server.client.post(**mark, headers=plc).status_code == 403  # type: ignore[arg-type]
@@ -578,3 +590,46 @@ def test_a_lines_key_writes_no_label(kensa_model: Path, good: bytes, tmp_path: P
         found = running.server.client.get("/decisions/k", headers=plc).json()
     assert found["key"] == "plc-3"
     assert found["history"][0]["key"] == "anna"
+
+
+def test_an_admin_deletes_pictures_and_old_decisions_with_a_reason_and_the_rest_stays_provable(
+    kensa_model: Path, good: bytes, bad: bytes, tmp_path: Path
+) -> None:
+    with line(tmp_path, kensa_model, KENSA_RECORD_NEAR="1") as running:
+        client = running.server.client
+        operator = key_of(tmp_path, "anna", "operator")
+        boss = key_of(tmp_path, "boss", "admin")
+        for number in range(3):
+            running.server.infer(good, **boss, **{"X-Request-ID": f"d{number}"})
+        third = client.get("/decisions/d2", headers=boss).json()
+        old = {"until": third["time"], "reason": "ten years are over"}
+        picture = {"url": "/decisions/d2/image", "params": {"reason": "a hand is in it"}}
+        assert client.delete("/decisions", params=old, headers=operator).status_code == 403
+        assert client.delete(**picture, headers=operator).status_code == 403
+        assert client.delete("/decisions", params=old, headers=boss).json() == {"decisions": 2}
+        assert client.get("/decisions/d1", headers=boss).status_code == 404
+        assert client.get("/decisions/d2/image", headers=boss).content == good
+        assert client.delete(**picture, headers=boss).status_code == 204
+        for again in (client.delete(**picture, headers=boss),
+                      client.get("/decisions/d2/overlay", headers=boss)):  # fmt: skip
+            assert (again.status_code, agreed(again)) == (404, "unknown_decision")
+        assert not list((tmp_path / "data" / "decisions").glob("pictures/*/*"))
+        files = [("files", ("a.png", good)), ("files", ("b.png", bad))]
+        sent = client.post("/datasets/bolt/train", files=files, headers=operator)
+        assert sent.status_code == 201, sent.text
+        for path in ("/datasets/bolt/train/a.png", "/datasets/bolt"):
+            assert client.delete(path, headers=operator).status_code == 204
+        lines = client.get("/trail", headers=boss).json()["lines"][::-1]
+        spans = client.get("/statistics", headers=boss).json()["spans"]
+    said = [(one["what"], one["key"], one["subject"], one["reason"]) for one in lines]
+    assert said[2:] == [
+        ("prune", "boss", "decisions", "ten years are over"),
+        ("deleted", "boss", "d2", "a hand is in it"),
+        ("deleted", "anna", "bolt", None),
+        ("deleted", "anna", "bolt", None),
+    ]
+    assert [one["details"] for one in lines[-2:]] == [{"split": "train", "name": "a.png"}, {}]
+    assert sum(one["parts"] for one in spans) == 3
+    done = verify(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 decisions from number 3 on" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from app.decisions import database as files
+from app.decisions import recorder as recording
 from app.decisions.database import FILE, note_once, open_or_make
 from app.decisions.decision import Decision
 from app.decisions.pictures import Map, Pictures
@@ -49,28 +51,58 @@ def test_a_clock_that_was_wrong_after_a_start_lets_no_newer_decision_be_deleted(
         assert database.last_before(now + DAY) == 5
 
 
+def test_a_disk_with_no_room_for_pictures_has_the_lines_and_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was said to be well and unwell in turns, with a line in the log for each."""
+    recorder, keep = recorder_in(tmp_path), Pictures.keep
+    full = [2, 3, 4]
+
+    def keep_some(self: Pictures, number: int, image: bytes, anomaly_map: Any) -> int:
+        taken = keep(self, number, image, anomaly_map)
+        if number in full:
+            raise OSError(28, "No space left on device")
+        return taken
+
+    monkeypatch.setattr(Pictures, "keep", keep_some)
+    recorder.start()
+    for number in range(4):
+        recorder.no_verdict(Asked(f"{number}", "", "", ""), "bad_image", b"broken")
+        recorder.read(lambda it: it.span())
+    assert "Pictures of decisions are not kept" in str(recorder.problem)
+    monkeypatch.setattr(recording, "PICTURES_AGAIN_AFTER_S", 0)
+    recorder._pictures_again = 0
+    recorder.no_verdict(Asked("4", "", "", ""), "bad_image", b"broken")
+    found = recorder.read(lambda it: it.find(files.Filter(), 10))
+    assert [one.picture_bytes for one in found] == [6, 0, 0, 0, 6]
+    assert pictures_in(recorder) == ["1.image", "5.image"]
+    assert recorder.problem is None
+    assert sum("are not kept" in one for one in caplog.messages) == 1
+    recorder.close()
+
+
 def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk would be filled to its last byte, with files that nobody counts."""
-    recorder, keep = recorder_in(tmp_path), Pictures.keep
+    recorder = recorder_in(tmp_path)
 
-    def full(self: Pictures, number: int, image: bytes, anomaly_map: Any) -> int:
-        taken = keep(self, number, image, anomaly_map)
-        if number == 3:
-            raise OSError(28, "No space left on device")
-        return taken
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Pictures, "keep", full)
-    for number in range(3):
-        recorder.no_verdict(Asked(f"{number}", "", "", ""), "bad_image", b"broken")
-    recorder.start()
-    found = recorder.read(lambda it: it.find(files.Filter(), 10))
-    assert pictures_in(recorder) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(files.DecisionDatabase, "_count", full)  # after pictures and lines
+        recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
+        recorder.start()
+        recorder._opened.wait(10)
+        deadline = time.monotonic() + 10
+        while recorder.problem is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert "disk is full" in str(recorder.problem)
+        assert pictures_in(recorder) == []
     recorder.close()
-    with open_or_make(recorder.folder) as database:
-        found = database.find(files.Filter(), 10)
-    assert [one.picture_bytes for one in found] == [0, 0, 0]
+    assert recorder.written == 1
+    assert pictures_in(recorder) == ["1.image"]
 
 
 @pytest.mark.parametrize(("image", "room"), [(b"", 2048), (b"broken", 0)])
