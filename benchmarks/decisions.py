@@ -4,13 +4,15 @@
 
 Two servers with the same PatchCore model, one with KENSA_RECORD=on and one with off, are asked in
 turns by the same clients, each part with a name of its own; every picture is kept. All in one run,
-because machines differ from one minute to the next. Then a database is filled and asked.
+because machines differ from one minute to the next. Then a database is filled and asked; then a
+server that has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 import resource
 import statistics
 import sys
@@ -18,11 +20,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from app.decisions.database import DecisionDatabase, Filter, open_or_make
+import httpx
+
+from app.decisions.database import FILE, DecisionDatabase, Filter, open_or_make
 from app.decisions.decision import Decision
 from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
 from benchmarks.lists import percentile
@@ -51,6 +57,7 @@ def main() -> None:
             with phase("learning"):
                 engine = learned("patchcore", Path(folder) / "patchcore")
             beside_the_line(engine, flags.clients, flags.turns, flags.seconds)
+            over_http(engine, Path(folder) / "data", flags.lines)
         else:
             sys.stderr.write(f"No photos and weights in {ASSETS}: only lines are looked through.\n")
         many(Path(folder) / "decisions", flags.lines)
@@ -116,10 +123,72 @@ def many(folder: Path, lines: int) -> None:
     print(f"Written in {each_us:.0f} us each; {mib:.0f} MiB; this process {memory:.0f} MiB")
 
 
-def _one(number: int, draw: random.Random) -> Decision:
+def over_http(engine: Path, data: Path, lines: int) -> None:
+    """Ask a server that has so many decisions of its model, while nothing else is asked."""
+    photo = next((ASSETS / "data" / "test" / CATEGORY / "normal").iterdir()).read_bytes()
+    with server(engine, "on", KENSA_DATA_DIR=str(data)) as (port, _):
+        ask(port, [photo], 1, 0.5)
+    with DecisionDatabase(data / "decisions" / FILE) as database:
+        (judged,) = database.find(Filter(), 1)
+    known = {name: getattr(judged.decision, name) for name in ("model", "version", "scorer")}
+    draw = random.Random(1)
+    with open_or_make(data / "decisions") as database, phase(f"writing {lines:,} decisions"):
+        first = round(time.time() * 1000) - BEAT_MS * lines
+        for number in range(0, lines, 1000):
+            some = [_one(one, draw, first) for one in range(number, number + 1000)]
+            database.append([replace(one, **known) for one in some])
+        since = [datetime.fromtimestamp((first + BEAT_MS * (lines - many)) / 1000, timezone.utc)
+                 for many in (100_000, 864_000)]  # fmt: skip
+    preview = f"/models/{judged.decision.model}/threshold/preview"
+    ways: list[tuple[str, str, dict[str, Any]]] = [
+        ("the newest 50", "/decisions", {}),
+        ("the newest 500", "/decisions", {"limit": 500}),
+        ("rejects that nobody has marked", "/decisions", {"verdict": "anomaly", "label": "none"}),
+        ("near the threshold", "/decisions", {"min_score": 0.49, "max_score": 0.51}),
+        ("of a version that there is not", "/decisions", {"version": "0009"}),
+        ("one, by its id", f"/decisions/line-{lines // 3}", {}),
+        ("of a part", "/parts/KB-2046", {}),
+        ("statistics of a day", "/statistics", {}),
+        ("preview of 100,000", preview, {"raw": 1.4, "since": since[0].isoformat()}),
+        ("preview of a day: 864,000", preview, {"raw": 1.4, "since": since[1].isoformat()}),
+    ]
+    # Its own lines are more than the setting's MiB would keep.
+    more = {"KENSA_DATA_DIR": str(data), "KENSA_RECORD_MIB": "4096"}
+    with (
+        server(engine, "on", **more) as (port, _),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        memory = [_resident(client)]
+        rows = []
+        for what, path, query in ways:
+            rows.append([what, *_timed(lambda path=path, query=query: _get(client, path, query))])
+            memory.append(_resident(client))
+        for _ in range(100):
+            for _, path, query in ways[:-2]:
+                _get(client, path, query)
+        memory.append(_resident(client))
+    print_table(f"{lines:,} decisions, over HTTP", ["asked for", "first ms", "median ms"], rows)
+    print(f"The server: {memory[0]:.0f} MiB before, at most {max(memory):.0f},"
+          f" {memory[-1]:.0f} after 800 more")  # fmt: skip
+
+
+def _get(client: httpx.Client, path: str, query: dict[str, Any]) -> str:
+    answer = client.get(path, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.text
+
+
+def _resident(client: httpx.Client) -> float:
+    """What the server has of the memory, MiB."""
+    found = re.search(r"^process_resident_memory_bytes (\S+)", _get(client, "/metrics", {}), re.M)
+    assert found is not None
+    return float(found[1]) / 2**20
+
+
+def _one(number: int, draw: random.Random, began: int = BEGAN) -> Decision:
     raw = draw.gauss(1, 0.2)
     return Decision(
-        id=f"line-{number}", part=f"KB-{number // 2}", at=BEGAN + BEAT_MS * number,
+        id=f"line-{number}", part=f"KB-{number // 2}", at=began + BEAT_MS * number,
         model=f"m{number % MODELS}", version="0001-3f9a0c41d2e8", scorer=SCORER,
         verdict="anomaly" if raw > 1.5 else "normal", code="", raw_score=raw,
         score=min(max(raw / 3, 0), 1), threshold=0.5, raw_threshold=1.5, queue_ms=0.1,
