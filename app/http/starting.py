@@ -7,12 +7,14 @@ import contextlib
 import json
 import socket
 import threading
+from typing import Any
 
 from app.http.part import given_back_at_once
 
 BACKLOG = 128  # connections that asyncio takes at a time
 RETRY_AFTER_S = 2
-LINGER_S = 1.0  # quiet for so long, a client that was answered is closed
+AGAIN_AFTER_S = 1.0
+LINGER_S = 3.0  # quiet for so long, a client is closed; a busy machine pauses in a body, too
 READ_ON_S = 10.0  # and by then in any case
 MAX_HEAD = 64 * 1024  # bytes
 SENTENCE = "Kensa is starting: it loads its models. Try again in a few seconds."
@@ -27,30 +29,53 @@ class Starting:
     """
 
     def __init__(self, listener: socket.socket) -> None:
-        loop = self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._open: set[_Refused] = set()
+        self._taken: set[asyncio.Task[Any]] = set()  # connections that are not open yet
         self._ended = threading.Event()
-        self._listening = loop.run_until_complete(
-            loop.create_server(
-                lambda: _Refused(loop, self._open),
-                sock=listener.dup(),  # asyncio closes it, and the server goes on with the other
-                backlog=BACKLOG,
-            )
-        )
+        self._listener = listener
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        # Not `create_server`: one that is closed resets whom it took at that moment.
+        self._listen()
         threading.Thread(target=self._run, name="starting", daemon=True).start()
 
     def end(self) -> None:
         """Take no more connections; those that were taken are answered meanwhile."""
-        self._loop.call_soon_threadsafe(self._listening.close)
-        self._loop.call_soon_threadsafe(self._ended.set)
+        self._loop.call_soon_threadsafe(self._end)
         self._ended.wait()
+
+    def _listen(self) -> None:
+        if not self._ended.is_set():
+            self._loop.add_reader(self._listener, self._take)
+
+    def _end(self) -> None:
+        self._loop.remove_reader(self._listener)
+        self._ended.set()
+
+    def _take(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # it is gone already
+        except OSError:  # too many files are open
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(AGAIN_AFTER_S, self._listen)
+            return
+        client.setblocking(False)
+        opening = self._loop.connect_accepted_socket(
+            lambda: _Refused(self._loop, self._open), client
+        )
+        task = self._loop.create_task(opening)
+        self._taken.add(task)
+        task.add_done_callback(self._taken.discard)
 
     def _run(self) -> None:
         self._loop.run_until_complete(self._until_all_are_gone())
         self._loop.close()
 
     async def _until_all_are_gone(self) -> None:
-        while not self._ended.is_set() or self._open:
+        while not self._ended.is_set() or self._taken or self._open:
             await asyncio.sleep(0.05)
 
 
