@@ -181,6 +181,9 @@ def _take(
     size = length * struct.calcsize(f"<{_TYPES[kind]}")
     if size > width:
         (place,) = struct.unpack_from(directory.order + ("Q" if width == 8 else "I"), data, place)
+        _, own = directory.occupied[:2]  # after the header
+        if (place < own[1] and place + size > own[0]) or place < directory.occupied[0][1]:
+            raise _nonsense()
         directory.occupied.append((place, place + size))
     if place + size > len(data):
         raise _nonsense()
@@ -237,11 +240,11 @@ def _extra(directory: _Directory) -> int:
 def _check_extra(directory: _Directory) -> None:
     """Raises BadImage where there are not the colours, or other samples than the file says."""
     extra = _extra(directory)
+    if extra > _MAX_EXTRA:
+        raise _unsupported(directory)
     told = directory.tags.get(_EXTRA, (_UNSPECIFIED,) * max(0, extra))
     if extra < 0 or len(told) != extra or not set(told) <= {_UNSPECIFIED, 1, 2}:
         raise _nonsense()
-    if extra > _MAX_EXTRA:
-        raise _unsupported(directory)
 
 
 def _unsupported(directory: _Directory) -> UnsupportedImage:

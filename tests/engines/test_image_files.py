@@ -179,6 +179,23 @@ def test_a_tiff_without_the_whole_of_its_colour_map_is_refused() -> None:
         assert "palette" in refused(palette_tiff(8, colours))
 
 
+def test_values_of_a_tiff_that_lie_in_its_header_or_its_directory_are_none() -> None:
+    whole = palette_tiff(8, COLOURS.astype(int) * 257)
+    (start,) = struct.unpack_from("<I", whole, 4)
+    entry = whole.index(struct.pack("<HHI", 320, 3, 768), start)
+    for place in (0, 4, 7, start - 1530, start, start + 100):
+        assert "directory" in refused(
+            whole[: entry + 8] + struct.pack("<I", place) + whole[entry + 12 :]
+        )
+
+
+def test_a_tiff_of_millions_of_samples_is_refused_without_so_much_memory() -> None:
+    whole = raw_tiff({277: [1]})
+    entry = whole.index(struct.pack("<HHIH", 277, 3, 1, 1))
+    many = struct.pack("<HHII", 277, 4, 1, 2**32 - 1)
+    assert "channels" in refused(whole[:entry] + many + whole[entry + 12 :])
+
+
 def raw_tiff(changes: dict[int, list[int]], lost: tuple[int, ...] = ()) -> bytes:
     """A grey picture of 8 x 6 in strips of two rows, with some tags changed and others lost."""
     tags = {256: [8], 257: [6], 258: [8], 259: [1], 262: [1], 273: [8, 24, 40], 277: [1],

@@ -45,6 +45,8 @@ def judged(kind: str, data: bytes) -> np.ndarray | None:
 
 
 def by_pillow(data: bytes) -> np.ndarray:
+    # Colours of a TIFF that were multiplied by alpha are wanted as they are stored.
+    data = data.replace(b"R\1\3\0\1\0\0\0\1", b"R\1\3\0\1\0\0\0\0")
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
@@ -113,7 +115,7 @@ def test_both_decoders_agree_on_every_form_of_a_whole_file(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_structure_gives_the_same_pixels_or_a_refusal(kind: str) -> None:
-    counted, wrong = verdicts(kind, 300)
+    counted, wrong = verdicts(kind, 2_000)
     assert not wrong
     assert counted["equal"] > 10
     assert counted["refused"] > 100
@@ -122,6 +124,6 @@ def test_a_changed_structure_gives_the_same_pixels_or_a_refusal(kind: str) -> No
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_changed_structures_give_the_same_pixels_or_a_refusal(kind: str) -> None:
-    counted, wrong = verdicts(kind, 2_000)
+    counted, wrong = verdicts(kind, 50_000)
     print(f"{kind}: {dict(counted)}")
     assert not wrong
