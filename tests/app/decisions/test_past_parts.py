@@ -65,7 +65,9 @@ class Shown:
                 await before(client, app)
             bundle = version_of(self.folder / "new", limit, 2.0)
             self.new = self.store.take_in(NAME, bundle, {"activate": True})
+            until = time.monotonic() + 30
             while (found := self.store.gate(NAME, self.new)) is None:
+                assert time.monotonic() < until, "the gate decides nothing"
                 await asyncio.sleep(0.05)
             self.gate = found
             body = (await client.get(f"/models/{NAME}/versions/{self.new}")).json()
