@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,6 +20,7 @@ from starlette.routing import Route
 
 from app.background import Background
 from app.decisions.collector import Collector
+from app.decisions.past_parts import past_parts
 from app.decisions.recorder import Recorder
 from app.decisions.repeats import Repeats
 from app.http.accept import error_line, sentence_header, wanted
@@ -102,6 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         recorder.note(what, noted("key") or "", name, reason, version=of, **details)
 
     rollout.on_change = on_change
+    rollout.replay.decisions_of = partial(past_parts, recorder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         0.1,
         "share",
         "How many verdicts may change before a new version is held for a person: of the known"
-        " normals, the known defects and the last parts, each by itself.",
+        " normals, the known defects, the parts marked as good and the last parts, each by itself.",
         ge=0,
         le=1,
     )

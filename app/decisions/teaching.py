@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ def teach(
     added: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     origins: dict[str, dict[str, Any]] = {}
     datasets.origins(category)  # raises where they could not be noted in the end
-    for kept in recorder.read(lambda database: _last_of_each_picture(database, asked)):
+    for kept in last_of_each_picture(recorder.read(lambda it: _marked(it, asked))):
         split = _split(kept, test_share)
         ending = ENDINGS.get(kept.decision.format)
         if ending is None:  # pixels, of which no file came
@@ -94,14 +94,17 @@ def _picture(recorder: Recorder, datasets: Datasets, category: str, kept: Kept, 
     return datasets.read(category, SPLITS[-1], name)
 
 
-def _last_of_each_picture(database: DecisionDatabase, asked: Filter) -> list[Kept]:
-    found: dict[str, Kept] = {}
-    for label in LABELS:
-        for kept in _all(database, replace(asked, label=label)):
-            known = found.get(kept.decision.sha256)
-            if kept.decision.format and (known is None or known.number < kept.number):
-                found[kept.decision.sha256] = kept
-    return list(found.values())
+def last_of_each_picture(found: Iterable[Kept]) -> list[Kept]:
+    """The last decision of each picture that had a verdict, newest first."""
+    last: dict[str, Kept] = {}
+    for kept in sorted(found, key=lambda one: one.number, reverse=True):
+        if kept.decision.format:
+            last.setdefault(kept.decision.sha256, kept)
+    return list(last.values())
+
+
+def _marked(database: DecisionDatabase, asked: Filter) -> list[Kept]:
+    return [one for label in LABELS for one in _all(database, replace(asked, label=label))]
 
 
 def _all(database: DecisionDatabase, asked: Filter) -> Iterator[Kept]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -56,6 +56,60 @@ class GroupBody(Body):
     flips: int = Field(description="Of known parts only those that became wrong.")
 
 
+class MarkedGoodBody(Body):
+    """Parts that a person has marked as good."""
+
+    marked: int = Field(description="How many were shown to both versions.")
+    rejected_before: int = Field(description="By the live version.")
+    rejected_now: int = Field(description="By the new one.")
+
+
+class MarkedDefectBody(Body):
+    """Parts that a person has marked as defects."""
+
+    marked: int = Field(description="How many were shown to both versions.")
+    missed_before: int = Field(description="By the live version.")
+    missed_now: int = Field(description="By the new one.")
+
+
+class UnmarkedBody(Body):
+    """Rejects that nobody has marked."""
+
+    rejects: int = Field(description="How many were shown to both versions.")
+    flips: int = Field(description="Of how many the verdict changes.")
+
+
+class DecisionFlipBody(Body):
+    """A decision of the record that the new version judges otherwise, as a replay by each says."""
+
+    number: int = Field(description="The decision's.")
+    id: str = Field(description="The decision's: /decisions/{id}/image shows its picture.")
+    part: str | None
+    label: Literal["good", "defect"] | None = Field(description="What a person said of it.")
+    defect: str | None = Field(description="The kind of defect, where it is one.")
+    was: Label = Field(description="By the live version.")
+    becomes: Label = Field(description="By the new one.")
+    old_score: float
+    new_score: float
+    old_threshold: float = Field(description="The limit for `old_score`.")
+    new_threshold: float
+    old_raw_score: float
+    new_raw_score: float
+    old_raw_threshold: float = Field(description="The limit for `old_raw_score`.")
+    new_raw_threshold: float
+
+
+class GateRecordBody(Body):
+    """What both versions say of decisions of the record."""
+
+    good: MarkedGoodBody
+    defect: MarkedDefectBody
+    unmarked: UnmarkedBody
+    left_out: int = Field(description="Their picture is not kept, or could not be read in time.")
+    problem: str | None = Field(description="Why none could be shown; else null.")
+    flips: list[DecisionFlipBody] = Field(description="Each decision whose verdict changes.")
+
+
 class GateBody(Body):
     """What the gate found when it showed images to the live version and the new one."""
 
@@ -65,6 +119,9 @@ class GateBody(Body):
     limit: float | None = Field(None, description="The share of each group that may flip.")
     groups: dict[str, GroupBody] = Field(default_factory=dict)
     flips: list[FlipBody] = Field(default_factory=list)
+    record: GateRecordBody | None = Field(
+        None, description="Null where there was no live version, and from an older Kensa."
+    )
     seconds: float | None = None
     by_hand: bool = Field(False, description="A person made it live.")
 

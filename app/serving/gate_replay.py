@@ -1,7 +1,11 @@
-"""`GateReplay`: images that the live version and a new one are shown, in the gaps of the line."""
+"""`GateReplay`: what the live version and a new one are shown, in the gaps of the line."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,10 @@ from typing import Any
 import cv2
 
 from app.serving.inspection import Inspector
-from engines.errors import BadBundle
+from engines.errors import BadBundle, BadImage, KensaError
 from engines.meta import Meta
 from engines.serving import gate
-from engines.serving.gate import Replay, Replayed
+from engines.serving.gate import Past, Record, Replay, Replayed
 from engines.serving.resident import Resident
 from engines.store.bundle import read_report
 from engines.store.golden import Golden
@@ -20,19 +24,63 @@ from engines.store.versions import META, Store
 from engines.verdict import Verdict, judge
 
 _SAME_BITS = ({None, 8}, {None, 16})  # of meta.json, where None is all 16 bits of a 16-bit file
+# For which the record may keep a version waiting: to be read, and to be judged by each version.
+AT_MOST_S = 60.0
+
+log = logging.getLogger("kensa")
 
 
 class GateReplay:
     """Finds the images, asks a version about them, and keeps what the parts look like."""
 
     def __init__(self, store: Store, inspector: Inspector) -> None:
+        self.decisions_of: Callable[[str], Record] = lambda _: Record()  # of a model; blocks
         self._store = store
         self._inspector = inspector
 
+    async def recall(self, name: str) -> Record:
+        """Decisions to show to both; none, and why, where anything is wrong with the record."""
+        found = asyncio.to_thread(self.decisions_of, name)
+        try:
+            return await asyncio.wait_for(found, AT_MOST_S)
+        except KensaError as error:
+            problem = str(error)
+        except asyncio.TimeoutError:
+            problem = f"The record did not answer within {AT_MOST_S:.0f} s."
+        except Exception as error:
+            log.exception("The record cannot be read for the gate")
+            problem = f"The record cannot be read: {error}."
+        log.info("The gate shows no decisions of %s: %s", name, problem)
+        return Record(problem=problem)
+
+    async def ask_again(self, model: Resident, past: Iterable[Past]) -> dict[int, Verdict]:
+        """What a version says of decisions, by their numbers, as POST /decisions/{id}/replay.
+
+        One picture is in memory at a time. What cannot be read, or not in time, is left out.
+        """
+        said: dict[int, Verdict] = {}
+        until = time.monotonic() + AT_MOST_S
+        for one in past:
+            picture = asyncio.to_thread(one.picture)
+            try:
+                data = await asyncio.wait_for(picture, max(0.0, until - time.monotonic()))
+                said[one.number] = await self._inspector.look(data, model)
+            except asyncio.TimeoutError:
+                log.info("The gate has no time for decision %s and those before it", one.id)
+                break
+            except (BadImage, OSError, MemoryError) as error:
+                log.info("The gate leaves out decision %s: %s", one.id, error)
+        return said
+
     def find(
-        self, name: str, old: Resident | None, version: str
+        self, name: str, old: Resident | None, version: str, known: set[str]
     ) -> tuple[list[Replay], dict[str, Any]]:
-        """What to show to both, and the report of the new one. Blocks."""
+        """The images to show to both, and the report of the new one. Blocks.
+
+        Args:
+            known: SHA-256 of pictures of which a person said what they are: they are shown by
+                themselves, and are none of the last parts, of which nobody knows.
+        """
         folder = self._store.folder(name, version)
         report = read_report(folder)
         new = Meta.read(folder / META)
@@ -40,7 +88,9 @@ class GateReplay:
             return [], report  # nothing to compare with, or no image that both could see
         size, parts = old.runtime.image_size, self._inspector.recent(name)
         recent = [
-            one.pixels for one in parts if one.is_as_seen_by(old.meta) and one.is_as_seen_by(new)
+            one.pixels
+            for one in parts
+            if one.is_as_seen_by(old.meta) and one.is_as_seen_by(new) and one.sha256 not in known
         ]
         goldens = [_golden(one, size) for one in (self._store.folder(name, old.version), folder)]
         if old.meta.resize != new.resize and not all(one.either_way for one in parts):

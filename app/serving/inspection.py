@@ -76,6 +76,7 @@ class Part(NamedTuple):
     pixels: NDArray[np.uint8]  # (S, S, 3)
     resize: Resizing | None  # as its meta.json names it
     either_way: bool  # whether the other way of resizing gives the same pixels
+    sha256: str  # of the picture
 
     def is_as_seen_by(self, meta: Meta) -> bool:
         return self.either_way or self.resize == meta.resize
@@ -182,7 +183,7 @@ class Inspector:
             total_ms=(time.perf_counter() - began) * 1000,
         )
         alike = same_either_way(about.width, about.height, model.runtime.image_size)
-        self._note(model, verdict, Part(pixels, model.meta.resize, alike))
+        self._note(model, verdict, Part(pixels, model.meta.resize, alike, about.sha256))
         png = drawn.result if drawn else None
         done = Inspection(model, about, verdict, anomaly_map, png, timing)
         self.on_inspection(done)
@@ -208,10 +209,12 @@ class Inspector:
     async def look(self, image: Image, model: Resident) -> Verdict:
         """What a version says of a picture, in a gap of the line. It counts nowhere.
 
+        It is decoded in a thread that no part waits for.
+
         Raises:
             BadImage, RuntimeFailed: as `inspect`.
         """
-        _, pixels, _ = await self.beside(lambda: self._see(image, model))
+        _, pixels, _ = await asyncio.to_thread(self._see, image, model)
         scores, _ = await self.in_a_gap(lambda: model.runtime.infer(pixels[None]))
         return judge(float(scores[0]), model.scale)
 

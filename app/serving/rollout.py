@@ -38,7 +38,7 @@ from engines.files import name_of_folder, printable
 from engines.limits import asked_for
 from engines.meta import Meta
 from engines.serving import gate
-from engines.serving.gate import Replayed
+from engines.serving.gate import Record, Replayed
 from engines.serving.resident import Resident, describe
 from engines.store.bundle import ONNX
 from engines.store.versions import META, Manifest, Store
@@ -81,7 +81,7 @@ class Rollout:
         self._replaying: dict[str, asyncio.Task[Any]] = {}  # gates that may be given up
         self._unread: dict[str, str] = {}  # models that cannot be looked at, and why
         self._pruned: dict[str, list[str]] = {}  # the versions that were left
-        self._replay = GateReplay(store, inspector)
+        self.replay = GateReplay(store, inspector)
         self._probation = Probation(settings)
         self._settled: set[tuple[str, str]] = set()  # published, but not to go live
         self._going_live: set[tuple[str, str]] = set()  # being written down
@@ -333,32 +333,43 @@ class Rollout:
         return pointer is not None and pointer.live in known[known.index(version) + 1 :]
 
     async def _through_the_gate(self, name: str, manifest: Manifest) -> dict[str, Any]:
-        """Read what it can promise, and replay images through the live version and this one; make
-        it live where it may.
+        """Read what it can promise, and show images and decisions to the live version and this one;
+        make it live where it may.
         """
         began, version = time.perf_counter(), manifest.version
         limit = manifest.origin.get("max_flips")
         limit = self._settings.gate_flips if limit is None else float(limit)
         against = self._models.live(name)
-        images, report = await self._loader.do(lambda: self._replay.find(name, against, version))
+        record = await self.replay.recall(name) if against else Record()
+        images, report = await self._loader.do(
+            lambda: self.replay.find(name, against, version, record.known)
+        )
         said: list[Verdict] = []  # by the live version
 
         async def ask_it(live: Resident) -> None:
-            said.extend(await self._replay.ask(live, images))
+            said.extend(await self.replay.ask(live, images))
+            record.old = await self.replay.ask_again(live, record.past)
 
         async with self._models.opened(name, version, ask_it) as model:
-            says = await self._replay.ask(model, images) if said else []
+            says = await self.replay.ask(model, images) if said else []
+            again = [one for one in record.past if one.number in record.old]
+            record.new = await self.replay.ask_again(model, again)
             replayed = [Replayed(*one) for one in zip(images, said, says, strict=False)]
             doubts = [
                 *promise.doubts(model.meta, self._settings.gate_found),
                 *promise.movement(model.meta, against.meta if against else None),
             ]
             found = gate.weigh(
-                replayed, report, against.version if against else None, limit, doubts
+                replayed,
+                report,
+                against.version if against else None,
+                limit,
+                doubts,
+                record if against else None,
             )
             self._replaying.pop(name, None)  # what follows is short, and done whole
             found["seconds"] = round(time.perf_counter() - began, 2)
-            await self._loader.write(lambda: self._replay.keep_pictures(name, version, replayed))
+            await self._loader.write(lambda: self.replay.keep_pictures(name, version, replayed))
             if found["ok"]:
                 await self._go_live(model, found)
                 self._probation.begin(name, version)

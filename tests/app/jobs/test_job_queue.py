@@ -252,13 +252,19 @@ def test_rejects_that_a_person_marks_as_good_are_learned_and_accepted_from_then_
         assert client.post("/models/part/rollback").status_code == 200
         count = lambda: client.get("/datasets").json()["datasets"][0]  # noqa: E731
         before = count()
-        body = {**AGAIN, "from_decisions": True, "max_flips": 1.0}
+        body = {"model": "part", "category": CATEGORY, "from_decisions": True}
         found = ended(line, ask(line, body))
         after = count()
         assert after["train"] + after["normal"] == before["train"] + before["normal"] + 8
         assert after["anomaly"] == before["anomaly"] + 1
         assert found["state"] == "succeeded", log_of(line, found["id"])
         assert found["images"]["learned"] == after["train"] - before["train"]
+        gate = client.get(f"/models/part/versions/{found['version']}").json()["gate"]
+        flips = [(one["id"], one["was"], one["becomes"]) for one in gate["record"]["flips"]]
+        assert sorted(flips) == [(id_, "Anomaly", "Normal") for id_ in sorted(looks)]
+        assert gate["record"]["good"] == {"marked": 8, "rejected_before": 8, "rejected_now": 0}
+        assert gate["record"]["defect"] == {"marked": 1, "missed_before": 1, "missed_now": 1}
+        assert [reason[:20] for reason in gate["reasons"]] in ([], ["The threshold moved "])
         if found["outcome"] == "held":  # a person looks at what changes, and lets it through
             path = f"/models/part/versions/{found['version']}/activate"
             assert client.post(path).status_code == 200

@@ -16,7 +16,17 @@ from engines.machine import memory
 from engines.machine.memory import MIB, free_bytes
 from engines.machine.memory_needs import bytes_needed
 from engines.meta import Meta
-from engines.serving.gate import GROUPS, Group, Replay, Replayed, flipped, replays, weigh
+from engines.serving.gate import (
+    GROUPS,
+    Group,
+    Past,
+    Record,
+    Replay,
+    Replayed,
+    flipped,
+    replays,
+    weigh,
+)
 from engines.store.bundle import write_bank
 from engines.store.golden import EACH, GOLDEN, Golden
 from engines.verdict import Scale, judge
@@ -136,6 +146,78 @@ def test_where_nothing_can_be_replayed_the_report_decides() -> None:
     assert found["ok"] is True
     assert found["groups"] == {group: {"images": 0, "flips": 0} for group in GROUPS}
     assert weigh([], {}, None, 0.1)["ok"] is False
+
+
+# What people said of parts
+
+
+def remembered(*decisions: tuple[str, float, float]) -> Record:
+    """Decisions with these labels, and these scores by the live version and the new one."""
+    record = Record()
+    for number, (label, old, new) in enumerate(decisions):
+        one = Past(number, f"id-{number}", "", label, "", f"{number}", bytes)  # type: ignore[arg-type]
+        record.past.append(one)
+        record.old[number], record.new[number] = judge(old, SCALE), judge(new, SCALE)
+    return record
+
+
+def reasons(record: Record, limit: float = 0.1) -> list[str]:
+    found: list[str] = weigh([], GOOD, "0001-a", limit, (), record)["reasons"]
+    return found
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    ("label", "old", "new", "allowed"),
+    [
+        ("good", ANOMALY, NORMAL, 0.0),  # a false reject that is accepted
+        ("good", NORMAL, ANOMALY, 1.0),
+        ("defect", NORMAL, ANOMALY, 0.0),  # a miss that is found
+        ("defect", ANOMALY, NORMAL, 2.0),  # never, whatever the limit
+        ("", ANOMALY, NORMAL, 0.0),
+        ("", NORMAL, ANOMALY, 0.0),
+    ],
+)
+def test_of_marked_parts_only_what_became_wrong_holds_a_version(
+    label: str, old: float, new: float, allowed: float, limit: float
+) -> None:
+    assert (reasons(remembered((label, old, new)), limit) == []) is (limit >= allowed)
+
+
+def test_marked_good_parts_are_a_group_of_their_own_and_may_flip_up_to_the_limit() -> None:
+    wrong, right = ("good", NORMAL, ANOMALY), ("good", NORMAL, NORMAL)
+    others = [("", NORMAL, NORMAL), ("defect", ANOMALY, ANOMALY)] * 50
+    assert reasons(remembered(*[wrong] * 2, *[right] * 18, *others)) == []
+    assert reasons(remembered(*[wrong] * 3, *[right] * 17, *others)) == [
+        "3 of 20 parts that were marked as good are rejected now (allowed: 10%): id-0, id-1, id-2."
+    ]
+
+
+def test_one_defect_that_is_missed_now_is_not_made_good_by_others_that_are_found() -> None:
+    found = reasons(remembered(*[("defect", NORMAL, ANOMALY)] * 9, ("defect", ANOMALY, NORMAL)))
+    assert found == ["1 of 10 parts that were marked as defects were found, and pass now: id-9."]
+
+
+def test_a_sentence_names_a_few_and_the_record_of_the_gate_all() -> None:
+    record = remembered(*[("defect", ANOMALY, NORMAL)] * 8)
+    (reason,) = reasons(record)
+    assert reason.endswith(": id-0, id-1, id-2, id-3, id-4 and 3 more.")
+    flips = weigh([], GOOD, "0001-a", 0.1, (), record)["record"]["flips"]
+    assert [one["id"] for one in flips] == [f"id-{number}" for number in range(8)]
+
+
+def test_what_one_of_both_was_not_asked_about_is_left_out_and_counted() -> None:
+    record = remembered(*[("defect", ANOMALY, NORMAL)] * 3)
+    record.without_picture = 4
+    del record.new[0], record.old[1], record.new[1]
+    found = weigh([], GOOD, "0001-a", 0.1, (), record)["record"]
+    assert [one["id"] for one in found["flips"]] == ["id-2"]
+    assert found["left_out"] == 6
+    assert found["defect"] == {"marked": 1, "missed_before": 0, "missed_now": 1}
+
+
+def test_where_there_is_no_live_version_nothing_is_said_of_the_record() -> None:
+    assert weigh([], GOOD, None, 0.1)["record"] is None
 
 
 # The report
