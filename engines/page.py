@@ -93,7 +93,8 @@ def document(title: str, body: str, style: str = "", lang: str = "en") -> str:
 def tile(name: str, value: str, *details: str, look: str = "") -> str:
     """A number that is seen first: HTML of its name, value, and what is said of it below."""
     small = "".join(f"<small>{one}</small>" for one in details)
-    return f'<div class="tile {look}"><span>{name}</span><b>{value}</b>{small}</div>'
+    kind = f"tile {look}".strip()
+    return f'<div class="{kind}"><span>{name}</span><b>{value}</b>{small}</div>'
 
 
 def data_uri(picture: Any) -> str:
