@@ -130,7 +130,7 @@ async def statistics_table(
     "/statistics.html",
     dependencies=[needs("line")],
     summary="The report of a shift, to be printed",
-    response_class=HTMLResponse,
+    response_class=Response,  # HTMLResponse would make the errors' schemas those of a page
     responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}, 409: OFF},
 )
 async def report(
