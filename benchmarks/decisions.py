@@ -22,14 +22,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
+from datetime import time as time_of_day
 from itertools import count
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import httpx
 
 from app.decisions.database import FILE, DecisionDatabase, Filter, open_or_make
 from app.decisions.decision import Decision
+from app.decisions.quarters import Spans
+from app.decisions.shift import look
+from app.decisions.shift_page import shift_page
+from app.decisions.words import Words
 from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
 from benchmarks.lists import percentile
 from benchmarks.load import CATEGORY, WEIGHTS, ask, learned, server
@@ -219,7 +225,22 @@ def _ways(lines: int) -> list[tuple[str, Callable[[DecisionDatabase], Any]]]:
         ("preview over a day of a model", lambda it: it.count_flips(day, SCORER, 1.4)),
         ("preview over all of a model", lambda it: it.count_flips(Filter(model="m1"), SCORER, 1.4)),
         ("the 200 newest flips", lambda it: it.flips(Filter(model="m1"), SCORER, 1.4, 200)),
+        (f"the report of a shift of 8 hours, {MODELS} models", _report(lines)),
     ]
+
+
+def _report(lines: int) -> Callable[[DecisionDatabase], Any]:
+    """The whole page but for its pictures, of the shift before the last line."""
+    zone, last = ZoneInfo("UTC"), BEGAN + BEAT_MS * lines
+    spans = Spans(zone, [time_of_day(6), time_of_day(14), time_of_day(22)])
+    before = round(spans.around(last)[0].timestamp() * 1000) - 1
+    made = datetime.fromtimestamp(last / 1000, zone)
+
+    def ask(database: DecisionDatabase) -> str:
+        shift = look(database, spans, before, made, None)
+        return shift_page(shift, None, lambda _: None, Words("en"), "0")
+
+    return ask
 
 
 def _timed(work: Callable[[], Any]) -> list[str]:

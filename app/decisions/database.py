@@ -72,6 +72,7 @@ CREATE TABLE quarters (
 PRAGMA user_version = {LAYOUT};
 """
 TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
+OF_MODELS = ("threshold", "live", "rollback", "held")  # lines whose subject is a model
 _INSERT = (
     f"INSERT INTO decisions (number, {', '.join(COLUMNS)}, hash, picture_bytes)"
     f" VALUES (:number, {', '.join(f':{name}' for name in COLUMNS)}, :hash, :picture_bytes)"
@@ -400,6 +401,65 @@ class DecisionDatabase:
         for name, at, content in rows:
             yield name, at, Quarter.of(json.loads(content))
 
+    def judged(self, asked: Filter) -> list[Judged]:
+        """By which versions and limits decisions of a model were made, in the order of their times.
+
+        Args:
+            asked: names a model.
+        """
+        where, values = asked.where()
+        rows = self._connection.execute(
+            "SELECT version, threshold, raw_threshold, MIN(at) AS began, MAX(at), COUNT(*),"
+            " SUM(verdict = 'anomaly') FROM decisions INDEXED BY decisions_by_model"
+            f" WHERE {where} AND verdict != 'none' GROUP BY version, threshold, raw_threshold"
+            " ORDER BY began",
+            values,
+        )
+        return [Judged(*row) for row in rows]
+
+    def marks(self, asked: Filter) -> list[tuple[str, str, int]]:
+        """Label, kind of defect and how many of these decisions have them; the most first."""
+        where, values = asked.where()
+        return self._connection.execute(
+            f"SELECT label, defect, COUNT(*) FROM decisions INDEXED BY {asked.index(lambda: False)}"
+            f" WHERE {where} GROUP BY label, defect ORDER BY COUNT(*) DESC, label, defect",
+            values,
+        ).fetchall()
+
+    def worst(self, asked: Filter, limit: int, most_bytes: int, most_pixels: int) -> list[Kept]:
+        """Those with the highest scores whose pictures are kept, and are not larger than this."""
+        where, values = asked.where()
+        rows = self._connection.execute(
+            f"SELECT {_KEPT} FROM decisions INDEXED BY {asked.index(lambda: False)}"
+            f" WHERE {where} AND picture_bytes BETWEEN 1 AND ? AND width * height <= ?"
+            " ORDER BY score DESC, raw_score DESC, number LIMIT ?",
+            [*values, most_bytes, most_pixels, limit],
+        )
+        return [Kept.of(row) for row in rows]
+
+    def changes(self, since: int, until: int, limit: int, model: str | None = None) -> list[Line]:
+        """Lines of the trail within a time that are no labels, oldest first.
+
+        Args:
+            model: none of other models than this one.
+        """
+        rows = self._connection.execute(
+            f"SELECT number, {', '.join(TRAIL)}, hash FROM trail"
+            " WHERE at >= ? AND at < ? AND what != 'label'"
+            f" AND (? IS NULL OR subject = ? OR what NOT IN ({', '.join(map(repr, OF_MODELS))}))"
+            " ORDER BY number LIMIT ?",
+            [since, until, model, model, limit],
+        )
+        return [_line(row) for row in rows]
+
+    def markers(self, since: int, until: int) -> list[tuple[str, int]]:
+        """Who marked how many parts within a time; empty where no key was needed."""
+        return self._connection.execute(
+            "SELECT who, COUNT(*) FROM trail WHERE at >= ? AND at < ? AND what = 'label'"
+            " GROUP BY who ORDER BY COUNT(*) DESC, who",
+            [since, until],
+        ).fetchall()
+
     # ---- room --------------------------------------------------------------------------------
 
     def bytes_used(self) -> int:
@@ -471,10 +531,12 @@ class DecisionDatabase:
             yield number, dict(zip(names, content, strict=True)), hash_
 
     def hash_of(self, table: str, number: int) -> str | None:
-        """The hash of one line; None where it is not kept."""
+        """Of one line; also of the last decision that was pruned. None where it is not there."""
         row = self._connection.execute(
             f"SELECT hash FROM {table} WHERE number = ?", [number]
         ).fetchone()
+        if row is None and table == "decisions" and (pruned := self.pruned()):
+            return pruned[1] if pruned[0] == number else None
         return row[0] if row else None
 
     @property
@@ -498,6 +560,18 @@ class DecisionDatabase:
             "SELECT seq FROM sqlite_sequence WHERE name = ?", [table]
         ).fetchone()
         return row[0] if row else 0
+
+
+class Judged(NamedTuple):
+    """What a version decided with its limit."""
+
+    version: str
+    threshold: float  # for the score
+    raw_threshold: float
+    first: int  # milliseconds since 1970, UTC
+    last: int
+    parts: int
+    rejects: int
 
 
 class Flips(NamedTuple):

@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 from app.decisions.decision import Decision
 
 MS = 900_000  # of a quarter of an hour
-_SCORES = 200  # steps of the scores from 0 to 1
+SCORES = 200  # steps of the scores from 0 to 1
 _RATIO = math.log(1.1)  # of one step of the times to the next
 
 
@@ -38,7 +38,7 @@ class Quarter:
         self.parts += 1
         self.rejects += one.verdict == "anomaly"
         if one.score is not None:
-            self.scores[min(int(one.score * _SCORES), _SCORES - 1)] += 1
+            self.scores[min(int(one.score * SCORES), SCORES - 1)] += 1
         if one.total_ms is not None:
             self.times[math.floor(math.log(max(one.total_ms, 0.1)) / _RATIO)] += 1
 
@@ -53,7 +53,7 @@ class Quarter:
     def score_at(self, share: float) -> float | None:
         """The score that so many parts do not exceed, to half a step; None without parts."""
         step = _step(self.scores, share)
-        return None if step is None else round((step + 0.5) / _SCORES, 4)
+        return None if step is None else round((step + 0.5) / SCORES, 4)
 
     def ms_at(self, share: float) -> float | None:
         """The milliseconds within which so many parts had their verdict, to half a step."""
@@ -112,3 +112,8 @@ class Spans:
         began = max(one for one in found if one.timestamp() <= moment.timestamp())
         ends = min(one for one in found if one.timestamp() > moment.timestamp())
         return began, ends
+
+    def days_before(self, began: datetime, days: int) -> tuple[datetime, datetime]:
+        """The span of so many days before that begins at the same time of the day."""
+        # Within a zone, Python counts by what clocks show: a day may have 23 or 25 hours.
+        return self.around(round((began - timedelta(days=days)).timestamp() * 1000))

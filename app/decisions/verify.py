@@ -30,10 +30,28 @@ class Found(NamedTuple):
     problem: str | None
 
 
-def verify(database: DecisionDatabase) -> Found:
-    """Walk along both chains up to the first line that breaks one."""
+def verify(database: DecisionDatabase, noted: tuple[int, str] | None = None) -> Found:
+    """Walk along both chains up to the first line that breaks one.
+
+    Args:
+        noted: the number and hash of a decision that somebody wrote down, as a report on paper.
+    """
     with database.reading():
-        return _verify(database)
+        found = _verify(database)
+        if noted is not None and found.problem is None:
+            return found._replace(problem=_of_noted(database, *noted))
+        return found
+
+
+def _of_noted(database: DecisionDatabase, number: int, hash_: str) -> str | None:
+    there = database.hash_of("decisions", number)
+    if there is None:
+        return (
+            f"Decision {number} is not in the record: it was never made, or is too old to be kept."
+        )
+    if there != hash_.lower():
+        return f"Decision {number} is not the one that was noted: its hash is {there}."
+    return None
 
 
 def _verify(database: DecisionDatabase) -> Found:
@@ -110,14 +128,21 @@ def command(arguments: list[str]) -> None:
         description="Check the record in KENSA_DATA_DIR: whether a decision or a line of the audit"
         " trail was changed, removed or put in. Exits with 2 and names the first that is wrong.",
     )
-    parser.parse_args(arguments)
+    parser.add_argument("--decision", type=int, metavar="N",
+        help="the number of a decision on a report of a shift, to hold that against the record",
+    )  # fmt: skip
+    parser.add_argument("--hash", metavar="H", help="its hash there")
+    flags = parser.parse_args(arguments)
+    if (flags.decision is None) != (flags.hash is None):
+        parser.error("say both, --decision and --hash, as they stand on the report")
+    noted = None if flags.decision is None else (flags.decision, flags.hash)
     settings = Settings.read()
     path = settings.data / "decisions" / FILE
     if not path.is_file():
         raise BadRecord(f"There is no record yet: {path} does not exist.")
     try:
         with DecisionDatabase(path) as database:
-            found = verify(database)
+            found = verify(database, noted)
             collected = _collected(database, settings) if found.problem is None else ""
     except sqlite3.Error as error:
         raise BadRecord(f"{path} cannot be read: {error}.") from error
@@ -128,6 +153,8 @@ def command(arguments: list[str]) -> None:
         f" {found.lines:,} lines of the audit trail.\nThe last decision's hash: {found.head}\n"
         f"{collected}"
     )
+    if noted is not None:
+        sys.stdout.write(f"Decision {noted[0]:,} is the one that was noted.\n")
 
 
 def _collected(database: DecisionDatabase, settings: Settings) -> str:

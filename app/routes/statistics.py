@@ -1,23 +1,48 @@
-"""GET /statistics: how many parts, how many rejects, by hour, shift or day."""
+"""GET /statistics: how many parts, how many rejects, by hour, shift or day; a shift's report."""
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, time, timezone
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import HTMLResponse
 from pydantic import Field
 
 from app.decisions.quarters import Quarter, Spans
 from app.decisions.recorder import DAY_MS
+from app.decisions.shift import look
+from app.decisions.shift_page import overlays, shift_page
+from app.decisions.words import Language, Words
 from app.http.access import KeyFirst, needs
 from app.http.base_body import Body
-from app.routes.decisions import OFF, Since, Until, ask, csv_row, milliseconds, recorder_of
-from app.settings import Settings
+from app.routes.decisions import (
+    OFF,
+    Moment,
+    Since,
+    Until,
+    ask,
+    csv_row,
+    milliseconds,
+    recorder_of,
+)
+from app.settings import Settings, version
 from engines.errors import BadRequest
+from engines.page import LOADS_NOTHING
 
 MOST_DAYS = 400  # at once
 LATEST = 32_503_680_000_000  # milliseconds since 1970: calendars end
+
+
+_REPORTS = ThreadPoolExecutor(1, "report")  # pictures are drawn: one report at a time
+_NO_SUCH_TIME = "No part came then: ask for a time from 1970 to 2999."
+_PAGE_HEADERS = {
+    "Content-Security-Policy": LOADS_NOTHING,
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",  # keys decide who may see it
+}
 
 
 class SpanBody(Body):
@@ -101,6 +126,48 @@ async def statistics_table(
     return Response("".join(map(csv_row, rows)), media_type="text/csv; charset=utf-8")
 
 
+@router.get(
+    "/statistics.html",
+    dependencies=[needs("line")],
+    summary="The report of a shift, to be printed",
+    response_class=Response,  # HTMLResponse would make the errors' schemas those of a page
+    responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}, 409: OFF},
+)
+async def report(
+    request: Request,
+    shift: Annotated[
+        Literal["last", "running"],
+        Query(description="The last one that has ended, or the one that is running."),
+    ] = "last",
+    at: Annotated[
+        Moment | None,
+        Query(description="The shift of this moment instead.", examples=["2026-11-29T09:00:00Z"]),
+    ] = None,
+    model: OfModel = None,
+    lang: Annotated[Language, Query(description="Of its words.")] = "en",
+) -> HTMLResponse:
+    """One page that loads nothing: figures, charts, the worst rejects, and what was changed."""
+    loop = asyncio.get_running_loop()
+    page = await loop.run_in_executor(_REPORTS, _report, request, shift, at, model, lang)
+    return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+
+def _report(
+    request: Request, shift: str, at: datetime | None, model: str | None, lang: Language
+) -> str:
+    settings, recorder = request.app.state.settings, recorder_of(request)
+    spans = Spans(settings.zone, settings.shift_times)
+    made = datetime.now(settings.zone)
+    moment = milliseconds(at or made) or 0
+    if at is None and shift == "last":
+        moment = round(spans.around(moment)[0].timestamp() * 1000) - 1
+    if not 0 <= moment < LATEST:
+        raise BadRequest(_NO_SUCH_TIME)
+    found = recorder.read(lambda it: look(it, spans, moment, made, model))
+    picture = overlays(recorder.pictures, request.app.state.inspector.limits)
+    return shift_page(found, model, picture, Words(lang), version())
+
+
 def _spans(
     request: Request, per: str, model: str | None, since: datetime | None, until: datetime | None
 ) -> list[SpanBody]:
@@ -116,7 +183,7 @@ def _spans(
     if end - begin > MOST_DAYS * DAY_MS:
         raise BadRequest(f"Ask for {MOST_DAYS} days at most: say since and until.")
     if not 0 <= begin < LATEST:
-        raise BadRequest("No part came then: ask for a time from 1970 to 2999.")
+        raise BadRequest(_NO_SUCH_TIME)
     found: dict[tuple[datetime, datetime, str], Quarter] = {}
     span = spans.around(begin)
     first = round(span[0].timestamp() * 1000)  # spans are told whole

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -21,57 +19,13 @@ from sklearn.metrics import (
 
 from engines import image
 from engines.meta import Meta
+from engines.page import CURVE, DASHED, DOTTED, GRID, Axes, data_uri, document, ticks, tile
 from workers.evaluation import threshold_origin
 from workers.evaluation.measures import AUPRO_LIMIT, Group, Seen, scores_of, with_truth
 
-SHOWN_PX = 480  # the longer side of a picture in the page
 BARS = 28  # of the histogram
 NAMES: dict[Group, str] = {"normal": "normal", "anomaly": "defective"}
 Decode = Callable[[bytes], NDArray[np.uint8]]
-
-STYLE = """
-:root { color-scheme: light; --ink: #17202b; --soft: #5b6675; --line: #d9dee5; --pale: #f4f6f8;
-  --normal: #2f6fae; --anomaly: #d2571c; --good: #1d7a46; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 28px 24px 48px; color: var(--ink);
-  background: #fff; font: 16px/1.45 system-ui, "Segoe UI", "Noto Sans", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; -webkit-print-color-adjust: exact;
-  print-color-adjust: exact; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; }
-h2 { font-size: 19px; margin: 34px 0 12px; }
-.under { color: var(--soft); margin: 4px 0 22px; }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
-.tile { background: var(--pale); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 26px; line-height: 1.2; font-weight: 650; }
-.tile.bad b { color: var(--anomaly); } .tile.good b { color: var(--good); }
-.tile span { font-size: 14px; } .tile small { display: block; color: var(--soft); }
-.notes { margin: 18px 0 0; padding: 10px 14px 10px 32px; border-left: 4px solid #e0a21b;
-  background: #fdf8ea; border-radius: 0 8px 8px 0; font-size: 15px; overflow-wrap: anywhere; }
-figure { margin: 0; } figcaption { font-size: 15px; font-weight: 600; margin-bottom: 4px; }
-figcaption span { font-weight: 400; color: var(--soft); }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 12px; fill: var(--soft); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 28px; margin-top: 24px; }
-.cases { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 18px; }
-.case { border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
-  break-inside: avoid; }
-.case div { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; background: var(--line); }
-.case img { display: block; width: 100%; height: 100%; object-fit: contain; background: #fff; }
-.case p { margin: 0; padding: 9px 12px; font-size: 15px; overflow-wrap: anywhere; }
-.case small { display: block; color: var(--soft); font-size: 14px; }
-.sheet { display: block; width: 100%; max-width: 780px; }
-.normal { color: var(--normal); } .anomaly { color: var(--anomaly); }
-table { border-collapse: collapse; font-size: 15px; width: 100%; }
-th, td { text-align: left; padding: 6px 0; border-top: 1px solid var(--line); font-weight: 400;
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--soft); width: 190px; padding-right: 16px; }
-@media (max-width: 620px) { .pair { grid-template-columns: 1fr; }
-  .tiles { grid-template-columns: 1fr 1fr; }
-  .cases { grid-template-columns: 1fr; } }
-@media print { body { padding: 0; font-size: 13px; max-width: none; }
-  .cases { grid-template-columns: 1fr 1fr; }
-  figure, .tile, .notes, tr { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
 
 
 def evaluation_page(
@@ -103,13 +57,7 @@ def evaluation_page(
         charts = _roc_chart(normal, defective, report), _pr_chart(normal, defective, report)
         curves = f'<section class="pair">{"".join(charts)}</section>'
     notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{category}: evaluation</title><style>{STYLE}{threshold_origin.STYLE}</style></head><body>
-<h1>{category}</h1>
+    body = f"""<h1>{category}</h1>
 <p class="under">{report["model"]["kind"]} on {images["normal"]} normal and {images["anomaly"]}
 defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p>
 <section class="tiles">{_tiles(report)}</section>
@@ -123,9 +71,8 @@ defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p
 {_left_out(strange)}
 {_cases(seen, threshold, overlays, worst, decode)}
 <h2>Model</h2>
-<table>{_rows(_facts(report))}</table>
-</body></html>
-"""
+<table>{_rows(_facts(report))}</table>"""
+    return document(f"{category}: evaluation", body, threshold_origin.STYLE)
 
 
 def _tiles(report: dict[str, Any]) -> str:
@@ -155,15 +102,14 @@ def _tiles(report: dict[str, Any]) -> str:
 def _tile(name: str, value: float | None, detail: str) -> str:
     if value is None:
         return ""
-    return f'<div class="tile"><span>{name}</span><b>{value:.4f}</b><small>{detail}</small></div>'
+    return tile(name, f"{value:.4f}", detail)
 
 
 def _error_tile(name: str, errors: int | None, images: int, at_most: float | None) -> str:
     if errors is None or at_most is None:
         return ""
     how, limit = "bad" if errors else "good", f"at most {100 * at_most:.1f} % (95 % sure)"
-    value = f"<b>{errors} of {images}</b><small>{limit}</small>"
-    return f'<div class="tile {how}"><span>{name}</span>{value}</div>'
+    return tile(name, f"{errors} of {images}", limit, look=how)
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
@@ -238,98 +184,14 @@ def _case(part: Seen, threshold: float, overlays: Path, decode: Decode) -> str:
     }[part.group, part.label]
     name = escape(part.name)
     return (
-        f'<article class="case"><div><img alt="{name}" src="{_data_uri(picture)}">'
-        f'<img alt="{name}, overlay" src="{_data_uri(overlay)}"></div>'
+        f'<article class="case"><div><img alt="{name}" src="{data_uri(picture)}">'
+        f'<img alt="{name}, overlay" src="{data_uri(overlay)}"></div>'
         f'<p><b class="{part.group}">{what}</b> {part.group}/{name}'
         f"<small>raw score {part.raw_score:.4f}, threshold {threshold:.4f}</small></p></article>"
     )
 
 
-def _data_uri(picture: Any) -> str:
-    """A small JPEG of a picture (H, W, 3) BGR, as a URI that holds it."""
-    scale = min(1.0, SHOWN_PX / max(picture.shape[:2]))
-    width, height = (max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0]))
-    small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-    _, data = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
-
-
 # ---- the charts ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """A rectangle of an SVG, in px, and the values that its sides stand for."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Values -> px."""
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return self.left + across * self.width, self.top + (1 - up) * self.height
-
-    def line(self, x: NDArray[np.float64], y: NDArray[np.float64], look: str) -> str:
-        points = " ".join(
-            "{:.1f},{:.1f}".format(*self.at(*point)) for point in zip(x, y, strict=True)
-        )
-        return f'<polyline points="{points}" fill="none" {look}/>'
-
-    def dot(self, x: float, y: float, words: str) -> str:
-        """A point with a label that stays inside the rectangle."""
-        px, py = self.at(x, y)
-        right = px > self.left + 0.6 * self.width
-        above = py > self.top + 0.75 * self.height
-        anchor, shift = ("end", -9) if right else ("start", 9)
-        return (
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="var(--ink)"/>'
-            f'<text x="{px + shift:.1f}" y="{py + (-9 if above else 18):.1f}"'
-            f' text-anchor="{anchor}">{words}</text>'
-        )
-
-    def frame(self, x_name: str, y_name: str) -> str:
-        """Grid lines, ticks and the names of both sides."""
-        bottom, right = self.top + self.height, self.left + self.width
-        parts = []
-        for value in _ticks(*self.x):
-            px, _ = self.at(value, self.y[0])
-            parts.append(
-                f'<line x1="{px:.1f}" y1="{bottom}" x2="{px:.1f}" y2="{bottom + 4}" {GRID}/>'
-                f'<text x="{px:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>'
-            )
-        for value in _ticks(*self.y):
-            _, py = self.at(self.x[0], value)
-            parts.append(
-                f'<line x1="{self.left}" y1="{py:.1f}" x2="{right}" y2="{py:.1f}" {GRID}/>'
-                f'<text x="{self.left - 7}" y="{py + 4:.1f}" text-anchor="end">{value:g}</text>'
-            )
-        middle = self.top + self.height / 2
-        parts.append(
-            f'<text x="{right}" y="{bottom + 33}" text-anchor="end">{x_name}</text>'
-            f'<text transform="translate({self.left - 36} {middle}) rotate(-90)"'
-            f' text-anchor="middle">{y_name}</text>'
-        )
-        return "".join(parts)
-
-
-GRID = 'stroke="var(--line)" stroke-width="1"'
-CURVE = 'stroke="var(--normal)" stroke-width="2.5" stroke-linejoin="round"'
-DOTTED = 'stroke="var(--soft)" stroke-width="1.2" stroke-dasharray="1.5 3.5"'
-DASHED = 'stroke="var(--ink)" stroke-width="1.5" stroke-dasharray="5 4"'
-
-
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`."""
-    rough = (high - low) / about
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(n * step, 12) for n in range(first, last + 1)]
 
 
 def _histogram(
@@ -349,7 +211,7 @@ def _histogram(
     groups: dict[Group, NDArray[np.float64]] = {"normal": normal, "anomaly": defective}
     counts = {group: np.histogram(found, BARS, (low, high))[0] for group, found in groups.items()}
     most = max(1, *(int(found.max()) for found in counts.values()))
-    axes = _Axes(52, 24, 940, 210, (low, high), (0, most * 1.05))
+    axes = Axes(52, 24, 940, 210, (low, high), (0, most * 1.05))
     parts = [_frame_with_lanes(axes)]
     width = axes.width / BARS
     shared = (counts["normal"] > 0) & (counts["anomaly"] > 0)
@@ -358,12 +220,7 @@ def _histogram(
             if count:
                 wide = width / 2 if shared[bar] else width
                 x = axes.left + bar * width + lane * (width - wide)
-                _, y = axes.at(low, count)
-                parts.append(
-                    f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{wide - 1:.1f}"'
-                    f' height="{axes.top + axes.height - y:.1f}" fill="var(--{group})">'
-                    f"<title>{count} {NAMES[group]}</title></rect>"
-                )
+                parts.append(axes.bar(x, wide, count, group, f"{count} {NAMES[group]}"))
         top = axes.top + axes.height + 44 + 18 * lane
         marks = "".join(f"M{axes.at(score, 0)[0]:.1f} {top}v13" for score in found)
         parts.append(
@@ -382,27 +239,20 @@ def _histogram(
     )
 
 
-def _frame_with_lanes(axes: _Axes) -> str:
+def _frame_with_lanes(axes: Axes) -> str:
     """The frame of the histogram; whole images only at its side, the lanes' names at theirs."""
     bottom = axes.top + axes.height
     parts = []
-    for value in _ticks(*axes.x, about=8):
+    for value in ticks(*axes.x, about=8):
         px, _ = axes.at(value, 0)
         parts.append(f'<text x="{px:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
-    for value in _ticks(*axes.y, about=4):
-        if value == int(value):
-            _, py = axes.at(axes.x[0], value)
-            end = axes.left + axes.width
-            parts.append(
-                f'<line x1="{axes.left}" y1="{py:.1f}" x2="{end}" y2="{py:.1f}" {GRID}/>'
-                f'<text x="{axes.left - 7}" y="{py + 4:.1f}" text-anchor="end">{value:g}</text>'
-            )
+    parts.append(axes.levels(value for value in ticks(*axes.y, about=4) if value == int(value)))
     end = axes.left + axes.width
     parts.append(f'<text x="{end}" y="{bottom + 33}" text-anchor="end">raw score</text>')
     return "".join(parts)
 
 
-def _threshold_line(axes: _Axes, line: float, threshold: float) -> str:
+def _threshold_line(axes: Axes, line: float, threshold: float) -> str:
     x, _ = axes.at(line, 0)
     bottom = axes.top + axes.height + 76
     beyond = " (further right)" * (threshold > line) + " (further left)" * (threshold < line)
@@ -415,7 +265,7 @@ def _threshold_line(axes: _Axes, line: float, threshold: float) -> str:
     )
 
 
-def _limit_lines(axes: _Axes, limits: dict[str, float]) -> list[str]:
+def _limit_lines(axes: Axes, limits: dict[str, float]) -> list[str]:
     """Where as many good parts would be rejected, as far as it is in sight; below all the rest."""
     bottom, lines = axes.top + axes.height + 96, []
     for number, (share, score) in enumerate(sorted(limits.items(), key=lambda one: one[1])):
@@ -438,7 +288,7 @@ def _roc_chart(
 ) -> str:
     scores, truth = with_truth(normal, defective)
     rejected, found, _ = roc_curve(truth, scores)
-    axes = _Axes(56, 12, 400, 300, (0, 1), (0, 1))
+    axes = Axes(56, 12, 400, 300, (0, 1), (0, 1))
     threshold = report["threshold"]["raw"]
     here = float((normal > threshold).mean()), float((defective > threshold).mean())
     diagonal = np.array([0.0, 1.0])
@@ -456,7 +306,7 @@ def _pr_chart(
 ) -> str:
     scores, truth = with_truth(normal, defective)
     precision, recall, _ = precision_recall_curve(truth, scores)
-    axes = _Axes(56, 12, 400, 300, (0, 1), (0, 1))
+    axes = Axes(56, 12, 400, 300, (0, 1), (0, 1))
     threshold = report["threshold"]["raw"]
     rejects = scores > threshold
     drawing = axes.frame("defects found (recall)", "rejects that are defects (precision)")

@@ -28,7 +28,7 @@ MANY_SPREADS = 1.0  # standard deviations of normal scores, by which a limit may
 STYLE = """
 figure:has(.drawn) { margin-top: 18px; }
 .drawn { width: auto; margin-top: 8px; } .drawn th, .drawn td { border: 0; padding: 7px 14px; }
-.drawn th { width: auto; } .drawn td { background: var(--pale); border: 2px solid #fff;
+.drawn th { width: auto; } .drawn td { background: var(--pale); border: 2px solid var(--paper);
   white-space: nowrap; }
 .drawn td.extra { background: none; color: var(--soft); }
 .drawn i { display: inline-block; width: 13px; height: 13px; margin: 0 4px -1px 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -48,9 +49,9 @@ def get(server: Server, path: str, **query: Any) -> Any:
     return answer.json()
 
 
-def verify(folder: Path) -> subprocess.CompletedProcess[str]:
+def verify(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "app", "verify"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "app", "verify", *flags], cwd=ROOT, capture_output=True, text=True,
         env={"KENSA_DATA_DIR": str(folder / "data"), "PATH": "/usr/bin:/bin"}, timeout=60,
     )  # fmt: skip
 
@@ -456,8 +457,6 @@ def test_thresholds_versions_labels_and_keys_leave_a_line_with_who_and_why(
 def test_what_was_changed_afterwards_is_named(
     whole: Path, tmp_path: Path, harm: str, named: str
 ) -> None:
-    import shutil
-
     shutil.copytree(whole / "data" / "decisions", tmp_path / "data" / "decisions")
     assert verify(tmp_path).returncode == 0
     with sqlite3.connect(tmp_path / "data" / "decisions" / "decisions.sqlite") as database:
@@ -465,6 +464,25 @@ def test_what_was_changed_afterwards_is_named(
     database.close()
     done = verify(tmp_path)
     assert (done.returncode, named in done.stderr) == (2, True), done.stderr
+
+
+def test_a_decision_that_was_noted_on_paper_is_held_against_the_record(
+    whole: Path, tmp_path: Path
+) -> None:
+    from app.decisions.database import open_or_make
+
+    shutil.copytree(whole / "data" / "decisions", tmp_path / "data" / "decisions")
+    with open_or_make(tmp_path / "data" / "decisions") as database:
+        number, hash_ = database.last("decisions")
+    noted = verify(tmp_path, "--decision", str(number), "--hash", hash_)
+    assert (noted.returncode, noted.stdout.splitlines()[-1]) == (
+        0, f"Decision {number} is the one that was noted.",
+    )  # fmt: skip
+    for other, words in ((number - 1, "is not the one that was noted"), (99, "is not in the")):
+        wrong = verify(tmp_path, "--decision", str(other), "--hash", hash_)
+        assert (wrong.returncode, words in wrong.stderr) == (2, True), wrong.stderr
+    half = verify(tmp_path, "--decision", str(number))
+    assert (half.returncode, "say both" in half.stderr) == (2, True)
 
 
 @pytest.fixture(scope="module")
