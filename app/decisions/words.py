@@ -136,6 +136,7 @@ CHANGES: dict[str, tuple[str, str]] = {
     "taught": ("marked parts given to training", "確認済み部品を学習データに追加"),
     "key_added": ("API key added", "API キーの追加"),
     "key_removed": ("API key removed", "API キーの削除"),
+    "deleted": ("picture deleted", "画像の削除"),
     "prune": ("old decisions deleted", "古い判定の削除"),
     "lost": ("decisions not recorded", "判定の記録漏れ"),
     "repair": ("record repaired", "記録の修復"),

@@ -161,8 +161,11 @@ _UNKNOWN = error_response(
     "No such decision, or its picture is not kept.",
     unknown_decision="There is no decision 'KB-2046': it was never made, or is too old to be kept.",
 )
+_BYTES = "application/octet-stream"  # of what was no picture, and of pixels without a file
+_MEDIA_TYPES = {kind: f"image/{kind.lower()}" for kind in ("JPEG", "PNG", "BMP", "TIFF")}
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _PICTURE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+    200: {"content": {"image/png": _BINARY}},
     404: _UNKNOWN,
     409: OFF,
 }
@@ -355,7 +358,11 @@ async def decision(request: Request, id: Id, number: Which = None) -> WholeDecis
     dependencies=[needs("line")],
     summary="See its picture",
     response_class=Response,
-    responses=_PICTURE,
+    responses={
+        200: {"content": dict.fromkeys((*_MEDIA_TYPES.values(), _BYTES), _BINARY)},
+        404: _UNKNOWN,
+        409: OFF,
+    },
 )
 async def image(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
     """The file as it was sent."""
@@ -366,7 +373,7 @@ async def image(request: Request, id: Id, number: Which = None) -> Response:  # 
         return _image(recorder, kept), kept.decision.format
 
     data, kind = await ask(look)
-    media_type = f"image/{kind.removeprefix('Big').lower()}" if kind else "application/octet-stream"
+    media_type = _MEDIA_TYPES.get(kind.removeprefix("Big"), _BYTES)
     return Response(data, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
 
 

@@ -48,6 +48,8 @@ def role_of(method: str, path: str) -> Role | None:
         return "admin"
     if path == "/trail":  # who did what
         return "operator"
+    if method == "DELETE" and path.startswith("/decisions"):  # what was decided
+        return "admin"
     if method == "GET" or path.endswith("/infer") or path == "/v2/repository/index":
         return "line"
     return "admin" if (method, path) == ("POST", "/models") else "operator"
