@@ -519,7 +519,8 @@ def killed_under_load(model: Path, photo: bytes, folder: Path) -> None:
                          "KENSA_MODEL_NAME": NAME})) as running:  # fmt: skip
         until = time.monotonic() + 2.5
         while time.monotonic() < until:
-            answered.append((time.monotonic(), running.server.infer(photo).json()["id"]))
+            id_ = running.server.infer(photo).json()["id"]
+            answered.append((time.monotonic(), id_))
         running.server.process.send_signal(signal.SIGKILL)
         killed = time.monotonic()
         running.server.process.wait()
