@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import cv2
+import numpy as np
 import pytest
 
 from support.line import NAME, Line, line
@@ -346,29 +348,35 @@ def test_the_last_label_counts_and_all_that_was_said_is_kept(running: Line, good
     assert (missing.status_code, agreed(missing)) == (404, "unknown_decision")
 
 
-def test_a_preview_is_what_a_replay_says_part_by_part(running: Line, sample_data: Path) -> None:
-    server = running.server
+@pytest.mark.parametrize("count", [20, pytest.param(1_000, marks=pytest.mark.soak)])
+def test_a_preview_is_what_a_replay_says_part_by_part(
+    running: Line, sample_data: Path, count: int
+) -> None:
+    server, flipping = running.server, min(count // 5, 150)
     with_limit(server, threshold=0)  # all are rejected, so all pictures are kept
+    pictures = [cv2.imread(str(path)) for path in
+                sorted((sample_data / "test" / CATEGORY).rglob("*.png"))]  # fmt: skip
     sent = {}
-    for path in sorted((sample_data / "test" / CATEGORY).rglob("*.png")):
-        id_ = f"preview-{path.parent.name}-{path.stem}"
-        sent[id_] = server.infer(path.read_bytes(), **{"X-Request-ID": id_}).json()
+    for number in range(count):
+        turned, shift = divmod(number, len(pictures))[::-1]
+        _, data = cv2.imencode(".png", np.roll(pictures[turned], shift, axis=1))
+        id_ = f"preview-{count}-{number}"
+        sent[id_] = server.infer(data.tobytes(), **{"X-Request-ID": id_}).json()
     scores = sorted(one["raw_score"] for one in sent.values())
-    wanted = (scores[3] + scores[4]) / 2
-    listed = get(server, "/decisions", limit=500)["decisions"]
-    first = min(one["time"] for one in listed if one["id"] in sent)
+    wanted = (scores[flipping - 1] + scores[flipping]) / 2
+    first = get(server, f"/decisions/preview-{count}-0")["time"]
     found = get(server, f"/models/{NAME}/threshold/preview", raw=wanted, since=first)
-    assert (found["parts"], found["rejected"]) == (len(sent), len(sent))
-    assert found["would_reject"] == len(sent) - 4
+    assert (found["parts"], found["rejected"]) == (count, count)
+    assert found["would_reject"] == count - flipping
     flips = {one["id"] for one in found["flips"]}
     with_limit(server, raw=wanted)
+    version = running.model()["live"]
     for id_, was in sent.items():
-        answer = server.client.post(f"/decisions/{id_}/replay",
-                                    params={"version": running.model()["live"]})  # fmt: skip
+        answer = server.client.post(f"/decisions/{id_}/replay", params={"version": version})
         again = answer.json()
         assert again["raw_score"] == was["raw_score"], answer.text
         assert (again["verdict"] == "normal") == (id_ in flips)
-    assert len(flips) == 4
+    assert len(flips) == flipping
 
 
 def test_a_replay_by_the_version_that_judged_gives_the_same_score_and_counts_nowhere(
