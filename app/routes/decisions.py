@@ -56,7 +56,7 @@ class DecisionBody(Body):
     id: str = Field(description="As in the answer of the inspection.")
     part: str | None = Field(description="What the request called the part.")
     time: datetime = Field(description="UTC.")
-    model: str = Field(description="Empty where the only one was asked for and gave no verdict.")
+    model: str = Field(description="Empty where none was named, and not exactly one was in memory.")
     version: str | None = Field(description="Which judged; null without a verdict.")
     verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
     code: str | None = Field(description="Why there was no verdict; else null.")
@@ -203,7 +203,7 @@ Why = Annotated[
 ]  # fmt: skip
 Before = Annotated[
     int | None,
-    Query(ge=1, le=2**62, examples=[480], description="The `next` of the page before."),
+    Query(ge=1, le=2**62, examples=[481], description="The `next` of the page before."),
 ]
 Limit = Annotated[int, Query(ge=1, le=MOST, description="How many at once.")]
 

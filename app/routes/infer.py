@@ -243,7 +243,8 @@ async def infer(
     data: bytes | None = None
     try:
         inspector: Inspector = request.app.state.inspector
-        inspector.residents.call(model or None)  # before the image is read
+        judge = inspector.residents.call(model or None)  # before the image is read
+        asked = replace(asked, model=judge.name)  # so that a refusal counts under it, too
         inspector.admission.check_room()
         answer = wanted(request.headers.get("accept", ""))
         drawing: Drawing | None = "overlay" if answer == "image/png" else None

@@ -101,6 +101,20 @@ def test_what_got_no_verdict_is_recorded_with_the_reason_and_a_broken_picture_is
     assert (heatmap.status_code, agreed(heatmap)) == (404, "unknown_decision")
 
 
+def test_a_refusal_counts_under_the_only_model_also_where_the_request_named_none(
+    running: Line, good: bytes
+) -> None:
+    late = running.server.client.post("/infer", params={"deadline_ms": 1}, content=good,
+                                      headers={"X-Request-ID": "late"})  # fmt: skip
+    assert late.status_code == 504
+    assert running.server.infer(good[:99], **{"X-Request-ID": "cut"}).status_code == 400
+    for id_, code in (("late", "deadline_exceeded"), ("cut", "bad_image")):
+        found = get(running.server, f"/decisions/{id_}")
+        assert (found["model"], found["code"]) == (NAME, code)
+    spans = get(running.server, "/statistics", per="day")["spans"]
+    assert {one["model"] for one in spans} == {NAME}
+
+
 def test_an_image_sent_by_the_open_inference_protocol_is_recorded_too(
     running: Line, good: bytes
 ) -> None:
