@@ -39,10 +39,16 @@ AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
 
 
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)", re.IGNORECASE)
+
+
 def _written(given: Any) -> Any:
     """A time in words: a number would be taken for seconds, and a large one for milliseconds."""
-    if not isinstance(given, str) or not re.match(r"\d{4}-\d\d-\d\d", given):
-        raise ValueError("say a time with its zone, such as 2026-11-29T06:00:00Z")
+    if not isinstance(given, str) or not _TIME.fullmatch(given):
+        raise ValueError(
+            "say a time with its zone, such as 2026-11-29T06:00:00Z, or 2026-11-29T15:00:00+09:00,"
+            " whose + is %2B in a URL"
+        )
     return given
 
 
@@ -298,7 +304,7 @@ def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
         body, one = decision_body(kept).model_dump(mode="json"), kept.decision
         yield csv_row([
             *(body[name] for name in names),
-            one.format, one.width, one.height,
+            one.format, one.width or None, one.height or None,
             one.queue_ms, one.decode_ms, one.infer_ms, one.total_ms,
         ])  # fmt: skip
 
@@ -325,6 +331,11 @@ async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBod
     What lies between newer decisions, of a clock that was wrong, stays. Sums for GET /statistics
     stay, too.
     """
+    if more := sorted(request.query_params.keys() - {"until", "reason"}):
+        raise BadRequest(
+            f"DELETE /decisions takes until and reason, and no {more[0][:100]}: it deletes all that"
+            " is older, of every model."
+        )
     end = milliseconds(until) or 0
     why, name = checked(reason), who(request)
     count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
@@ -681,10 +692,15 @@ def _image(recorder: Recorder, kept: Kept) -> bytes:
     try:
         return recorder.pictures.image(kept.number)
     except FileNotFoundError:
-        raise UnknownDecision(
-            f"The picture of the decision {kept.decision.id!r} is not kept: those of rejects are,"
-            " of parts near the threshold and of a sample; see KENSA_RECORD_PICTURES_MIB."
-        ) from None
+        which = f"The picture of the decision {kept.decision.id!r}"
+        if any(one.what == "deleted" for one in recorder.read(lambda it: _lines(it, kept))):
+            sentence = f"{which} was deleted: the decision's history says by whom and why."
+        else:
+            sentence = (
+                f"{which} is not kept: those of rejects are, of parts near the threshold and of a"
+                " sample; see KENSA_RECORD_PICTURES_MIB."
+            )
+        raise UnknownDecision(sentence) from None
 
 
 def _time(at: int) -> datetime:
