@@ -100,7 +100,7 @@ class LineBody(Body):
         description="label, taught, threshold, live, rollback, held, key_added, key_removed,"
         " deleted, prune, lost or repair."
     )
-    subject: str = Field(description="A decision's id, or a model's or a key's name.")
+    subject: str = Field(description="A decision's id, or a model's, a category's or a key's name.")
     reason: str | None
     details: dict[str, Any]
     hash: str = Field(description="SHA-256 of the line and of the hash before it.")
@@ -611,7 +611,7 @@ async def trail(
     subject: Annotated[
         str,
         Query(
-            description="A decision's id, or a model's or a key's name.",
+            description="A decision's id, or a model's, a category's or a key's name.",
             max_length=200,
             examples=["bracket"],
         ),
