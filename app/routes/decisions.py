@@ -62,7 +62,7 @@ class DecisionBody(Body):
     id: str = Field(description="As in the answer of the inspection.")
     part: str | None = Field(description="What the request called the part.")
     time: datetime = Field(description="UTC.")
-    model: str = Field(description="Empty where none was named, and not exactly one was in memory.")
+    model: str = Field(description="Empty where none was named, and there was not just one.")
     version: str | None = Field(description="Which judged; null without a verdict.")
     verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
     code: str | None = Field(description="Why there was no verdict; else null.")
@@ -481,7 +481,15 @@ async def label(
     dependencies=[needs("operator")],
     summary="Judge its picture again",
     responses={
-        404: _UNKNOWN,
+        400: error_response(
+            "Its picture is damaged: so it had no verdict.", bad_image="The PNG image is cut short."
+        ),
+        404: error_response(
+            "No such decision or version, or its picture is not kept.",
+            unknown_decision="There is no decision 'KB-2046': it was never made, or is too old to"
+            " be kept.",
+            unknown_version="bracket has no version '0009-3f9a0c41d2e8'; there is ...",
+        ),
         409: OFF,
         507: error_response(
             "That version does not fit beside what is in memory.",

@@ -97,6 +97,10 @@ def test_what_got_no_verdict_is_recorded_with_the_reason_and_a_broken_picture_is
     assert (found["verdict"], found["code"]) == ("none", "bad_image")
     assert (found["version"], found["raw_score"], found["part"]) == (None, None, "B-1")
     assert running.server.client.get("/decisions/broken/image").content == broken
+    version = running.server.infer(good).json()["model_version"]
+    for by, code in ((version, "bad_image"), ("0009-nope", "unknown_version")):
+        again = running.server.client.post("/decisions/broken/replay", params={"version": by})
+        assert agreed(again) == code
     heatmap = running.server.client.get("/decisions/broken/heatmap")
     assert (heatmap.status_code, agreed(heatmap)) == (404, "unknown_decision")
 
@@ -108,7 +112,13 @@ def test_a_refusal_counts_under_the_only_model_also_where_the_request_named_none
                                       headers={"X-Request-ID": "late"})  # fmt: skip
     assert late.status_code == 504
     assert running.server.infer(good[:99], **{"X-Request-ID": "cut"}).status_code == 400
-    for id_, code in (("late", "deadline_exceeded"), ("cut", "bad_image")):
+    for change in ("unload", "load"):
+        path = f"/v2/repository/models/{NAME}/{change}"
+        assert running.server.client.post(path).status_code == 200
+        if change == "unload":
+            assert running.server.infer(good, **{"X-Request-ID": "away"}).status_code == 503
+    said = {"late": "deadline_exceeded", "cut": "bad_image", "away": "not_ready"}
+    for id_, code in said.items():
         found = get(running.server, f"/decisions/{id_}")
         assert (found["model"], found["code"]) == (NAME, code)
     spans = get(running.server, "/statistics", per="day")["spans"]
