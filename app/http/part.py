@@ -58,13 +58,22 @@ def checked(part: str) -> str:
     Raises:
         BadRequest: it is too long, or holds what cannot be seen.
     """
-    if len(part) > MAX_PART:
-        raise BadRequest(f"The part's name has {len(part):,} characters: {MAX_PART} are allowed.")
-    if any(unicodedata.category(one) in _UNPRINTABLE for one in part):
+    return visible(part, "part's name", MAX_PART)
+
+
+def visible(text: str, what: str, most: int) -> str:
+    """A text as it was given, which people will read and files will hold.
+
+    Raises:
+        BadRequest: it is too long, or holds what cannot be seen.
+    """
+    if len(text) > most:
+        raise BadRequest(f"The {what} has {len(text):,} characters: {most} are allowed.")
+    if any(unicodedata.category(one) in _UNPRINTABLE for one in text):
         raise BadRequest(
-            f"The part's name {part!a} holds characters that cannot be seen: send visible text."
+            f"The {what} {text!a} holds characters that cannot be seen: send visible text."
         )
-    return part
+    return text
 
 
 def given_back(request_id: str, part: str) -> list[tuple[bytes, bytes]]:

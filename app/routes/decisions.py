@@ -25,7 +25,7 @@ from app.decisions.evidence import write_evidence
 from app.decisions.recorder import Recorder
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
-from app.http.part import SCHEMA, checked
+from app.http.part import SCHEMA, checked, visible
 from app.routes.infer import ImageBody, TimingBody
 from app.serving.inspection import Inspector
 from app.serving.model_manager import ModelManager
@@ -34,6 +34,7 @@ from engines.serving.resident import Resident
 from engines.store.versions import Store
 
 PAGE, MOST = 50, 500
+MOST_REASON, MOST_KIND = 500, 100  # characters
 SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
 AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
@@ -132,9 +133,9 @@ class LabelBody(Body):
         description="unusable: the picture shows nothing of the part."
     )
     defect: str = Field(
-        "", max_length=100, description="Its kind, such as `scratch`; only with `defect`."
+        "", max_length=MOST_KIND, description="Its kind, such as `scratch`; only with `defect`."
     )
-    reason: str = Field("", max_length=500, description="Why, in a sentence.")
+    reason: str = Field("", max_length=MOST_REASON, description="Why, in a sentence.")
 
 
 class DeletedBody(Body):
@@ -203,8 +204,9 @@ BeforeThis = Annotated[
 Why = Annotated[
     str,
     Query(
-        min_length=1, max_length=500, examples=["kept for ten years, as agreed"],
+        min_length=1, max_length=MOST_REASON, examples=["kept for ten years, as agreed"],
         description="Why, in a sentence: it stands in the audit trail.",
+        json_schema_extra={"pattern": SCHEMA["pattern"]},
     ),
 ]  # fmt: skip
 Before = Annotated[
@@ -337,7 +339,7 @@ async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBod
             " is older, of every model."
         )
     end = milliseconds(until) or 0
-    why, name = checked(reason), who(request)
+    why, name = visible(reason, "reason", MOST_REASON), who(request)
     count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
     return DeletedBody(decisions=count)
 
@@ -403,7 +405,8 @@ async def delete_image(
     number: Which = None,
 ) -> None:
     """And its map: the decision stays. A copy that somebody has learned from is in its category."""
-    recorder, why, name = recorder_of(request), checked(reason), who(request)
+    recorder, name = recorder_of(request), who(request)
+    why = visible(reason, "reason", MOST_REASON)
 
     def forget() -> None:
         kept = recorder.read(lambda it: _kept(it, id, number))
@@ -467,10 +470,12 @@ async def label(
     if body.defect and body.label != "defect":
         raise BadRequest(f"A part that is {body.label} has no kind of defect: leave it out.")
     name = who(request)
+    defect = visible(body.defect, "kind of defect", MOST_KIND)
+    reason = visible(body.reason, "reason", MOST_REASON)
 
     def mark(it: DecisionDatabase) -> None:
         kept = _kept(it, id, number)
-        it.mark(kept, body.label, checked(body.defect), name, checked(body.reason))
+        it.mark(kept, body.label, defect, name, reason)
 
     await ask(recorder_of(request).read, mark)
     return await decision(request, id, number)

@@ -66,7 +66,7 @@ class PaDiM(nn.Module):
         self.index: torch.Tensor
         self.positions = 0  # h * w
         self.stats: Stats | None = None
-        self.mean = self.whitening = torch.empty(0)
+        self.mean = self.whitening = self.smoothing = torch.empty(0)
 
     def choose(self, index: torch.Tensor) -> None:
         """Set the channels (n,) that are used, of all layers one after the other; ascending."""
@@ -77,6 +77,7 @@ class PaDiM(nn.Module):
     def learn(self, stats: Stats) -> None:
         """Set the statistics, and what of them stands in the graph."""
         self.stats, self.mean, self.whitening = stats, stats.mean, stats.whitening()
+        self.smoothing = smoothing(math.isqrt(len(self.mean)), self.image_size)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Score images.
@@ -97,14 +98,14 @@ class PaDiM(nn.Module):
             whitened = self.whitening @ difference
         distance = whitened.square().sum(dim=1).sqrt()  # (P, N)
         distances = distance.permute(1, 0).reshape(-1, height, width)
-        rows, columns = (smoothing(side, self.image_size) for side in (height, width))
-        score = (rows @ distances @ columns.T).amax(dim=(1, 2))
-        return score, _average(rows, height) @ distances @ _average(columns, width).T
+        score = (self.smoothing @ distances @ self.smoothing.T).amax(dim=(1, 2))
+        smaller = _average(self.smoothing, height)
+        return score, smaller @ distances @ smaller.T
 
     def highest(self, distances: torch.Tensor) -> torch.Tensor:
         """Raw scores (N,) of distances (N, P): as in `forward`."""
         side = math.isqrt(distances.shape[1])  # images are square
-        rows = _smoothing(side, self.image_size)
+        rows = smoothing(side, self.image_size)
         smooth: torch.Tensor = rows @ distances.reshape(-1, side, side) @ rows.T
         return smooth.amax(dim=(1, 2))
 
@@ -124,6 +125,7 @@ class PaDiM(nn.Module):
         return torch.cat(parts, dim=1).flatten(2).permute(0, 2, 1), (height, width)
 
 
+@lru_cache(maxsize=1)  # it takes longer than what it is for
 def smoothing(side: int, image_size: int) -> torch.Tensor:
     """anomalib's enlarging and smoothing of maps, along one side, as a matrix (S, side).
 
@@ -135,9 +137,6 @@ def smoothing(side: int, image_size: int) -> torch.Tensor:
     enlarged = generator.up_sample(steps, (image_size, image_size))
     smooth: torch.Tensor = generator.smooth_anomaly_map(enlarged)  # (side, 1, S, S)
     return smooth[:, 0, :, image_size // 2].T.contiguous()
-
-
-_smoothing = lru_cache(maxsize=1)(smoothing)  # it takes longer than what it is for
 
 
 def _average(matrix: torch.Tensor, side: int) -> torch.Tensor:

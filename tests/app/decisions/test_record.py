@@ -360,10 +360,12 @@ def test_the_last_label_counts_and_all_that_was_said_is_kept(running: Line, good
         assert answer.status_code == 200, answer.text
         return answer.json()
 
+    mark(label="unusable", reason="x" * 500)
     mark(label="defect", defect="scratch", reason="seen under the lamp")
     found = mark(label="good")
     assert (found["label"], found["defect"]) == ("good", None)
-    assert [one["details"]["label"] for one in found["history"]] == ["good", "defect"]
+    labels = [one["details"]["label"] for one in found["history"]]
+    assert labels == ["good", "defect", "unusable"]
     assert found["history"][1]["reason"] == "seen under the lamp"
     assert "marked" in [one["id"] for one in get(server, "/decisions", label="good")["decisions"]]
     for body in ({"label": "fine"}, {"label": "good", "defect": "scratch"}, {}):
@@ -547,7 +549,8 @@ def killed_under_load(model: Path, photo: bytes, folder: Path) -> None:
                          "KENSA_MODEL_NAME": NAME})) as running:  # fmt: skip
         until = time.monotonic() + 2.5
         while time.monotonic() < until:
-            answered.append((time.monotonic(), running.server.infer(photo).json()["id"]))
+            id_ = running.server.infer(photo).json()["id"]
+            answered.append((time.monotonic(), id_))
         running.server.process.send_signal(signal.SIGKILL)
         killed = time.monotonic()
         running.server.process.wait()

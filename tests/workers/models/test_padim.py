@@ -219,6 +219,15 @@ def test_smoothing_as_a_matrix_is_anomalibs_smoothing() -> None:
     torch.testing.assert_close(matrix @ plain[0, 0] @ matrix.T, expected[0, 0])
 
 
+def test_a_model_that_judges_does_not_measure_the_smoothing_again(
+    model: PaDiM, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took longer than all else: 100 s of the 127 of an update."""
+    monkeypatch.setattr(padim, "smoothing", None)
+    monkeypatch.setattr(padim, "AnomalyMapGenerator", None)
+    assert len(padim.scores(model, [pictures])) == len(pictures)
+
+
 def test_updating_lowers_the_scores_of_the_new_normals(pictures: Pictures) -> None:
     model = learned(pictures)
     new = 255 - parts(30, 34)
