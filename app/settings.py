@@ -7,6 +7,7 @@ They come from environment variables with the prefix `KENSA_`. Nobody else reads
 from __future__ import annotations
 
 import os
+import re
 from datetime import time
 from importlib import metadata
 from ipaddress import ip_address
@@ -366,7 +367,6 @@ class Settings(BaseSettings):
         "06:00,14:00,22:00",
         "times",
         "When shifts begin, for statistics: at quarters of an hour, separated by commas.",
-        pattern=r"^([01]\d|2[0-3]):(00|15|30|45)( *, *([01]\d|2[0-3]):(00|15|30|45))*$",
     )
     timezone: str = _setting(
         "UTC", "name", "The time zone of shifts and days, such as Asia/Tokyo.", max_length=100
@@ -424,6 +424,7 @@ class Settings(BaseSettings):
         settings.collected_in  # noqa: B018
         settings.served_name  # noqa: B018 (the same)
         settings.zone  # noqa: B018 (the same)
+        settings.shift_times  # noqa: B018 (the same)
         return settings
 
     @property
@@ -460,8 +461,19 @@ class Settings(BaseSettings):
 
     @property
     def shift_times(self) -> list[time]:
-        """The times in `shifts`."""
-        return [time.fromisoformat(one) for one in _listed(self.shifts)]
+        """The times in `shifts`.
+
+        Raises:
+            BadSettings: one is no time at a quarter of an hour, or there is none.
+        """
+        times = _listed(self.shifts)
+        for one in times or [self.shifts]:
+            if not re.fullmatch(r"([01]\d|2[0-3]):(00|15|30|45)", one):
+                raise BadSettings(
+                    f"KENSA_SHIFTS is {self.shifts!r}, and {one!r} is no time at a quarter of an"
+                    " hour: say 06:00,14:00,22:00, for example."
+                )
+        return [time.fromisoformat(one) for one in times]
 
     @property
     def host_names(self) -> list[str]:

@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -135,6 +136,7 @@ class Collector:
         self._device = device_name(settings.device) if self._postgres else ""
         self._path = settings.data / "decisions" / FILE
         self._sent: dict[str, int] = {}  # table -> the number of the last line
+        self._at_first: int | None = None  # the last decision when this began
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
@@ -159,8 +161,16 @@ class Collector:
         try:
             self._follow()
         except Exception as error:  # noqa: BLE001 (whatever it is, it may pass, and is logged)
+            self._count_behind()
             self._fails(error)
             self._ending.wait(AGAIN_AFTER_S)
+
+    def _count_behind(self) -> None:
+        """How many wait; of a database that has not answered yet, those since the start."""
+        with suppress(sqlite3.Error, KensaError), DecisionDatabase(self._path) as here:
+            last, _ = here.last("decisions")
+            self._at_first = last if self._at_first is None else self._at_first
+            self.behind = max(0, last - self._sent.get("decisions", self._at_first))
 
     def _follow(self) -> None:
         """Send what comes, until something fails or the server ends."""

@@ -45,8 +45,8 @@ async def within_deadline(
         if leaving.done():
             raise ClientDisconnect
         raise DeadlineExceeded(
-            f"There was no verdict within {within_ms:,} ms, because others came first: send less at"
-            " once, or allow more time."
+            f"There was no verdict within {within_ms:,} ms: it takes longer, or others came first."
+            " Allow more time, or send less at once."
         )
     finally:
         leaving.cancel()

@@ -40,10 +40,16 @@ AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
 
 
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)", re.IGNORECASE)
+
+
 def _written(given: Any) -> Any:
     """A time in words: a number would be taken for seconds, and a large one for milliseconds."""
-    if not isinstance(given, str) or not re.match(r"\d{4}-\d\d-\d\d", given):
-        raise ValueError("say a time with its zone, such as 2026-11-29T06:00:00Z")
+    if not isinstance(given, str) or not _TIME.fullmatch(given):
+        raise ValueError(
+            "say a time with its zone, such as 2026-11-29T06:00:00Z, or 2026-11-29T15:00:00+09:00,"
+            " whose + is %2B in a URL"
+        )
     return given
 
 
@@ -57,7 +63,7 @@ class DecisionBody(Body):
     id: str = Field(description="As in the answer of the inspection.")
     part: str | None = Field(description="What the request called the part.")
     time: datetime = Field(description="UTC.")
-    model: str = Field(description="Empty where the only one was asked for and gave no verdict.")
+    model: str = Field(description="Empty where none was named, and there was not just one.")
     version: str | None = Field(description="Which judged; null without a verdict.")
     verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
     code: str | None = Field(description="Why there was no verdict; else null.")
@@ -95,7 +101,7 @@ class LineBody(Body):
         description="label, taught, threshold, live, rollback, held, key_added, key_removed,"
         " deleted, prune, lost or repair."
     )
-    subject: str = Field(description="A decision's id, or a model's or a key's name.")
+    subject: str = Field(description="A decision's id, or a model's, a category's or a key's name.")
     reason: str | None
     details: dict[str, Any]
     hash: str = Field(description="SHA-256 of the line and of the hash before it.")
@@ -205,7 +211,7 @@ Why = Annotated[
 ]  # fmt: skip
 Before = Annotated[
     int | None,
-    Query(ge=1, le=2**62, examples=[480], description="The `next` of the page before."),
+    Query(ge=1, le=2**62, examples=[481], description="The `next` of the page before."),
 ]
 Limit = Annotated[int, Query(ge=1, le=MOST, description="How many at once.")]
 
@@ -300,7 +306,7 @@ def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
         body, one = decision_body(kept).model_dump(mode="json"), kept.decision
         yield csv_row([
             *(body[name] for name in names),
-            one.format, one.width, one.height,
+            one.format, one.width or None, one.height or None,
             one.queue_ms, one.decode_ms, one.infer_ms, one.total_ms,
         ])  # fmt: skip
 
@@ -327,6 +333,11 @@ async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBod
     What lies between newer decisions, of a clock that was wrong, stays. Sums for GET /statistics
     stay, too.
     """
+    if more := sorted(request.query_params.keys() - {"until", "reason"}):
+        raise BadRequest(
+            f"DELETE /decisions takes until and reason, and no {more[0][:100]}: it deletes all that"
+            " is older, of every model."
+        )
     end = milliseconds(until) or 0
     why, name = visible(reason, "reason", MOST_REASON), who(request)
     count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
@@ -475,7 +486,15 @@ async def label(
     dependencies=[needs("operator")],
     summary="Judge its picture again",
     responses={
-        404: _UNKNOWN,
+        400: error_response(
+            "Its picture is damaged: so it had no verdict.", bad_image="The PNG image is cut short."
+        ),
+        404: error_response(
+            "No such decision or version, or its picture is not kept.",
+            unknown_decision="There is no decision 'KB-2046': it was never made, or is too old to"
+            " be kept.",
+            unknown_version="bracket has no version '0009-3f9a0c41d2e8'; there is ...",
+        ),
         409: OFF,
         507: error_response(
             "That version does not fit beside what is in memory.",
@@ -605,7 +624,7 @@ async def trail(
     subject: Annotated[
         str,
         Query(
-            description="A decision's id, or a model's or a key's name.",
+            description="A decision's id, or a model's, a category's or a key's name.",
             max_length=200,
             examples=["bracket"],
         ),
@@ -686,10 +705,15 @@ def _image(recorder: Recorder, kept: Kept) -> bytes:
     try:
         return recorder.pictures.image(kept.number)
     except FileNotFoundError:
-        raise UnknownDecision(
-            f"The picture of the decision {kept.decision.id!r} is not kept: those of rejects are,"
-            " of parts near the threshold and of a sample; see KENSA_RECORD_PICTURES_MIB."
-        ) from None
+        which = f"The picture of the decision {kept.decision.id!r}"
+        if any(one.what == "deleted" for one in recorder.read(lambda it: _lines(it, kept))):
+            sentence = f"{which} was deleted: the decision's history says by whom and why."
+        else:
+            sentence = (
+                f"{which} is not kept: those of rejects are, of parts near the threshold and of a"
+                " sample; see KENSA_RECORD_PICTURES_MIB."
+            )
+        raise UnknownDecision(sentence) from None
 
 
 def _time(at: int) -> datetime:

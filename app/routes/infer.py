@@ -169,7 +169,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     ),
     504: error_response(
         "Not within the deadline.",
-        deadline_exceeded="There was no verdict within 300 ms, because others came first: ...",
+        deadline_exceeded="There was no verdict within 300 ms: it takes longer, or ...",
     ),
 }
 _FORM = {
@@ -239,10 +239,12 @@ async def infer(
     """
     recorder: Recorder = request.app.state.recorder
     called = part_of(request.scope["query_string"], request.headers.raw)
-    asked = Asked(request_id(request), called, model, who(request))
+    inspector: Inspector = request.app.state.inspector
+    # A refusal counts under the only model as a verdict does.
+    named = model or inspector.residents.only or ""
+    asked = Asked(request_id(request), called, named, who(request))
     data: bytes | None = None
     try:
-        inspector: Inspector = request.app.state.inspector
         inspector.residents.call(model or None)  # before the image is read
         inspector.admission.check_room()
         answer = wanted(request.headers.get("accept", ""))

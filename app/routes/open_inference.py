@@ -78,7 +78,7 @@ MAX_REPOSITORY_BODY = 64 * 1024  # bytes
 
 _LATE = error_response(
     "Not within the deadline.",
-    deadline_exceeded="There was no verdict within 300 ms, because others came first: ...",
+    deadline_exceeded="There was no verdict within 300 ms: it takes longer, or ...",
 )
 _NOT_READY = error_response(
     "The model is not in memory; the sentence says why.",

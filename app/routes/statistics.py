@@ -48,7 +48,7 @@ _PAGE_HEADERS = {
 class SpanBody(Body):
     """What was decided by a model within a span of time."""
 
-    model: str = Field(description="Empty: of requests that named none, or none that is known.")
+    model: str = Field(description="Empty: of requests that named none, or one that is not known.")
     since: datetime = Field(description="When the span began, in the zone of KENSA_TIMEZONE.")
     until: datetime
     parts: int = Field(description="That got a verdict; a part that was sent again counts once.")

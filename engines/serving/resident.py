@@ -109,11 +109,18 @@ class Residents:
             self.on_call(name)
         return self.get(name)
 
-    def _only(self) -> Resident:
-        # Not the one that is left when another is away: that one may be meant.
+    @property
+    def only(self) -> str | None:
+        """The name of the one model that there is, in memory or not; None where there are several.
+
+        Not the one that is left when another is away: that one may be meant.
+        """
         known = {*self._models, *self.unloaded, *self.resting, *self.problems}
-        if len(known) == 1 and self._models:
-            return next(iter(self._models.values()))
+        return known.pop() if len(known) == 1 else None
+
+    def _only(self) -> Resident:
+        if self.only in self._models:
+            return self._models[self.only]
         if self._models:
             raise UnknownModel(f"Say which model, as ?model=NAME{self._there_is()}.")
         raise NotReady(self.missing() or NO_MODEL)

@@ -86,6 +86,15 @@ def test_a_wrong_value_is_named(name: str, value: str, monkeypatch: pytest.Monke
     assert value in str(caught.value)
 
 
+@pytest.mark.parametrize("shifts", ["06:00,06:10", "6,14", "24:00", "06:00;14:00", ","])
+def test_shifts_that_are_no_times_are_refused_with_an_example(
+    shifts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KENSA_SHIFTS", shifts)
+    with pytest.raises(BadSettings, match="quarter of an hour: say 06:00,14:00,22:00"):
+        Settings.read()
+
+
 def test_a_misspelt_variable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KENSA_MODEL_DRI", "x")
     monkeypatch.setenv("KENSA_PORT", "1")

@@ -113,10 +113,15 @@ def test_what_came_while_nobody_answered_follows_once_and_in_order(
             until(lambda: collector.problem is not None)
             assert "They are kept here and follow" in str(collector.problem)
             assert PASSWORD not in str(collector.problem)
+            until(lambda: collector.behind == 1200)
+            with collected(tmp_path, "outage", postgres.url()) as restarted:
+                until(lambda: restarted.problem is not None)
+                here.append([decision() for _ in range(5)])
+                until(lambda: (collector.behind, restarted.behind) == (1205, 5))
             postgres.start()
-            until(lambda: has(postgres, "outage", 1203))
+            until(lambda: has(postgres, "outage", 1208))
             until(lambda: collector.problem is None and collector.behind == 0)
-    assert [number for number, _ in there(postgres, "outage")] == list(range(1, 1204))
+    assert [number for number, _ in there(postgres, "outage")] == list(range(1, 1209))
 
 
 def test_two_that_send_the_same_record_send_it_once(tmp_path: Path, postgres: Postgres) -> None:

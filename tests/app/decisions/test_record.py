@@ -99,8 +99,32 @@ def test_what_got_no_verdict_is_recorded_with_the_reason_and_a_broken_picture_is
     assert (found["verdict"], found["code"]) == ("none", "bad_image")
     assert (found["version"], found["raw_score"], found["part"]) == (None, None, "B-1")
     assert running.server.client.get("/decisions/broken/image").content == broken
+    version = running.server.infer(good).json()["model_version"]
+    for by, code in ((version, "bad_image"), ("0009-nope", "unknown_version")):
+        again = running.server.client.post("/decisions/broken/replay", params={"version": by})
+        assert agreed(again) == code
     heatmap = running.server.client.get("/decisions/broken/heatmap")
     assert (heatmap.status_code, agreed(heatmap)) == (404, "unknown_decision")
+
+
+def test_a_refusal_counts_under_the_only_model_also_where_the_request_named_none(
+    running: Line, good: bytes
+) -> None:
+    late = running.server.client.post("/infer", params={"deadline_ms": 1}, content=good,
+                                      headers={"X-Request-ID": "late"})  # fmt: skip
+    assert late.status_code == 504
+    assert running.server.infer(good[:99], **{"X-Request-ID": "cut"}).status_code == 400
+    for change in ("unload", "load"):
+        path = f"/v2/repository/models/{NAME}/{change}"
+        assert running.server.client.post(path).status_code == 200
+        if change == "unload":
+            assert running.server.infer(good, **{"X-Request-ID": "away"}).status_code == 503
+    said = {"late": "deadline_exceeded", "cut": "bad_image", "away": "not_ready"}
+    for id_, code in said.items():
+        found = get(running.server, f"/decisions/{id_}")
+        assert (found["model"], found["code"]) == (NAME, code)
+    spans = get(running.server, "/statistics", per="day")["spans"]
+    assert {one["model"] for one in spans} == {NAME}
 
 
 def test_an_image_sent_by_the_open_inference_protocol_is_recorded_too(
@@ -230,15 +254,18 @@ def test_decisions_are_filtered_and_come_in_pages(running: Line, good: bytes) ->
     assert all(one["score"] >= 0.5 for one in least)
     assert get(server, "/decisions", since=since)["decisions"][-1]["time"] >= since
     assert get(server, "/decisions", until="2020-01-01T00:00:00Z")["decisions"] == []
-    for wrong in ("2026-11-29T06:00:00", "1764400000", "0.5", "today"):
+    for wrong in ("2026-11-29T06:00:00", "2026-11-29T06:00:00 09:00", "1764400000", "0.5", "today",
+                  "2026-11-29"):  # fmt: skip
         answer = server.client.get("/decisions", params={"since": wrong})
         assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+        assert "with its zone" in answer.json()["error"]
 
 
 def test_the_table_is_what_the_list_says_and_no_formula(running: Line, good: bytes) -> None:
     import csv
     import io
 
+    running.server.infer(good[:99], **{"X-Part": "no picture"})
     running.server.infer(good, **{"X-Part": quote("＝HYPERLINK(2)")})
     running.server.infer(good, **{"X-Part": "=HYPERLINK(1)"})
     answer = running.server.client.get("/decisions.csv")
@@ -248,6 +275,7 @@ def test_the_table_is_what_the_list_says_and_no_formula(running: Line, good: byt
     assert [int(row["number"]) for row in rows] == [one["number"] for one in listed]
     assert [row["part"] for row in rows[:2]] == ["'=HYPERLINK(1)", "'＝HYPERLINK(2)"]
     assert float(rows[0]["raw_score"]) == listed[0]["raw_score"]
+    assert (rows[2]["part"], rows[2]["width"], rows[2]["height"]) == ("no picture", "", "")
 
 
 def test_statistics_count_what_the_list_shows(running: Line, good: bytes) -> None:
@@ -635,6 +663,9 @@ def test_an_admin_deletes_pictures_and_old_decisions_with_a_reason_and_the_rest_
         picture = {"url": "/decisions/d2/image", "params": {"reason": "a hand is in it"}}
         assert client.delete("/decisions", params=old, headers=operator).status_code == 403
         assert client.delete(**picture, headers=operator).status_code == 403
+        for more in ("model", "since"):  # which would delete less, if there were such a thing
+            asked = {**old, more: third[{"since": "time"}.get(more, more)]}
+            assert agreed(client.delete("/decisions", params=asked, headers=boss)) == "bad_request"
         assert client.delete("/decisions", params=old, headers=boss).json() == {"decisions": 2}
         assert client.get("/decisions/d1", headers=boss).status_code == 404
         assert client.get("/decisions/d2/image", headers=boss).content == good
@@ -642,6 +673,7 @@ def test_an_admin_deletes_pictures_and_old_decisions_with_a_reason_and_the_rest_
         for again in (client.delete(**picture, headers=boss),
                       client.get("/decisions/d2/overlay", headers=boss)):  # fmt: skip
             assert (again.status_code, agreed(again)) == (404, "unknown_decision")
+            assert "was deleted" in again.json()["error"]
         assert not list((tmp_path / "data" / "decisions").glob("pictures/*/*"))
         files = [("files", ("a.png", good)), ("files", ("b.png", bad))]
         sent = client.post("/datasets/bolt/train", files=files, headers=operator)
