@@ -478,7 +478,11 @@ def test_a_decision_that_was_noted_on_paper_is_held_against_the_record(
     assert (noted.returncode, noted.stdout.splitlines()[-1]) == (
         0, f"Decision {number} is the one that was noted.",
     )  # fmt: skip
-    for other, words in ((number - 1, "is not the one that was noted"), (99, "is not in the")):
+    for other, words in (
+        (number - 1, "is not the one that was noted"),
+        (99, "is not in the"),
+        (10**30, "is not in the"),
+    ):
         wrong = verify(tmp_path, "--decision", str(other), "--hash", hash_)
         assert (wrong.returncode, words in wrong.stderr) == (2, True), wrong.stderr
     half = verify(tmp_path, "--decision", str(number))
