@@ -85,7 +85,7 @@ class Recorder:
         self._is_counted = False
         self._wake = threading.Event()
         self._ending = False
-        self._opened = threading.Event()
+        self.opened = threading.Event()  # once the record is there, and whole
         self._of_thread = threading.local()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -182,7 +182,7 @@ class Recorder:
         """
         if not self.is_on:
             raise Conflict("Nothing is recorded here: set KENSA_RECORD=on and start Kensa again.")
-        if not self._opened.wait(timeout=0 if self._problem else WAIT_S):
+        if not self.opened.wait(timeout=0 if self._problem else WAIT_S):
             raise Conflict(self._problem or f"The record in {self.folder} is still being opened.")
         self.flush()
         try:
@@ -256,7 +256,7 @@ class Recorder:
     def _open(self) -> DecisionDatabase:
         database = open_or_make(self.folder)
         self.pictures.sweep(set(database.with_pictures()))
-        self._opened.set()
+        self.opened.set()
         return database
 
     def _write(self, database: DecisionDatabase) -> None:

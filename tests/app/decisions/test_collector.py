@@ -6,9 +6,10 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.decisions import collector as collecting
-from app.decisions.collector import Collector
+from app.decisions.collector import Collector, Shared, first_different
 from app.decisions.database import COLUMNS, FILE, Filter, Note, open_or_make
 from app.settings import Settings
 from engines.errors import BadSettings
@@ -47,8 +48,13 @@ def settings_of(folder: Path, device: str, url: str) -> Settings:
 
 
 @contextmanager
-def collected(folder: Path, device: str, url: str) -> Iterator[Collector]:
-    collector = Collector(settings_of(folder, device, url))
+def collected(
+    folder: Path, device: str, url: str, opened: threading.Event | None = None
+) -> Iterator[Collector]:
+    if opened is None:
+        opened = threading.Event()
+        opened.set()
+    collector = Collector(settings_of(folder, device, url), opened)
     collector.start()
     try:
         yield collector
@@ -113,6 +119,7 @@ def test_what_came_while_nobody_answered_follows_once_and_in_order(
             until(lambda: collector.problem is not None)
             assert "They are kept here and follow" in str(collector.problem)
             assert PASSWORD not in str(collector.problem)
+            until(lambda: collector.behind == 1200)
             postgres.start()
             until(lambda: has(postgres, "outage", 1203))
             until(lambda: collector.problem is None and collector.behind == 0)
@@ -152,6 +159,61 @@ def test_a_model_s_name_with_a_nul_is_no_end_of_collecting(
     with collected(tmp_path, "nul", postgres.url()):
         until(lambda: has(postgres, "nul", 2))
     assert there(postgres, "nul", "model")[0] == ("a\ufffdb",)
+
+
+def test_a_record_that_is_repaired_or_named_first_is_not_looked_at_before(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """Else all of it would be collected twice, or a file that was put aside for ever."""
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision()])
+    with sqlite3.connect(tmp_path / "decisions" / FILE) as database:
+        database.execute("PRAGMA application_id = 0")  # of a Kensa that collected nothing
+    opened = threading.Event()
+    with collected(tmp_path, "unnamed", postgres.url(), opened):
+        time.sleep(0.5)
+        with open_or_make(tmp_path / "decisions") as here:
+            opened.set()
+            until(lambda: has(postgres, "unnamed", 1))
+            assert there(postgres, "unnamed", "record") == [(here.name,)]
+
+
+def test_the_trail_of_a_record_that_lost_its_end_is_collected(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """A line of the trail may name a decision that a repair could not take over."""
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision(), decision(), decision()])
+        here.append([Note.now("live", "", "part", "", {})])
+        with sqlite3.connect(tmp_path / "decisions" / FILE) as database:
+            database.execute("DELETE FROM decisions WHERE number > 1")
+        with collected(tmp_path, "lost", postgres.url()):
+            until(lambda: has(postgres, "lost", 1) and has(postgres, "lost", 1, "trail"))
+
+
+def test_lines_that_come_while_verify_compares_are_no_difference(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        open_or_make(tmp_path / "decisions") as writer,
+        open_or_make(tmp_path / "decisions") as here,
+    ):
+        writer.append([decision()])
+        with collected(tmp_path, "meanwhile", postgres.url()):
+            until(lambda: has(postgres, "meanwhile", 1))
+            hashes = Shared.hashes
+
+            def while_more_comes(shared: Shared, table: str, *numbers: int) -> Any:
+                if table == "trail":
+                    writer.append([Note.now("live", "", "part", "", {})])
+                    until(lambda: has(postgres, "meanwhile", 1, "trail"))
+                return hashes(shared, table, *numbers)
+
+            monkeypatch.setattr(Shared, "hashes", while_more_comes)
+            collected_in = settings_of(tmp_path, "meanwhile", postgres.url()).collected_in
+            assert collected_in is not None
+            with closing(Shared(collected_in, "meanwhile", here.name)) as shared:
+                assert first_different(here, shared) == (1, None)
 
 
 def verify(folder: Path, device: str, url: str) -> subprocess.CompletedProcess[str]:

@@ -94,7 +94,7 @@ def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
         patch.setattr(files.DecisionDatabase, "_count", full)  # after pictures and lines
         recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
         recorder.start()
-        recorder._opened.wait(10)
+        recorder.opened.wait(10)
         deadline = time.monotonic() + 10
         while recorder.problem is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -276,7 +276,7 @@ def test_who_asks_waits_for_what_was_told_before_and_not_for_what_comes_meanwhil
     monkeypatch.setattr(files.DecisionDatabase, "append", and_more_comes)
     recorder.no_verdict(Asked("before", "", "", ""), "overloaded")
     recorder.start()
-    assert recorder._opened.wait(10)
+    assert recorder.opened.wait(10)
     for _ in range(5):
         assert recorder.flush()
     assert recorder.read(lambda it: it.one("before")) is not None
