@@ -105,6 +105,49 @@ def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
     assert pictures_in(recorder) == ["1.image"]
 
 
+@pytest.mark.parametrize("by", ["a person", "age", "room", "room for pictures"])
+def test_what_comes_while_much_is_deleted_is_written_after_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Two million lines take half a minute: a kill would take all that came meanwhile."""
+    monkeypatch.setattr(recording, "PRUNE_AT_ONCE", 2)
+    monkeypatch.setattr(recording, "PRUNE_SHARE", 1)
+    changed = {"age": {"record_days": 1}, "room for pictures": {"record_pictures_mib": 1}}
+    recorder = recorder_in(tmp_path, **changed.get(by, {}))
+    of_pictures = 50_000 if by == "room for pictures" else 0
+    with open_or_make(recorder.folder) as database:
+        database.append([decision(at=1000)] * 640, lambda *_: of_pictures)
+    if by == "room":
+        used = files.DecisionDatabase.bytes_used
+        monkeypatch.setattr(
+            files.DecisionDatabase, "bytes_used",
+            lambda it: 2**31 if it.span() == (1, 640) else used(it),
+        )  # fmt: skip
+    written = []  # of those that came before each step, how many the disk had then
+
+    def and_one_comes(step: Any) -> Any:
+        def stepped(*arguments: Any) -> Any:
+            if len(written) < 4:
+                written.append(recorder.written)
+                recorder.no_verdict(Asked("new", "", "", ""), "bad_image")
+            return step(*arguments)
+
+        return stepped
+
+    for name in ("prune", "forget_pictures"):
+        step = getattr(files.DecisionDatabase, name)
+        monkeypatch.setattr(files.DecisionDatabase, name, and_one_comes(step))
+    recorder.start()
+    if by == "a person":
+        recorder.delete_before(2000, "anna", "as agreed")
+    else:
+        until = time.monotonic() + 30
+        while len(written) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+    recorder.close()
+    assert written[:3] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(("image", "room"), [(b"", 2048), (b"broken", 0)])
 def test_an_empty_picture_and_one_that_has_no_room_leave_no_file(
     tmp_path: Path, image: bytes, room: int
