@@ -60,11 +60,23 @@ def checked(part: str) -> str:
     """
     if len(part) > MAX_PART:
         raise BadRequest(f"The part's name has {len(part):,} characters: {MAX_PART} are allowed.")
-    if any(unicodedata.category(one) in _UNPRINTABLE for one in part):
+    return visible(part, "part's name")
+
+
+def visible(text: str, what: str) -> str:
+    """A text as it was given.
+
+    Args:
+        what: what it is, in a sentence.
+
+    Raises:
+        BadRequest: it holds what cannot be seen.
+    """
+    if any(unicodedata.category(one) in _UNPRINTABLE for one in text):
         raise BadRequest(
-            f"The part's name {part!a} holds characters that cannot be seen: send visible text."
+            f"The {what} {text!a} holds characters that cannot be seen: send visible text."
         )
-    return part
+    return text
 
 
 def given_back(request_id: str, part: str) -> list[tuple[bytes, bytes]]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from tempfile import SpooledTemporaryFile
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar, overload
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as InPath
@@ -25,7 +25,7 @@ from app.decisions.evidence import write_evidence
 from app.decisions.recorder import Recorder
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
-from app.http.part import SCHEMA, checked
+from app.http.part import SCHEMA, checked, visible
 from app.routes.infer import ImageBody, TimingBody
 from app.serving.inspection import Inspector
 from app.serving.model_manager import ModelManager
@@ -197,7 +197,7 @@ BeforeThis = Annotated[
 Why = Annotated[
     str,
     Query(
-        min_length=1, max_length=500, examples=["kept for ten years, as agreed"],
+        min_length=1, max_length=500, pattern=r"\S", examples=["kept for ten years, as agreed"],
         description="Why, in a sentence: it stands in the audit trail.",
     ),
 ]  # fmt: skip
@@ -325,8 +325,7 @@ async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBod
     What lies between newer decisions, of a clock that was wrong, stays. Sums for GET /statistics
     stay, too.
     """
-    end = milliseconds(until) or 0
-    why, name = checked(reason), who(request)
+    end, why, name = milliseconds(until), visible(reason, "reason"), who(request)
     count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
     return DeletedBody(decisions=count)
 
@@ -392,7 +391,7 @@ async def delete_image(
     number: Which = None,
 ) -> None:
     """And its map: the decision stays. A copy that somebody has learned from is in its category."""
-    recorder, why, name = recorder_of(request), checked(reason), who(request)
+    recorder, why, name = recorder_of(request), visible(reason, "reason"), who(request)
 
     def forget() -> None:
         kept = recorder.read(lambda it: _kept(it, id, number))
@@ -456,10 +455,10 @@ async def label(
     if body.defect and body.label != "defect":
         raise BadRequest(f"A part that is {body.label} has no kind of defect: leave it out.")
     name = who(request)
+    defect, reason = visible(body.defect, "kind of defect"), visible(body.reason, "reason")
 
     def mark(it: DecisionDatabase) -> None:
-        kept = _kept(it, id, number)
-        it.mark(kept, body.label, checked(body.defect), name, checked(body.reason))
+        it.mark(_kept(it, id, number), body.label, defect, name, reason)
 
     await ask(recorder_of(request).read, mark)
     return await decision(request, id, number)
@@ -691,7 +690,16 @@ def _time(at: int) -> datetime:
     return datetime.fromtimestamp(at / 1000, timezone.utc)
 
 
+@overload
+def milliseconds(time: datetime) -> int: ...
+
+
+@overload
+def milliseconds(time: datetime | None) -> int | None: ...
+
+
 def milliseconds(time: datetime | None) -> int | None:
+    """Since 1970."""
     return None if time is None else round(time.timestamp() * 1000)
 
 
