@@ -106,7 +106,7 @@ class Shared:
             yield from cursor
 
     def add(self, table: str, rows: list[dict[str, Any]]) -> None:
-        """Add lines, or know them already: all of them, or none."""
+        """Add lines, or know them already: all of them with the labels they give, or nothing."""
         names = ("number", *(COLUMNS if table == "decisions" else TRAIL), "hash")
         values = ", ".join(["%s"] * (len(names) + 2))
         with self._connection.transaction(), self._connection.cursor() as cursor:
@@ -115,14 +115,11 @@ class Shared:
                 f" VALUES ({values}) ON CONFLICT (device, record, number) DO NOTHING".encode(),
                 [[*self._mine, *(_taken(row[name]) for name in names)] for row in rows],
             )
-
-    def mark(self, labels: list[dict[str, Any]]) -> None:
-        """Write number, label and defect of decisions; of several of one, the last counts."""
-        with self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.executemany(
+            given = [json.loads(row["details"]) for row in rows if row.get("what") == "label"]
+            cursor.executemany(  # of several of one decision, the last counts
                 "UPDATE kensa.decisions SET label = %s, defect = %s"
                 " WHERE device = %s AND record = %s AND number = %s",
-                [[one["label"], one["defect"], *self._mine, one["number"]] for one in labels],
+                [[one["label"], one["defect"], *self._mine, one["number"]] for one in given],
             )
 
 
@@ -208,7 +205,6 @@ class Collector:
         self._sent["decisions"], self.behind = last, 0  # what was pruned before it was sent is gone
         while rows := self._next(here, "trail", up_to=last_of_trail):
             shared.add("trail", rows)
-            shared.mark([json.loads(row["details"]) for row in rows if row["what"] == "label"])
             self._sent["trail"] = rows[-1]["number"]
 
     def _next(self, here: DecisionDatabase, table: str, up_to: int) -> list[dict[str, Any]]:

@@ -178,6 +178,24 @@ def test_a_record_that_is_repaired_or_named_first_is_not_looked_at_before(
             assert there(postgres, "unnamed", "record") == [(here.name,)]
 
 
+def test_a_label_that_could_not_be_written_there_follows(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """Where the line of the trail stood there without it, it would never come."""
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision(id="one")])
+        with collected(tmp_path, "label", postgres.url()) as collector:
+            until(lambda: has(postgres, "label", 1))
+            postgres.ask("ALTER TABLE kensa.decisions RENAME COLUMN label TO away")
+            kept = here.one("one")
+            assert kept is not None
+            here.mark(kept, "good", "", "quality", "")
+            until(lambda: collector.problem is not None)
+            postgres.ask("ALTER TABLE kensa.decisions RENAME COLUMN away TO label")
+            until(lambda: has(postgres, "label", 1, "trail"))
+    assert there(postgres, "label", "label") == [("good",)]
+
+
 def test_the_trail_of_a_record_that_lost_its_end_is_collected(
     tmp_path: Path, postgres: Postgres
 ) -> None:
