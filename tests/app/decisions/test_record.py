@@ -318,6 +318,15 @@ def test_the_evidence_of_a_part_is_a_zip_with_all_of_it_and_its_hashes(
     assert labels == ["defect", "good"]
     other = server.client.get("/decisions/marked", params=of_first)
     assert (other.status_code, agreed(other)) == (404, "unknown_decision")
+    number = of_first["number"]  # a power cut may leave an empty file
+    (running.store.folder(NAME, live).parents[2] / "decisions" / "pictures" / "0" / f"{number}.map"
+     ).write_bytes(b"")  # fmt: skip
+    drawn = server.client.get("/decisions/evidence/overlay", params=of_first)
+    assert (drawn.status_code, agreed(drawn)) == (404, "unknown_decision")
+    assert "its map is damaged" in drawn.text
+    answer = server.client.get("/parts/E/1/evidence")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as found:
+        assert names - set(found.namelist()) == {f"{first}.overlay.png"}
     nobody = server.client.get("/parts/nobody/evidence")
     assert (nobody.status_code, agreed(nobody)) == (404, "unknown_decision")
 
