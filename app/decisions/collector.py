@@ -106,7 +106,11 @@ class Shared:
             yield from cursor
 
     def add(self, table: str, rows: list[dict[str, Any]]) -> None:
-        """Add lines, or know them already: all of them with the labels they give, or nothing."""
+        """Add lines, or know them already: all of them with the labels they give, or nothing.
+
+        Raises:
+            BadRecord: another one is there under a number, as of a copy of this record.
+        """
         names = ("number", *(COLUMNS if table == "decisions" else TRAIL), "hash")
         values = ", ".join(["%s"] * (len(names) + 2))
         with self._connection.transaction(), self._connection.cursor() as cursor:
@@ -115,6 +119,15 @@ class Shared:
                 f" VALUES ({values}) ON CONFLICT (device, record, number) DO NOTHING".encode(),
                 [[*self._mine, *(_taken(row[name]) for name in names)] for row in rows],
             )
+            cursor.execute(
+                f"SELECT number, hash FROM kensa.{table} WHERE device = %s AND record = %s"
+                " AND number BETWEEN %s AND %s".encode(),
+                [*self._mine, rows[0]["number"], rows[-1]["number"]],
+            )
+            there: dict[int, str] = dict(cursor.fetchall())
+            for row in rows:
+                if there.get(row["number"]) != row["hash"]:
+                    raise _another(table, row["number"])
             given = [json.loads(row["details"]) for row in rows if row.get("what") == "label"]
             cursor.executemany(  # of several of one decision, the last counts
                 "UPDATE kensa.decisions SET label = %s, defect = %s"
@@ -243,12 +256,16 @@ def last_agreed(here: DecisionDatabase, shared: Shared, table: str) -> int:
     mine = here.hash_of(table, number)
     is_pruned = mine is None and number <= here.last(table)[0]
     if number and not is_pruned and mine != there:
-        raise BadRecord(
-            f"{_ONE[table]} {number} is {'another one' if mine else 'missing'} here: this record"
-            " was changed or set back. `kensa verify` names the first that differs; under another"
-            " KENSA_DEVICE all of it is collected anew"
-        )
+        raise _another(table, number, "another one" if mine else "missing")
     return number
+
+
+def _another(table: str, number: int, what: str = "another one") -> BadRecord:
+    return BadRecord(
+        f"{_ONE[table]} {number} is {what} here: this record was changed, set back, or copied."
+        " `kensa verify` names the first that differs; under another KENSA_DEVICE all of it is"
+        " collected anew"
+    )
 
 
 def first_different(here: DecisionDatabase, shared: Shared) -> tuple[int, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -136,6 +137,33 @@ def test_two_that_send_the_same_record_send_it_once(tmp_path: Path, postgres: Po
         time.sleep(0.3)
         assert (one.problem, other.problem) == (None, None)
     assert has(postgres, "twice", 3000)
+
+
+def test_two_copies_of_a_record_that_both_go_on_are_never_mixed(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """As of a machine that was cloned, name and all."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    with open_or_make(one / "decisions") as here:
+        here.append([decision()])
+    shutil.copytree(one, other)
+    with (
+        open_or_make(one / "decisions") as here,
+        open_or_make(other / "decisions") as copied,
+        collected(one, "clone", postgres.url()) as first,
+        collected(other, "clone", postgres.url()) as second,
+    ):
+        until(lambda: has(postgres, "clone", 1))
+        here.append([decision()])
+        until(lambda: has(postgres, "clone", 2))
+        copied.append([decision(), decision()])
+        until(lambda: second.problem is not None)
+        assert "Decision 2 is another one here" in str(second.problem)
+        here.append([decision()])
+        until(lambda: has(postgres, "clone", 3))
+        assert first.problem is None
+        mine = [(number, hash_) for number, _, hash_ in here.rows("decisions")]
+    assert there(postgres, "clone") == mine
 
 
 def test_records_of_two_folders_never_mix_though_they_have_the_same_name(
