@@ -336,6 +336,9 @@ class Recorder:
 
     def _tidy(self, database: DecisionDatabase) -> None:
         """Keep within the bounds of days and bytes; what waits is written between the steps."""
+        # No picture may come for hours, and nobody would know that there is room again.
+        if self._pictures_problem is not None and self._keep(0, bytes(MIB), None):
+            self.pictures.delete(0)
         write = partial(self._write, database)
         if not self._is_counted:
             self._is_counted = True

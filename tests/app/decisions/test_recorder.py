@@ -81,6 +81,28 @@ def test_a_disk_with_no_room_for_pictures_has_the_lines_and_is_asked_again(
     recorder.close()
 
 
+def test_that_pictures_find_room_again_is_known_before_the_next_one_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "PICTURES_AGAIN_AFTER_S", 0)
+    monkeypatch.setattr(recording, "TIDY_EVERY_S", 0.1)
+    recorder = recorder_in(tmp_path)
+    folder = recorder.folder / "pictures"
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
+    recorder.start()
+    recorder.read(lambda it: it.span())
+    assert "Pictures of decisions are not kept" in str(recorder.problem)
+    folder.unlink()
+    until = time.monotonic() + 10
+    while recorder.problem is not None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert recorder.problem is None
+    recorder.close()
+    assert pictures_in(recorder) == []
+
+
 def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
