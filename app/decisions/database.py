@@ -452,12 +452,18 @@ class DecisionDatabase:
         )
         return [_line(row) for row in rows]
 
-    def markers(self, since: int, until: int) -> list[tuple[str, int]]:
-        """Who marked how many parts within a time; empty where no key was needed."""
+    def markers(self, since: int, until: int, model: str | None = None) -> list[tuple[str, int]]:
+        """Who marked how many parts within a time; empty where no key was needed.
+
+        Args:
+            model: only parts that it judged, and whose decisions are kept.
+        """
         return self._connection.execute(
             "SELECT who, COUNT(*) FROM trail WHERE at >= ? AND at < ? AND what = 'label'"
+            " AND (? IS NULL OR EXISTS"
+            " (SELECT 1 FROM decisions WHERE id = subject AND model = ?))"
             " GROUP BY who ORDER BY COUNT(*) DESC, who",
-            [since, until],
+            [since, until, model, model],
         ).fetchall()
 
     # ---- room --------------------------------------------------------------------------------
