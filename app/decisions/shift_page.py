@@ -167,10 +167,13 @@ def _foot(shift: Shift, say: Words, version: str) -> str:
     (decision, hash_), (line, line_hash) = shift.decisions_head, shift.trail_head
     made = f"{shift.made:%Y-%m-%d %H:%M:%S} ({shift.made.tzinfo})"
     heads = say("heads", decision=decision, hash=hash_, line=line, line_hash=line_hash)
-    hold = say("hold", command=f"kensa verify --decision {decision} --hash {hash_}")
+    hold = ""  # to an empty record nothing can be held
+    if decision:
+        command = f"kensa verify --decision {decision} --hash {hash_}"
+        hold = f"<p>{say('hold', command=command)}</p>"
     return (
         f'<footer class="foot"><p>{say("made", time=made, version=version)}</p>'
-        f"<p>{heads}</p><p>{hold}</p></footer>"
+        f"<p>{heads}</p>{hold}</footer>"
     )
 
 

@@ -312,6 +312,7 @@ def test_marks_are_counted_by_who_gave_them_and_a_long_trail_is_cut_in_words(
 
 
 def test_paper_can_be_held_against_the_record(record: DecisionDatabase) -> None:
+    assert "kensa verify" not in drawn(record)  # which would not know the decision 0
     record.append([*parts(3), Note(ms(1), "", "live", "part", "", {})])
     (decision_number, hash_), (_, line_hash) = record.last("decisions"), record.last("trail")
     page = drawn(record)
