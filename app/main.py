@@ -87,7 +87,8 @@ def create_app(settings: Settings) -> FastAPI:
     jobs.coming = rollout.coming
     worker = WorkerProcess(settings.data, settings, background)
     metrics = Metrics(version())
-    recorder, collector = Recorder(settings), Collector(settings)
+    recorder = Recorder(settings)
+    collector = Collector(settings, recorder.opened)
     inspector.admission.on_busy = worker.on_busy
     inspector.batcher.on_batch = metrics.batch
     rollout.on_swap = metrics.swapped

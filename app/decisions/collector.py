@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from typing import Any
 
 import psycopg
@@ -94,19 +94,23 @@ class Shared:
                 self._mine,
             ).fetchone()
 
-    def hashes(self, table: str, first: int) -> Iterator[tuple[int, str]]:
-        """Number and hash of each line from one on, in their order."""
+    def hashes(self, table: str, first: int, last: int) -> Iterator[tuple[int, str]]:
+        """Number and hash of each line from one up to another, in their order."""
         with self._connection.transaction(), self._connection.cursor("hashes") as cursor:
             cursor.itersize = 10_000
             cursor.execute(
                 f"SELECT number, hash FROM kensa.{table} WHERE device = %s AND record = %s"
-                " AND number >= %s ORDER BY number".encode(),
-                [*self._mine, first],
+                " AND number BETWEEN %s AND %s ORDER BY number".encode(),
+                [*self._mine, first, last],
             )
             yield from cursor
 
     def add(self, table: str, rows: list[dict[str, Any]]) -> None:
-        """Add lines, or know them already: all of them, or none."""
+        """Add lines, or know them already: all of them with the labels they give, or nothing.
+
+        Raises:
+            BadRecord: another one is there under a number, as of a copy of this record.
+        """
         names = ("number", *(COLUMNS if table == "decisions" else TRAIL), "hash")
         values = ", ".join(["%s"] * (len(names) + 2))
         with self._connection.transaction(), self._connection.cursor() as cursor:
@@ -115,28 +119,37 @@ class Shared:
                 f" VALUES ({values}) ON CONFLICT (device, record, number) DO NOTHING".encode(),
                 [[*self._mine, *(_taken(row[name]) for name in names)] for row in rows],
             )
-
-    def mark(self, labels: list[dict[str, Any]]) -> None:
-        """Write number, label and defect of decisions; of several of one, the last counts."""
-        with self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.executemany(
+            cursor.execute(
+                f"SELECT number, hash FROM kensa.{table} WHERE device = %s AND record = %s"
+                " AND number BETWEEN %s AND %s".encode(),
+                [*self._mine, rows[0]["number"], rows[-1]["number"]],
+            )
+            there: dict[int, str] = dict(cursor.fetchall())
+            for row in rows:
+                if there.get(row["number"]) != row["hash"]:
+                    raise _another(table, row["number"])
+            given = [json.loads(row["details"]) for row in rows if row.get("what") == "label"]
+            cursor.executemany(  # of several of one decision, the last counts
                 "UPDATE kensa.decisions SET label = %s, defect = %s"
                 " WHERE device = %s AND record = %s AND number = %s",
-                [[one["label"], one["defect"], *self._mine, one["number"]] for one in labels],
+                [[one["label"], one["defect"], *self._mine, one["number"]] for one in given],
             )
 
 
 class Collector:
     """A thread that sends what is new, and follows after the network was gone."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, opened: threading.Event) -> None:
+        """`opened`: set once the record is there, whole and with its name; a repair replaces it."""
         self.problem: str | None = None
-        self.behind = 0  # decisions that are not sent yet, when it was looked last
+        # Decisions that are not sent yet, when it was looked last; before it is known what is there
+        # already, those since the start.
+        self.behind = 0
         self._postgres = settings.collected_in if settings.record == "on" else None
         self._device = device_name(settings.device) if self._postgres else ""
         self._path = settings.data / "decisions" / FILE
         self._sent: dict[str, int] = {}  # table -> the number of the last line
-        self._at_first: int | None = None  # the last decision when this began
+        self._opened = opened
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
@@ -151,8 +164,8 @@ class Collector:
             self._thread.join(timeout=3)
 
     def _run(self) -> None:
-        while not self._path.exists():  # the recorder makes it
-            if self._ending.wait(EVERY_S):
+        while not self._opened.wait(EVERY_S):
+            if self._ending.is_set():
                 return
         while not self._ending.is_set():
             self._follow_if_possible()
@@ -161,36 +174,38 @@ class Collector:
         try:
             self._follow()
         except Exception as error:  # noqa: BLE001 (whatever it is, it may pass, and is logged)
-            self._count_behind()
             self._fails(error)
             self._ending.wait(AGAIN_AFTER_S)
 
-    def _count_behind(self) -> None:
-        """How many wait; of a database that has not answered yet, those since the start."""
-        with suppress(sqlite3.Error, KensaError), DecisionDatabase(self._path) as here:
-            last, _ = here.last("decisions")
-            self._at_first = last if self._at_first is None else self._at_first
-            self.behind = max(0, last - self._sent.get("decisions", self._at_first))
-
     def _follow(self) -> None:
         """Send what comes, until something fails or the server ends."""
-        assert self._postgres is not None
         with DecisionDatabase(self._path) as here:
-            shared = Shared(self._postgres, self._device, here.name)
+            self._sent.setdefault("decisions", here.last("decisions")[0])
             try:
-                shared.make()
-                self._sent = {table: last_agreed(here, shared, table) for table in TABLES}
-                is_last = False
-                while not is_last:
-                    is_last = self._ending.is_set()
-                    self._send(here, shared)
-                    self._is_well()
-                    self._ending.wait(EVERY_S)
+                self._send_all(here)
             finally:
-                shared.close()
+                self._count(here)
+
+    def _send_all(self, here: DecisionDatabase) -> None:
+        assert self._postgres is not None
+        with closing(Shared(self._postgres, self._device, here.name)) as shared:
+            shared.make()
+            self._sent = {table: last_agreed(here, shared, table) for table in TABLES}
+            is_last = False
+            while not is_last:
+                is_last = self._ending.is_set()
+                self._send(here, shared)
+                self._is_well()
+                self._ending.wait(EVERY_S)
+
+    def _count(self, here: DecisionDatabase) -> None:
+        self.behind = max(0, here.last("decisions")[0] - self._sent["decisions"])
 
     def _send(self, here: DecisionDatabase, shared: Shared) -> None:
+        # Labels are marks on decisions, which have to be there before: they end where those do.
+        last_of_trail, _ = here.last("trail")
         last, _ = here.last("decisions")
+        self._count(here)
         here.make_durable()  # else a power cut could leave more there than here
         while rows := self._next(here, "decisions", up_to=last):
             began = time.monotonic()
@@ -201,22 +216,15 @@ class Collector:
             if self._ending.is_set() and self.behind > BATCH:
                 return
         self._sent["decisions"], self.behind = last, 0  # what was pruned before it was sent is gone
-        while rows := self._next(here, "trail"):
-            # Labels are marks on decisions, which have to be there before.
-            rows = [row for row in rows if row["decisions"] <= last]
-            if not rows:
-                return
+        while rows := self._next(here, "trail", up_to=last_of_trail):
             shared.add("trail", rows)
-            shared.mark([json.loads(row["details"]) for row in rows if row["what"] == "label"])
             self._sent["trail"] = rows[-1]["number"]
 
-    def _next(
-        self, here: DecisionDatabase, table: str, up_to: int | None = None
-    ) -> list[dict[str, Any]]:
+    def _next(self, here: DecisionDatabase, table: str, up_to: int) -> list[dict[str, Any]]:
         return [
             {"number": number, **content, "hash": hash_}
             for number, content, hash_ in here.rows(table, self._sent[table], BATCH)
-            if up_to is None or number <= up_to
+            if number <= up_to
         ]
 
     def _is_well(self) -> None:
@@ -248,12 +256,16 @@ def last_agreed(here: DecisionDatabase, shared: Shared, table: str) -> int:
     mine = here.hash_of(table, number)
     is_pruned = mine is None and number <= here.last(table)[0]
     if number and not is_pruned and mine != there:
-        raise BadRecord(
-            f"{_ONE[table]} {number} is {'another one' if mine else 'missing'} here: this record"
-            " was changed or set back. `kensa verify` names the first that differs; under another"
-            " KENSA_DEVICE all of it is collected anew"
-        )
+        raise _another(table, number, "another one" if mine else "missing")
     return number
+
+
+def _another(table: str, number: int, what: str = "another one") -> BadRecord:
+    return BadRecord(
+        f"{_ONE[table]} {number} is {what} here: this record was changed, set back, or copied."
+        " `kensa verify` names the first that differs; under another KENSA_DEVICE all of it is"
+        " collected anew"
+    )
 
 
 def first_different(here: DecisionDatabase, shared: Shared) -> tuple[int, str | None]:
@@ -262,11 +274,13 @@ def first_different(here: DecisionDatabase, shared: Shared) -> tuple[int, str | 
     What was pruned here, and what is not sent yet, is not looked at.
     """
     count = 0
+    # A server may be writing, and sending: what comes while this is read here is not looked at.
+    ends = {table: (shared.last(table) or (0, ""))[0] for table in TABLES}
     with here.reading():
         for table in TABLES:
             rows, at, mine = here.rows(table), 0, ""
             pruned = here.pruned() if table == "decisions" else None
-            for number, there in shared.hashes(table, pruned[0] + 1 if pruned else 1):
+            for number, there in shared.hashes(table, pruned[0] + 1 if pruned else 1, ends[table]):
                 while at < number and (row := next(rows, None)) is not None:
                     at, _, mine = row
                 if at != number:

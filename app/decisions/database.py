@@ -452,12 +452,18 @@ class DecisionDatabase:
         )
         return [_line(row) for row in rows]
 
-    def markers(self, since: int, until: int) -> list[tuple[str, int]]:
-        """Who marked how many parts within a time; empty where no key was needed."""
+    def markers(self, since: int, until: int, model: str | None = None) -> list[tuple[str, int]]:
+        """Who marked how many parts within a time; empty where no key was needed.
+
+        Args:
+            model: only parts that it judged, and whose decisions are kept.
+        """
         return self._connection.execute(
             "SELECT who, COUNT(*) FROM trail WHERE at >= ? AND at < ? AND what = 'label'"
+            " AND (? IS NULL OR EXISTS"
+            " (SELECT 1 FROM decisions WHERE id = subject AND model = ?))"
             " GROUP BY who ORDER BY COUNT(*) DESC, who",
-            [since, until],
+            [since, until, model, model],
         ).fetchall()
 
     # ---- room --------------------------------------------------------------------------------
@@ -602,6 +608,8 @@ def open_or_make(folder: Path) -> DecisionDatabase:
         OSError, sqlite3.Error: it cannot be written, or is of another Kensa.
     """
     path = folder / FILE
+    if not path.exists() and _repaired(path).exists():  # killed at the end of a repair
+        _put_in_place(path, path.with_name(f"{FILE}.damaged"))
     if path.exists() and (why := _damage(path)):
         _repair(path, why)
     return _made(folder)
@@ -647,7 +655,7 @@ def _damage(path: Path) -> str | None:
 def _repair(path: Path, why: str) -> None:
     """Take over into a new file whatever of it can be read, and put it aside."""
     aside = path.with_name(f"{FILE}.damaged-{secrets.token_hex(3)}")
-    repaired = path.with_name(f"{FILE}.repaired")  # in its place once all is taken over
+    repaired = _repaired(path)
     repaired.unlink(missing_ok=True)
     counts = {}
     with closing(sqlite3.connect(repaired)) as new, closing(sqlite3.connect(path)) as old:
@@ -656,18 +664,28 @@ def _repair(path: Path, why: str) -> None:
         for table in ("decisions", "trail", "quarters"):
             counts[table] = _take_over(old, new, table)
         new.commit()
-    for suffix in ("", "-wal", "-shm"):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
-    repaired.rename(path)
+    with DecisionDatabase(repaired) as database:
+        details = {"aside": aside.name, **counts}
+        database.append([Note.now("repair", "", FILE, why, details)])
     log.error(
         "%s was damaged (%s): it is now %s, and %d decisions and %d lines of the trail were taken"
         " over into a new one", path.name, why, aside.name, counts["decisions"], counts["trail"],
     )  # fmt: skip
-    with DecisionDatabase(path) as database:
-        details = {"aside": aside.name, **counts}
-        database.append([Note.now("repair", "", FILE, why, details)])
+    path.rename(aside)
+    _put_in_place(path, aside)
+
+
+def _repaired(path: Path) -> Path:
+    return path.with_name(f"{FILE}.repaired")  # in its place once all is taken over
+
+
+def _put_in_place(path: Path, aside: Path) -> None:
+    """The repaired file, where the damaged one was; what lay beside that goes with it."""
+    for suffix in ("-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    _repaired(path).rename(path)
 
 
 def _take_over(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:

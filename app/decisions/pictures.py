@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.serving.inspection import draw
+from engines.errors import UnknownDecision
 from engines.image import ImageLimits, decode
 from engines.verdict import Scale
 
@@ -62,9 +63,17 @@ class Pictures:
 
         Raises:
             FileNotFoundError: map or picture is not kept.
+            UnknownDecision: the map is damaged, as a power cut may leave one.
             BadImage: and its kinds, as `engines.image.decode`: the limits are others now.
         """
-        seen = _unpack(self._path(number).with_suffix(".map").read_bytes())
+        packed = self._path(number).with_suffix(".map").read_bytes()
+        try:
+            seen = _unpack(packed)
+        except Exception as error:  # NumPy, zipfile and zlib have many
+            raise UnknownDecision(
+                f"What was found in the picture of decision {number} cannot be drawn: its map is"
+                " damaged."
+            ) from error
         picture = decode(self.image(number), limits, seen.bit_depth) if over_picture else None
         return draw(seen.raw, seen.scale, seen.size, picture)
 

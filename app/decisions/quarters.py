@@ -109,8 +109,9 @@ class Spans:
             for begin in self._begins
         ]
         # Compared by their moments: twice a year two clocks times are one, or none.
-        began = max(one for one in found if one.timestamp() <= moment.timestamp())
-        ends = min(one for one in found if one.timestamp() > moment.timestamp())
+        passed = [one for one in reversed(found) if one.timestamp() <= moment.timestamp()]
+        to_come = [one for one in found if one.timestamp() > moment.timestamp()]
+        began, ends = max(passed, key=datetime.timestamp), min(to_come, key=datetime.timestamp)
         return began, ends
 
     def days_before(self, began: datetime, days: int) -> tuple[datetime, datetime]:

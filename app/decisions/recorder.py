@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,7 +86,7 @@ class Recorder:
         self._is_counted = False
         self._wake = threading.Event()
         self._ending = False
-        self._opened = threading.Event()
+        self.opened = threading.Event()  # once the record is there, and whole
         self._of_thread = threading.local()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -182,7 +183,7 @@ class Recorder:
         """
         if not self.is_on:
             raise Conflict("Nothing is recorded here: set KENSA_RECORD=on and start Kensa again.")
-        if not self._opened.wait(timeout=0 if self._problem else WAIT_S):
+        if not self.opened.wait(timeout=0 if self._problem else WAIT_S):
             raise Conflict(self._problem or f"The record in {self.folder} is still being opened.")
         self.flush()
         try:
@@ -215,7 +216,7 @@ class Recorder:
         Raises:
             Conflict, DiskFull: as `read`.
         """
-        return self.read(lambda it: self._prune(it, it.last_before(at), why, who))
+        return self.read(lambda it: self._prune(it, it.last_before(at), why, self.flush, who))
 
     def delete_picture(self, kept: Kept, who: str, why: str) -> None:
         """Delete the picture and the map of a decision, which stays.
@@ -256,7 +257,7 @@ class Recorder:
     def _open(self) -> DecisionDatabase:
         database = open_or_make(self.folder)
         self.pictures.sweep(set(database.with_pictures()))
-        self._opened.set()
+        self.opened.set()
         return database
 
     def _write(self, database: DecisionDatabase) -> None:
@@ -334,7 +335,11 @@ class Recorder:
         return taken
 
     def _tidy(self, database: DecisionDatabase) -> None:
-        """Keep within the bounds of days and bytes."""
+        """Keep within the bounds of days and bytes; what waits is written between the steps."""
+        # No picture may come for hours, and nobody would know that there is room again.
+        if self._pictures_problem is not None and self._keep(0, bytes(MIB), None):
+            self.pictures.delete(0)
+        write = partial(self._write, database)
         if not self._is_counted:
             self._is_counted = True
             self._picture_bytes = database.picture_bytes()
@@ -350,24 +355,37 @@ class Recorder:
             for number in gone:
                 self.pictures.delete(number)
             self._picture_bytes -= size
+            write()
         days = self._settings.record_days
         if days and (up_to := database.last_before(_now() - days * DAY_MS)):
-            self._prune(database, up_to, f"older than {days} days")
+            self._prune(database, up_to, f"older than {days} days", write)
         if database.bytes_used() > self._settings.record_mib * MIB:
             first, last = database.span()
             up_to = first + max(1, round((last - first) * PRUNE_SHARE))
-            self._prune(database, up_to, f"more than {self._settings.record_mib} MiB")
+            self._prune(database, up_to, f"more than {self._settings.record_mib} MiB", write)
 
-    def _prune(self, database: DecisionDatabase, up_to: int, why: str, who: str = "") -> int:
-        """Delete the decisions up to a number. In any thread; how many those were."""
+    def _prune(
+        self,
+        database: DecisionDatabase,
+        up_to: int,
+        why: str,
+        write: Callable[[], object],
+        who: str = "",
+    ) -> int:
+        """Delete the decisions up to a number. In any thread; how many those were.
+
+        Args:
+            write: sees to it, between two steps, that what waits is written.
+        """
         first, _ = database.span()
         count = 0
-        while first and first <= up_to:  # in steps: who writes waits for each
+        while first and first <= up_to:
             last = min(first + PRUNE_AT_ONCE - 1, up_to)
             pictures = database.with_pictures(last)
             count += database.prune(last, why, who)
             for number in pictures:
                 self.pictures.delete(number)
+            write()
             first = last + 1
         self._is_counted = False
         return count

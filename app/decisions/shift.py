@@ -85,7 +85,8 @@ def look(
                 for name, some in found.items()
             ],
             database.changes(first, last, MOST_LINES + 1, model),
-            database.markers(first, last), database.last("decisions"), database.last("trail"),
+            database.markers(first, last, model),
+            database.last("decisions"), database.last("trail"),
         )  # fmt: skip
 
 

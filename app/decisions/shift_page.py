@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from html import escape
@@ -32,9 +30,6 @@ SHARES = (0.5, 0.95, 0.99)
 LEAST_PX = 2.0  # of a bar that stands for anything: one reject beside a thousand parts is seen
 
 Picture = Callable[[int], str | None]  # number of a decision -> a URI that holds its picture
-_UNREADABLE = (  # a picture or a map that somebody has damaged
-    KensaError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, cv2.error,
-)  # fmt: skip
 
 STYLE = """
 h2 { font-size: 24px; margin: 38px 0 12px; padding-top: 18px; border-top: 3px solid var(--ink);
@@ -113,7 +108,7 @@ def overlays(pictures: Pictures, limits: ImageLimits, within_s: float = WITHIN_S
             return None
         try:
             png = pictures.drawn(number, limits, over_picture=True)
-        except _UNREADABLE:
+        except (KensaError, OSError, cv2.error):  # somebody has damaged it
             return None
         uri = data_uri(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR))
         time.sleep(GIVE_WAY * (time.monotonic() - began))
@@ -172,10 +167,13 @@ def _foot(shift: Shift, say: Words, version: str) -> str:
     (decision, hash_), (line, line_hash) = shift.decisions_head, shift.trail_head
     made = f"{shift.made:%Y-%m-%d %H:%M:%S} ({shift.made.tzinfo})"
     heads = say("heads", decision=decision, hash=hash_, line=line, line_hash=line_hash)
-    hold = say("hold", command=f"kensa verify --decision {decision} --hash {hash_}")
+    hold = ""  # to an empty record nothing can be held
+    if decision:
+        command = f"kensa verify --decision {decision} --hash {hash_}"
+        hold = f"<p>{say('hold', command=command)}</p>"
     return (
         f'<footer class="foot"><p>{say("made", time=made, version=version)}</p>'
-        f"<p>{heads}</p><p>{hold}</p></footer>"
+        f"<p>{heads}</p>{hold}</footer>"
     )
 
 

@@ -44,7 +44,7 @@ def verify(database: DecisionDatabase, noted: tuple[int, str] | None = None) -> 
 
 
 def _of_noted(database: DecisionDatabase, number: int, hash_: str) -> str | None:
-    there = database.hash_of("decisions", number)
+    there = database.hash_of("decisions", number) if abs(number) < 2**63 else None
     if there is None:
         return (
             f"Decision {number} is not in the record: it was never made, or is too old to be kept."

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from tempfile import SpooledTemporaryFile
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar, overload
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as InPath
@@ -201,12 +201,13 @@ Until = Annotated[
 BeforeThis = Annotated[
     Moment, Query(description="What is older than this time.", examples=["2026-01-01T00:00:00Z"])
 ]
+_UNSEEN = SCHEMA["pattern"].removeprefix("^[^").removesuffix("]*$")
 Why = Annotated[
     str,
     Query(
         min_length=1, max_length=MOST_REASON, examples=["kept for ten years, as agreed"],
         description="Why, in a sentence: it stands in the audit trail.",
-        json_schema_extra={"pattern": SCHEMA["pattern"]},
+        json_schema_extra={"pattern": f"^[^{_UNSEEN}]*[^{_UNSEEN}\\s][^{_UNSEEN}]*$"},
     ),
 ]  # fmt: skip
 Before = Annotated[
@@ -338,8 +339,7 @@ async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBod
             f"DELETE /decisions takes until and reason, and no {more[0][:100]}: it deletes all that"
             " is older, of every model."
         )
-    end = milliseconds(until) or 0
-    why, name = visible(reason, "reason", MOST_REASON), who(request)
+    end, why, name = milliseconds(until), _why(reason), who(request)
     count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
     return DeletedBody(decisions=count)
 
@@ -405,8 +405,7 @@ async def delete_image(
     number: Which = None,
 ) -> None:
     """And its map: the decision stays. A copy that somebody has learned from is in its category."""
-    recorder, name = recorder_of(request), who(request)
-    why = visible(reason, "reason", MOST_REASON)
+    recorder, why, name = recorder_of(request), _why(reason), who(request)
 
     def forget() -> None:
         kept = recorder.read(lambda it: _kept(it, id, number))
@@ -685,6 +684,13 @@ def _unknown(part: str) -> UnknownDecision:
     return UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
 
 
+def _why(reason: str) -> str:
+    """A reason that has to be there. Raises BadRequest where it is blank, or cannot be seen."""
+    if not reason.strip():
+        raise BadRequest("Say why, in reason: it stands in the audit trail.")
+    return visible(reason, "reason", MOST_REASON)
+
+
 def _kept(database: DecisionDatabase, id_: str, number: int | None) -> Kept:
     kept = database.one(id_, number)
     if kept is None:
@@ -720,7 +726,16 @@ def _time(at: int) -> datetime:
     return datetime.fromtimestamp(at / 1000, timezone.utc)
 
 
+@overload
+def milliseconds(time: datetime) -> int: ...
+
+
+@overload
+def milliseconds(time: datetime | None) -> int | None: ...
+
+
 def milliseconds(time: datetime | None) -> int | None:
+    """Since 1970."""
     return None if time is None else round(time.timestamp() * 1000)
 
 

@@ -158,7 +158,7 @@ def _report(
     settings, recorder = request.app.state.settings, recorder_of(request)
     spans = Spans(settings.zone, settings.shift_times)
     made = datetime.now(settings.zone)
-    moment = milliseconds(at or made) or 0
+    moment = milliseconds(at or made)
     if at is None and shift == "last":
         moment = round(spans.around(moment)[0].timestamp() * 1000) - 1
     if not 0 <= moment < LATEST:
@@ -178,8 +178,8 @@ def _spans(
         "day": [time(0)],
     }[per]
     spans = Spans(settings.zone, begins)
-    end = milliseconds(until) or milliseconds(datetime.now(timezone.utc)) or 0
-    begin = milliseconds(since) or end - DAY_MS
+    end = milliseconds(until or datetime.now(timezone.utc))
+    begin = milliseconds(since) if since else end - DAY_MS
     if end - begin > MOST_DAYS * DAY_MS:
         raise BadRequest(f"Ask for {MOST_DAYS} days at most: say since and until.")
     if not 0 <= begin < LATEST:

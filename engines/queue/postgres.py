@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -49,7 +50,9 @@ class Postgres:
         """The URL as libpq takes it, with patience that ends."""
         url = self._url.set(drivername="postgresql")
         url = url.update_query_dict({**_PATIENCE, **url.query})
-        return url.render_as_string(hide_password=False)
+        place, _, asked = url.render_as_string(hide_password=False).partition("?")
+        # libpq takes no space as it is, and no plus for one.
+        return f"{place.replace(' ', '%20')}?{asked.replace('+', '%20')}"
 
     @property
     def place(self) -> str:
@@ -60,7 +63,9 @@ class Postgres:
     def shown(self, error: BaseException) -> str:
         """What an error says, in one line and without the password."""
         text = str(getattr(error, "orig", None) or error).strip()
+        given = (self._url.password, self._url.query.get("password"), os.environ.get("PGPASSWORD"))
+        secrets = [form for one in given if one for form in (quote(str(one)), str(one))]
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
         text = " ".join(text.split("\n\t")[0].split("(Background on this error")[0].split())
-        for secret in {self._url.password, os.environ.get("PGPASSWORD")} - {None, ""}:
-            text = text.replace(str(secret), "***")
         return text.rstrip(".")

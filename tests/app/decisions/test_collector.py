@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.decisions import collector as collecting
-from app.decisions.collector import Collector
+from app.decisions.collector import Collector, Shared, first_different
 from app.decisions.database import COLUMNS, FILE, Filter, Note, open_or_make
 from app.settings import Settings
 from engines.errors import BadSettings
@@ -47,8 +49,13 @@ def settings_of(folder: Path, device: str, url: str) -> Settings:
 
 
 @contextmanager
-def collected(folder: Path, device: str, url: str) -> Iterator[Collector]:
-    collector = Collector(settings_of(folder, device, url))
+def collected(
+    folder: Path, device: str, url: str, opened: threading.Event | None = None
+) -> Iterator[Collector]:
+    if opened is None:
+        opened = threading.Event()
+        opened.set()
+    collector = Collector(settings_of(folder, device, url), opened)
     collector.start()
     try:
         yield collector
@@ -136,6 +143,33 @@ def test_two_that_send_the_same_record_send_it_once(tmp_path: Path, postgres: Po
     assert has(postgres, "twice", 3000)
 
 
+def test_two_copies_of_a_record_that_both_go_on_are_never_mixed(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """As of a machine that was cloned, name and all."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    with open_or_make(one / "decisions") as here:
+        here.append([decision()])
+    shutil.copytree(one, other)
+    with (
+        open_or_make(one / "decisions") as here,
+        open_or_make(other / "decisions") as copied,
+        collected(one, "clone", postgres.url()) as first,
+        collected(other, "clone", postgres.url()) as second,
+    ):
+        until(lambda: has(postgres, "clone", 1))
+        here.append([decision()])
+        until(lambda: has(postgres, "clone", 2))
+        copied.append([decision(), decision()])
+        until(lambda: second.problem is not None)
+        assert "Decision 2 is another one here" in str(second.problem)
+        here.append([decision()])
+        until(lambda: has(postgres, "clone", 3))
+        assert first.problem is None
+        mine = [(number, hash_) for number, _, hash_ in here.rows("decisions")]
+    assert there(postgres, "clone") == mine
+
+
 def test_records_of_two_folders_never_mix_though_they_have_the_same_name(
     tmp_path: Path, postgres: Postgres
 ) -> None:
@@ -157,6 +191,79 @@ def test_a_model_s_name_with_a_nul_is_no_end_of_collecting(
     with collected(tmp_path, "nul", postgres.url()):
         until(lambda: has(postgres, "nul", 2))
     assert there(postgres, "nul", "model")[0] == ("a\ufffdb",)
+
+
+def test_a_record_that_is_repaired_or_named_first_is_not_looked_at_before(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """Else all of it would be collected twice, or a file that was put aside for ever."""
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision()])
+    with sqlite3.connect(tmp_path / "decisions" / FILE) as database:
+        database.execute("PRAGMA application_id = 0")  # of a Kensa that collected nothing
+    opened = threading.Event()
+    with collected(tmp_path, "unnamed", postgres.url(), opened):
+        time.sleep(0.5)
+        with open_or_make(tmp_path / "decisions") as here:
+            opened.set()
+            until(lambda: has(postgres, "unnamed", 1))
+            assert there(postgres, "unnamed", "record") == [(here.name,)]
+
+
+def test_a_label_that_could_not_be_written_there_follows(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """Where the line of the trail stood there without it, it would never come."""
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision(id="one")])
+        with collected(tmp_path, "label", postgres.url()) as collector:
+            until(lambda: has(postgres, "label", 1))
+            postgres.ask("ALTER TABLE kensa.decisions RENAME COLUMN label TO away")
+            kept = here.one("one")
+            assert kept is not None
+            here.mark(kept, "good", "", "quality", "")
+            until(lambda: collector.problem is not None)
+            postgres.ask("ALTER TABLE kensa.decisions RENAME COLUMN away TO label")
+            until(lambda: has(postgres, "label", 1, "trail"))
+    assert there(postgres, "label", "label") == [("good",)]
+
+
+def test_the_trail_of_a_record_that_lost_its_end_is_collected(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """A line of the trail may name a decision that a repair could not take over."""
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision(), decision(), decision()])
+        here.append([Note.now("live", "", "part", "", {})])
+        with sqlite3.connect(tmp_path / "decisions" / FILE) as database:
+            database.execute("DELETE FROM decisions WHERE number > 1")
+        with collected(tmp_path, "lost", postgres.url()):
+            until(lambda: has(postgres, "lost", 1) and has(postgres, "lost", 1, "trail"))
+
+
+def test_lines_that_come_while_verify_compares_are_no_difference(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        open_or_make(tmp_path / "decisions") as writer,
+        open_or_make(tmp_path / "decisions") as here,
+    ):
+        writer.append([decision()])
+        with collected(tmp_path, "meanwhile", postgres.url()):
+            until(lambda: has(postgres, "meanwhile", 1))
+            hashes = Shared.hashes
+
+            def while_more_comes(shared: Shared, table: str, *numbers: int) -> Any:
+                if table == "trail":
+                    writer.append([Note.now("live", "", "part", "", {})])
+                    until(lambda: has(postgres, "meanwhile", 1, "trail"))
+                return hashes(shared, table, *numbers)
+
+            monkeypatch.setattr(Shared, "hashes", while_more_comes)
+            collected_in = settings_of(tmp_path, "meanwhile", postgres.url()).collected_in
+            assert collected_in is not None
+            with closing(Shared(collected_in, "meanwhile", here.name)) as shared:
+                assert first_different(here, shared) == (1, None)
 
 
 def verify(folder: Path, device: str, url: str) -> subprocess.CompletedProcess[str]:

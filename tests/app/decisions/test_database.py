@@ -150,3 +150,29 @@ def test_what_cannot_be_written_leaves_nothing_half(tmp_path: Path) -> None:
         assert [kept.decision.id for kept in database.find(Filter(), 10)] == ["before"]
         database.append([replace(decision(), id="after")])
         assert verify(database).problem is None
+
+
+def test_a_record_whose_repair_is_killed_at_its_end_is_whole_after_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would begin an empty one."""
+    with open_or_make(tmp_path) as database:
+        database.append([decision() for _ in range(50)])
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes()[:-5000])
+    rename = Path.rename
+
+    def killed_once_away(source: Path, target: Path) -> Path:
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_once_away)
+        with pytest.raises(KeyboardInterrupt):
+            open_or_make(tmp_path)
+    assert not path.exists()
+    with open_or_make(tmp_path) as database:
+        assert len(database.find(Filter(), 100)) > 0
+        assert [line.what for line in database.lines(10)] == ["repair"]
+        aside = database.lines(1)[0].details["aside"]
+    assert (tmp_path / aside).exists()

@@ -90,3 +90,19 @@ def test_when_clocks_are_changed_a_shift_is_an_hour_longer_or_shorter_and_nothin
             assert spans.around(moment) == (began, ends)
             moment += MS
         assert spans.around(moment)[0] == ends
+
+
+@pytest.mark.parametrize("day", [datetime(2026, 10, 25), datetime(2026, 3, 29)])
+def test_no_two_shifts_overlap_where_one_begins_at_a_time_that_clocks_leave_out(
+    day: datetime,
+) -> None:
+    """Parts would be counted twice."""
+    spans = Spans(BERLIN, [time(2, 15), time(3), time(14)])
+    moment = ms(day.year, day.month, day.day, 0)
+    last = spans.around(moment)
+    for _ in range(40):
+        moment += MS
+        began, ends = spans.around(moment)
+        assert began.timestamp() * 1000 <= moment < ends.timestamp() * 1000
+        assert (began, ends) == last or began.timestamp() == last[1].timestamp()
+        last = began, ends

@@ -298,6 +298,8 @@ def test_statistics_count_what_the_list_shows(running: Line, good: bytes) -> Non
         ("2020-01-01T00:00:00Z", "2026-01-01T00:00:00Z"),
         ("0001-01-01T00:00:00Z", "0001-01-01T06:00:00Z"),
         ("9999-12-31T12:00:00Z", "9999-12-31T23:00:00Z"),
+        ("1970-01-01T00:00:00Z", None),  # no time at all would be the last day
+        (None, "1970-01-01T00:00:00Z"),
     ):
         answer = server.client.get("/statistics", params={"since": since, "until": until})
         assert (answer.status_code, agreed(answer)) == (422, "bad_request")
@@ -346,6 +348,15 @@ def test_the_evidence_of_a_part_is_a_zip_with_all_of_it_and_its_hashes(
     assert labels == ["defect", "good"]
     other = server.client.get("/decisions/marked", params=of_first)
     assert (other.status_code, agreed(other)) == (404, "unknown_decision")
+    number = of_first["number"]  # a power cut may leave an empty file
+    (running.store.folder(NAME, live).parents[2] / "decisions" / "pictures" / "0" / f"{number}.map"
+     ).write_bytes(b"")  # fmt: skip
+    drawn = server.client.get("/decisions/evidence/overlay", params=of_first)
+    assert (drawn.status_code, agreed(drawn)) == (404, "unknown_decision")
+    assert "its map is damaged" in drawn.text
+    answer = server.client.get("/parts/E/1/evidence")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as found:
+        assert names - set(found.namelist()) == {f"{first}.overlay.png"}
     nobody = server.client.get("/parts/nobody/evidence")
     assert (nobody.status_code, agreed(nobody)) == (404, "unknown_decision")
 
@@ -372,6 +383,14 @@ def test_the_last_label_counts_and_all_that_was_said_is_kept(running: Line, good
     assert "marked" in [one["id"] for one in get(server, "/decisions", label="good")["decisions"]]
     for body in ({"label": "fine"}, {"label": "good", "defect": "scratch"}, {}):
         assert server.client.post("/decisions/marked/label", json=body).status_code == 422
+    found = mark(label="defect", defect="d" * 100, reason="r" * 500)
+    assert (found["defect"], found["history"][0]["reason"]) == ("d" * 100, "r" * 500)
+    for what, body in (("kind of defect", {"defect": "a\0b"}), ("reason", {"reason": "a\0b"})):
+        unseen = server.client.post("/decisions/marked/label", json={"label": "defect", **body})
+        assert unseen.status_code == 422
+        assert (
+            f"The {what} 'a\\x00b' holds characters that cannot be seen" in unseen.json()["error"]
+        )
     missing = server.client.post("/decisions/nobody/label", json={"label": "good"})
     assert (missing.status_code, agreed(missing)) == (404, "unknown_decision")
 
@@ -516,7 +535,11 @@ def test_a_decision_that_was_noted_on_paper_is_held_against_the_record(
     assert (noted.returncode, noted.stdout.splitlines()[-1]) == (
         0, f"Decision {number} is the one that was noted.",
     )  # fmt: skip
-    for other, words in ((number - 1, "is not the one that was noted"), (99, "is not in the")):
+    for other, words in (
+        (number - 1, "is not the one that was noted"),
+        (99, "is not in the"),
+        (10**30, "is not in the"),
+    ):
         wrong = verify(tmp_path, "--decision", str(other), "--hash", hash_)
         assert (wrong.returncode, words in wrong.stderr) == (2, True), wrong.stderr
     half = verify(tmp_path, "--decision", str(number))
@@ -659,13 +682,17 @@ def test_an_admin_deletes_pictures_and_old_decisions_with_a_reason_and_the_rest_
         for number in range(3):
             running.server.infer(good, **boss, **{"X-Request-ID": f"d{number}"})
         third = client.get("/decisions/d2", headers=boss).json()
-        old = {"until": third["time"], "reason": "ten years are over"}
+        why = f"ten years are over: {'r' * 400}"
+        old = {"until": third["time"], "reason": why}
         picture = {"url": "/decisions/d2/image", "params": {"reason": "a hand is in it"}}
         assert client.delete("/decisions", params=old, headers=operator).status_code == 403
         assert client.delete(**picture, headers=operator).status_code == 403
         for more in ("model", "since"):  # which would delete less, if there were such a thing
             asked = {**old, more: third[{"since": "time"}.get(more, more)]}
             assert agreed(client.delete("/decisions", params=asked, headers=boss)) == "bad_request"
+        for wrong in (" ", "\0", "r" * 501):
+            asked = {**old, "reason": wrong}
+            assert client.delete("/decisions", params=asked, headers=boss).status_code == 422
         assert client.delete("/decisions", params=old, headers=boss).json() == {"decisions": 2}
         assert client.get("/decisions/d1", headers=boss).status_code == 404
         assert client.get("/decisions/d2/image", headers=boss).content == good
@@ -684,7 +711,7 @@ def test_an_admin_deletes_pictures_and_old_decisions_with_a_reason_and_the_rest_
         spans = client.get("/statistics", headers=boss).json()["spans"]
     said = [(one["what"], one["key"], one["subject"], one["reason"]) for one in lines]
     assert said[2:] == [
-        ("prune", "boss", "decisions", "ten years are over"),
+        ("prune", "boss", "decisions", why),
         ("deleted", "boss", "d2", "a hand is in it"),
         ("deleted", "anna", "bolt", None),
         ("deleted", "anna", "bolt", None),

@@ -81,6 +81,28 @@ def test_a_disk_with_no_room_for_pictures_has_the_lines_and_is_asked_again(
     recorder.close()
 
 
+def test_that_pictures_find_room_again_is_known_before_the_next_one_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "PICTURES_AGAIN_AFTER_S", 0)
+    monkeypatch.setattr(recording, "TIDY_EVERY_S", 0.1)
+    recorder = recorder_in(tmp_path)
+    folder = recorder.folder / "pictures"
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
+    recorder.start()
+    recorder.read(lambda it: it.span())
+    assert "Pictures of decisions are not kept" in str(recorder.problem)
+    folder.unlink()
+    until = time.monotonic() + 10
+    while recorder.problem is not None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert recorder.problem is None
+    recorder.close()
+    assert pictures_in(recorder) == []
+
+
 def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +116,7 @@ def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
         patch.setattr(files.DecisionDatabase, "_count", full)  # after pictures and lines
         recorder.no_verdict(Asked("one", "", "", ""), "bad_image", b"broken")
         recorder.start()
-        recorder._opened.wait(10)
+        recorder.opened.wait(10)
         deadline = time.monotonic() + 10
         while recorder.problem is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -103,6 +125,49 @@ def test_pictures_of_decisions_that_could_not_be_written_do_not_stay(
     recorder.close()
     assert recorder.written == 1
     assert pictures_in(recorder) == ["1.image"]
+
+
+@pytest.mark.parametrize("by", ["a person", "age", "room", "room for pictures"])
+def test_what_comes_while_much_is_deleted_is_written_after_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Two million lines take half a minute: a kill would take all that came meanwhile."""
+    monkeypatch.setattr(recording, "PRUNE_AT_ONCE", 2)
+    monkeypatch.setattr(recording, "PRUNE_SHARE", 1)
+    changed = {"age": {"record_days": 1}, "room for pictures": {"record_pictures_mib": 1}}
+    recorder = recorder_in(tmp_path, **changed.get(by, {}))
+    of_pictures = 50_000 if by == "room for pictures" else 0
+    with open_or_make(recorder.folder) as database:
+        database.append([decision(at=1000)] * 640, lambda *_: of_pictures)
+    if by == "room":
+        used = files.DecisionDatabase.bytes_used
+        monkeypatch.setattr(
+            files.DecisionDatabase, "bytes_used",
+            lambda it: 2**31 if it.span() == (1, 640) else used(it),
+        )  # fmt: skip
+    written = []  # of those that came before each step, how many the disk had then
+
+    def and_one_comes(step: Any) -> Any:
+        def stepped(*arguments: Any) -> Any:
+            if len(written) < 4:
+                written.append(recorder.written)
+                recorder.no_verdict(Asked("new", "", "", ""), "bad_image")
+            return step(*arguments)
+
+        return stepped
+
+    for name in ("prune", "forget_pictures"):
+        step = getattr(files.DecisionDatabase, name)
+        monkeypatch.setattr(files.DecisionDatabase, name, and_one_comes(step))
+    recorder.start()
+    if by == "a person":
+        recorder.delete_before(2000, "anna", "as agreed")
+    else:
+        until = time.monotonic() + 30
+        while len(written) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+    recorder.close()
+    assert written[:3] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("image", "room"), [(b"", 2048), (b"broken", 0)])
@@ -276,7 +341,7 @@ def test_who_asks_waits_for_what_was_told_before_and_not_for_what_comes_meanwhil
     monkeypatch.setattr(files.DecisionDatabase, "append", and_more_comes)
     recorder.no_verdict(Asked("before", "", "", ""), "overloaded")
     recorder.start()
-    assert recorder._opened.wait(10)
+    assert recorder.opened.wait(10)
     for _ in range(5):
         assert recorder.flush()
     assert recorder.read(lambda it: it.one("before")) is not None

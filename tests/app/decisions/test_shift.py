@@ -305,9 +305,14 @@ def test_marks_are_counted_by_who_gave_them_and_a_long_trail_is_cut_in_words(
     assert len(rows(page, "What was changed")) == MOST_LINES
     assert "And more, which GET /trail lists." in page
     assert "Parts were marked by: taro (2), no key (1)." in page
+    other = Note(ms(3), "jiro", "label", "other", "", {"number": 3})
+    record.append([decision(id="other", at=ms(2), model="other"), other])
+    for model, marked_by in (("part", "taro (2), no key (1)"), ("other", "jiro (1)")):
+        assert f"Parts were marked by: {marked_by}." in drawn(record, model=model)
 
 
 def test_paper_can_be_held_against_the_record(record: DecisionDatabase) -> None:
+    assert "kensa verify" not in drawn(record)  # which would not know the decision 0
     record.append([*parts(3), Note(ms(1), "", "live", "part", "", {})])
     (decision_number, hash_), (_, line_hash) = record.last("decisions"), record.last("trail")
     page = drawn(record)
