@@ -34,6 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {one["name"]: one for one in SAID["/models"]
 for _name, _side in {"bolt": 32, "part": 64, "press": 64}.items():
     # It is an estimate: since then 124 MiB instead of 112 are reckoned for buffers at 256 pixels.
     MODELS[_name]["resident_bytes"] += 12 * 2**20 * _side**2 // 256**2
+    for _one in MODELS[_name]["versions"]:
+        if _one.get("gate"):  # which has shown no decisions: there was no record
+            _one["gate"]["record"] = None
 JOBS: dict[str, dict[str, Any]] = {one["id"]: one for one in SAID["/jobs"]["jobs"]}
 CUT, WAITED = (
     next(job_id for job_id, one in JOBS.items() if one["state"] == state)

@@ -126,6 +126,8 @@ class PaDiM(nn.Module):
 
 
 @lru_cache(maxsize=1)  # it takes longer than what it is for
+@torch.inference_mode(mode=False)  # else nobody could use it afterwards who computes gradients
+@torch.no_grad()
 def smoothing(side: int, image_size: int) -> torch.Tensor:
     """anomalib's enlarging and smoothing of maps, along one side, as a matrix (S, side).
 
