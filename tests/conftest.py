@@ -9,10 +9,14 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support.project import ASSETS, run, write_meta
+
+if TYPE_CHECKING:
+    from support.fleet import Postgres
 
 # As the commands set it, before anything loads torch: threads that spin take the other core away.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -107,6 +111,15 @@ def kensa_model(trained: Path, once: Once) -> Path:
             "--out_dir", out)  # fmt: skip
 
     return once("engine", convert)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A real one; skips where it is not installed."""
+    from support.fleet import running_postgres
+
+    with running_postgres() as database:
+        yield database
 
 
 @pytest.fixture

@@ -82,6 +82,11 @@ def first(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
+def turned(pixels: np.ndarray) -> list[np.ndarray]:
+    """In all eight orientations."""
+    return [np.rot90(one, times) for one in (pixels, pixels[:, ::-1]) for times in range(4)]
+
+
 def verdict(kind: str, name: str, data: bytes) -> str:
     """How our pixels compare: "equal", "refused" or "other"."""
     try:
@@ -91,11 +96,12 @@ def verdict(kind: str, name: str, data: bytes) -> str:
     theirs = judged(kind, data)
     if theirs is None:
         return "judged by us alone"
-    if data.count(b"Exif\0\0") > 1:  # of two, ours takes the orientation of the one that has it
-        ours, theirs = np.sort(ours.ravel()), np.sort(theirs.ravel())
-    if ours.shape != theirs.shape:
+    # Of two EXIF notes ours takes the orientation of the one that has it, Pillow that of the first.
+    ways = turned(theirs) if data.count(b"Exif\0\0") > 1 else [theirs]
+    same = [one for one in ways if one.shape == ours.shape]
+    if not same:
         return "other"
-    furthest = np.abs(ours.astype(int) - theirs).max()
+    furthest = min(np.abs(ours.astype(int) - one).max() for one in same)
     return "equal" if furthest <= TOLERANCE.get(kind, 0) else "other"
 
 

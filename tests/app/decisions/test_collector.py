@@ -23,19 +23,9 @@ from app.decisions.database import COLUMNS, FILE, Filter, Note, open_or_make
 from app.settings import Settings
 from engines.errors import BadSettings
 from support.decisions import decision
-from support.fleet import PASSWORD, Network, Postgres, bin_folder, running_postgres
+from support.fleet import PASSWORD, Network, Postgres
 from support.line import line
 from support.project import ROOT
-
-pytestmark = pytest.mark.skipif(
-    bin_folder() is None, reason="needs PostgreSQL: Debian's package postgresql"
-)
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as database:
-        yield database
 
 
 @pytest.fixture(autouse=True)
@@ -173,13 +163,13 @@ def test_two_copies_of_a_record_that_both_go_on_are_never_mixed(
 def test_records_of_two_folders_never_mix_though_they_have_the_same_name(
     tmp_path: Path, postgres: Postgres
 ) -> None:
-    for folder in (tmp_path / "old", tmp_path / "new"):  # a data folder was deleted, and begun anew
+    """As when a data folder was deleted, and begun anew."""
+    for sent, folder in ((2, tmp_path / "old"), (4, tmp_path / "new")):
         with open_or_make(folder / "decisions") as here:
             here.append([decision(), decision()])
-        with collected(folder, "anew", postgres.url()) as collector:
-            until(lambda: collector.behind == 0 and there(postgres, "anew") != [])
-            until(lambda: {2} == {n for n, _ in there(postgres, "anew")[1::2]})
-    assert len(there(postgres, "anew")) == 4
+        with collected(folder, "anew", postgres.url()):
+            until(lambda sent=sent: has(postgres, "anew", sent))
+    assert sorted(number for number, _ in there(postgres, "anew")) == [1, 1, 2, 2]
 
 
 def test_a_model_s_name_with_a_nul_is_no_end_of_collecting(

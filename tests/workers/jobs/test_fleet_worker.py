@@ -24,7 +24,7 @@ from engines.files import sha256
 from engines.queue.fleet import Fleet
 from engines.queue.job_requests import RetrainRequest
 from engines.store.versions import Store
-from support.fleet import PASSWORD, Machine, Network, Postgres, bin_folder, noted, running_postgres
+from support.fleet import PASSWORD, Machine, Network, Postgres, bin_folder, noted
 from support.jobs import AGAIN, CATEGORY, ENDED, FIRST
 from support.server import agreed, serving
 from support.waiting import alive, until
@@ -32,12 +32,6 @@ from support.waiting import alive, until
 pytestmark = pytest.mark.skipif(
     bin_folder() is None, reason="needs PostgreSQL: Debian's package postgresql"
 )
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as database:
-        yield database
 
 
 class Line(Machine):
