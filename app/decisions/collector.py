@@ -212,7 +212,8 @@ class Collector:
             shared.add("decisions", rows)
             self._sent["decisions"] = rows[-1]["number"]
             self.behind = last - self._sent["decisions"]
-            time.sleep(time.monotonic() - began)  # parts come first, after a long time alone too
+            # Parts come first, after a long time alone too.
+            self._ending.wait(time.monotonic() - began)
             if self._ending.is_set() and self.behind > BATCH:
                 return
         self._sent["decisions"], self.behind = last, 0  # what was pruned before it was sent is gone

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from fastapi import APIRouter, Request
-from fastapi import Path as InPath
 from pydantic import ConfigDict, Field
 
 from app.decisions.database import Filter
 from app.decisions.teaching import teach
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
+from app.routes.datasets import Category
 from app.routes.decisions import OFF, Moment, ask, milliseconds, recorder_of
-from engines.store.datasets import CATEGORY
 
 
 class TeachBody(Body):
@@ -66,13 +63,7 @@ router = APIRouter(tags=["record"], route_class=KeyFirst)
         507: error_response("No room.", disk_full="The disk of the data folder is full: ..."),
     },
 )
-async def from_decisions(
-    request: Request,
-    category: Annotated[
-        str, InPath(pattern=CATEGORY, description="What the images show.", examples=["bracket"])
-    ],
-    body: TeachBody,
-) -> TaughtBody:
+async def from_decisions(request: Request, category: Category, body: TeachBody) -> TaughtBody:
     """Good parts become images to learn from, and some to test with; defects, to test with.
 
     A picture is in one split at most, whatever is said of it later. Asked again it adds what is
