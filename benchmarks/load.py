@@ -61,7 +61,7 @@ def main() -> None:
     print_load("after")
 
 
-def learned(kind: str, folder: Path) -> Path:
+def learned(kind: str, folder: Path, data: Path = ASSETS / "data") -> Path:
     """A model of the photos, by the commands that a user would type."""
     folder.mkdir()
     meta, engine = folder / "meta.json", folder / "engine"
@@ -72,7 +72,7 @@ def learned(kind: str, folder: Path) -> Path:
         pretrained = ["--pretrained_pth", WEIGHTS]
     meta.write_text(json.dumps(known))
     run("retrain.py", "--model", kind, "--meta_json", meta, "--category", CATEGORY,
-        "--data_root", ASSETS / "data", "--epochs", "1", "--batch", "4", "--out_dir", folder,
+        "--data_root", data, "--epochs", "1", "--batch", "4", "--out_dir", folder,
         *pretrained)  # fmt: skip
     bank = ["--memory_bank", folder / "memory_bank.npz"] if kind == "patchcore" else []
     stats = ["--stats", folder / "stats.npz"] if kind == "padim" else []
