@@ -31,6 +31,7 @@ _TYPES = {
     **dict.fromkeys(("at", "width", "height"), "INTEGER NOT NULL"),
     **dict.fromkeys(("raw_score", "score", "threshold", "raw_threshold"), "REAL"),
     **dict.fromkeys(("queue_ms", "decode_ms", "infer_ms", "total_ms"), "REAL"),
+    "views": "TEXT NOT NULL DEFAULT ''",  # lines of an older Kensa have none
 }
 _SCHEMA = f"""
 CREATE TABLE decisions (
@@ -82,7 +83,7 @@ _INSERT_TRAIL = (
     f" VALUES (:number, {', '.join(f':{name}' for name in TRAIL)}, :hash)"
 )
 _NEXT_LAYOUT = {  # what brings a file of a layout to the next one
-    1: "ALTER TABLE decisions ADD COLUMN views TEXT NOT NULL DEFAULT ''",
+    1: f"ALTER TABLE decisions ADD COLUMN views {_TYPES['views']}",
 }
 _KEPT = f"number, {', '.join(COLUMNS)}, hash, label, defect, picture_bytes"
 
