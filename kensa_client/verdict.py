@@ -96,7 +96,7 @@ def read_part(
     if not isinstance(missing, list) or not all(isinstance(one, str) for one in missing):
         raise ValueError(f"missing is {missing!r}")
     if verdict == "normal" and missing:
-        raise ValueError(f"verdict is normal, and {missing} missing")
+        raise ValueError(f"verdict is normal, and missing is {missing}")
     if said.get("part") != part:
         raise ValueError(f"it is about {said.get('part')!r}, and {part!r} was asked")
     own = None

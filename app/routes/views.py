@@ -309,9 +309,9 @@ async def _wait(request: Request, part: Part, seconds: float) -> None:
 
 
 def _key(request: Request, part: str, line: str) -> Key:
-    note(part=part)
     if not checked(part):
         raise BadRequest("The part has no name: say it in the path, as in /parts/KB-2046/verdict.")
+    note(part=part)
     return Key(who(request), line, part)
 
 
