@@ -21,6 +21,7 @@ import pytest
 
 from support.line import NAME, Line, line
 from support.server import Server, agreed
+from support.waiting import until
 
 CATEGORY = "sample_bracket"
 VIEWS = ("left", "right", "top", "rear")
@@ -317,9 +318,12 @@ def test_pictures_of_views_are_shown_drawn_and_judged_again(
 def test_parts_are_counted_as_parts_and_views_as_inspections(running: Line, good: bytes) -> None:
     server = running.server
 
-    def counted() -> tuple[float, float, int]:
+    def metrics() -> dict[str, str]:
         text = server.client.get("/metrics").text
-        rows = dict(one.rsplit(" ", 1) for one in text.splitlines() if not one.startswith("#"))
+        return dict(one.rsplit(" ", 1) for one in text.splitlines() if not one.startswith("#"))
+
+    def counted() -> tuple[float, float, int]:
+        rows = metrics()
         spans = get(server, "/statistics", per="day")["spans"]
         return (
             float(rows['kensa_parts_total{verdict="normal"}']),
@@ -327,6 +331,7 @@ def test_parts_are_counted_as_parts_and_views_as_inspections(running: Line, good
             sum(one["parts"] for one in spans),
         )
 
+    until(lambda: float(metrics()["kensa_parts_open"]) == 0)  # of the tests before
     before = counted()
     for view in VIEWS[:3]:
         send(server, "counted", view, good, "3")
@@ -360,7 +365,7 @@ def test_a_server_that_ends_decides_what_is_open_and_one_that_is_killed_forgets_
 def test_many_parts_of_two_lines_are_decided_once_each_and_none_is_mixed(
     running: Line, good: bytes, bad: bytes
 ) -> None:
-    two_lines(running.server, good, bad, parts=30, at_once=6)
+    two_lines(running.server, good, bad, parts=20, at_once=10)
 
 
 @pytest.mark.soak
