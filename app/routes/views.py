@@ -73,7 +73,9 @@ class PartBody(Body):
     )
     code: str | None = Field(description=f"`{MISSING}` where a view is missing; else null.")
     decided_by: str | None = Field(description="The worst view, or the first that is missing.")
-    score: float | None = Field(description="Of the worst view, once it is decided.")
+    score: float | None = Field(
+        description="Of the worst view; null while it is pending, and with `none`."
+    )
     threshold: float | None = Field(description="The limit for it.")
     of: int = Field(description="How many views it has.")
     missing: list[str] = Field(
@@ -356,9 +358,10 @@ def _answer_view(
 def _line(part: Part) -> str:
     if part.state == "pending":
         return f"PENDING {len(part.judged)}/{part.of.total}\n"
-    if part.state == "none" or part.worst is None or part.worst.inspection is None:
+    worst = part.worst
+    if part.state == "none" or worst is None or worst.inspection is None:
         return f"NG {MISSING}\n"
-    verdict = part.worst.inspection.verdict
+    verdict = worst.inspection.verdict
     return f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
 
 
@@ -378,7 +381,8 @@ def _headers(part: Part) -> dict[str, str]:
 def _state(part: Part) -> dict[str, Any]:
     """What `PartBody` says."""
     state = part.state
-    found = part.worst.inspection if part.worst is not None and part.is_decided else None
+    worst = part.worst if state not in ("pending", "none") else None
+    found = worst.inspection if worst is not None else None
     return {
         "id": part.id, "part": part.key.part, "line": part.key.line or None, "verdict": state,
         "is_anomalous": state != "normal" if part.is_decided else None,
