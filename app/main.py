@@ -43,12 +43,14 @@ from app.routes import (
     statistics,
     system,
     threshold_preview,
+    views,
 )
 from app.routes import jobs as jobs_routes
 from app.serving.inspection import Inspection, Inspector
 from app.serving.model_manager import ModelManager
 from app.serving.rollout import Rollout
 from app.serving.stale_plans import StalePlans
+from app.serving.views import Part, Views
 from app.settings import Settings, version
 from app.watching.health import Health
 from app.watching.metrics import Metrics
@@ -68,7 +70,8 @@ _UNAVAILABLE = 503
 _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have errors of their own
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
-    infer.router, decisions.router, marked_parts.router, statistics.router,
+    # `views` before `decisions`, whose /parts/{part} takes whatever follows.
+    infer.router, views.router, decisions.router, marked_parts.router, statistics.router,
     threshold_preview.router, models.router, jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
 )  # fmt: skip
@@ -100,6 +103,14 @@ def create_app(settings: Settings) -> FastAPI:
         note(model=done.model.name, version=done.model.version, label=done.verdict.label)
 
     inspector.on_inspection = on_inspection
+    of_views = Views(settings)
+
+    def on_decided(part: Part) -> None:
+        recorder.viewed(part)
+        metrics.decided(part.state)
+
+    of_views.on_decided = on_decided
+    metrics.parts_open = lambda: of_views.open
 
     def on_change(what: str, name: str, of: str, reason: str, details: dict[str, Any]) -> None:
         recorder.note(what, noted("key") or "", name, reason, version=of, **details)
@@ -119,6 +130,7 @@ def create_app(settings: Settings) -> FastAPI:
         await worker.close()
         await rollout.close()
         await inspector.close()
+        of_views.close()
         await asyncio.to_thread(jobs.close)
         await asyncio.to_thread(recorder.close)
         await asyncio.to_thread(collector.close)
@@ -138,6 +150,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.inspector = inspector
     app.state.store = store
     app.state.models = manager
+    app.state.views = of_views
     app.state.rollout = rollout
     app.state.jobs = jobs
     app.state.worker = worker

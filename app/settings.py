@@ -319,6 +319,12 @@ class Settings(BaseSettings):
         ge=1024,
         le=10**9,
     )
+    view_repeats: Literal["replace", "refuse"] = _setting(
+        "replace",
+        "",
+        "What another picture of a view does that was sent before, until its part is decided:"
+        " replace takes the new one; refuse answers 409.",
+    )
     record: Literal["on", "off"] = _setting(
         "on",
         "",

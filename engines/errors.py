@@ -32,6 +32,7 @@ KensaError
 ├── UnknownDataset        404  no category or image of that name
 ├── UnknownDecision       404  no decision of that id, or its picture is not kept
 ├── Conflict              409  what is asked for collides with what is going on
+│   └── LateView          409  a view of a part that was decided without it
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
 │   └── StalePlan         503  its plan was built for something else, and nothing stands in for it
@@ -267,6 +268,12 @@ class Conflict(KensaError):
 
     status = 409
     code = "conflict"
+
+
+class LateView(Conflict):
+    """A view of a part that was decided without it, or with another picture of it."""
+
+    code = "late_view"
 
 
 class UploadTooLarge(KensaError):

@@ -11,7 +11,7 @@ from kensa_client.asking import DecisionFilter
 from kensa_client.asynchronous import AsyncKensa
 from kensa_client.blocking import Kensa
 from kensa_client.errors import KensaError, KensaRefused, NoAnswer, NoVerdict, Try
-from kensa_client.verdict import SafeVerdict, Timing, Verdict
+from kensa_client.verdict import PartVerdict, SafeVerdict, Timing, Verdict
 
 __all__ = [
     "AsyncKensa",
@@ -21,6 +21,7 @@ __all__ = [
     "KensaRefused",
     "NoAnswer",
     "NoVerdict",
+    "PartVerdict",
     "SafeVerdict",
     "Timing",
     "Try",

@@ -16,6 +16,33 @@ class Image(TypedDict):
     height: int
 
 
+class View(TypedDict):
+    """What was decided of one of a part's views."""
+
+    view: str
+    id: str | None
+    time: str  # ISO 8601, UTC
+    model: str
+    version: str | None
+    verdict: Literal["normal", "anomaly", "none"]
+    code: str | None
+    raw_score: float | None
+    score: float | None
+    threshold: float | None
+    raw_threshold: float | None
+    image: Image | None
+    sha256: str | None
+
+
+class Views(TypedDict):
+    """The views of a part that has its verdict from all of them."""
+
+    line: str | None
+    of: int
+    decided_by: str
+    views: list[View]
+
+
 class Decision(TypedDict):
     """What was decided of a part, and when."""
 
@@ -38,6 +65,7 @@ class Decision(TypedDict):
     key: str | None
     label: Label | None
     defect: str | None
+    views: Views | None
 
 
 class Line(TypedDict):

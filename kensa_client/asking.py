@@ -32,18 +32,19 @@ class Asked:
     files: Sequence[Path] = ()
     may_repeat: bool = True  # though the server may have done it already
     inspects: bool = False
+    part: str = ""  # where it stands in the path
 
     def query_with(self, left_s: float) -> dict[str, Any]:
         """The query of a try that has so many seconds."""
         known = {name: value for name, value in self.query.items() if value is not None}
-        return {**known, "deadline_ms": max(1, int(left_s * 1000))} if self.inspects else known
+        return {"deadline_ms": max(1, int(left_s * 1000)), **known} if self.inspects else known
 
     def failed(self, seconds: float, tries: Sequence[Try]) -> NoAnswer:
         """What to raise where no try brought an answer."""
         what = f"{self.method} {self.path}"
         if not self.inspects:
             return NoAnswer(what, seconds, tries)
-        part = self.query.get("part")
+        part = self.part or self.query.get("part")
         return NoVerdict(f"{what} of part {part!r}" if part else what, seconds, tries)
 
 

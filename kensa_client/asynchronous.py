@@ -32,7 +32,7 @@ from kensa_client.answers import (
 )
 from kensa_client.asking import Asked, DecisionFilter, as_text, note_answer, pause_before_next
 from kensa_client.errors import KensaError, Try
-from kensa_client.verdict import SafeVerdict, Verdict, read_verdict
+from kensa_client.verdict import PartVerdict, SafeVerdict, Verdict, read_part, read_verdict
 
 IDLE_S = 60.0  # an idle connection is kept for; the server closes it after 75
 PAGE = 500  # decisions at once
@@ -125,6 +125,50 @@ class AsyncKensa:
             return SafeVerdict(True, "", verdict)
         reason = f"Anomaly: the score is {verdict.score:.4f}, the limit {verdict.threshold:.4f}."
         return SafeVerdict(False, reason, verdict)
+
+    async def inspect_view(
+        self,
+        image: bytes | Path,
+        part: str,
+        view: str,
+        of: int | Sequence[str],
+        model: str | None = None,
+        *,
+        line: str | None = None,
+        part_deadline_s: float | None = None,
+    ) -> PartVerdict:
+        """The verdict on one view of a part, and on the part once it has all of them.
+
+        Args:
+            of: how many views the part has, or their names.
+            line: which of several lines that call their parts alike, and have the same key.
+            part_deadline_s: how long the part waits for its views, from the first one on;
+                `deadline_s`, which is that of this call, if left out.
+
+        Raises:
+            KensaRefused, NoVerdict, OSError: as `inspect`; `late_view` where the part was decided.
+        """
+        query: dict[str, Any] = {"of": of if isinstance(of, int) else ",".join(of),
+                                 "model": model, "line": line}  # fmt: skip
+        if part_deadline_s is not None:
+            query["deadline_ms"] = max(1, int(part_deadline_s * 1000))
+        asked = Asked("POST", f"/parts/{_quoted(part)}/views/{_quoted(view)}", self.deadline_s,
+                      query=query, picture=image, inspects=True, part=part)  # fmt: skip
+        return await self._ask(asked, lambda body, id_: read_part(body, part, (id_, view, model)))
+
+    async def part_verdict(
+        self, part: str, *, line: str | None = None, wait_s: float = 0.0
+    ) -> PartVerdict:
+        """What is known of a part of several views: once it is decided, or after `wait_s`.
+
+        Raises:
+            KensaRefused: no view of it came lately.
+            NoAnswer: the server is away.
+        """
+        query = {"line": line, "wait_ms": int(wait_s * 1000)}
+        asked = Asked("GET", f"/parts/{_quoted(part)}/verdict", wait_s + self.deadline_s,
+                      query=query, part=part)  # fmt: skip
+        return await self._ask(asked, lambda body, _: read_part(body, part))
 
     # The record
 

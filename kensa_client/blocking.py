@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from kensa_client.answers import Decision, Job, Label, Model, Preview, Split, Upload, WholeDecision
 from kensa_client.asking import DecisionFilter
 from kensa_client.asynchronous import NO_LIMIT, AsyncKensa
-from kensa_client.verdict import SafeVerdict, Verdict
+from kensa_client.verdict import PartVerdict, SafeVerdict, Verdict
 
 Answer = TypeVar("Answer")
 
@@ -62,6 +62,26 @@ class Kensa:
         self, image: bytes | Path, part: str = "", model: str | None = None
     ) -> SafeVerdict:
         return self._run(lambda kensa: kensa.inspect_safely(image, part, model))
+
+    def inspect_view(
+        self,
+        image: bytes | Path,
+        part: str,
+        view: str,
+        of: int | Sequence[str],
+        model: str | None = None,
+        *,
+        line: str | None = None,
+        part_deadline_s: float | None = None,
+    ) -> PartVerdict:
+        return self._run(lambda kensa: kensa.inspect_view(
+            image, part, view, of, model, line=line, part_deadline_s=part_deadline_s
+        ))  # fmt: skip
+
+    def part_verdict(
+        self, part: str, *, line: str | None = None, wait_s: float = 0.0
+    ) -> PartVerdict:
+        return self._run(lambda kensa: kensa.part_verdict(part, line=line, wait_s=wait_s))
 
     def decisions(self, wanted: DecisionFilter = NO_LIMIT) -> Iterator[Decision]:
         async def begun(kensa: AsyncKensa) -> AsyncIterator[Decision]:

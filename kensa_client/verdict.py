@@ -52,6 +52,71 @@ class SafeVerdict:
         return self.ok
 
 
+@dataclass(frozen=True)
+class PartVerdict:
+    """What is known of a part of several views. It is true where `ok` is."""
+
+    ok: bool  # decided, and Normal in all views
+    decided: bool  # else views are awaited
+    verdict: str  # pending, normal, anomaly; none where a view is missing
+    score: float | None  # of the worst view
+    threshold: float | None  # the limit for it
+    decided_by: str | None  # the worst view, or one that is missing
+    missing: tuple[str, ...]  # views without a verdict; "?" where nobody has said its name
+    of: int
+    id: str  # of the decision, as the record has it
+    part: str
+    view: Verdict | None  # of the view that was sent
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def read_part(
+    body: bytes, part: str, asked: tuple[str, str, str | None] | None = None
+) -> PartVerdict:
+    """What an answer says of a part.
+
+    Args:
+        asked: the id, view and model of a request that brought a view.
+
+    Raises:
+        ValueError: it says nothing, contradicts itself, or is about something else.
+    """
+    said = json.loads(body, parse_int=float)
+    if not isinstance(said, dict):
+        raise ValueError("it is no object")
+    verdict, is_anomalous, missing = (
+        said.get(name) for name in ("verdict", "is_anomalous", "missing")
+    )
+    if verdict not in ("pending", "normal", "anomaly", "none") or is_anomalous is not (
+        None if verdict == "pending" else verdict != "normal"
+    ):
+        raise ValueError(f"verdict is {verdict!r}, and is_anomalous {is_anomalous!r}")
+    if not isinstance(missing, list) or not all(isinstance(one, str) for one in missing):
+        raise ValueError(f"missing is {missing!r}")
+    if verdict == "normal" and missing:
+        raise ValueError(f"verdict is normal, and missing is {missing}")
+    if said.get("part") != part:
+        raise ValueError(f"it is about {said.get('part')!r}, and {part!r} was asked")
+    own = None
+    if asked is not None:
+        id_, view, model = asked
+        if said.get("view") != view:
+            raise ValueError(f"it is about the view {said.get('view')!r}, and {view!r} was sent")
+        own = read_verdict(json.dumps(said.get("inspection")).encode(), id_, part, model)
+        if verdict == "normal" and not own.ok:
+            raise ValueError("verdict is normal, and that of the view Anomaly")
+    has_score = said.get("score") is not None
+    return PartVerdict(
+        ok=verdict == "normal", decided=verdict != "pending", verdict=str(verdict),
+        score=_number(said, "score") if has_score else None,
+        threshold=_number(said, "threshold") if has_score else None,
+        decided_by=_text_or_none(said, "decided_by"), missing=tuple(missing),
+        of=int(_number(said, "of")), id=_text(said, "id"), part=part, view=own,
+    )  # fmt: skip
+
+
 def read_verdict(body: bytes, id_: str, part: str, model: str | None) -> Verdict:
     """The verdict in an answer to a request of this id, part and model.
 

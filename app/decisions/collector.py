@@ -35,6 +35,7 @@ _TYPES = {
     **dict.fromkeys(("width", "height"), "INTEGER NOT NULL"),
     **dict.fromkeys(("raw_score", "score", "threshold", "raw_threshold"), "DOUBLE PRECISION"),
     **dict.fromkeys(("queue_ms", "decode_ms", "infer_ms", "total_ms"), "DOUBLE PRECISION"),
+    "views": "TEXT NOT NULL DEFAULT ''",  # lines of an older Kensa send none
 }
 _LABELS = "label TEXT NOT NULL DEFAULT '', defect TEXT NOT NULL DEFAULT '',"
 
@@ -59,6 +60,12 @@ CREATE INDEX ON kensa.decisions (part) WHERE part != '';
 CREATE INDEX ON kensa.decisions (model, time);
 {_table("trail", TRAIL)}
 """
+# Tables that an older Kensa made. Only their owner may, so it is not tried where it is there.
+_HAS_VIEWS = (
+    "SELECT 1 FROM pg_attribute WHERE attrelid = 'kensa.decisions'::regclass"
+    " AND attname = 'views' AND NOT attisdropped"
+)
+_ADD_VIEWS = f"ALTER TABLE kensa.decisions ADD COLUMN IF NOT EXISTS views {_TYPES['views']}"
 _ONLY_ONE_MAKES = 0x6B656E7361  # of an advisory lock
 
 
@@ -75,11 +82,13 @@ class Shared:
         self._connection.close()
 
     def make(self) -> None:
-        """Make the tables, where nobody has."""
+        """Make the tables, where nobody has, or what an older Kensa's lack."""
         with self._connection.transaction():
             self._connection.execute("SELECT pg_advisory_xact_lock(%s)", [_ONLY_ONE_MAKES])
             if not self.is_made():
                 self._connection.execute(_MAKE.encode())
+            elif self._connection.execute(_HAS_VIEWS).fetchone() is None:
+                self._connection.execute(_ADD_VIEWS.encode())
 
     def is_made(self) -> bool:
         row = self._connection.execute("SELECT to_regclass('kensa.trail')").fetchone()

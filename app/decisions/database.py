@@ -24,13 +24,14 @@ from app.decisions.quarters import Quarter, of_batch
 FILE = "decisions.sqlite"
 WAIT_S = 10.0  # for another process that writes
 FEW = 20_000  # decisions that are looked at one by one, in 20 ms
-LAYOUT = 1  # of the tables; another one is of another Kensa
+LAYOUT = 2  # of the tables; a later one is of a later Kensa
 
 _TYPES = {
     **dict.fromkeys(COLUMNS, "TEXT NOT NULL"),
     **dict.fromkeys(("at", "width", "height"), "INTEGER NOT NULL"),
     **dict.fromkeys(("raw_score", "score", "threshold", "raw_threshold"), "REAL"),
     **dict.fromkeys(("queue_ms", "decode_ms", "infer_ms", "total_ms"), "REAL"),
+    "views": "TEXT NOT NULL DEFAULT ''",  # lines of an older Kensa have none
 }
 _SCHEMA = f"""
 CREATE TABLE decisions (
@@ -81,6 +82,9 @@ _INSERT_TRAIL = (
     f"INSERT INTO trail (number, {', '.join(TRAIL)}, hash)"
     f" VALUES (:number, {', '.join(f':{name}' for name in TRAIL)}, :hash)"
 )
+_NEXT_LAYOUT = {  # what brings a file of a layout to the next one
+    1: f"ALTER TABLE decisions ADD COLUMN views {_TYPES['views']}",
+}
 _KEPT = f"number, {', '.join(COLUMNS)}, hash, label, defect, picture_bytes"
 
 log = logging.getLogger("kensa")
@@ -528,8 +532,10 @@ class DecisionDatabase:
             limit: that many at most; -1 for all.
         """
         names = COLUMNS if table == "decisions" else TRAIL
+        there = _columns(self._connection, table)  # of an older Kensa, whom `kensa verify` reads
+        selected = ", ".join(name if name in there else f"'' AS {name}" for name in names)
         rows = self._connection.execute(
-            f"SELECT number, {', '.join(names)}, hash FROM {table} WHERE number > ?"
+            f"SELECT number, {selected}, hash FROM {table} WHERE number > ?"
             " ORDER BY number LIMIT ?",
             [after, limit],
         )
@@ -599,6 +605,10 @@ def _line(row: Sequence[Any]) -> Line:
     return Line(number, at, who, what, subject, reason, json.loads(details), *rest)
 
 
+def _columns(database: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+
+
 def open_or_make(folder: Path) -> DecisionDatabase:
     """The database of a folder, made where there is none; a damaged one is repaired, in words.
 
@@ -624,11 +634,23 @@ def _made(folder: Path) -> DecisionDatabase:
         database.execute("PRAGMA journal_mode = WAL")
         if layout == 0:
             database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-        elif layout != LAYOUT:
+        elif not 0 < layout <= LAYOUT:
             raise sqlite3.DatabaseError(f"{path} is of another Kensa (layout {layout})")
+        elif layout < LAYOUT:
+            _renew(database)
         if database.execute("PRAGMA application_id").fetchone()[0] == 0:
             database.execute(f"PRAGMA application_id = {secrets.randbelow(2**31 - 1) + 1}")
     return DecisionDatabase(path)
+
+
+def _renew(database: sqlite3.Connection) -> None:
+    """Bring the tables of an older Kensa up to this one's, whoever begins to at the same time."""
+    database.execute("BEGIN IMMEDIATE")
+    (layout,) = database.execute("PRAGMA user_version").fetchone()
+    for old in range(layout, LAYOUT):
+        database.execute(_NEXT_LAYOUT[old])
+    database.execute(f"PRAGMA user_version = {LAYOUT}")
+    database.execute("COMMIT")
 
 
 def note_once(folder: Path, what: str, subject: str, **details: Any) -> None:
@@ -690,12 +712,14 @@ def _put_in_place(path: Path, aside: Path) -> None:
 
 def _take_over(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:
     """Copy the lines that can be read, from both ends; how many those were."""
-    columns = [row[1] for row in new.execute(f"PRAGMA table_info({table})")]
-    key = "at" if table == "quarters" else "number"
-    insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(columns))})"
+    columns = _columns(new, table)
+    with suppress(sqlite3.DatabaseError):  # the old one may be of an older Kensa, with fewer
+        columns = [name for name in _columns(old, table) if name in columns]
+    key, names = "at" if table == "quarters" else "number", ", ".join(columns)
+    insert = f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({', '.join('?' * len(columns))})"
     for order in ("ASC", "DESC"):
         with suppress(sqlite3.DatabaseError):  # here the damage begins
-            for row in old.execute(f"SELECT * FROM {table} ORDER BY {key} {order}"):
+            for row in old.execute(f"SELECT {names} FROM {table} ORDER BY {key} {order}"):
                 with suppress(sqlite3.IntegrityError):
                     new.execute(insert, row)
     return int(new.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from app.decisions.database import Kept, Line
-from app.decisions.decision import ENDINGS
+from app.decisions.decision import ENDINGS, OfViews, View
 from app.decisions.recorder import Recorder
 from engines.errors import KensaError
 from engines.image import ImageLimits
@@ -20,6 +20,7 @@ README = """What Kensa recorded of the part {part!r}.
 
 decisions/NUMBER-ID.json   what was decided, and when; `hash` is SHA-256 of it and of the one before
 decisions/NUMBER-ID.*      the picture as it was sent (its SHA-256 is `sha256`), what was strange
+decisions/NUMBER-ID.VIEW.* the same of another view of the part, where there are several
 versions/...               of each that judged: its meta.json, report of training, gate
 trail.json                 what people said of these decisions
 sha256.txt                 of each file in this zip
@@ -65,6 +66,8 @@ def write_evidence(
         place = f"decisions/{kept.number}-{one.id}"  # clients choose ids, and may choose one twice
         about = {"number": kept.number, **one.values(), "hash": kept.hash, "label": kept.label,
                  "defect": kept.defect}  # fmt: skip
+        if not one.views:  # as its hash is made of it
+            del about["views"]
         whole.add(f"{place}.json", _json(about))
         with suppress(FileNotFoundError):
             image = recorder.pictures.image(kept.number)
@@ -72,6 +75,12 @@ def write_evidence(
             with suppress(KensaError):
                 overlay = recorder.pictures.drawn(kept.number, limits, over_picture=True)
                 whole.add(f"{place}.overlay.png", overlay)
+        if (of_views := OfViews.read(one.views)) is not None:
+            for view in of_views.views:
+                if view.view != of_views.decided_by:  # whose picture is the one above
+                    _add_view(whole, f"{place}.{view.view}", kept.number, view, recorder, limits)
+                if view.version:
+                    versions.add((view.model, view.version))
         if one.version:
             versions.add((one.model, one.version))
     for name, version in sorted(versions):
@@ -85,6 +94,17 @@ def write_evidence(
                 whole.add(f"versions/{name}/{version}/gate.json", _json(gate))
     whole.add("trail.json", _json([line._asdict() for _, lines in found for line in lines]))
     whole.close()
+
+
+def _add_view(
+    whole: _Zip, place: str, number: int, view: View, recorder: Recorder, limits: ImageLimits
+) -> None:
+    with suppress(FileNotFoundError):
+        image = recorder.pictures.image(number, view.view)
+        whole.add(f"{place}{ENDINGS.get(view.format, '.bin')}", image)
+        with suppress(KensaError):
+            drawn = recorder.pictures.drawn(number, limits, over_picture=True, view=view.view)
+            whole.add(f"{place}.overlay.png", drawn)
 
 
 def _json(content: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -30,12 +31,16 @@ class Map(NamedTuple):
 
 
 class Pictures:
-    """Files in a folder, named by the number of the decision."""
+    """Files in a folder, named by the number of the decision.
+
+    Of a part of several views the picture of the worst one lies where any other part's does, and
+    those of the others in a folder beside it, each under the name of its view.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / FOLDER
 
-    def keep(self, number: int, image: bytes, seen: Map | None) -> int:
+    def keep(self, number: int, image: bytes, seen: Map | None, view: str = "") -> int:
         """Write the image, and the map where there is one; how many bytes that took.
 
         What was there under this number is replaced: a decision that was not written down.
@@ -43,7 +48,7 @@ class Pictures:
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        path = self._path(number)
+        path = self._path(number, view)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
         taken = len(image)
@@ -54,11 +59,13 @@ class Pictures:
             taken += len(packed)
         return taken
 
-    def image(self, number: int) -> bytes:
+    def image(self, number: int, view: str = "") -> bytes:
         """As it was sent. Raises FileNotFoundError where it is not kept."""
-        return self._path(number).read_bytes()
+        return self._path(number, view).read_bytes()
 
-    def drawn(self, number: int, limits: ImageLimits, *, over_picture: bool) -> bytes:
+    def drawn(
+        self, number: int, limits: ImageLimits, *, over_picture: bool, view: str = ""
+    ) -> bytes:
         """A PNG of the map: over the picture, or alone in grey.
 
         Raises:
@@ -66,7 +73,7 @@ class Pictures:
             UnknownDecision: the map is damaged, as a power cut may leave one.
             BadImage: and its kinds, as `engines.image.decode`: the limits are others now.
         """
-        packed = self._path(number).with_suffix(".map").read_bytes()
+        packed = self._path(number, view).with_suffix(".map").read_bytes()
         try:
             seen = _unpack(packed)
         except Exception as error:  # NumPy, zipfile and zlib have many
@@ -74,27 +81,38 @@ class Pictures:
                 f"What was found in the picture of decision {number} cannot be drawn: its map is"
                 " damaged."
             ) from error
-        picture = decode(self.image(number), limits, seen.bit_depth) if over_picture else None
+        picture = decode(self.image(number, view), limits, seen.bit_depth) if over_picture else None
         return draw(seen.raw, seen.scale, seen.size, picture)
 
     def delete(self, number: int) -> None:
-        """Also where there is none."""
+        """All of a decision's, also where there is none."""
         path = self._path(number)
         for one in (path, path.with_suffix(".map")):
             with suppress(FileNotFoundError):
                 one.unlink()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._of_views(number))
 
     def sweep(self, kept: set[int]) -> None:
         """Delete what belongs to no decision of these numbers, after a kill or a pruning."""
         for path in list(self._folder.glob("*/*")):
-            if not path.stem.isdigit() or int(path.stem) not in kept:
+            if path.stem.isdigit() and int(path.stem) in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink(missing_ok=True)
         for folder in list(self._folder.glob("*")):
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
-    def _path(self, number: int) -> Path:
+    def _path(self, number: int, view: str = "") -> Path:
+        if view:
+            return self._of_views(number) / f"{view}.image"
         return self._folder / str(number // PER_FOLDER) / f"{number}.image"
+
+    def _of_views(self, number: int) -> Path:
+        return self._folder / str(number // PER_FOLDER) / f"{number}.views"
 
 
 def _pack(seen: Map) -> bytes:

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import ClientDisconnect
 
 from app.decisions.database import FILE, DecisionDatabase, Kept, Note, open_or_make
-from app.decisions.decision import Decision, short_sha256
+from app.decisions.decision import Decision, OfViews, View, short_sha256
 from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
+from app.serving.views import MISSING, Look, Part
 from app.settings import Settings
-from engines.errors import Conflict, DiskFull, KensaError
+from engines.errors import Conflict, DeadlineExceeded, DiskFull, KensaError
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
@@ -51,15 +52,31 @@ class Asked:
     who: str
 
 
-class _Waiting(NamedTuple):
-    entry: Decision | Note
-    image: bytes | None = None
+class _Picture(NamedTuple):
+    image: bytes
     seen: Map | None = None
+    view: str = ""  # of a part of several, but for the worst, which lies where others' do
 
     @property
     def bytes(self) -> int:
         """Of image and map, in memory."""
-        return len(self.image or b"") + (self.seen.raw.nbytes if self.seen is not None else 0)
+        return len(self.image) + (self.seen.raw.nbytes if self.seen is not None else 0)
+
+
+class _Waiting(NamedTuple):
+    entry: Decision | Note
+    image: bytes | None = None
+    seen: Map | None = None
+    others: tuple[_Picture, ...] = ()  # of a part of several views
+
+    @property
+    def pictures(self) -> list[_Picture]:
+        own = [] if not self.image else [_Picture(self.image, self.seen)]
+        return [*own, *self.others]
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bytes for one in self.pictures)
 
 
 _Told = _Waiting | threading.Event  # which is set once all that was told before it is written
@@ -112,22 +129,9 @@ class Recorder:
         """Keep a verdict, and the picture where it may be wanted again."""
         if not self.is_on:
             return
-        verdict, timing, seen = done.verdict, done.timing, done.seen
-        decision = Decision(
-            id=asked.id, part=asked.part, at=_now(), model=done.model.name,
-            version=done.model.version, scorer=short_sha256(done.model.made_of),
-            verdict="anomaly" if verdict.is_anomalous else "normal", code="",
-            raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
-            raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
-            decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
-            total_ms=round(timing.total_ms, 2), sha256=seen.sha256, format=seen.kind,
-            width=seen.width, height=seen.height, who=asked.who,
-        )  # fmt: skip
+        decision = _decision(asked, done)
         if image is not None and self._is_wanted(decision):
-            model = done.model
-            size, bit_depth = model.runtime.image_size, model.meta.bit_depth
-            seen_map = Map(done.anomaly_map, model.scale, size, bit_depth)
-            self._add(_Waiting(decision, image, seen_map))
+            self._add(_Waiting(decision, image, _map(done)))
         else:
             self._add(_Waiting(decision))
 
@@ -135,16 +139,45 @@ class Recorder:
         """Keep that a request got no verdict, and its picture where that was the reason."""
         if not self.is_on:
             return
-        nothing: dict[str, Any] = dict.fromkeys(
-            ("raw_score", "score", "threshold", "raw_threshold",
-             "queue_ms", "decode_ms", "infer_ms", "total_ms")
+        self._add(_Waiting(_no_decision(asked, code), image))
+
+    def viewed(self, part: Part) -> None:
+        """Keep what was decided of a part from all of its views, as one line.
+
+        It has the numbers of the worst view, and none where one is missing. Pictures are kept of
+        each view by the rules for a part; and that of the worst, where one of them is.
+        """
+        if not self.is_on:
+            return
+        who = part.key.who
+        each = {look.view: _of_look(look, who) for look in part.looks.values()}
+        for name in part.missing:  # also "?", of which there may be several
+            each.setdefault(name, _no_decision(Asked("", "", "", who), MISSING))
+        code = MISSING if part.state == "none" else ""
+        of_views = OfViews(
+            part.key.line, part.of.total, part.decided_by,
+            tuple(View.of(name, one) for name, one in each.items()),
         )  # fmt: skip
-        decision = Decision(
-            id=asked.id, part=asked.part, at=_now(), model=asked.model[:MOST_NAME], version="",
-            scorer="", verdict="none", code=code, **nothing, sha256="", format="", width=0,
-            height=0, who=asked.who,
-        )  # fmt: skip
-        self._add(_Waiting(decision, image))
+        if code:
+            decision = _no_decision(Asked(part.id, "", part.model, who), code)
+        else:
+            decision = replace(each[part.decided_by], id=part.id, at=_now())
+        decision = replace(decision, part=part.key.part, views=of_views.text())
+        self._add(self._with_pictures(decision, part, each))
+
+    def _with_pictures(self, decision: Decision, part: Part, each: dict[str, Decision]) -> _Waiting:
+        wanted = [
+            look for look in part.looks.values()
+            if look.inspection is None or self._is_wanted(each[look.view])
+        ]  # fmt: skip
+        if wanted and part.worst is not None and part.worst not in wanted:
+            wanted.append(part.worst)
+        found = {
+            look.view: _Picture(look.image, _map(look.inspection), look.view)
+            for look in wanted if look.image is not None
+        }  # fmt: skip
+        own = found.pop(part.decided_by, _Picture(b""))
+        return _Waiting(decision, own.image or None, own.seen, tuple(found.values()))
 
     def note(self, what: str, who: str, subject: str, reason: str = "", **details: Any) -> None:
         """Add a line to the audit trail. In any thread."""
@@ -300,10 +333,10 @@ class Recorder:
         kept: dict[int, int] = {}  # number -> bytes
 
         def keep(place: int, number: int) -> int:
-            image = batch[place].image
-            if not image or self._settings.record_pictures_mib == 0:
+            pictures = batch[place].pictures
+            if not pictures or self._settings.record_pictures_mib == 0:
                 return 0
-            kept[number] = self._keep(number, image, batch[place].seen)
+            kept[number] = self._keep(number, pictures)
             return kept[number]
 
         try:
@@ -315,12 +348,12 @@ class Recorder:
             raise
         self._picture_bytes += sum(kept.values())
 
-    def _keep(self, number: int, image: bytes, seen: Map | None) -> int:
-        """Keep a picture; 0 where the disk has no room for it: its line may find some."""
+    def _keep(self, number: int, pictures: Sequence[_Picture]) -> int:
+        """Keep pictures; 0 where the disk has no room for them: their line may find some."""
         if self._pictures_problem is not None and time.monotonic() < self._pictures_again:
             return 0
         try:
-            taken = self.pictures.keep(number, image, seen)
+            taken = sum(self.pictures.keep(number, *one) for one in pictures)
         except OSError as error:
             with suppress(OSError):
                 self.pictures.delete(number)
@@ -337,7 +370,7 @@ class Recorder:
     def _tidy(self, database: DecisionDatabase) -> None:
         """Keep within the bounds of days and bytes; what waits is written between the steps."""
         # No picture may come for hours, and nobody would know that there is room again.
-        if self._pictures_problem is not None and self._keep(0, bytes(MIB), None):
+        if self._pictures_problem is not None and self._keep(0, [_Picture(bytes(MIB))]):
             self.pictures.delete(0)
         write = partial(self._write, database)
         if not self._is_counted:
@@ -405,6 +438,49 @@ class Recorder:
             log.error("%s Inspecting goes on.", problem, exc_info=not isinstance(
                 error, OSError | sqlite3.Error))  # fmt: skip
         self._problem = problem
+
+
+def _decision(asked: Asked, done: Inspection) -> Decision:
+    verdict, timing, seen = done.verdict, done.timing, done.seen
+    return Decision(
+        id=asked.id, part=asked.part, at=_now(), model=done.model.name,
+        version=done.model.version, scorer=short_sha256(done.model.made_of),
+        verdict="anomaly" if verdict.is_anomalous else "normal", code="",
+        raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
+        raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
+        decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
+        total_ms=round(timing.total_ms, 2), sha256=seen.sha256, format=seen.kind,
+        width=seen.width, height=seen.height, who=asked.who,
+    )  # fmt: skip
+
+
+def _no_decision(asked: Asked, code: str) -> Decision:
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("raw_score", "score", "threshold", "raw_threshold",
+         "queue_ms", "decode_ms", "infer_ms", "total_ms")
+    )  # fmt: skip
+    return Decision(
+        id=asked.id, part=asked.part, at=_now(), model=asked.model[:MOST_NAME], version="",
+        scorer="", verdict="none", code=code, **nothing, sha256="", format="", width=0,
+        height=0, who=asked.who,
+    )  # fmt: skip
+
+
+def _of_look(look: Look, who: str) -> Decision:
+    """What was decided of a view, as if it were a part."""
+    asked = Asked(look.id, "", look.model, who)
+    if look.inspection is not None:
+        return replace(_decision(asked, look.inspection), at=look.at)
+    code = look.code or DeadlineExceeded.code  # it is still being judged
+    return replace(_no_decision(asked, code), at=look.at, sha256=look.sha256)
+
+
+def _map(done: Inspection | None) -> Map | None:
+    if done is None:
+        return None
+    model = done.model
+    size, bit_depth = model.runtime.image_size, model.meta.bit_depth
+    return Map(done.anomaly_map, model.scale, size, bit_depth)
 
 
 def _with_sha256(one: _Waiting) -> Decision | Note:

@@ -105,7 +105,7 @@ SENTENCES: dict[str, tuple[str, str]] = {
     ),
 }
 
-# Codes of docs/http.md, and client_left.
+# Codes of docs/http.md, client_left, and view_missing.
 REASONS: dict[str, tuple[str, str]] = {
     "bad_image": ("the image was damaged", "画像が壊れていた"),
     "unsupported_image": ("a kind of image that is not read", "対応していない画像形式"),
@@ -121,6 +121,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "overloaded": ("too many requests at once", "リクエストの集中"),
     "deadline_exceeded": ("time was up", "時間切れ"),
     "client_left": ("the client did not wait", "クライアントが切断した"),
+    "view_missing": ("a view was missing", "画像が揃わなかった"),
     "runtime_failed": ("inference failed", "推論の失敗"),
     "gpu_lost": ("the GPU failed", "GPU の故障"),
     "out_of_memory": ("memory was full", "メモリ不足"),

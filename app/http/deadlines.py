@@ -36,7 +36,7 @@ async def within_deadline(
     most_ms: int = request.app.state.settings.deadline_ms
     within_ms = min(within_ms or most_ms, most_ms)
     left_s = within_ms / 1000 + (0.0 if since is None else since - time.monotonic())
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(request))
     try:
         both, first = {working, leaving}, asyncio.FIRST_COMPLETED
         await asyncio.wait(both, timeout=max(left_s, 0), return_when=first)
@@ -55,6 +55,7 @@ async def within_deadline(
             await asyncio.wait({working})
 
 
-async def _until_gone(request: Request) -> None:
+async def until_gone(request: Request) -> None:
+    """Returns once the client has closed the connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

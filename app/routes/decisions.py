@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BeforeValidator, ConfigDict, Field
 from starlette.background import BackgroundTask
 
 from app.decisions.database import DecisionDatabase, Filter, Kept, Line
-from app.decisions.decision import Verdict
+from app.decisions.decision import OfViews, Verdict, View
 from app.decisions.evidence import write_evidence
 from app.decisions.recorder import Recorder
 from app.http.access import KeyFirst, needs, who
@@ -56,6 +56,33 @@ def _written(given: Any) -> Any:
 Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
 
 
+class ViewDecisionBody(Body):
+    """What was decided of one of a part's views."""
+
+    view: str = Field(description="`?` where nobody has said what the missing one is called.")
+    id: str | None = Field(description="Of the request that brought it; null where none came.")
+    time: datetime = Field(description="UTC.")
+    model: str
+    version: str | None
+    verdict: Verdict = Field(description="`none` where there was none in time.")
+    code: str | None = Field(description="Why; `view_missing` where no picture of it came.")
+    raw_score: float | None
+    score: float | None
+    threshold: float | None
+    raw_threshold: float | None
+    image: ImageBody | None
+    sha256: str | None
+
+
+class ViewsBody(Body):
+    """The views of a part that has its verdict from all of them."""
+
+    line: str | None = Field(description="As the requests named it.")
+    of: int = Field(description="How many there should have been.")
+    decided_by: str = Field(description="The view whose verdict and numbers are the part's.")
+    views: list[ViewDecisionBody]
+
+
 class DecisionBody(Body):
     """What was decided of a part, and when."""
 
@@ -80,6 +107,10 @@ class DecisionBody(Body):
         description="What a person said last; /decisions/{id} has all of it."
     )
     defect: str | None = Field(description="The kind of defect, where it is one.")
+    views: ViewsBody | None = Field(
+        description="Of a part of several views: each of them; else null. Everything else is of the"
+        " worst one then."
+    )
 
 
 class DecisionsBody(Body):
@@ -148,6 +179,7 @@ class ReplayBody(Body):
     """What a version says of a picture that was judged before."""
 
     decision: DecisionBody = Field(description="As it was decided.")
+    view: str | None = Field(description="Which was judged, of a part of several views.")
     version: str = Field(description="Which judged now.")
     verdict: Literal["normal", "anomaly"]
     raw_score: float
@@ -184,6 +216,13 @@ Which = Annotated[
     Query(
         ge=1, le=2**62, examples=[481],
         description="Its `number`, where clients gave an id twice; the last one, if left out.",
+    ),
+]  # fmt: skip
+OfView = Annotated[
+    str,
+    Query(
+        max_length=32, examples=["left"],
+        description="Of a part of several views, this one; the worst, if left out.",
     ),
 ]  # fmt: skip
 PartName = Annotated[
@@ -293,9 +332,10 @@ async def table(request: Request, asked: Asked) -> StreamingResponse:
 
 
 async def _csv(recorder: Recorder, asked: Filter, page: list[Kept]) -> Any:
-    names = [name for name in DecisionBody.model_fields if name not in ("image", "timing")]
+    bodies = ("image", "timing", "views")
+    names = [name for name in DecisionBody.model_fields if name not in bodies]
     more = ["format", "width", "height", "queue_ms", "decode_ms", "infer_ms", "total_ms"]
-    yield csv_row([*names, *more])
+    yield csv_row([*names, *more, "views"])
     while page:
         yield "".join(_rows(page, names))
         last = page[-1].number
@@ -308,7 +348,7 @@ def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
         yield csv_row([
             *(body[name] for name in names),
             one.format, one.width or None, one.height or None,
-            one.queue_ms, one.decode_ms, one.infer_ms, one.total_ms,
+            one.queue_ms, one.decode_ms, one.infer_ms, one.total_ms, one.views or None,
         ])  # fmt: skip
 
 
@@ -377,13 +417,19 @@ async def decision(request: Request, id: Id, number: Which = None) -> WholeDecis
         409: OFF,
     },
 )
-async def image(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
+async def image(
+    request: Request,
+    id: Id,  # noqa: A002
+    number: Which = None,
+    view: OfView = "",
+) -> Response:
     """The file as it was sent."""
 
     def look() -> tuple[bytes, str]:
         recorder = recorder_of(request)
         kept = recorder.read(lambda it: _kept(it, id, number))
-        return _image(recorder, kept), kept.decision.format
+        place, one = _view(kept, view)
+        return _image(recorder, kept, place), (one or kept.decision).format
 
     data, kind = await ask(look)
     media_type = _MEDIA_TYPES.get(kind.removeprefix("Big"), _BYTES)
@@ -404,12 +450,16 @@ async def delete_image(
     reason: Why,
     number: Which = None,
 ) -> None:
-    """And its map: the decision stays. A copy that somebody has learned from is in its category."""
+    """And its map, of all views: the decision stays.
+
+    A copy that somebody has learned from is in its category.
+    """
     recorder, why, name = recorder_of(request), _why(reason), who(request)
 
     def forget() -> None:
         kept = recorder.read(lambda it: _kept(it, id, number))
-        _image(recorder, kept)  # raises where there is none
+        if not kept.picture_bytes:
+            _image(recorder, kept)  # raises
         recorder.delete_picture(kept, name, why)
 
     await ask(forget)
@@ -422,9 +472,14 @@ async def delete_image(
     response_class=Response,
     responses=_PICTURE,
 )
-async def overlay(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
+async def overlay(
+    request: Request,
+    id: Id,  # noqa: A002
+    number: Which = None,
+    view: OfView = "",
+) -> Response:
     """Its picture with what is anomalous painted over it, as `Accept: image/png` draws it."""
-    return await _drawn(request, id, number, over_picture=True)
+    return await _drawn(request, id, number, view, over_picture=True)
 
 
 @router.get(
@@ -434,20 +489,29 @@ async def overlay(request: Request, id: Id, number: Which = None) -> Response:  
     response_class=Response,
     responses=_PICTURE,
 )
-async def heatmap(request: Request, id: Id, number: Which = None) -> Response:  # noqa: A002
+async def heatmap(
+    request: Request,
+    id: Id,  # noqa: A002
+    number: Which = None,
+    view: OfView = "",
+) -> Response:
     """A grey PNG, where a pixel's value / 255 is the normalised score of its place."""
-    return await _drawn(request, id, number, over_picture=False)
+    return await _drawn(request, id, number, view, over_picture=False)
 
 
-async def _drawn(request: Request, id_: str, number: int | None, *, over_picture: bool) -> Response:
+async def _drawn(
+    request: Request, id_: str, number: int | None, view: str, *, over_picture: bool
+) -> Response:
     recorder, limits = recorder_of(request), request.app.state.inspector.limits
 
     def look() -> bytes:
         kept = recorder.read(lambda it: _kept(it, id_, number))
+        place, _ = _view(kept, view)
+        pictures = recorder.pictures
         try:
-            return recorder.pictures.drawn(kept.number, limits, over_picture=over_picture)
+            return pictures.drawn(kept.number, limits, over_picture=over_picture, view=place)
         except FileNotFoundError:
-            _image(recorder, kept)  # raises where it is not kept either
+            _image(recorder, kept, place)  # raises where it is not kept either
             raise UnknownDecision(f"The decision {id_!r} has no map: it had no verdict.") from None
 
     return Response(await ask(look), media_type="image/png")
@@ -512,17 +576,22 @@ async def replay(
         ),
     ] = None,
     number: Which = None,
+    view: OfView = "",
 ) -> ReplayBody:
-    """It counts nowhere. The same version on the same runtime gives the same raw score."""
+    """It counts nowhere. The same version on the same runtime gives the same raw score.
+
+    Of a part of several views, one is judged: the worst, or `view`.
+    """
     recorder, manager = recorder_of(request), _manager(request)
     inspector: Inspector = request.app.state.inspector
 
-    def look() -> tuple[Kept, bytes]:
+    def look() -> tuple[Kept, View | None, bytes]:
         kept = recorder.read(lambda it: _kept(it, id, number))
-        return kept, _image(recorder, kept)
+        place, of_view = _view(kept, view)
+        return kept, of_view, _image(recorder, kept, place)
 
-    kept, data = await ask(look)
-    one = kept.decision
+    kept, of_view, data = await ask(look)
+    one = of_view or kept.decision
     wanted = version or one.version
     if not wanted:
         raise BadRequest("It had no verdict, so say which version is to judge it: version=...")
@@ -530,7 +599,8 @@ async def replay(
     async def judged(model: Resident) -> ReplayBody:
         verdict = await inspector.look(data, model)
         return ReplayBody(
-            decision=decision_body(kept), version=model.version,
+            decision=decision_body(kept), view=of_view.view if of_view else None,
+            version=model.version,
             verdict="anomaly" if verdict.is_anomalous else "normal",
             raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
             raw_threshold=verdict.raw_threshold,
@@ -663,7 +733,27 @@ def decision_body(kept: Kept) -> DecisionBody:
         raw_threshold=one.raw_threshold, image=image, sha256=one.sha256 or None,
         has_picture=kept.picture_bytes > 0, timing=timing, key=one.who or None,
         label=kept.label or None,  # type: ignore[arg-type]  # the database holds no others
-        defect=kept.defect or None,
+        defect=kept.defect or None, views=_views_body(one.views),
+    )  # fmt: skip
+
+
+def _views_body(text: str) -> ViewsBody | None:
+    found = OfViews.read(text)
+    if found is None:
+        return None
+    return ViewsBody(
+        line=found.line or None, of=found.of, decided_by=found.decided_by,
+        views=[_view_body(one) for one in found.views],
+    )  # fmt: skip
+
+
+def _view_body(one: View) -> ViewDecisionBody:
+    image = ImageBody(format=one.format, width=one.width, height=one.height) if one.format else None
+    return ViewDecisionBody(
+        view=one.view, id=one.id or None, time=_time(one.at), model=one.model,
+        version=one.version or None, verdict=one.verdict, code=one.code or None,
+        raw_score=one.raw_score, score=one.score, threshold=one.threshold,
+        raw_threshold=one.raw_threshold, image=image, sha256=one.sha256 or None,
     )  # fmt: skip
 
 
@@ -707,11 +797,33 @@ def _lines(database: DecisionDatabase, kept: Kept) -> list[Line]:
     return [one for one in lines if one.details.get("number") == kept.number]
 
 
-def _image(recorder: Recorder, kept: Kept) -> bytes:
+def _view(kept: Kept, name: str) -> tuple[str, View | None]:
+    """Where the picture of a view lies, as `Pictures` knows it, and what was decided of it.
+
+    Args:
+        name: empty for the worst, or where there are none.
+
+    Raises:
+        UnknownDecision: the part has no such view.
+    """
+    found = OfViews.read(kept.decision.views)
+    if found is None and not name:
+        return "", None
+    of_view = found.view(name or found.decided_by) if found is not None else None
+    if found is None or of_view is None:
+        raise UnknownDecision(
+            f"The decision {kept.decision.id!r} has no view {name!r}; it has:"
+            f" {', '.join(one.view for one in found.views) if found else 'none, but one picture'}."
+        )
+    return "" if of_view.view == found.decided_by else of_view.view, of_view
+
+
+def _image(recorder: Recorder, kept: Kept, view: str = "") -> bytes:
     try:
-        return recorder.pictures.image(kept.number)
+        return recorder.pictures.image(kept.number, view)
     except FileNotFoundError:
         which = f"The picture of the decision {kept.decision.id!r}"
+        which += f", view {view}," if view else ""
         if any(one.what == "deleted" for one in recorder.read(lambda it: _lines(it, kept))):
             sentence = f"{which} was deleted: the decision's history says by whom and why."
         else:
@@ -719,6 +831,7 @@ def _image(recorder: Recorder, kept: Kept) -> bytes:
                 f"{which} is not kept: those of rejects are, of parts near the threshold and of a"
                 " sample; see KENSA_RECORD_PICTURES_MIB."
             )
+            sentence += " Others of its views may be: say view=..." * bool(kept.decision.views)
         raise UnknownDecision(sentence) from None
 
 

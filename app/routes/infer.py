@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -93,7 +93,7 @@ MAX_FIELDS = 16  # of a form, besides the file
 
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/bmp", "image/tiff", "application/octet-stream")
 _BINARY = {"type": "string", "format": "binary"}
-_EXAMPLE = {
+EXAMPLE = {
     "id": "5f0c8e6c0b1d4a6f9d7c2f0e8a3b1c4d",
     "part": "KB-2046/A 17",
     "repeat_of": None,
@@ -125,7 +125,7 @@ _HEADERS = {
     "X-Kensa-Image": "The format of the file, its width and height: JPEG 1280x1024.",
     "X-Kensa-Hint": "What speaks against the picture, though it was judged; absent otherwise.",
 }
-_RESPONSES: dict[int | str, dict[str, Any]] = {
+RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The verdict, in the form that the header `Accept` asks for.",
         "headers": {
@@ -133,7 +133,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
             for name, meaning in _HEADERS.items()
         },
         "content": {
-            "application/json": {"example": _EXAMPLE},
+            "application/json": {"example": EXAMPLE},
             "text/plain": {"schema": {"type": "string"}, "example": "NG 0.8712\n"},
             "image/png": {"schema": _BINARY},
         },
@@ -182,7 +182,7 @@ _FORM = {
         },
     }
 }
-_REQUEST_BODY = {
+REQUEST_BODY = {
     "required": True,
     "description": "The image: as the part `file` of a form, or as the body itself.",
     "content": {
@@ -190,7 +190,7 @@ _REQUEST_BODY = {
         **{media_type: {"schema": _BINARY} for media_type in _IMAGE_TYPES},
     },
 }
-_ID_PARAMETER = {
+ID_PARAMETER = {
     "name": "X-Request-ID",
     "in": "header",
     "required": False,
@@ -212,8 +212,8 @@ _PART_PARAMETER = {
     "/infer",
     summary="Inspect one image",
     response_model=InspectionBody,
-    responses=_RESPONSES,
-    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_ID_PARAMETER, _PART_PARAMETER]},
+    responses=RESPONSES,
+    openapi_extra={"requestBody": REQUEST_BODY, "parameters": [ID_PARAMETER, _PART_PARAMETER]},
 )
 async def infer(
     request: Request,
@@ -245,15 +245,8 @@ async def infer(
     asked = Asked(request_id(request), called, named, who(request))
     data: bytes | None = None
     try:
-        inspector.residents.call(model or None)  # before the image is read
-        inspector.admission.check_room()
-        answer = wanted(request.headers.get("accept", ""))
-        drawing: Drawing | None = "overlay" if answer == "image/png" else None
-        if heatmap and answer == "application/json":
-            drawing = "heatmap"
-        with inspector.admission.holding() as hold:
-            data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
-            in_form = checked(in_form)  # also where another one comes first
+        answer, drawing = how_to_answer(request, heatmap=heatmap)
+        async with picture_of(request, model) as (data, in_form):
             if not called and in_form:
                 asked = replace(asked, part=in_form)
                 note(part=in_form)
@@ -271,6 +264,30 @@ async def infer(
         judged_by, verdict = inspection.model, inspection.verdict
         note(model=judged_by.name, version=judged_by.version, label=verdict.label)
     return _answer(inspection, answer, asked, repeat_of)
+
+
+def how_to_answer(request: Request, *, heatmap: bool) -> tuple[Answer, Drawing | None]:
+    """In which form a request wants its answer, and what has to be drawn for that."""
+    answer = wanted(request.headers.get("accept", ""))
+    if answer == "image/png":
+        return answer, "overlay"
+    return answer, "heatmap" if heatmap and answer == "application/json" else None
+
+
+@contextlib.asynccontextmanager
+async def picture_of(request: Request, model: str) -> AsyncIterator[tuple[bytes, str]]:
+    """The picture in a request, and its field `part`; counted as in memory as long as the block.
+
+    Raises:
+        UnknownModel, NotReady, Overloaded: before it is read, where it would not be judged.
+        BadRequest, ImageTooLarge: as `read_image`.
+    """
+    inspector: Inspector = request.app.state.inspector
+    inspector.residents.call(model or None)
+    inspector.admission.check_room()
+    with inspector.admission.holding() as hold:
+        data, in_form = await read_image(request, inspector.limits.max_bytes, hold)
+        yield data, checked(in_form)  # also where another one comes first
 
 
 async def _once(
@@ -368,7 +385,7 @@ def _answer(
         verdict = inspection.verdict
         line = f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
         return Response(line, media_type=answer, headers=headers)
-    body = _body(inspection, asked, repeat_of).model_dump_json()
+    body = inspection_body(inspection, asked, repeat_of).model_dump_json()
     return Response(body, media_type=answer, headers=headers)
 
 
@@ -389,7 +406,7 @@ def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
     }
 
 
-def _body(inspection: Inspection, asked: Asked, repeat_of: str | None) -> InspectionBody:
+def inspection_body(inspection: Inspection, asked: Asked, repeat_of: str | None) -> InspectionBody:
     verdict, timing, model = inspection.verdict, inspection.timing, inspection.model
     seen = inspection.seen
     size = model.runtime.image_size

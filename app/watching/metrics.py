@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from app.serving.inspection import Inspection
 from app.serving.rollout import How
+from app.serving.views import STATES
 from app.watching.health import State
 from engines.verdict import Label
 
@@ -42,6 +43,7 @@ class Metrics:
     def __init__(self, version: str) -> None:
         self.registry = registry = CollectorRegistry()
         self.queue_length: Callable[[], int] = lambda: 0  # parts that wait for their verdict
+        self.parts_open: Callable[[], int] = lambda: 0  # parts of which views are awaited
         self._requests = Counter(
             "kensa_requests",
             "HTTP requests that were answered.",
@@ -75,6 +77,12 @@ class Metrics:
         self._verdicts = Counter(
             "kensa_verdicts", "Parts that were judged.", ["model", "label"], registry=registry
         )
+        self._parts = Counter(
+            "kensa_parts", "Parts of several views that were decided.", ["verdict"],
+            registry=registry,
+        )  # fmt: skip
+        for verdict in STATES[1:]:
+            self._parts.labels(verdict)
         self._swaps = Counter(
             "kensa_swaps", "What became of versions.", ["model", "how"], registry=registry
         )
@@ -106,6 +114,10 @@ class Metrics:
         self._score.labels(model).observe(verdict.score)
         self._verdicts.labels(model, verdict.label).inc()
 
+    def decided(self, verdict: str) -> None:
+        """A part has its verdict from all its views, each of which was inspected."""
+        self._parts.labels(verdict).inc()
+
     def batch(self, model: str, size: int) -> None:
         """The engine of a model took so many parts at once."""
         self._batch.labels(model).observe(size)
@@ -125,6 +137,7 @@ class Metrics:
         for model in state.models:
             self._begin_at_zero(model.name)
         self._looked_up.state, self._looked_up.queue_length = state, self.queue_length()
+        self._looked_up.parts_open = self.parts_open()
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
@@ -155,6 +168,7 @@ class LookedUp(Collector):
         }
         self.state: State | None = None
         self.queue_length = 0
+        self.parts_open = 0
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily("kensa_build", "What runs.", self._build)
@@ -175,6 +189,7 @@ class LookedUp(Collector):
         yield _gauge(
             "queue_length", "Parts that have arrived and wait for their verdict.", self.queue_length
         )
+        yield _gauge("parts_open", "Parts of which views are awaited.", self.parts_open)
 
 
 def _of_models(state: State) -> Iterator[Metric]:

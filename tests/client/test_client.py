@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from kensa_client import (
     asynchronous,
 )
 from kensa_client.asking import pause_before_next
+from kensa_client.verdict import read_part
 from support.hostile import (
     Step,
     closing,
@@ -122,6 +124,61 @@ def unused_url() -> str:
 
 
 # ---- a real server -------------------------------------------------------------------------------
+
+
+def test_a_part_of_several_views_is_true_only_where_all_of_them_are_normal(
+    client: Any, running: Line, good: Path, bad: Path, request: pytest.FixtureRequest
+) -> None:
+    scores = [running.server.infer(path.read_bytes()).json()["raw_score"] for path in (good, bad)]
+    body = {"raw": sum(scores) / 2, "reason": "as this test needs it"}
+    assert running.server.client.put(f"/models/{NAME}/threshold", json=body).status_code == 200
+    kensa, name = client(running.server.url), f"KB/検査 {request.node.name}"
+    for last, ok in ((good, True), (bad, False)):
+        part = f"{name} {ok}"
+        first = kensa.inspect_view(good, part, "left", ["left", "top"], NAME)
+        assert (first.decided, bool(first), first.missing) == (False, False, ("top",))
+        found = kensa.inspect_view(last, part, "top", ["left", "top"])
+        assert (found.decided, found.ok, bool(found), found.missing) == (True, ok, ok, ())
+        assert found.view is not None
+        assert (found.view.ok, found.view.part, found.decided_by is not None) == (ok, part, True)
+        again = kensa.part_verdict(part)
+        assert (again.ok, again.id, again.score, again.view) == (ok, first.id, found.score, None)
+        kept = kensa.decision(first.id)
+        assert kept["views"] is not None
+        assert {one["view"] for one in kept["views"]["views"]} == {"left", "top"}
+
+
+def test_a_part_that_lacks_a_view_is_not_true_and_who_waits_learns_why(
+    client: Any, running: Line, good: Path, request: pytest.FixtureRequest
+) -> None:
+    kensa, part = client(running.server.url), f"lost {request.node.name}"
+    kensa.inspect_view(good, part, "left", 2, line="A", part_deadline_s=0.3)
+    found = kensa.part_verdict(part, line="A", wait_s=10)
+    assert (found.decided, bool(found), found.verdict) == (True, False, "none")
+    assert (found.missing, found.score) == (("?",), None)
+    with pytest.raises(KensaRefused) as refused:
+        kensa.inspect_view(good, part, "top", 2, line="A")
+    assert refused.value.code == "late_view"
+
+
+PART = {
+    "id": "r1", "part": "P", "verdict": "normal", "is_anomalous": False, "missing": [],
+    "score": 0.25, "threshold": 0.5, "decided_by": "left", "of": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"verdict": "fine"}, {"is_anomalous": True}, {"is_anomalous": None},
+        {"verdict": "pending"}, {"missing": ["top"]}, {"missing": None}, {"part": "Q"},
+        {"score": "0.25"}, {"id": None}, {"of": None},
+    ],
+)  # fmt: skip
+def test_an_answer_about_a_part_that_contradicts_itself_is_none(changes: dict[str, Any]) -> None:
+    assert read_part(json.dumps(PART).encode(), "P").ok
+    with pytest.raises(ValueError, match=" is "):
+        read_part(json.dumps({**PART, **changes}).encode(), "P")
 
 
 def test_a_verdict_says_what_the_server_says(
@@ -565,6 +622,7 @@ def test_waiting_does_not_grow_without_end() -> None:
         (answers.Model, models.StoredModelBody), (answers.Models, models.ModelsBody),
         (answers.Version, models.VersionBody), (answers.Upload, datasets.UploadBody),
         (answers.Refused, datasets.RefusedBody), (answers.Job, jobs.JobBody),
+        (answers.Views, decisions.ViewsBody), (answers.View, decisions.ViewDecisionBody),
     ],
     ids=lambda one: one.__name__,
 )  # fmt: skip
@@ -588,7 +646,7 @@ def test_both_clients_have_the_same_methods() -> None:
         }  # fmt: skip
 
     assert methods(Kensa) == methods(AsyncKensa)
-    assert len(methods(Kensa)) == 13
+    assert len(methods(Kensa)) == 15
 
 
 def test_httpx_names_what_it_does_as_the_client_expects() -> None:

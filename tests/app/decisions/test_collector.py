@@ -160,6 +160,18 @@ def test_two_copies_of_a_record_that_both_go_on_are_never_mixed(
     assert there(postgres, "clone") == mine
 
 
+def test_tables_of_before_there_were_views_get_them(tmp_path: Path, postgres: Postgres) -> None:
+    with open_or_make(tmp_path / "decisions") as here:
+        here.append([decision()])
+        with collected(tmp_path, "before", postgres.url()):
+            until(lambda: has(postgres, "before", 1))
+        postgres.ask("ALTER TABLE kensa.decisions DROP COLUMN views")
+        here.append([decision(views='{"line":""}')])
+        with collected(tmp_path, "before", postgres.url()):
+            until(lambda: has(postgres, "before", 2))
+        assert there(postgres, "before", "views") == [("",), ('{"line":""}',)]
+
+
 def test_records_of_two_folders_never_mix_though_they_have_the_same_name(
     tmp_path: Path, postgres: Postgres
 ) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Any
 import pytest
 
 from app.decisions.database import FILE, DecisionDatabase, Filter, Note, open_or_make
+from app.decisions.decision import FIRST_HASH, OfViews, View, hash_after
 from app.decisions.verify import verify
 from support.decisions import decision
 
@@ -124,6 +129,95 @@ def _when(database: DecisionDatabase) -> str:
     from app.decisions.verify import _time
 
     return _time(database.find(Filter(), 9)[-1].decision.at)
+
+
+VIEWS = OfViews("A", 2, "left", (View.of("left", decision(id="r1")), View.of("top", decision())))
+
+
+def record_of_before(folder: Path, count: int = 5) -> dict[int, str]:
+    """A record as the Kensa without views left it; the hashes of its decisions."""
+    with open_or_make(folder) as database:
+        database.append([decision(id=f"d{number}") for number in range(count)])
+        database.append([Note.now("live", "", "part", "", {})])
+    with closing(sqlite3.connect(folder / FILE)) as connection:
+        connection.execute("ALTER TABLE decisions DROP COLUMN views")
+        connection.execute("PRAGMA user_version = 1")
+        connection.commit()
+        return dict(connection.execute("SELECT number, hash FROM decisions"))
+
+
+def test_a_record_without_views_gets_them_and_keeps_its_lines_and_hashes(tmp_path: Path) -> None:
+    before = record_of_before(tmp_path)
+    with open_or_make(tmp_path) as database:
+        assert verify(database).problem is None
+        assert {number: hash_ for number, _, hash_ in database.rows("decisions")} == before
+        database.append([decision(id="viewed", views=VIEWS.text())])
+        assert verify(database).problem is None
+        assert [kept.decision.views for kept in database.find(Filter(), 9)] == [
+            VIEWS.text(), *[""] * 5,
+        ]  # fmt: skip
+    with open_or_make(tmp_path) as database:  # which is not changed again
+        assert verify(database).decisions == 6
+
+
+def test_a_record_without_views_is_verified_as_it_is(tmp_path: Path) -> None:
+    """As of a copy, or of a machine whose Kensa was updated and has not started yet."""
+    record_of_before(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    with DecisionDatabase(tmp_path / FILE) as database:
+        found = verify(database)
+        assert (found.problem, found.decisions) == (None, 5)
+    assert (tmp_path / FILE).read_bytes() == whole
+
+
+def test_a_damaged_record_without_views_is_taken_over(tmp_path: Path) -> None:
+    before = record_of_before(tmp_path, 500)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: len(whole) * 3 // 4 // 4096 * 4096])  # whole pages
+    with open_or_make(tmp_path) as database:
+        assert [line.what for line in database.lines(1)] == ["repair"]
+        rows = list(database.rows("decisions"))
+        assert len(rows) > 100
+        assert all(before[number] == hash_ for number, _, hash_ in rows)
+        assert {content["views"] for _, content, _ in rows} == {""}
+
+
+def test_a_record_of_a_later_kensa_is_left_alone(tmp_path: Path) -> None:
+    record_of_before(tmp_path)
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+        connection.commit()
+    with pytest.raises(sqlite3.DatabaseError, match="of another Kensa"):
+        open_or_make(tmp_path)
+
+
+def test_what_was_said_of_a_view_cannot_be_changed_unseen(tmp_path: Path) -> None:
+    with open_or_make(tmp_path) as database:
+        database.append([decision(), decision(id="viewed", views=VIEWS.text())])
+    for changed in ("", VIEWS.text().replace("normal", "anomaly", 1)):
+        shutil.copytree(tmp_path, tmp_path / "copy")
+        with closing(sqlite3.connect(tmp_path / "copy" / FILE)) as connection:
+            connection.execute("UPDATE decisions SET views = ? WHERE number = 2", [changed])
+            connection.commit()
+        with DecisionDatabase(tmp_path / "copy" / FILE) as database:
+            assert str(verify(database).problem).startswith("Decision 2 was changed (viewed")
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_the_hash_of_a_line_without_views_is_that_of_before_there_were_any() -> None:
+    values = decision(part="検査 7").values()
+    assert values.pop("views") == ""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    before = hashlib.sha256(f"{FIRST_HASH}\n{text}".encode()).hexdigest()
+    assert hash_after(FIRST_HASH, {**values, "views": ""}) == before
+    assert hash_after(FIRST_HASH, {**values, "views": VIEWS.text()}) != before
+
+
+def test_views_are_read_as_they_were_written() -> None:
+    assert OfViews.read(VIEWS.text()) == VIEWS
+    assert OfViews.read("") is None
+    assert VIEWS.view("top") == VIEWS.views[1]
+    assert VIEWS.view("rear") is None
 
 
 def test_two_processes_that_write_make_one_chain(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_a_disk_with_no_room_for_pictures_has_the_lines_and_is_asked_again(
     recorder, keep = recorder_in(tmp_path), Pictures.keep
     full = [2, 3, 4]
 
-    def keep_some(self: Pictures, number: int, image: bytes, anomaly_map: Any) -> int:
-        taken = keep(self, number, image, anomaly_map)
+    def keep_some(self: Pictures, number: int, *picture: Any) -> int:
+        taken = keep(self, number, *picture)
         if number in full:
             raise OSError(28, "No space left on device")
         return taken
