@@ -20,6 +20,7 @@ from engines.serving.gate import Past, Record, Replay, Replayed
 from engines.serving.resident import Resident
 from engines.store.bundle import read_report
 from engines.store.golden import Golden
+from engines.store.regions import never_counts
 from engines.store.versions import META, Store
 from engines.verdict import Verdict, judge
 
@@ -96,6 +97,28 @@ class GateReplay:
         if old.meta.resize != new.resize and not all(one.either_way for one in parts):
             goldens = []  # nobody knows of which size they were, and the line's parts are such
         return list(gate.replays(goldens, recent, size)), report
+
+    def other_regions(
+        self, name: str, old: Resident | None, version: str
+    ) -> dict[str, float] | None:
+        """What share of a picture never counts by the live version, and by a new one. Blocks.
+
+        None where their regions are the same, or nothing is live.
+        """
+        if old is None:
+            return None
+        found = []
+        for one in (old.version, version):
+            try:
+                folder, files = self._store.folder(name, one), self._store.manifest(name, one).files
+                meta = Meta.read(folder / META)
+                share = never_counts(folder, meta, files) or 0.0
+            except KensaError as error:  # of the live one, damaged since: the new one is open
+                log.info("The gate cannot compare the regions of %s: %s", name, error)
+                return None
+            found.append((files.get(meta.regions or ""), share))
+        (before, was), (now, becomes) = found
+        return None if before == now else {"was": was, "becomes": becomes}
 
     async def ask(self, model: Resident, images: list[Replay]) -> list[Verdict]:
         """What a version says of images, each while no part is being inspected."""
