@@ -122,6 +122,13 @@ Reason = Annotated[
         description="Why, in a sentence; it is needed, for JSON here or in the body.",
     ),
 ]  # fmt: skip
+Why = Annotated[
+    str,
+    Query(
+        min_length=1, max_length=MOST_REASON, examples=["The clamp is gone."],
+        description="Why, in a sentence.", json_schema_extra={"pattern": r"\S"},
+    ),
+]  # fmt: skip
 Gate = Annotated[bool, Query(description="True: it goes through the gate; false: live at once.")]
 
 PNG, JSON = "image/png", "application/json"
@@ -241,9 +248,7 @@ async def change(
     summary="Let every pixel count again",
     responses={**CHANGE, 409: _NONE_LIVE},
 )
-async def delete(
-    request: Request, name: Name, reason: Reason = None, gate: Gate = False
-) -> RegionsBody:
+async def delete(request: Request, name: Name, reason: Why, gate: Gate = False) -> RegionsBody:
     """A new version without regions, live at once unless `gate` is true."""
     return await _changed(request, name, None, _said(reason), gate=gate)
 

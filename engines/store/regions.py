@@ -186,10 +186,11 @@ def without_regions(meta: Meta) -> Meta:
 
 
 def learned_sizes(meta: Meta) -> set[Size]:
-    """Width and height of the pictures that a model learned; none where nobody wrote them down."""
-    camera = getattr(meta, "camera", None)
-    sizes = camera.get("sizes") if isinstance(camera, dict) else None
-    return {(int(width), int(height)) for width, height in sizes or ()}
+    """Width and height of most pictures that a model learned; none where nobody wrote them down."""
+    match getattr(meta, "camera", None):
+        case {"size": [int(width), int(height)]}:
+            return {(width, height)}
+    return set()
 
 
 def must_fit(regions: Regions, sizes: Collection[Size], whose: str) -> None:

@@ -635,13 +635,19 @@ class Store:
             return self.publish(name, folder, {**origin, "parent": version}, anew=True, known=files)
 
     def withdraw(self, name: str, version: str) -> None:
-        """Delete a version that was just published, and did not become the live one."""
+        """Delete a version that was just published, and did not become the live one.
+
+        Also where it was put aside since, because it cannot be used: whoever asked for it is told.
+        """
         with self._locked(name):
-            if version in self.versions(name) and version not in self._named(name):
-                hidden = self._model(name) / f".{version}"
-                (self._model(name) / version).rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
-                shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
+            if version in self._named(name):
+                return
+            hidden = self._model(name) / f".{version}"
+            for place in (self._model(name) / version, self._model(name) / _REFUSED / version):
+                if place.is_dir():
+                    place.rename(hidden)
+                    shutil.rmtree(hidden, ignore_errors=True)
+                    shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
 
     def is_news(self, name: str, version: str, *, is_there: bool) -> bool:
         """Whether a folder that was taken in as `version` is to go live, because it has changed.

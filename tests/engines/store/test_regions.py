@@ -14,12 +14,14 @@ from engines.errors import BadBundle, BadImage, BadRequest, ImageTooLarge, Unsup
 from engines.image import ImageLimits, decode
 from engines.meta import Meta
 from engines.regions import Regions
+from engines.store.bundle import check_files
 from engines.store.regions import (
     MOST_POINTS,
     MOST_POLYGONS,
     REGIONS,
     as_png,
     drawn_over,
+    learned_sizes,
     must_fit,
     never_counts,
     of_png,
@@ -28,7 +30,9 @@ from engines.store.regions import (
     without_regions,
     write_regions,
 )
+from engines.store.versions import Store
 from support.damage import damaged, saved
+from support.plans import tiny_bundle
 
 META = Meta.parse({"model": "vae", "latent_dim": 8, "image_size": 64, "files": {"model.onnx": "0"}})
 
@@ -211,7 +215,63 @@ def test_polygons_on_a_picture_that_is_too_large_are_refused_before_there_is_a_m
         of_polygons(60_000, 60_000, [])
 
 
+# ---- in a version -----------------------------------------------------------------------------
+
+
+def test_a_version_with_other_regions_has_all_other_files_and_says_whose(tmp_path: Path) -> None:
+    store = Store(tmp_path / "models")
+    base = store.take_in("part", tiny_bundle(tmp_path / "tiny"), {"category": "bolt"})
+    first = store.publish_regions("part", base, Regions(mask()), {"reason": "a clamp"})
+    second = store.publish_regions("part", first, Regions(~mask()), {})
+    last = store.publish_regions("part", second, None, {})
+    folders = {one: store.check("part", one) for one in (base, first, second, last)}
+    for version, expected in ((first, mask()), (second, ~mask())):
+        meta = Meta.read(folders[version] / "meta.json")
+        check_files(folders[version], meta)
+        found = read_regions(folders[version], meta)
+        assert found is not None
+        assert (found.mask == expected).all()
+        assert (folders[version] / "model.onnx").samefile(folders[base] / "model.onnx")
+    metas = [Meta.read(folders[one] / "meta.json") for one in (base, last)]
+    assert metas[0] == metas[1]
+    assert store.manifest("part", last).files == store.manifest("part", base).files
+    assert store.manifest("part", second).origin == {
+        "category": "bolt", "parent": first, "regions_of": base,
+    }  # fmt: skip
+    assert all(store.differ_in_little("part", base, one) for one in folders)
+    other = store.take_in("part", tiny_bundle(tmp_path / "other", offset=1.0), {})
+    assert not store.differ_in_little("part", first, other)
+
+
+def test_a_version_that_was_put_aside_before_it_judged_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "models")
+    base = store.take_in("part", tiny_bundle(tmp_path / "tiny"), {})
+    store.activate("part", base)
+    made = store.publish_regions("part", base, Regions(mask()), {})
+    store.refuse("part", made, "It leaves no place that counts.")
+    assert [*store.refused("part")] == [made]
+    for version in (made, base, made):
+        store.withdraw("part", version)  # not the live one, whoever says so
+    assert (store.versions("part"), store.refused("part")) == ([base], {})
+
+
 # ---- its size, and how it looks ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("camera", "sizes"),
+    [
+        (None, set()),
+        ({"size": [1280, 1024], "pictures": 24}, {(1280, 1024)}),
+        ({"size": [1280]}, set()),
+        ({"size": "1280x1024"}, set()),
+        ({"pictures": 24}, set()),
+    ],
+)
+def test_the_size_of_the_pictures_is_known_where_training_wrote_it_down(
+    camera: Any, sizes: set[Any]
+) -> None:
+    assert learned_sizes(META.with_(camera=camera)) == sizes
 
 
 def test_a_mask_is_as_large_as_the_pictures_where_these_are_known() -> None:
