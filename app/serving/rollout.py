@@ -357,9 +357,13 @@ class Rollout:
             again = [one for one in record.past if one.number in record.old]
             record.new = await self.replay.ask_again(model, again)
             replayed = [Replayed(*one) for one in zip(images, said, says, strict=False)]
+            regions = await self._loader.do(
+                lambda: self.replay.other_regions(name, against, version)
+            )
             doubts = [
                 *promise.doubts(model.meta, self._settings.gate_found),
                 *promise.movement(model.meta, against.meta if against else None),
+                *gate.overtaken(manifest.origin, against.version if against else None, regions),
             ]
             found = gate.weigh(
                 replayed,
@@ -368,9 +372,7 @@ class Rollout:
                 limit,
                 doubts,
                 record if against else None,
-            )
-            found["regions"] = await self._loader.do(
-                lambda: self.replay.other_regions(name, against, version)
+                regions,
             )
             self._replaying.pop(name, None)  # what follows is short, and done whole
             found["seconds"] = round(time.perf_counter() - began, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import shutil
 import signal
 import threading
 import time
@@ -224,6 +225,31 @@ def test_the_gate_says_which_share_no_longer_counts(model: Path, tmp_path: Path)
         assert running.wait(last["version"], "live", "held") == "live"
         gate = version_of(running, last["version"])["gate"]
         assert gate["regions"] == {"was": 0.5, "becomes": 0.0}
+
+
+def test_a_job_that_began_before_the_regions_were_changed_does_not_take_that_back(
+    model: Path, tmp_path: Path
+) -> None:
+    with line(tmp_path, model) as running:
+        old = get(running)["version"]
+        live = changed(put(running, mask()))["version"]
+        learned = tmp_path / "learned"
+        shutil.copytree(model, learned)
+        Golden(np.full((2, SIDE, SIDE, 3), 91, np.uint8)).write(learned)
+        seal(learned)
+        late = running.publish(learned, job="retrain-1", parent=old)
+        assert running.wait(late, "live", "held") == "held"
+        (reason,) = version_of(running, late)["gate"]["reasons"]
+        assert f"made of {old}, whose regions are not those of {live}" in reason
+        assert get(running)["version"] == live
+        kept = tmp_path / "kept"
+        shutil.copytree(running.store.folder(NAME, live), kept)
+        Golden(np.full((2, SIDE, SIDE, 3), 92, np.uint8)).write(kept)
+        seal(kept)
+        new = running.publish(kept, job="retrain-2", parent=old)
+        assert running.wait(new, "live", "held") == "live"  # the same regions, whatever it began of
+        assert version_of(running, new)["gate"]["regions"] is None
+        assert get(running)["never_counts"] == 0.25
 
 
 def test_a_zip_and_a_folder_carry_the_mask(model: Path, tmp_path: Path) -> None:
