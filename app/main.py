@@ -40,6 +40,7 @@ from app.routes import (
     marked_parts,
     models,
     open_inference,
+    regions,
     statistics,
     system,
     threshold_preview,
@@ -72,7 +73,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
     # `views` before `decisions`, whose /parts/{part} takes whatever follows.
     infer.router, views.router, decisions.router, marked_parts.router, statistics.router,
-    threshold_preview.router, models.router, jobs_routes.router, datasets.router,
+    threshold_preview.router, models.router, regions.router, jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from support.project import ROOT
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "files", "logs"), ("image_files", "missing_packages", "page"), ("image", "meta"),
-        ("verdict",), ("limits",), ("promise",), ("store",), ("queue",), ("machine",),
+        ("verdict", "regions"), ("limits",), ("promise",), ("store",), ("queue",), ("machine",),
         ("runtimes",), ("serving", "inference_command", "threshold_command"),
     ),
     "workers": (

@@ -73,7 +73,7 @@ CREATE TABLE quarters (
 PRAGMA user_version = {LAYOUT};
 """
 TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
-OF_MODELS = ("threshold", "live", "rollback", "held")  # lines whose subject is a model
+OF_MODELS = ("threshold", "regions", "live", "rollback", "held")  # lines whose subject is a model
 _INSERT = (
     f"INSERT INTO decisions (number, {', '.join(COLUMNS)}, hash, picture_bytes)"
     f" VALUES (:number, {', '.join(f':{name}' for name in COLUMNS)}, :hash, :picture_bytes)"

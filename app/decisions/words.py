@@ -131,6 +131,7 @@ REASONS: dict[str, tuple[str, str]] = {
 # What lines of the audit trail are about, labels aside.
 CHANGES: dict[str, tuple[str, str]] = {
     "threshold": ("threshold changed", "しきい値の変更"),
+    "regions": ("regions changed", "判定しない領域の変更"),
     "live": ("version went live", "バージョンの稼働開始"),
     "rollback": ("rolled back", "以前のバージョンに復帰"),
     "held": ("version held back by the gate", "ゲートがバージョンを保留"),

@@ -129,8 +129,8 @@ class LineBody(Body):
         description="Whose key; null for Kensa itself, or where none is needed."
     )
     what: str = Field(
-        description="label, taught, threshold, live, rollback, held, key_added, key_removed,"
-        " deleted, prune, lost or repair."
+        description="label, taught, threshold, regions, live, rollback, held, key_added,"
+        " key_removed, deleted, prune, lost or repair."
     )
     subject: str = Field(description="A decision's id, or a model's, a category's or a key's name.")
     reason: str | None

@@ -32,6 +32,7 @@ from engines.queue.job_requests import few_keys
 from engines.store.bundle import ONNX, PLAN, read_strange
 from engines.store.datasets import Datasets, room
 from engines.store.plan_record import PLAN_RECORD
+from engines.store.regions import never_counts
 from engines.store.versions import GATE, MANIFEST, META, NAME, Store, stamp
 from engines.verdict import Label, Scale
 
@@ -110,6 +111,13 @@ class GateRecordBody(Body):
     flips: list[DecisionFlipBody] = Field(description="Each decision whose verdict changes.")
 
 
+class OtherRegionsBody(Body):
+    """What share of a picture never counts, where that is another one."""
+
+    was: float = Field(description="By the live version, 0 to 1; 0 without regions.")
+    becomes: float = Field(description="By the new one.")
+
+
 class GateBody(Body):
     """What the gate found when it showed images to the live version and the new one."""
 
@@ -121,6 +129,9 @@ class GateBody(Body):
     flips: list[FlipBody] = Field(default_factory=list)
     record: GateRecordBody | None = Field(
         None, description="Null where there was no live version, and from an older Kensa."
+    )
+    regions: OtherRegionsBody | None = Field(
+        None, description="Null where its regions are those of the live version."
     )
     seconds: float | None = None
     by_hand: bool = Field(False, description="A person made it live.")
@@ -163,6 +174,11 @@ class VersionBody(Body):
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each.")
     threshold: float | None = Field(default=None, description="The limit for `score`.")
     raw_threshold: float | None = Field(default=None, description="The same limit for `raw_score`.")
+    never_counts: float | None = Field(
+        default=None,
+        description="The share of a picture's pixels that never count, 0 to 1; null where it has"
+        " no regions.",
+    )
     calibration: CalibrationBody | None = Field(
         default=None, description="What it can promise; null where that was never measured."
     )
@@ -323,7 +339,7 @@ _NONE_LIVE = error_response(
     "No version of it is live, or that one cannot be used.",
     conflict="There is no threshold to speak of: bracket has no live version.",
 )
-_CHANGE: dict[int | str, dict[str, Any]] = {
+CHANGE: dict[int | str, dict[str, Any]] = {
     404: _UNKNOWN, 422: _UNUSABLE, 503: _NO_PLAN, 507: _FULL,
 }  # fmt: skip
 
@@ -511,7 +527,7 @@ async def archive(request: Request, name: Name, version: Version) -> StreamingRe
     "/models/{name}/versions/{version}/activate",
     dependencies=[needs("operator")],
     summary="Make a version live",
-    responses=_CHANGE,
+    responses=CHANGE,
 )
 async def activate(request: Request, name: Name, version: Version) -> StoredModelBody:
     """Whatever the gate said of it. Parts keep coming; no request is lost."""
@@ -524,7 +540,7 @@ async def activate(request: Request, name: Name, version: Version) -> StoredMode
     dependencies=[needs("operator")],
     summary="Go back to the version before",
     responses={
-        **_CHANGE,
+        **CHANGE,
         409: error_response(
             "There is none before it.",
             conflict="bracket has no version before the live one to go back to.",
@@ -547,7 +563,7 @@ async def threshold(request: Request, name: Name) -> ThresholdBody:
     """That of the version that judges, in all its forms."""
 
     def look() -> ThresholdBody:
-        return _threshold(request, name, _rollout(request).with_threshold(name))
+        return _threshold(request, name, _rollout(request).that_judges(name, "threshold"))
 
     return await _look(look)
 
@@ -556,7 +572,7 @@ async def threshold(request: Request, name: Name) -> ThresholdBody:
     "/models/{name}/threshold",
     dependencies=[needs("operator")],
     summary="Change the threshold",
-    responses={**_CHANGE, 409: _NONE_LIVE},
+    responses={**CHANGE, 409: _NONE_LIVE},
 )
 async def change_threshold(
     request: Request, name: Name, body: ChangeThresholdBody
@@ -576,7 +592,7 @@ def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
     return ThresholdBody(
         model=name,
         version=version,
-        state=_versions(request, name, [version])[0].state,
+        state=state_of(request, name, version),
         threshold=found.threshold,
         raw=found.raw,
         false_rejects=found.false_rejects,
@@ -585,6 +601,11 @@ def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
         found=seen,
         limits=[LimitBody(**asdict(row)) for row in found.rows],
     )
+
+
+def state_of(request: Request, name: str, version: str) -> str:
+    """As it stands in the model's `versions`. Blocks."""
+    return _versions(request, name, [version])[0].state
 
 
 async def _look(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -704,7 +725,9 @@ def _read_record(
     found = store.gate(name, version)
     try:
         manifest = store.manifest(name, version)
-        meta = Meta.read(store.folder(name, version) / META)
+        folder = store.folder(name, version)
+        meta = Meta.read(folder / META)
+        share = never_counts(folder, meta, manifest.files)
     except Unreadable:
         raise
     except (BadBundle, BadMeta, UnknownVersion) as error:
@@ -719,6 +742,7 @@ def _read_record(
         files=manifest.files,
         threshold=meta.image_threshold,
         raw_threshold=_raw_threshold(meta),
+        never_counts=share,
         calibration=_calibration(meta),
         gate=gate,
         problem=problem,

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 from app.serving.inspection import Inspector
 from engines.errors import BadBundle, BadImage, KensaError
 from engines.meta import Meta
 from engines.serving import gate
-from engines.serving.gate import Past, Record, Replay, Replayed
+from engines.serving.gate import OtherRegions, Past, Record, Replay, Replayed
 from engines.serving.resident import Resident
 from engines.store.bundle import read_report
 from engines.store.golden import Golden
+from engines.store.regions import read_regions
 from engines.store.versions import META, Store
 from engines.verdict import Verdict, judge
 
@@ -96,6 +98,26 @@ class GateReplay:
         if old.meta.resize != new.resize and not all(one.either_way for one in parts):
             goldens = []  # nobody knows of which size they were, and the line's parts are such
         return list(gate.replays(goldens, recent, size)), report
+
+    def other_regions(self, name: str, old: Resident | None, version: str) -> OtherRegions | None:
+        """What never counts by the live version, and by a new one. Blocks.
+
+        None where their regions are the same, or nothing is live.
+        """
+        if old is None:
+            return None
+        try:
+            folders = [self._store.folder(name, one) for one in (old.version, version)]
+            before, now = (read_regions(one, Meta.read(one / META)) for one in folders)
+        except KensaError as error:  # of the live one, damaged since: the new one is open
+            log.info("The gate cannot compare the regions of %s: %s", name, error)
+            return None
+        was, becomes = (0.0 if one is None else one.share for one in (before, now))
+        if before is not None and now is not None:
+            same = np.array_equal(before.mask, now.mask)
+        else:
+            same = was == becomes == 0
+        return None if same else OtherRegions(was, becomes)
 
     async def ask(self, model: Resident, images: list[Replay]) -> list[Verdict]:
         """What a version says of images, each while no part is being inspected."""

@@ -306,7 +306,7 @@ class ModelManager:
 
         def look() -> bool:
             with contextlib.suppress(KensaError):  # damaged, or gone since it was loaded
-                return self._store.differ_in_meta(old.name, old.version, version)
+                return self._store.differ_in_little(old.name, old.version, version)
             return False
 
         return await self.loader.do(look)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +37,12 @@ from engines.errors import (
 from engines.files import name_of_folder, printable
 from engines.limits import asked_for
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.serving import gate
 from engines.serving.gate import Record, Replayed
 from engines.serving.resident import Resident, describe
 from engines.store.bundle import ONNX
+from engines.store.regions import learned_sizes, must_fit
 from engines.store.versions import META, Manifest, Store
 from engines.verdict import Verdict
 
@@ -355,9 +357,13 @@ class Rollout:
             again = [one for one in record.past if one.number in record.old]
             record.new = await self.replay.ask_again(model, again)
             replayed = [Replayed(*one) for one in zip(images, said, says, strict=False)]
+            regions = await self._loader.do(
+                lambda: self.replay.other_regions(name, against, version)
+            )
             doubts = [
                 *promise.doubts(model.meta, self._settings.gate_found),
                 *promise.movement(model.meta, against.meta if against else None),
+                *gate.overtaken(manifest.origin, against.version if against else None, regions),
             ]
             found = gate.weigh(
                 replayed,
@@ -366,6 +372,7 @@ class Rollout:
                 limit,
                 doubts,
                 record if against else None,
+                regions,
             )
             self._replaying.pop(name, None)  # what follows is short, and done whole
             found["seconds"] = round(time.perf_counter() - began, 2)
@@ -407,26 +414,84 @@ class Rollout:
         Raises:
             UnknownModel, Conflict, BadRequest, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
+
+        def publish(base: str) -> str:
+            meta = asked_for(Meta.read(self._store.folder(name, base) / META), wanted)
+            origin = {"activate": gate, "reason": reason, "asked": wanted}
+            return self._store.publish_threshold(name, base, meta, origin)
+
+        return await self._change("threshold", name, publish, reason, wanted, gate=gate)
+
+    async def change_regions(
+        self,
+        name: str,
+        regions: Regions | None,
+        reason: str,
+        *,
+        gate: bool,
+        seen: Collection[tuple[int, int]] = (),
+    ) -> str:
+        """Make a version that differs from the one that answers only in its regions; its name.
+
+        Args:
+            regions: None where every pixel is to count.
+            gate: whether it goes live through the gate, as any new version, or at once.
+            seen: sizes of the last parts, for models that do not know what they learned from.
+
+        Raises:
+            UnknownModel, Conflict, BadRequest, BadBundle, BadMeta, OutOfMemory, DiskFull.
+        """
+        share = 0.0 if regions is None else regions.share
+
+        def publish(base: str) -> str:
+            meta = Meta.read(self._store.folder(name, base) / META)
+            if regions is None and meta.regions is None:
+                raise Conflict(f"{name} {base} has no regions: every pixel counts already.")
+            if regions is not None and (learned := learned_sizes(meta)):
+                must_fit(regions, learned, f"the pictures that {name} learned")
+            elif regions is not None:
+                must_fit(regions, seen, f"the last parts of {name}")
+            origin = {"activate": gate, "reason": reason, "never_counts": share}
+            return self._store.publish_regions(name, base, regions, origin)
+
+        told = {"never_counts": share}
+        return await self._change("regions", name, publish, reason, told, gate=gate)
+
+    async def _change(
+        self,
+        what: str,
+        name: str,
+        publish: Callable[[str], str],
+        reason: str,
+        told: dict[str, Any],
+        *,
+        gate: bool,
+    ) -> str:
+        """Publish a version that differs little from the one that answers, and let it go live.
+
+        Args:
+            what: differs, as the audit trail calls it.
+            publish: is given the one that answers, and makes the new one.
+            told: what the trail says of it.
+        """
+        by_hand = {"ok": True, "reasons": [], "by_hand": True}
+
+        def published(base: str) -> str:
+            version = publish(base)
+            if not gate:  # with a record the gate does not look at it again
+                try:
+                    self._store.record_gate(name, version, by_hand)
+                except OSError:
+                    self._store.withdraw(name, version)
+                    raise
+            return version
+
         async with self._at_once(name):
-            base = await self._loader.do(lambda: self.with_threshold(name))
-
-            def publish() -> str:
-                meta = asked_for(Meta.read(self._store.folder(name, base) / META), wanted)
-                origin = {"activate": gate, "reason": reason, "asked": wanted}
-                version = self._store.publish_threshold(name, base, meta, origin)
-                if not gate:  # with a record the gate does not look at it again
-                    try:
-                        self._store.record_gate(name, version, by_hand)
-                    except OSError:
-                        self._store.withdraw(name, version)
-                        raise
-                return version
-
-            by_hand = {"ok": True, "reasons": [], "by_hand": True}
-            version = await self._loader.write(publish)
+            base = await self._loader.do(lambda: self.that_judges(name, what))
+            version = await self._loader.write(lambda: published(base))
 
             def changed() -> None:
-                self.on_change("threshold", name, version, reason, {**wanted, "gate": gate})
+                self.on_change(what, name, version, reason, {**told, "gate": gate})
 
             if gate:
                 changed()
@@ -440,8 +505,8 @@ class Rollout:
             self._probation.end(name)
             return version
 
-    def with_threshold(self, name: str) -> str:
-        """The version whose threshold is in force. Blocks.
+    def that_judges(self, name: str, what: str) -> str:
+        """The version whose threshold, or regions, are in force. Blocks.
 
         Raises:
             UnknownModel: there is no such model.
@@ -451,7 +516,8 @@ class Rollout:
         version = self.answering(name)
         if version is None or version not in self._store.versions(name):
             why = self._residents.problem(name) or f"{name} has no live version."
-            raise Conflict(f"There is no threshold to speak of: {why}")
+            is_or_are = "are" if what == "regions" else "is"
+            raise Conflict(f"There {is_or_are} no {what} to speak of: {why}")
         return version
 
     async def roll_back(self, name: str) -> None:

@@ -10,9 +10,9 @@ training measured may speak against a version too, also a first one: see `engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,28 @@ class Record:
         ]
 
 
+class OtherRegions(NamedTuple):
+    """The share of a picture that never counts, where other pixels count than until now; 0 to 1."""
+
+    was: float  # by the live version
+    becomes: float
+
+
+def overtaken(
+    origin: Mapping[str, Any], against: str | None, regions: OtherRegions | None
+) -> list[str]:
+    """What speaks against a version that a job made of another one than is live: a person has
+    changed the regions since, and it would take that back.
+    """
+    if regions is None or "job" not in origin or origin.get("parent") == against:
+        return []
+    return [
+        f"It was made of {origin.get('parent')}, whose regions are not those of {against}, which is"
+        f" live: of a picture {regions.becomes:.1%} never count, and not {regions.was:.1%}. Make it"
+        " again, or activate it and send the regions again."
+    ]
+
+
 def replays(
     goldens: list[Golden | None], recent: list[NDArray[np.uint8]], size: int
 ) -> Iterator[Replay]:
@@ -131,6 +153,7 @@ def weigh(
     limit: float,
     doubts: Sequence[str] = (),
     record: Record | None = None,
+    regions: OtherRegions | None = None,
 ) -> dict[str, Any]:
     """What the gate found, as gate.json holds it.
 
@@ -140,6 +163,7 @@ def weigh(
         limit: the share of a group whose verdicts may change.
         doubts: what else speaks against it, a sentence each.
         record: None where there is no live version to compare with.
+        regions: None where they are those of the live version.
     """
     reasons = [*_parity_problems(report), *doubts]
     groups: dict[str, dict[str, int]] = {}
@@ -159,6 +183,7 @@ def weigh(
         "groups": groups,
         "flips": [_described(number, one) for number, one in enumerate(flipped(replayed))],
         "record": None if record is None else _of_record(record),
+        "regions": None if regions is None else regions._asdict(),
     }
 
 

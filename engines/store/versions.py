@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -41,9 +41,11 @@ from engines.errors import (
 )
 from engines.files import json_text, replaced, sha256, sweep, sync_folder, write_atomically
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
 from engines.store.known_scores import SCORES
+from engines.store.regions import REGIONS, without_regions, write_regions
 
 NAME = r"^[\w-]{1,64}$"  # of a model: letters of any alphabet
 MANIFEST = "manifest.json"
@@ -61,7 +63,7 @@ _REFUSED = "refused"
 _REASON = "reason.txt"
 _REFUSED_KEPT = 5
 _FOLDER = "folder"
-_THRESHOLD_OF = "threshold_of"  # in an origin
+_THRESHOLD_OF, _REGIONS_OF = "threshold_of", "regions_of"  # in an origin
 _STAGING = ".staging"
 _OPENING = "opening"  # there while a version is being opened
 _OPENED = "opened"  # there once a version was
@@ -180,10 +182,10 @@ class Store:
             check_hash(path, expected)
         return folder
 
-    def differ_in_meta(self, name: str, one: str, other: str) -> bool:
-        """Whether two versions have the same files but for meta.json: another threshold, say."""
+    def differ_in_little(self, name: str, one: str, other: str) -> bool:
+        """Whether two versions have the same large files: only meta.json and the regions differ."""
         pair = self.manifest(name, one).files, self.manifest(name, other).files
-        first, second = ({**files, META: ""} for files in pair)
+        first, second = ({**files, META: "", REGIONS: ""} for files in pair)
         return first == second
 
     # ---- the live version ---------------------------------------------------------------------
@@ -521,7 +523,7 @@ class Store:
         """
         meta = Meta.read(source / META)
         check_files(source, meta)
-        named = (meta.weights_pth, meta.memory_bank, meta.stats, *(meta.files or {}))
+        named = (meta.weights_pth, meta.memory_bank, meta.stats, meta.regions, *(meta.files or {}))
         wanted = {META, REPORT, GOLDEN, SCORES, ONNX, *filter(None, named)}
         wanted -= {PLAN, PLAN_RECORD, MANIFEST}
         if plan and {PLAN, PLAN_RECORD} <= {*(meta.files or {})}:
@@ -535,25 +537,67 @@ class Store:
     def publish_threshold(self, name: str, base: str, meta: Meta, origin: dict[str, Any]) -> str:
         """Publish the files of a version with another meta.json, and return the new version.
 
+        Args:
+            origin: `threshold_of` is added: the version that was trained.
+
+        Raises:
+            UnknownModel, UnknownVersion, BadBundle, OSError: as `_publish_change`.
+        """
+        origin = {**origin, _THRESHOLD_OF: self._trained(name, base) or base}
+        return self._publish_change(name, base, origin, {META}, lambda it: meta.write(it / META))
+
+    def publish_regions(
+        self, name: str, base: str, regions: Regions | None, origin: dict[str, Any]
+    ) -> str:
+        """Publish the files of a version with other regions, or none, and return the new version.
+
+        Args:
+            origin: `regions_of` is added: the version that was trained.
+
+        Raises:
+            BadMeta: its meta.json is damaged.
+            UnknownModel, UnknownVersion, BadBundle, OSError: as `_publish_change`.
+        """
+        meta = Meta.read(self.folder(name, base) / META)
+
+        def write(folder: Path) -> None:
+            changed = without_regions(meta)
+            if regions is not None:
+                changed = write_regions(folder, regions, changed)
+            changed.write(folder / META)
+
+        origin = {**origin, _REGIONS_OF: self._trained(name, base) or base}
+        return self._publish_change(name, base, origin, {META, meta.regions}, write)
+
+    def _publish_change(
+        self,
+        name: str,
+        base: str,
+        origin: dict[str, Any],
+        without: set[str | None],
+        write: Callable[[Path], None],
+    ) -> str:
+        """Publish the files of a version with some of its small ones replaced.
+
         Large files are not copied. It is a version of its own, also where these very files are one:
         each change has its reason, and is judged by the gate for itself.
 
         Args:
-            origin: `threshold_of` is added: the version that was trained.
+            without: the names of those.
+            write: puts others in their place, into a folder.
 
         Raises:
             UnknownModel, UnknownVersion, BadBundle: there is no such version, or it is damaged.
             OSError: the disk is full; the store is as it was.
         """
         source, before = self.check(name, base), self.manifest(name, base)
-        root = before.origin.get(_THRESHOLD_OF, base)
         kept = {key: before.origin[key] for key in ("category",) if key in before.origin}
         with self.staging() as folder:
-            known = {file: digest for file, digest in before.files.items() if file != META}
+            known = {file: one for file, one in before.files.items() if file not in without}
             for file in known:
                 _link(source / file, folder / file)
-            meta.write(folder / META)
-            origin = {**kept, **origin, "parent": base, _THRESHOLD_OF: root}
+            write(folder)
+            origin = {**kept, **origin, "parent": base}
             return self.publish(name, folder, origin, anew=True, known=known)
 
     def offer(self, name: str, source: Path, origin: dict[str, Any]) -> str:
@@ -591,13 +635,19 @@ class Store:
             return self.publish(name, folder, {**origin, "parent": version}, anew=True, known=files)
 
     def withdraw(self, name: str, version: str) -> None:
-        """Delete a version that was just published, and did not become the live one."""
+        """Delete a version that was just published, and did not become the live one.
+
+        Also where it was put aside since, because it cannot be used: whoever asked for it is told.
+        """
         with self._locked(name):
-            if version in self.versions(name) and version not in self._named(name):
-                hidden = self._model(name) / f".{version}"
-                (self._model(name) / version).rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
-                shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
+            if version in self._named(name):
+                return
+            hidden = self._model(name) / f".{version}"
+            for place in (self._model(name) / version, self._model(name) / _REFUSED / version):
+                if place.is_dir():
+                    place.rename(hidden)
+                    shutil.rmtree(hidden, ignore_errors=True)
+                    shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
 
     def is_news(self, name: str, version: str, *, is_there: bool) -> bool:
         """Whether a folder that was taken in as `version` is to go live, because it has changed.
@@ -651,9 +701,9 @@ class Store:
     def prune(self, name: str, keep: int) -> list[str]:
         """Delete old versions but the live one, the one before, and the `keep` newest.
 
-        Versions that differ from another only in the threshold do not count among these: of those
-        whose files are kept, the `keep` newest stay too. The newest one always stays: its number is
-        used up.
+        Versions that differ from another only in threshold or regions do not count among these: of
+        those whose files are kept, the `keep` newest stay too. The newest one always stays: its
+        number is used up.
         """
         self.must_know(name)
         model = self._model(name)
@@ -692,18 +742,19 @@ class Store:
         return [*model.glob(".*-*/"), *(one for one in gates if one.name not in known)]
 
     def _newest(self, name: str, known: list[str], named: list[str], keep: int) -> list[str]:
-        """The newest versions that were trained and those whose threshold is in force, or was
-        before; and the newest changes of their thresholds.
+        """The newest versions that were trained and those whose threshold or regions are in force,
+        or were before; and the newest changes of these.
         """
-        roots = {version: self._threshold_of(name, version) for version in known}
+        roots = {version: self._trained(name, version) for version in known}
         trained = [version for version in known if roots[version] is None][-keep:]
         trained += [one for one in known if one in {roots.get(version) for version in named}]
         return trained + [one for one in known if roots[one] in trained][-keep:]
 
-    def _threshold_of(self, name: str, version: str) -> str | None:
-        """The version from which this one differs only in the threshold; None for any other."""
+    def _trained(self, name: str, version: str) -> str | None:
+        """The version from which this one differs only in threshold or regions; None for others."""
         with suppress(BadBundle, UnknownVersion):  # damaged, or deleted just now
-            return self.manifest(name, version).origin.get(_THRESHOLD_OF)
+            origin = self.manifest(name, version).origin
+            return origin.get(_THRESHOLD_OF) or origin.get(_REGIONS_OF)
         return None
 
     def _model(self, name: str) -> Path:

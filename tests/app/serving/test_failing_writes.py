@@ -43,6 +43,11 @@ async def change_threshold(client: httpx.AsyncClient, _: Store) -> httpx.Respons
     return await client.put(f"/models/{NAME}/threshold", json=body)
 
 
+async def change_regions(client: httpx.AsyncClient, _: Store) -> httpx.Response:
+    asked = {"width": 32, "height": 32, "polygons": [[[0, 0], [9, 0], [9, 9]]], "reason": "A clamp"}
+    return await client.put(f"/models/{NAME}/regions", json=asked)
+
+
 async def upload(client: httpx.AsyncClient, store: Store) -> httpx.Response:
     data = (store.root.parent.parent / "new.zip").read_bytes()
     wanted = {"name": NAME, "activate": "false"}
@@ -57,7 +62,7 @@ async def seen(client: httpx.AsyncClient) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("send", [activate, roll_back, change_threshold, upload])
+@pytest.mark.parametrize("send", [activate, roll_back, change_threshold, change_regions, upload])
 def test_what_is_answered_holds_now_and_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Send
 ) -> None:

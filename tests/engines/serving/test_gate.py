@@ -19,11 +19,13 @@ from engines.meta import Meta
 from engines.serving.gate import (
     GROUPS,
     Group,
+    OtherRegions,
     Past,
     Record,
     Replay,
     Replayed,
     flipped,
+    overtaken,
     replays,
     weigh,
 )
@@ -54,6 +56,28 @@ def many(group: Group, same: int, flips: int) -> list[Replayed]:
     """Known parts that both judge rightly, and some that the new version does not."""
     right, wrong = (ANOMALY, NORMAL) if group == "defect" else (NORMAL, ANOMALY)
     return [asked(group, right, right)] * same + [asked(group, right, wrong)] * flips
+
+
+# Other regions
+
+
+def test_other_regions_are_said_and_hold_no_version_by_themselves() -> None:
+    other = OtherRegions(was=0.0, becomes=0.25)
+    found = weigh(many("normal", 8, 0), GOOD, "0001", 0.1, regions=other)
+    assert (found["ok"], found["regions"]) == (True, {"was": 0.0, "becomes": 0.25})
+    assert weigh(many("normal", 8, 0), GOOD, "0001", 0.1)["regions"] is None
+
+
+def test_what_a_job_made_of_another_version_may_not_take_regions_back() -> None:
+    """A person changed them while the job ran."""
+    other, job = OtherRegions(was=0.25, becomes=0.0), {"job": "retrain-1", "parent": "0001"}
+    (doubt,) = overtaken(job, "0002", other)
+    assert doubt.startswith("It was made of 0001, whose regions are not those of 0002, which is")
+    assert "of a picture 0.0% never count, and not 25.0%" in doubt
+    assert overtaken(job, "0002", None) == []
+    assert overtaken(job, "0001", other) == []  # such as one that retrain.py was given
+    assert overtaken({"upload": True, "parent": "0001"}, "0002", other) == []
+    assert overtaken({"regions_of": "0001", "parent": "0001"}, "0002", other) == []
 
 
 # Which flips count

@@ -529,7 +529,7 @@ def test_a_version_that_is_deleted_while_others_are_looked_at_is_passed_over(
     monkeypatch.setattr(store, "versions", lambda _: [gone, version])
     assert store.made_by(BOLT, "one") == version
     assert store.made_by(BOLT, "two") is None
-    assert store._threshold_of(BOLT, gone) is None
+    assert store._trained(BOLT, gone) is None
 
 
 def test_a_job_starts_from_what_may_serve(store: Store) -> None:

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 
+from engines.errors import BadWeights
+from engines.meta import Meta
 from engines.queue.job_folder import JobFolder
 from engines.queue.protocol import PACE
+from engines.regions import Regions
 from engines.store.bundle import REPORT, read_report, write_report
+from engines.store.regions import read_regions, write_regions
 from engines.store.versions import Store
 from support.plans import seal, tiny_bank, tiny_bundle
 from support.project import ROOT
@@ -164,3 +169,30 @@ def test_of_a_report_without_them_nothing_is_said(report: Any, tmp_path: Path) -
 
 def test_a_conversion_learns_from_none(tmp_path: Path) -> None:
     assert "images" not in ended(tmp_path, {"learned": 9, "skipped": {}}, "convert")
+
+
+def test_a_retraining_begins_with_the_mask_of_the_version_that_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "models")
+    made = tiny_bundle(tmp_path / "made", tiny_bank(1))
+    (made / "model.pth").write_bytes(b"weights")
+    hidden = Regions(np.eye(64, dtype=np.bool_))
+    write_regions(made, hidden, Meta.read(made / "meta.json")).write(made / "meta.json")
+    seal(made)
+    store.activate("part", store.take_in("part", made, {}))
+    seen: list[Regions | None] = []
+
+    def learn(request: Any, *_: Any) -> dict[str, Any]:
+        """Stands where the training would, which takes its mask from beside meta.json."""
+        seen.append(read_regions(request.meta_json.parent, Meta.read(request.meta_json)))
+        raise BadWeights("That is all that this test wants to know.")
+
+    monkeypatch.setattr("workers.learning.retrain.retrain", learn)
+    asked = {"model": "part", "category": "bolt"}
+    progress: Any = Progress(quiet=True)
+    with pytest.raises(BadWeights, match="all that this test"):
+        do(tmp_path, JOB, "retrain", asked, progress)
+    (found,) = seen
+    assert found is not None
+    assert (found.mask == hidden.mask).all()
