@@ -22,7 +22,7 @@ from app.decisions.decision import Decision, short_sha256
 from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.settings import Settings
-from engines.errors import Conflict, DiskFull, KensaError
+from engines.errors import Conflict, DiskFull, KensaError, NotReleased
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
@@ -116,7 +116,8 @@ class Recorder:
         decision = Decision(
             id=asked.id, part=asked.part, at=_now(), model=done.model.name,
             version=done.model.version, scorer=short_sha256(done.model.made_of),
-            verdict="anomaly" if verdict.is_anomalous else "normal", code="",
+            verdict="anomaly" if verdict.is_anomalous else "normal",
+            code=NotReleased.code if done.not_released else "",
             raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
             raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
             decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
@@ -155,7 +156,7 @@ class Recorder:
         """Whether its picture is kept: a reject, near the limit, or one of a sample of the rest."""
         assert decision.score is not None
         assert decision.threshold is not None
-        if decision.verdict == "anomaly":
+        if decision.verdict == "anomaly" and not decision.code:  # else by its score
             return True
         if decision.threshold - decision.score <= self._settings.record_near:
             return True

@@ -13,6 +13,7 @@ from engines.promise import doubts
 from engines.serving.opening import Opening, memory_needed
 from engines.serving.resident import held_back, in_its_place, nobody_instead
 from engines.store.bundle import ONNX
+from engines.store.challenges import Challenges
 from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import META, Store
 
@@ -43,6 +44,10 @@ def look_at_models(
         if found is None:
             continue
         version, meta, plan, need = found
+        known = Challenges(store).read(name)
+        if known is not None and not known.released:
+            do = f"curl -X POST localhost:8000/models/{name}/challenge"
+            report.findings.append(wrong(known.why, f"{do}   # once that is mended"))
         doubted = doubts(meta, settings.gate_found, live=True)
         report.findings += [wrong(f"{name} {version}: {one}") for one in doubted]
         needs.append(need)
