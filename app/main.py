@@ -58,7 +58,6 @@ from app.watching.health import Health
 from app.watching.metrics import Metrics
 from engines.errors import BadRequest, KensaError, UnsupportedBody
 from engines.logs import note, noted
-from engines.store.challenges import Challenges
 from engines.store.datasets import Datasets, cannot_write
 from engines.store.versions import Store
 
@@ -113,7 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     rollout.on_change = on_change
     rollout.replay.decisions_of = partial(past_parts, recorder)
     shifts = Spans(settings.zone, settings.shift_times)
-    challenger = Challenger(Challenges(store), inspector, partial(_began, shifts))
+    challenger = Challenger(store, inspector, partial(_began, shifts))
     repeats = Repeats(settings.repeat_s)
     challenger.on_note = lambda what, who, name, reason, details: recorder.note(
         what, who, name, reason, **details

@@ -242,6 +242,10 @@ _FULL = error_response(
     disk_full="The disk of the data folder is full: delete images or models that are not needed.",
     read_only="Nothing was changed, because the data folder cannot be written (...): ...",
 )
+_UNREADABLE = error_response(
+    "The system does not give a file of them.",
+    unreadable=".../3f9a0c41... cannot be read at the moment (Permission denied): ...",
+)
 _NONE = error_response(
     "The model has no known pictures.",
     conflict="bracket has no known pictures: PUT /models/bracket/challenges names some.",
@@ -271,10 +275,7 @@ _PUT: dict[int | str, dict[str, Any]] = {
         bad_request="There is no bad picture: a model is challenged with good and bad ones, ...",
         bad_bundle="The picture bad/3.png is damaged (its SHA-256 differs): PUT ...",
     ),
-    503: error_response(
-        "The system does not give a known picture.",
-        unreadable=".../3f9a0c41... cannot be read at the moment (Permission denied): ...",
-    ),
+    503: _UNREADABLE,
     507: _FULL,
 }
 
@@ -369,7 +370,7 @@ async def challenges(request: Request, name: Name) -> ChallengesBody:
     summary="Challenge a model no more",
     status_code=204,
     response_class=Response,
-    responses={404: _UNKNOWN_MODEL, 409: _NONE, 507: _FULL},
+    responses={404: _UNKNOWN_MODEL, 409: _NONE, 503: _UNREADABLE, 507: _FULL},
 )
 async def delete(request: Request, name: Name, reason: Why) -> None:
     """And delete its known pictures. It is released then, as any model without such."""
@@ -434,10 +435,7 @@ async def history(
             "It is gone, or damaged.",
             bad_bundle="The picture bad/3.png is damaged (its SHA-256 differs): PUT ...",
         ),
-        503: error_response(
-            "The system does not give it.",
-            unreadable=".../3f9a0c41... cannot be read at the moment (Permission denied): ...",
-        ),
+        503: _UNREADABLE,
     },
 )
 async def picture(
@@ -474,9 +472,10 @@ async def picture(
         404: _UNKNOWN_MODEL,
         409: _NONE,
         503: error_response(
-            "The model is not in memory.",
+            "The model is not in memory, or what is known of it cannot be read.",
             not_ready="bracket was unloaded; POST /v2/repository/models/bracket/load brings it ...",
             gpu_lost="The GPU failed: ...",
+            unreadable=".../challenges.json cannot be read at the moment (Permission denied): ...",
         ),
         507: _FULL,
     },
@@ -511,6 +510,7 @@ async def challenge(request: Request, name: Name) -> Response:
             "The model is released.",
             conflict="bracket is released: there is nothing to let through.",
         ),
+        503: _UNREADABLE,
         507: _FULL,
     },
 )

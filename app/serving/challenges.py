@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 from app.serving.inspection import Inspector
-from engines.errors import BadBundle, BadImage, Conflict, GpuLost, KensaError, RuntimeFailed
+from engines.errors import (
+    BadBundle,
+    BadImage,
+    Conflict,
+    GpuLost,
+    KensaError,
+    RuntimeFailed,
+    Unreadable,
+)
 from engines.serving.resident import Resident
 from engines.store.challenges import (
     Challenges,
@@ -22,6 +30,7 @@ from engines.store.challenges import (
     named,
     not_released,
 )
+from engines.store.versions import Store
 from engines.verdict import Label
 
 LOOK_EVERY_S = 1.0  # whether a shift has begun
@@ -44,13 +53,12 @@ class Challenger:
     at once, and is written down; what opens one is written down before it counts.
     """
 
-    def __init__(
-        self, kept: Challenges, inspector: Inspector, shift_began: Callable[[], int]
-    ) -> None:
+    def __init__(self, store: Store, inspector: Inspector, shift_began: Callable[[], int]) -> None:
         """`shift_began`: when the shift began that is running, milliseconds since 1970."""
+        self._store = store
+        self._kept = Challenges(store)
         self.on_note: OnNote = lambda *_: None
         self.on_change: Callable[[], None] = lambda: None  # one was closed, or opened
-        self._kept = kept
         self._inspector = inspector
         self._residents = inspector.residents
         self._shift_began = shift_began
@@ -58,16 +66,36 @@ class Challenger:
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._running: dict[str, asyncio.Task[Outcome]] = {}
         self._unwritten: set[str] = set()  # closed, and no disk has taken it yet
+        self._unread: set[str] = set()  # of which nobody knows yet where they stand
         self._again: dict[str, float] = {}  # when to try again, on the monotonic clock
 
     async def open(self) -> None:
         """Read what the disk says. To be called before a part is let in."""
-        await asyncio.to_thread(self._kept.sweep)
-        self._sets = await asyncio.to_thread(self._kept.all)
-        for name, found in self._sets.items():
-            if not found.released:
-                self._inspector.not_released[name] = found.why
-                log.warning("%s", found.why)
+        try:
+            names = await asyncio.to_thread(self._store.names)
+        except OSError:  # no model is opened either, and it is said why
+            names = []
+        for name in names:
+            await asyncio.to_thread(self._kept.sweep, name)
+            await self._read(name)
+
+    async def _read(self, name: str) -> None:
+        """Where a model stands; one of which that cannot be read does not pass a part."""
+        try:
+            found = await asyncio.to_thread(self._kept.read, name)
+            self._unread.discard(name)
+        except Unreadable as error:
+            found = ChallengeSet(released=False, why=f"{name} is not released: {error}")
+            self._unread.add(name)
+        self._sets.pop(name, None)
+        if found is not None:
+            self._sets[name] = found
+        if found is None or found.released:
+            self._open(name)
+        elif self._inspector.not_released.get(name) != found.why:
+            self._inspector.not_released[name] = found.why
+            self.on_change()
+            log.warning("%s", found.why)
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -98,8 +126,10 @@ class Challenger:
 
         Raises:
             BadRequest, BadImage, UploadTooLarge, DiskFull, ReadOnly: as `Challenges.put`.
+            Unreadable: what is there cannot be read at the moment; so all that changes it.
         """
         async with self._changing[name]:
+            self._must_be_read(name)
             before = self._sets.get(name) or ChallengeSet()
             about = ChallengeSet(
                 at_shifts=at_shifts, changed=_now(), who=who, reason=reason,
@@ -123,6 +153,7 @@ class Challenger:
             DiskFull, ReadOnly: nothing was changed.
         """
         async with self._changing[name]:
+            self._must_be_read(name)
             if name not in self._sets:
                 raise Conflict(f"{name} has no known pictures that could be deleted.")
             await asyncio.to_thread(self._kept.delete, name)
@@ -167,7 +198,12 @@ class Challenger:
                     if self._holds(name, found, live):
                         return await self._conclude(name, _outcome(judged, live, who, by))
 
+    def _must_be_read(self, name: str) -> None:
+        if name in self._unread:
+            raise Unreadable(self._sets[name].why)
+
     def _must_have(self, name: str) -> ChallengeSet:
+        self._must_be_read(name)
         found = self._sets.get(name) or ChallengeSet()
         if not found.pictures:
             none = f"{name} has no known pictures: PUT /models/{name}/challenges names some."
@@ -233,6 +269,7 @@ class Challenger:
             DiskFull, ReadOnly: nothing was changed.
         """
         async with self._changing[name]:
+            self._must_be_read(name)
             found = self._sets.get(name)
             if found is None or found.released:
                 raise Conflict(f"{name} is released: there is nothing to let through.")
@@ -279,14 +316,21 @@ class Challenger:
         What was missed, because the server or the model was away, is made up for.
         """
         while True:
-            for name in [*self._unwritten]:
-                async with self._changing[name]:
-                    if name in self._unwritten:
-                        self._inspector.not_released[name] = self._sets[name].why
-                        await self._write_down(name)
+            for name in [*self._unread, *self._unwritten]:
+                await self._try_again(name)
             for name in [one for one in self._sets if self._is_due(one)]:
                 await self._challenge_for_shift(name)
-            await asyncio.sleep(RETRY_AFTER_S if self._unwritten else LOOK_EVERY_S)
+            pause = RETRY_AFTER_S if self._unread or self._unwritten else LOOK_EVERY_S
+            await asyncio.sleep(pause)
+
+    async def _try_again(self, name: str) -> None:
+        """To read, or to write, what could not be."""
+        async with self._changing[name]:
+            if name in self._unread:
+                await self._read(name)
+            elif name in self._unwritten:
+                self._inspector.not_released[name] = self._sets[name].why
+                await self._write_down(name)
 
     async def _challenge_for_shift(self, name: str) -> None:
         try:

@@ -133,21 +133,20 @@ class Challenges:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def all(self) -> dict[str, ChallengeSet]:
-        """Of every model that has some."""
-        found = {name: self.read(name) for name in self._store.names()}
-        return {name: one for name, one in found.items() if one is not None}
-
     def read(self, name: str) -> ChallengeSet | None:
         """Those of a model; None where it has none. Where the file is damaged, nobody knows whether
         the model is released, so it is not.
+
+        Raises:
+            Unreadable: the system does not give the file, which may be whole.
         """
         path = self._folder(name) / _FILE
         try:
             return ChallengeSet.model_validate_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValidationError):
+        except (OSError, ValidationError) as error:
+            Unreadable.check(path, error)
             why = (
                 f"{name} is not released: {path} is damaged, which says whether it is. PUT"
                 f" /models/{name}/challenges names its known pictures again, and POST"
@@ -266,13 +265,12 @@ class Challenges:
             )
         return data
 
-    def sweep(self) -> None:
+    def sweep(self, name: str) -> None:
         """Delete what killed processes left half written or deleted. To be called at the start."""
-        for name in self._store.names():
-            with suppress(OSError):  # it only takes room
-                for path in self._folder(name).parent.glob(f".{_FOLDER}.*"):
-                    remove_hidden(path)
-                self._sweep(name, self.read(name))
+        with suppress(OSError, Unreadable):  # it only takes room
+            for path in self._folder(name).parent.glob(f".{_FOLDER}.*"):
+                remove_hidden(path)
+            self._sweep(name, self.read(name))
 
     def _sweep(self, name: str, found: ChallengeSet | None) -> None:
         """Delete the pictures that are not known any more; none while the file is damaged."""

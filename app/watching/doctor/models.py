@@ -37,6 +37,7 @@ def look_at_models(
         return
     for name in names:
         try:
+            _look_whether_released(store, name, report)
             found = _look_at(store, name, opening, tensorrt, report)
         except KensaError as error:
             report.findings.append(wrong(f"{name}: {error}"))
@@ -44,10 +45,6 @@ def look_at_models(
         if found is None:
             continue
         version, meta, plan, need = found
-        known = Challenges(store).read(name)
-        if known is not None and not known.released:
-            do = f"curl -X POST localhost:8000/models/{name}/challenge"
-            report.findings.append(wrong(known.why, f"{do}   # once that is mended"))
         doubted = doubts(meta, settings.gate_found, live=True)
         report.findings += [wrong(f"{name} {version}: {one}") for one in doubted]
         needs.append(need)
@@ -70,6 +67,13 @@ def look_at_models(
                 "KENSA_REST=on lets them take turns; KENSA_PINNED=NAME keeps one in memory.",
             )
         )
+
+
+def _look_whether_released(store: Store, name: str, report: Report) -> None:
+    known = Challenges(store).read(name)
+    if known is not None and not known.released:
+        do = f"curl -X POST localhost:8000/models/{name}/challenge"
+        report.findings.append(wrong(known.why, f"{do}   # once that is mended"))
 
 
 def _look_at(

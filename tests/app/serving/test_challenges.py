@@ -19,7 +19,9 @@ import pytest
 from app.http.keys import add_key
 from app.settings import Settings
 from app.watching.doctor.command import examine
+from engines.errors import Unreadable
 from engines.meta import Meta
+from engines.store.challenges import Challenges
 from engines.store.versions import Store
 from support.damage import png
 from support.failing import failing
@@ -540,6 +542,44 @@ def test_the_first_wrong_verdict_is_enough_while_the_others_are_judged(
         assert seen == [200, 503, 503]
 
     inside(tmp_path, [blind], work)
+
+
+def test_a_file_that_the_system_does_not_give_for_a_while_closes_a_line_for_that_while(
+    sees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.serving.challenges.RETRY_AFTER_S", 0.1)
+    read, is_away = Challenges.read, True
+
+    def reading(self: Challenges, name: str) -> Any:
+        if is_away:
+            raise Unreadable("challenges.json cannot be read at the moment (Too many open files).")
+        return read(self, name)
+
+    async def again(client: httpx.AsyncClient, _: Any) -> None:
+        nonlocal is_away
+        answer = await client.post("/infer", content=grey(GOOD), headers=RAW)
+        assert answer.json()["code"] == "not_released"
+        assert "Too many open files" in answer.json()["error"]
+        for asked in (client.post(f"/models/{NAME}/challenge"), put(client),
+                      client.post(f"/models/{NAME}/release", json=WHY),
+                      client.delete(f"/models/{NAME}/challenges", params=WHY)):  # fmt: skip
+            answer = await asked
+            assert (answer.status_code, answer.json()["code"]) == (503, "unreadable")
+        is_away = False
+        for _ in range(100):
+            answer = await client.post("/infer", content=grey(GOOD), headers=RAW)
+            if answer.status_code == 200:
+                break
+            await asyncio.sleep(0.05)
+        assert answer.status_code == 200
+        assert len((await client.get(f"/models/{NAME}/challenges")).json()["pictures"]) == 2
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    inside(tmp_path, [sees], nothing)
+    monkeypatch.setattr(Challenges, "read", reading)
+    in_process(settings_of(tmp_path), again)
 
 
 def test_a_full_disk_opens_no_line_and_closes_one_all_the_same(

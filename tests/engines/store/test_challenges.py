@@ -50,7 +50,7 @@ def test_what_is_put_is_read_again_and_the_pictures_are_those_that_were_sent(sto
     known = Challenges(store)
     assert known.read(NAME) is None
     found = put(known, offered(90, "good"), offered(200, "bad"), at_shifts=True, reason="new")
-    assert Challenges(store).all() == {NAME: found}
+    assert Challenges(store).read(NAME) == found
     assert [one.called for one in found.pictures] == ["good/01.png", "bad/01.png"]
     assert [known.picture(NAME, one) for one in found.pictures] == [picture(90), picture(200)]
     assert (found.released, found.at_shifts, found.reason) == (True, True, "new")
@@ -146,11 +146,11 @@ def test_what_a_kill_left_is_swept_and_what_is_known_stays(store: Store) -> None
     (folder / ".challenges.json.0123abcd").write_bytes(b"{")
     hidden = folder.with_name(".challenges.0123abcd")
     hidden.mkdir()
-    known.sweep()
+    known.sweep(NAME)
     assert files(store) == before
     assert not hidden.exists()
     (folder / "challenges.json").unlink()
-    known.sweep()
+    known.sweep(NAME)
     assert not folder.exists()
 
 
@@ -165,7 +165,7 @@ def test_a_model_of_which_nobody_knows_whether_it_is_released_is_not(
     assert found is not None
     assert not found.released
     assert "challenges.json is damaged" in found.why
-    known.sweep()
+    known.sweep(NAME)
     assert len(files(store)) == 3  # nobody knows which pictures are wanted
 
 
