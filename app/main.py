@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from starlette.routing import Route
 from app.background import Background
 from app.decisions.collector import Collector
 from app.decisions.past_parts import past_parts
+from app.decisions.quarters import Spans
 from app.decisions.recorder import Recorder
 from app.decisions.repeats import Repeats
 from app.http.accept import error_line, sentence_header, wanted
@@ -34,6 +36,7 @@ from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
 from app.routes import (
+    challenges,
     datasets,
     decisions,
     infer,
@@ -47,6 +50,7 @@ from app.routes import (
     views,
 )
 from app.routes import jobs as jobs_routes
+from app.serving.challenges import Challenger
 from app.serving.inspection import Inspection, Inspector
 from app.serving.model_manager import ModelManager
 from app.serving.rollout import Rollout
@@ -75,6 +79,7 @@ _ROUTERS = (
     infer.router, views.router, decisions.router, marked_parts.router, statistics.router,
     threshold_preview.router, models.router, regions.router, jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
+    challenges.router,
 )  # fmt: skip
 
 
@@ -118,17 +123,28 @@ def create_app(settings: Settings) -> FastAPI:
 
     rollout.on_change = on_change
     rollout.replay.decisions_of = partial(past_parts, recorder)
+    shifts = Spans(settings.zone, settings.shift_times)
+    challenger = Challenger(store, inspector, partial(_began, shifts))
+    repeats = Repeats(settings.repeat_s)
+    challenger.on_note = lambda what, who, name, reason, details: recorder.note(
+        what, who, name, reason, **details
+    )
+    challenger.on_change = repeats.forget
+    rollout.doubts_of = challenger.doubts
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         recorder.start()
         collector.start()
         await run_in_threadpool(app.state.datasets.sweep)  # whose first use is 35 ms of the loop
+        await challenger.open()
         await rollout.open()
+        manager.loader.begin(background.keep("challenges models", challenger.look_out))
         opening = asyncio.create_task(asyncio.to_thread(jobs.open))  # parts need no queue
         worker.start(after=opening)
         yield
         await worker.close()
+        await challenger.close()
         await rollout.close()
         await inspector.close()
         of_views.close()
@@ -157,7 +173,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.worker = worker
     app.state.metrics = metrics
     app.state.recorder = recorder
-    app.state.repeats = Repeats(settings.repeat_s)
+    app.state.repeats = repeats
+    app.state.challenger = challenger
     app.state.health = Health(inspector, jobs, worker, settings, background, recorder, collector)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
@@ -185,6 +202,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownHosts, settings=settings, answer=answer_error)
     app.add_middleware(RequestLog, metrics=metrics)  # the last one is the outermost
     return app
+
+
+def _began(shifts: Spans) -> int:
+    """When the shift began that is running, milliseconds since 1970."""
+    return round(shifts.around(round(time.time() * 1000))[0].timestamp() * 1000)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

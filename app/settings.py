@@ -306,6 +306,12 @@ class Settings(BaseSettings):
         ge=1,
         le=3_600_000,
     )
+    not_released: Literal["refuse", "ng"] = _setting(
+        "refuse",
+        "",
+        "What a part of a model gets that failed a challenge with known pictures: refuse answers"
+        " with 503, not_released; ng says NG of every part, whatever its score.",
+    )
     decode_threads: int = _setting(
         2, "threads", "Threads that decode images and draw overlays.", ge=1, le=64
     )

@@ -36,6 +36,7 @@ KensaError
 ├── UploadTooLarge        413  an upload of more bytes than allowed
 ├── NotReady              503  the model is not loaded (yet)
 │   └── StalePlan         503  its plan was built for something else, and nothing stands in for it
+├── NotReleased           503  the model failed a challenge with known pictures
 ├── Overloaded            503  more requests than can be answered in time
 ├── BadKeys               503  the file of API keys cannot be read; nobody is let in
 ├── TooManyConnections    503  none of the connections that are open is idle
@@ -294,6 +295,13 @@ class StalePlan(NotReady):
     """A model.plan that was built for another machine, TensorRT or graph, or that is missing."""
 
     code = "stale_plan"
+
+
+class NotReleased(KensaError):
+    """The model failed a challenge with known pictures: no part passes for now."""
+
+    status = 503
+    code = "not_released"
 
 
 class Overloaded(KensaError):

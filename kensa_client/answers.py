@@ -132,6 +132,67 @@ class Version(TypedDict):
     problem: str | None
 
 
+class LastChallenge(TypedDict):
+    """A challenge with known pictures, in short."""
+
+    time: str
+    version: str
+    passed: bool
+    right: int
+    of: int
+    by: Literal["request", "shift"]
+    key: str | None
+
+
+class JudgedPicture(TypedDict):
+    """What a version said of a known picture."""
+
+    name: str
+    expected: Literal["good", "bad"]
+    sha256: str
+    right: bool
+    label: str | None
+    score: float | None
+    threshold: float | None
+    raw_score: float | None
+    raw_threshold: float | None
+    problem: str | None
+
+
+class Challenge(LastChallenge):
+    """What a challenge found: look at `passed`."""
+
+    model: str
+    released: bool
+    pictures: list[JudgedPicture]
+
+
+class KnownPicture(TypedDict):
+    """A picture of which it is known what it shows."""
+
+    name: str
+    expected: Literal["good", "bad"]
+    sha256: str
+    bytes: int
+    format: str
+    origin: dict[str, Any]
+    last: JudgedPicture | None
+
+
+class Challenges(TypedDict):
+    """What a model is challenged with, and where it stands."""
+
+    model: str
+    released: bool
+    problem: str | None
+    at_shifts: bool
+    changed: str | None
+    key: str | None
+    reason: str | None
+    last: LastChallenge | None
+    pictures: list[KnownPicture]
+
+
 class Model(TypedDict):
     """A model and its newest versions."""
 
@@ -142,6 +203,8 @@ class Model(TypedDict):
     at_rest: bool
     resident_bytes: int | None
     stale: str | None
+    released: bool
+    challenge: LastChallenge | None
     versions: list[Version]
     refused: dict[str, str]
 

@@ -30,6 +30,8 @@ class Asked:
     picture: bytes | Path | None = None
     json: dict[str, Any] | None = None
     files: Sequence[Path] = ()
+    named_files: Sequence[tuple[str, Path]] = ()  # of a form, with the names of its fields
+    fields: dict[str, str] = field(default_factory=dict)  # of a form, besides its files
     may_repeat: bool = True  # though the server may have done it already
     inspects: bool = False
     part: str = ""  # where it stands in the path

@@ -19,6 +19,8 @@ from urllib.parse import quote
 import httpx
 
 from kensa_client.answers import (
+    Challenge,
+    Challenges,
     Decision,
     Decisions,
     Job,
@@ -215,6 +217,39 @@ class AsyncKensa:
         path = f"/models/{_quoted(model)}/threshold/preview"
         return await self._json(Preview, Asked("GET", path, query=query))
 
+    # Known pictures
+
+    async def challenges(self, model: str) -> Challenges:
+        """What a model is challenged with, and whether it is released."""
+        return await self._json(Challenges, Asked("GET", f"/models/{_quoted(model)}/challenges"))
+
+    async def put_challenges(
+        self,
+        model: str,
+        good: Sequence[Path],
+        bad: Sequence[Path],
+        reason: str,
+        *,
+        at_shifts: bool = False,
+    ) -> Challenges:
+        """Name all pictures that a model is challenged with from now on."""
+        files = [*(("good", path) for path in good), *(("bad", path) for path in bad)]
+        fields = {"reason": reason, "at_shifts": str(at_shifts).lower()}
+        asked = Asked("PUT", f"/models/{_quoted(model)}/challenges", named_files=files,
+                      fields=fields)  # fmt: skip
+        return await self._json(Challenges, asked)
+
+    async def challenge(self, model: str, deadline_s: float = 600.0) -> Challenge:
+        """Let a model judge its known pictures: look at `passed`."""
+        path = f"/models/{_quoted(model)}/challenge"
+        return await self._json(Challenge, Asked("POST", path, deadline_s))
+
+    async def release(self, model: str, reason: str) -> Challenges:
+        """Let parts pass though a challenge failed."""
+        path = f"/models/{_quoted(model)}/release"
+        asked = Asked("POST", path, json={"reason": reason}, may_repeat=False)
+        return await self._json(Challenges, asked)
+
     # Learning
 
     async def models(self) -> list[Model]:
@@ -309,12 +344,15 @@ class AsyncKensa:
             seen.add(event)
 
         with ExitStack() as stack:
-            files = [(path.name, stack.enter_context(path.open("rb"))) for path in asked.files]
+            parts = [*(("file", path) for path in asked.files), *asked.named_files]
+            files = [
+                (name, (path.name, stack.enter_context(path.open("rb")))) for name, path in parts
+            ]
             try:
                 answer = await self._client.request(
                     asked.method, asked.path, params=asked.query_with(left_s),
                     content=cast("bytes | None", asked.picture), json=asked.json,
-                    files=[("file", file) for file in files] or None,
+                    files=files or None, data=asked.fields or None,
                     headers=_headers(asked, one), timeout=max(left_s, 0.001),
                     extensions={"trace": trace},
                 )  # fmt: skip

@@ -11,7 +11,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kensa_client.answers import Decision, Job, Label, Model, Preview, Split, Upload, WholeDecision
+from kensa_client.answers import (
+    Challenge,
+    Challenges,
+    Decision,
+    Job,
+    Label,
+    Model,
+    Preview,
+    Split,
+    Upload,
+    WholeDecision,
+)
 from kensa_client.asking import DecisionFilter
 from kensa_client.asynchronous import NO_LIMIT, AsyncKensa
 from kensa_client.verdict import PartVerdict, SafeVerdict, Verdict
@@ -120,6 +131,28 @@ class Kensa:
             model, raw=raw, threshold=threshold, false_rejects=false_rejects, since=since,
             until=until,
         ))  # fmt: skip
+
+    def challenges(self, model: str) -> Challenges:
+        return self._run(lambda kensa: kensa.challenges(model))
+
+    def put_challenges(
+        self,
+        model: str,
+        good: Sequence[Path],
+        bad: Sequence[Path],
+        reason: str,
+        *,
+        at_shifts: bool = False,
+    ) -> Challenges:
+        return self._run(
+            lambda kensa: kensa.put_challenges(model, good, bad, reason, at_shifts=at_shifts)
+        )
+
+    def challenge(self, model: str, deadline_s: float = 600.0) -> Challenge:
+        return self._run(lambda kensa: kensa.challenge(model, deadline_s))
+
+    def release(self, model: str, reason: str) -> Challenges:
+        return self._run(lambda kensa: kensa.release(model, reason))
 
     def models(self) -> list[Model]:
         return self._run(lambda kensa: kensa.models())

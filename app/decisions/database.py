@@ -73,7 +73,10 @@ CREATE TABLE quarters (
 PRAGMA user_version = {LAYOUT};
 """
 TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
-OF_MODELS = ("threshold", "regions", "live", "rollback", "held")  # lines whose subject is a model
+CHALLENGED = ("challenge_passed", "challenge_failed")
+OF_MODELS = (  # lines whose subject is a model
+    "threshold", "regions", "live", "rollback", "held", *CHALLENGED, "challenges", "release",
+)  # fmt: skip
 _INSERT = (
     f"INSERT INTO decisions (number, {', '.join(COLUMNS)}, hash, picture_bytes)"
     f" VALUES (:number, {', '.join(f':{name}' for name in COLUMNS)}, :hash, :picture_bytes)"
@@ -369,10 +372,27 @@ class DecisionDatabase:
         )
         return [_line(row) for row in rows]
 
+    def challenges(
+        self, model: str, limit: int, before: int | None = None, version: str | None = None
+    ) -> list[Line]:
+        """Lines of the challenges of a model, newest first.
+
+        Args:
+            version: only of this one.
+        """
+        rows = self._connection.execute(
+            f"SELECT number, {', '.join(TRAIL)}, hash FROM trail"
+            f" WHERE subject = ? AND what IN ({', '.join(map(repr, CHALLENGED))}) AND number < ?"
+            " AND (? IS NULL OR json_extract(details, '$.version') = ?)"
+            " ORDER BY number DESC LIMIT ?",
+            [model, 2**62 if before is None else before, version, version, limit],
+        )
+        return [_line(row) for row in rows]
+
     def count_flips(self, asked: Filter, scorer: str, raw: float) -> Flips:
         """What another limit would have said of decisions with raw scores of the same scorer."""
         where, values = asked.where()
-        where += " AND scorer = ? AND verdict != 'none'"
+        where += " AND scorer = ? AND verdict != 'none' AND code = ''"
         row = self._connection.execute(
             "SELECT COUNT(*), SUM(verdict = 'anomaly'), SUM(raw_score > ?),"
             " SUM(label = 'good'), SUM(label = 'good' AND verdict = 'anomaly'),"
@@ -388,7 +408,8 @@ class DecisionDatabase:
         where, values = asked.where()
         rows = self._connection.execute(
             f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ? AND verdict != 'none'"
-            " AND (verdict = 'anomaly') != (raw_score > ?) ORDER BY at DESC, number DESC LIMIT ?",
+            " AND code = '' AND (verdict = 'anomaly') != (raw_score > ?)"
+            " ORDER BY at DESC, number DESC LIMIT ?",
             [*values, scorer, raw, limit],
         )
         return [Kept.of(row) for row in rows]

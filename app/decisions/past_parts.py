@@ -35,6 +35,7 @@ def past_parts(recorder: Recorder, model: str) -> Record:
     marked, rejects = map(last_of_each_picture, recorder.read(newest))
     known = {one.decision.sha256 for one in marked}
     groups = [[one for one in marked if one.label == label] for label in ("defect", "good")]
+    rejects = [one for one in rejects if not one.decision.code]  # by the model itself
     groups.append([one for one in rejects if one.decision.sha256 not in known])
     shown = [one for group in groups for one in [one for one in group if one.picture_bytes][:MOST]]
     return Record(

@@ -23,7 +23,7 @@ from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.serving.views import MISSING, Look, Part
 from app.settings import Settings
-from engines.errors import Conflict, DeadlineExceeded, DiskFull, KensaError
+from engines.errors import Conflict, DeadlineExceeded, DiskFull, KensaError, NotReleased
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
@@ -188,7 +188,7 @@ class Recorder:
         """Whether its picture is kept: a reject, near the limit, or one of a sample of the rest."""
         assert decision.score is not None
         assert decision.threshold is not None
-        if decision.verdict == "anomaly":
+        if decision.verdict == "anomaly" and not decision.code:  # else by its score
             return True
         if decision.threshold - decision.score <= self._settings.record_near:
             return True
@@ -445,7 +445,8 @@ def _decision(asked: Asked, done: Inspection) -> Decision:
     return Decision(
         id=asked.id, part=asked.part, at=_now(), model=done.model.name,
         version=done.model.version, scorer=short_sha256(done.model.made_of),
-        verdict="anomaly" if verdict.is_anomalous else "normal", code="",
+        verdict="anomaly" if verdict.is_anomalous else "normal",
+        code=NotReleased.code if done.not_released else "",
         raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
         raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
         decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),

@@ -61,6 +61,10 @@ class Repeats:
         done.set_result(replace(inspection, anomaly_map=nothing, drawing=None))
         return inspection, None
 
+    def forget(self) -> None:
+        """Forget all: what is sent again is judged anew."""
+        self._known.clear()
+
     def _forget_old(self) -> None:
         too_old = time.monotonic() - self.seconds
         while self._known:

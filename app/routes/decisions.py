@@ -93,7 +93,10 @@ class DecisionBody(Body):
     model: str = Field(description="Empty where none was named, and there was not just one.")
     version: str | None = Field(description="Which judged; null without a verdict.")
     verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
-    code: str | None = Field(description="Why there was no verdict; else null.")
+    code: str | None = Field(
+        description="Why there was no verdict, or `not_released` where it is not the model's; else"
+        " null."
+    )
     raw_score: float | None
     score: float | None = Field(description="0 to 1.")
     threshold: float | None = Field(description="The limit for `score`.")
@@ -129,8 +132,9 @@ class LineBody(Body):
         description="Whose key; null for Kensa itself, or where none is needed."
     )
     what: str = Field(
-        description="label, taught, threshold, regions, live, rollback, held, key_added,"
-        " key_removed, deleted, prune, lost or repair."
+        description="label, taught, threshold, regions, live, rollback, held, challenge_passed,"
+        " challenge_failed, challenges, release, key_added, key_removed, deleted, prune, lost or"
+        " repair."
     )
     subject: str = Field(description="A decision's id, or a model's, a category's or a key's name.")
     reason: str | None
@@ -816,6 +820,11 @@ def _view(kept: Kept, name: str) -> tuple[str, View | None]:
             f" {', '.join(one.view for one in found.views) if found else 'none, but one picture'}."
         )
     return "" if of_view.view == found.decided_by else of_view.view, of_view
+
+
+def picture_of(recorder: Recorder, id_: str, number: int | None) -> bytes:
+    """The picture of a decision, as it was sent. Blocks; UnknownDecision where it is not kept."""
+    return _image(recorder, recorder.read(lambda it: _kept(it, id_, number)))
 
 
 def _image(recorder: Recorder, kept: Kept, view: str = "") -> bytes:

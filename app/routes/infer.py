@@ -163,9 +163,10 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         runtime_failed="The model gave a score that is no number: see the log.",
     ),
     503: error_response(
-        "No model is loaded, or too many requests wait: see `Retry-After`.",
+        "No model is loaded, it failed a challenge, or too many requests wait: see `Retry-After`.",
         not_ready="No model is set: set KENSA_MODEL_DIR to a folder that convtrt.py made.",
         overloaded="64 parts wait for their verdict already, as many as ...",
+        not_released="bracket is not released: 0001-3f9a0c41d2e8 judged 1 of 12 known ...",
     ),
     504: error_response(
         "Not within the deadline.",

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
 from app.http.model_zip import pack_model, unpack_model
 from app.http.uploads import receive, upload_folder
+from app.serving.challenges import Challenger
 from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout
 from app.settings import Settings
@@ -30,6 +32,7 @@ from engines.meta import Meta
 from engines.promise import drawn_found, promise
 from engines.queue.job_requests import few_keys
 from engines.store.bundle import ONNX, PLAN, read_strange
+from engines.store.challenges import Outcome
 from engines.store.datasets import Datasets, room
 from engines.store.plan_record import PLAN_RECORD
 from engines.store.regions import never_counts
@@ -186,6 +189,20 @@ class VersionBody(Body):
     problem: str | None = Field(None, description="What is wrong with it.")
 
 
+class LastChallengeBody(Body):
+    """A challenge with known pictures."""
+
+    time: datetime = Field(description="UTC.")
+    version: str = Field(description="Which judged.")
+    passed: bool = Field(description="Whether all were judged rightly.")
+    right: int = Field(description="How many were.")
+    of: int = Field(description="How many there were.")
+    by: Literal["request", "shift"] = Field(
+        description="`shift`: Kensa itself, when a shift began."
+    )
+    key: str | None = Field(description="Whose key asked for it.")
+
+
 class StoredModelBody(Body):
     """A model and its versions."""
 
@@ -202,6 +219,10 @@ class StoredModelBody(Body):
     stale: str | None = Field(
         description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
         " judges in its place, or nobody; and what is done about it. Else null."
+    )
+    released: bool = Field(description="False: it failed a challenge, and no part passes.")
+    challenge: LastChallengeBody | None = Field(
+        description="The last challenge with its known pictures; null where there was none."
     )
     versions: list[VersionBody] = Field(description="`limit` of them, newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
@@ -621,6 +642,9 @@ async def _described(
     found = inspector.residents.get(name) if resident else None
     live = found.version if found else None
     at_rest = name in inspector.residents.resting
+    challenger: Challenger = request.app.state.challenger
+    known = challenger.of(name)
+    last = known.last if known else None
 
     def look() -> StoredModelBody:
         store = _store(request)
@@ -632,6 +656,8 @@ async def _described(
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
+            released=name not in inspector.not_released,
+            challenge=last_challenge(last) if last else None,
             versions=[],
             refused={},
         )
@@ -645,6 +671,14 @@ async def _described(
         return body
 
     return await _look(look)
+
+
+def last_challenge(one: Outcome) -> LastChallengeBody:
+    """A challenge in short."""
+    return LastChallengeBody(
+        time=datetime.fromtimestamp(one.at / 1000, timezone.utc), version=one.version,
+        passed=one.passed, right=one.right, of=len(one.pictures), by=one.by, key=one.who or None,
+    )  # fmt: skip
 
 
 class _Record(NamedTuple):

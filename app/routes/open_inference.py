@@ -111,6 +111,7 @@ _INFER = {
         "The model is not in memory, or too many requests wait.",
         not_ready="bolt is unloaded: POST /v2/repository/models/bolt/load loads it again.",
         overloaded="64 parts wait for their verdict already, as many as KENSA_QUEUE_SIZE ...",
+        not_released="bracket is not released: 0001-3f9a0c41d2e8 judged 1 of 12 known ...",
     ),
     504: _LATE,
     200: {

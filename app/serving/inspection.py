@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from app.serving.admission import Admission
 from app.serving.inference_statistics import InferenceStatistics, Timing
 from app.settings import Settings
+from engines.errors import NotReleased
 from engines.image import (
     ImageLimits,
     Resizing,
@@ -34,6 +35,10 @@ from engines.serving.resident import Resident, Residents
 from engines.verdict import Scale, Verdict, heatmap, judge, overlay_png, png
 
 LINE_SHARE = 100  # what is done in gaps takes one part in so many of a line that has none
+NOT_RELEASED = (
+    "The model failed its challenge, so every part is NG, whatever its score, until the model is"
+    " released."
+)
 Drawing = Literal["heatmap", "overlay"]
 Image = bytes | NDArray[np.uint8]
 Result = TypeVar("Result")
@@ -59,6 +64,7 @@ class Inspection:
     anomaly_map: NDArray[np.float32]  # (h, w), raw
     drawing: bytes | None  # the PNG that was asked for
     timing: Timing
+    not_released: bool = False  # so that the label is not what the model says
 
 
 @dataclass
@@ -95,6 +101,8 @@ class Inspector:
         self.counts = Counts()
         self.statistics = InferenceStatistics()
         self.started = time.monotonic()
+        self.not_released: dict[str, str] = {}  # model -> why none of its parts may pass
+        self._refuses = settings.not_released == "refuse"
         self.on_inspection: Callable[[Inspection], None] = lambda _: None
         self.on_verdict: Callable[[Resident, Verdict], None] = lambda *_: None
         self._recent: dict[str, deque[Part]] = {}
@@ -150,8 +158,11 @@ class Inspector:
             BadImage: and its kinds, as `engines.image.decode`.
             RuntimeFailed: the runtime gave up.
             NotReady, UnknownModel: as `Residents.get`.
+            NotReleased: the model failed a challenge, and parts are to get no verdict then.
         """
         with self.residents.use(name) as model:
+            if self._refuses and model.name in self.not_released:
+                raise NotReleased(self.not_released[model.name])
             counted, began = self.statistics.of(model), time.perf_counter()
             try:
                 inspection = await self._inspect(image, model, drawing)
@@ -169,6 +180,9 @@ class Inspector:
         ran = await self.batcher.infer(model.runtime, pixels, model.name)
         raw_score, anomaly_map = ran.result  # (h, w)
         verdict = judge(raw_score, model.scale)
+        is_stopped = not self._refuses and model.name in self.not_released
+        if is_stopped:
+            verdict, about = stopped(verdict, about)
 
         drawn = None
         if drawing is not None:
@@ -185,7 +199,7 @@ class Inspector:
         alike = same_either_way(about.width, about.height, model.runtime.image_size)
         self._note(model, verdict, Part(pixels, model.meta.resize, alike, about.sha256))
         png = drawn.result if drawn else None
-        done = Inspection(model, about, verdict, anomaly_map, png, timing)
+        done = Inspection(model, about, verdict, anomaly_map, png, timing, is_stopped)
         self.on_inspection(done)
         return done
 
@@ -236,12 +250,20 @@ class Inspector:
         else:
             self.counts.normal += 1
         self._recent.setdefault(model.name, deque(maxlen=self._keep)).append(part)
-        self.on_verdict(model, verdict)
+        if model.name not in self.not_released:  # else it is not what the version says
+            self.on_verdict(model, verdict)
 
 
 def _sha256(image: Image) -> str:
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
     return hashlib.sha256(data).hexdigest()
+
+
+def stopped(verdict: Verdict, about: Seen) -> tuple[Verdict, Seen]:
+    """What is said of a part of a model that is not released: it is not good, and why."""
+    hint = f"{NOT_RELEASED} {about.hint}" if about.hint else NOT_RELEASED
+    label = "Anomaly" if verdict.label == "Normal" else verdict.label
+    return replace(verdict, label=label), about._replace(hint=hint)
 
 
 def draw(

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ RETRY_AFTER_S = 60.0  # what failed for a reason that may pass, such as a full d
 How = Literal["live", "held", "refused", "failed", "rolled_back", "by_hand"]
 # What became of which version of a model, why, and what else is to be known.
 OnChange = Callable[[str, str, str, str, dict[str, Any]], None]
+DoubtsOf = Callable[[Resident], Awaitable[list[str]]]
 
 log = logging.getLogger("kensa")
 
@@ -71,6 +72,7 @@ class Rollout:
     ) -> None:
         self.on_swap: Callable[[str, How], None] = lambda *_: None  # see docs/metrics.md
         self.on_change: OnChange = lambda *_: None
+        self.doubts_of: DoubtsOf = _none  # what its challenge says of a version
         self._store = store
         self._models = models
         self._loader = models.loader
@@ -364,6 +366,7 @@ class Rollout:
                 *promise.doubts(model.meta, self._settings.gate_found),
                 *promise.movement(model.meta, against.meta if against else None),
                 *gate.overtaken(manifest.origin, against.version if against else None, regions),
+                *await self.doubts_of(model),
             ]
             found = gate.weigh(
                 replayed,
@@ -618,6 +621,10 @@ class Rollout:
             return self._models.live(model.name) is model
         pointer = await self._loader.do(lambda: self._store.pointer(model.name))
         return pointer is not None and pointer.live == model.version
+
+
+async def _none(_: Resident) -> list[str]:
+    return []
 
 
 def _another_judges(name: str, version: str, source: Path, before: str | None) -> str:

@@ -61,6 +61,7 @@ class State:
     decisions_lost: int = 0  # that no disk took
     decisions_behind: int = 0  # that are not collected yet
     degraded: list[str] = field(default_factory=list)  # sentences
+    not_released: dict[str, str] = field(default_factory=dict)  # models -> why no part passes
 
     @property
     def ready(self) -> bool:
@@ -83,6 +84,7 @@ class Health:
         self._recorder, self._collector = recorder, collector
         self._background = background
         self._residents = inspector.residents
+        self._inspector = inspector
         self._worker = worker
         self._data, self._found = settings.data, settings.gate_found
         self._queue = JobCounts(jobs)
@@ -94,6 +96,7 @@ class Health:
         standing_in = {
             name: self._residents.standing_in.get(name) for name in self._residents.known()
         }
+        not_released = dict(self._inspector.not_released)
         held = list(self._residents.held.values())
         stale = [one for name, one in self._residents.stale.items() if name not in problems]
         jobs, queue = await self._queue.look()
@@ -107,6 +110,7 @@ class Health:
                 *problems.values(),
                 *held,
                 *filter(None, standing_in.values()),
+                *not_released.values(),
                 *stale,
                 *died,
                 *(doubt for model in models for doubt in _doubts(model, self._found)),
@@ -135,6 +139,7 @@ class Health:
             return State(
                 models=models,
                 standing_in=standing_in,
+                not_released=not_released,
                 problems=problems,
                 model_bytes=model_bytes,
                 worker=state,

@@ -216,6 +216,12 @@ def _of_models(state: State) -> Iterator[Metric]:
     for name, reason in state.standing_in.items():
         place.add_metric([name], reason is not None)
     yield place
+    released = _family(
+        "model_released", "0 while no part may pass, since a challenge failed.", "model"
+    )
+    for name in state.standing_in:
+        released.add_metric([name], name not in state.not_released)
+    yield released
 
 
 def _of_jobs(state: State) -> Iterator[Metric]:

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.routes import datasets, decisions, jobs, models, threshold_preview
+from app.routes import challenges, datasets, decisions, jobs, models, threshold_preview
 from kensa_client import (
     AsyncKensa,
     DecisionFilter,
@@ -623,6 +623,11 @@ def test_waiting_does_not_grow_without_end() -> None:
         (answers.Version, models.VersionBody), (answers.Upload, datasets.UploadBody),
         (answers.Refused, datasets.RefusedBody), (answers.Job, jobs.JobBody),
         (answers.Views, decisions.ViewsBody), (answers.View, decisions.ViewDecisionBody),
+        (answers.Challenges, challenges.ChallengesBody),
+        (answers.KnownPicture, challenges.KnownBody),
+        (answers.JudgedPicture, challenges.JudgedBody),
+        (answers.Challenge, challenges.OutcomeBody),
+        (answers.LastChallenge, models.LastChallengeBody),
     ],
     ids=lambda one: one.__name__,
 )  # fmt: skip
@@ -646,7 +651,7 @@ def test_both_clients_have_the_same_methods() -> None:
         }  # fmt: skip
 
     assert methods(Kensa) == methods(AsyncKensa)
-    assert len(methods(Kensa)) == 15
+    assert len(methods(Kensa)) == 18
 
 
 def test_httpx_names_what_it_does_as_the_client_expects() -> None:

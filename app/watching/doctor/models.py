@@ -13,6 +13,7 @@ from engines.promise import doubts
 from engines.serving.opening import Opening, memory_needed
 from engines.serving.resident import held_back, in_its_place, nobody_instead
 from engines.store.bundle import ONNX
+from engines.store.challenges import Challenges
 from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import META, Store
 
@@ -36,6 +37,7 @@ def look_at_models(
         return
     for name in names:
         try:
+            _look_whether_released(store, name, report)
             found = _look_at(store, name, opening, tensorrt, report)
         except KensaError as error:
             report.findings.append(wrong(f"{name}: {error}"))
@@ -65,6 +67,13 @@ def look_at_models(
                 "KENSA_REST=on lets them take turns; KENSA_PINNED=NAME keeps one in memory.",
             )
         )
+
+
+def _look_whether_released(store: Store, name: str, report: Report) -> None:
+    known = Challenges(store).read(name)
+    if known is not None and not known.released:
+        do = f"curl -X POST localhost:8000/models/{name}/challenge"
+        report.findings.append(wrong(known.why, f"{do}   # once that is mended"))
 
 
 def _look_at(

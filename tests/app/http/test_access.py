@@ -50,6 +50,8 @@ def role_of(method: str, path: str) -> Role | None:
         return "operator"
     if method == "DELETE" and path.startswith("/decisions"):  # what was decided
         return "admin"
+    if path.endswith("/challenge"):  # a PLC asks for it at the beginning of a shift
+        return "line"
     if method == "GET" or path.endswith("/infer") or path == "/v2/repository/index":
         return "line"
     if path.startswith("/parts/"):  # a view of one, to be judged
