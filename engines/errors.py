@@ -22,7 +22,6 @@ KensaError
 ├── BadMeta               422  meta.json is unreadable or contradicts itself
 ├── BadBundle             422  the files of a model are missing, damaged or do not fit together
 │   └── Unreadable        503  the system does not give one of them, which may be whole
-├── BadRegions            422  regions that never count: damaged, or nothing is left that does
 ├── BadDataset            422  a folder of images that cannot be learned from
 ├── BadWeights            422  weights that are missing or do not fit the backbone
 ├── BadRecord             422  the record of decisions is not as it was written
@@ -198,13 +197,6 @@ class Unreadable(BadBundle):
                 f"{path} cannot be read at the moment ({why}): look at who may read it, at the"
                 " disk, and at the limit of open files."
             ) from error
-
-
-class BadRegions(KensaError):
-    """Regions that never count, which are damaged, do not fit the pictures or leave nothing."""
-
-    status = 422
-    code = "bad_regions"
 
 
 class BadDataset(KensaError):

@@ -73,6 +73,7 @@ class Meta(BaseModel):
     weights_pth: str = "model.pth"
     memory_bank: str | None = None
     stats: str | None = None
+    regions: str | None = None  # a PNG of the pixels that never count; see engines.store.regions
     image_threshold: float = Field(0.5, ge=0, le=1)  # set by hand, on the normalised score
     image_threshold_auto: float | None = None  # found by verification, on the raw score
     raw_image_min: float | None = None
@@ -114,7 +115,7 @@ class Meta(BaseModel):
             raise ValueError(f"raw_image_min ({low}) must be less than raw_image_max ({high})")
         return self
 
-    @field_validator("weights_pth", "memory_bank", "stats", "files")
+    @field_validator("weights_pth", "memory_bank", "stats", "regions", "files")
     @classmethod
     def _plain_names(cls, names: Any) -> Any:
         for name in names if isinstance(names, dict) else [names]:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadRegions
+from engines.errors import BadBundle
 
 # How far what lies in a region spreads, by the kind of model: pixels of the model's input around
 # it. docs/line.md has what was measured.
@@ -25,6 +25,11 @@ class Regions:
 
     mask: NDArray[np.bool_]
 
+    @property
+    def share(self) -> float:
+        """Of the picture's pixels, how many never count; 0 to 1."""
+        return float(self.mask.mean())
+
     def cells(self, size: int, shape: tuple[int, int], reach: int) -> NDArray[np.float32]:
         """Which of (h, w) places of a model count: 1 where they do, else 0.
 
@@ -33,14 +38,14 @@ class Regions:
             reach: how far a region spreads there, pixels.
 
         Raises:
-            BadRegions: none of them counts.
+            BadBundle: none of them counts.
         """
         white = _touched(self.mask, (size, size)).astype(np.uint8)
         side = 2 * reach + 1
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
         keep = ~_touched(cv2.dilate(white, disc) > 0, shape)
         if not keep.any():
-            raise BadRegions(
+            raise BadBundle(
                 f"These regions leave no place that counts: what is in them reaches {reach} pixels"
                 f" further, of the {size} that the model sees. Draw them smaller."
             )

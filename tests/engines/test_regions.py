@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines.errors import BadRegions
+from engines.errors import BadBundle
 from engines.regions import Regions, hide, shown
 
 
@@ -57,7 +57,7 @@ def test_regions_that_leave_no_place_are_refused_in_words() -> None:
     mask = np.ones((64, 64), bool)
     mask[30:34, 30:34] = False
     Regions(mask).cells(64, (64, 64), 1)
-    with pytest.raises(BadRegions, match=r"no place that counts.* 8 pixels"):
+    with pytest.raises(BadBundle, match=r"no place that counts.* 8 pixels"):
         Regions(mask).cells(64, (64, 64), 8)
 
 
