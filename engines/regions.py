@@ -6,6 +6,7 @@ place does not count where a region, or what spreads from it inside the model, t
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import cv2
@@ -30,6 +31,18 @@ class Regions:
         """Of the picture's pixels, how many never count; 0 to 1."""
         return float(self.mask.mean())
 
+    @property
+    def digest(self) -> str:
+        """The same for the same mask, whatever file it comes from; "" for one that is empty."""
+        if not self.mask.any():
+            return ""
+        shape = "x".join(map(str, self.mask.shape))
+        return hashlib.sha256(shape.encode() + np.packbits(self.mask).tobytes()).hexdigest()
+
+    def white(self, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Which of (h, w) pixels of a picture never count: all that a region touches."""
+        return _touched(self.mask, shape)
+
     def cells(self, size: int, shape: tuple[int, int], reach: int) -> NDArray[np.float32]:
         """Which of (h, w) places of a model count: 1 where they do, else 0.
 
@@ -40,7 +53,7 @@ class Regions:
         Raises:
             BadBundle: none of them counts.
         """
-        white = _touched(self.mask, (size, size)).astype(np.uint8)
+        white = self.white((size, size)).astype(np.uint8)
         side = 2 * reach + 1
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
         keep = ~_touched(cv2.dilate(white, disc) > 0, shape)

@@ -101,7 +101,7 @@ def _wanted(folder: Path) -> set[str | None]:
         meta = Meta.read(folder / META)
     except BadMeta as error:
         raise BadMeta(str(error).replace(str(folder / META), f"{META} in the zip")) from None
-    named = {meta.weights_pth, meta.memory_bank, meta.stats}
+    named = {meta.weights_pth, meta.memory_bank, meta.stats, meta.regions}
     return {ONNX, REPORT, STRANGE, GOLDEN, SCORES, *named} - {META, PLAN}
 
 
