@@ -17,7 +17,7 @@ from engines.errors import BadBundle
 
 # How far what lies in a region spreads, by the kind of model: pixels of the model's input around
 # it. docs/line.md has what was measured.
-REACH = {"patchcore": 32, "padim": 32, "efficientad": 32, "vae": 16}
+REACH = {"patchcore": 24, "padim": 16, "efficientad": 24, "vae": 8}
 
 
 @dataclass(frozen=True, eq=False)
