@@ -255,6 +255,8 @@ def _learn(
         known = meta.memory_bank or meta.stats
         if request.update and known is not None and (source / known).is_file():
             learned = source / known
+    if source is not None and meta.regions is not None:
+        shutil.copyfile(source / meta.regions, work / meta.regions)
     meta.with_(files=None).write(meta_json)
     report = retrain(
         Retrain(
