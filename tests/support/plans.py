@@ -14,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.errors import BadBundle
 from engines.files import sha256
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.store.bundle import ONNX, PLAN, write_bank, write_report
 from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
+from engines.store.regions import write_regions
 from support.double import Double, doubled
 
 MAX_BATCH, MAX_ROWS = 8, 5_000
@@ -221,4 +223,12 @@ def with_bank(bundle: Path, target: Path, bank: NDArray[np.float32]) -> Path:
     shutil.copytree(bundle, target)
     write_bank(target / "memory_bank.npz", bank, 1.0)
     seal(target)
+    return target
+
+
+def with_regions(bundle: Path, target: Path, mask: NDArray[np.bool_]) -> Path:
+    """A copy of a model, plan and all, for which a part of pictures never counts."""
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("*.pth", "stats.npz"))
+    meta = Meta.read(target / "meta.json")
+    write_regions(target, Regions(mask), meta).write(target / "meta.json")
     return target

@@ -13,15 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle
-from engines.meta import Meta
-from engines.regions import Regions
 from engines.runtimes import cuda
 from engines.serving.opening import Opening, open_model
 from engines.serving.resident import Resident, describe
 from engines.store.bundle import ONNX
-from engines.store.regions import write_regions
 from support.double import doubled
-from support.plans import SIDE, seal, tiny_bank, tiny_bundle, tiny_onnx, with_plan
+from support.plans import SIDE, seal, tiny_bank, tiny_bundle, tiny_onnx, with_plan, with_regions
 from support.project import ROOT
 
 OLD = ROOT / "tests/data/build_e60e805/data/models/bolt/0001-c8a165f98692"
@@ -60,15 +57,6 @@ def line(
     return Line(folder, Opening(runtime=runtime, batching=False))
 
 
-def masked(source: Path, target: Path, mask: NDArray[np.bool_]) -> Path:
-    """A copy of a version, with regions."""
-    shutil.copytree(source, target)
-    write_regions(target, Regions(mask), Meta.read(target / "meta.json")).write(
-        target / "meta.json"
-    )
-    return target
-
-
 def left(share: float) -> NDArray[np.bool_]:
     mask = np.zeros((100, 100), bool)
     mask[:, : round(100 * share)] = True
@@ -89,7 +77,7 @@ def test_a_version_is_opened_with_its_regions_and_the_engine_of_the_one_before(
     line: Line, reach: None, tmp_path: Path
 ) -> None:
     whole = line.opened(line.folder)
-    other = line.opened(masked(line.folder, tmp_path / "half", left(0.5)), whole)
+    other = line.opened(with_regions(line.folder, tmp_path / "half", left(0.5)), whole)
     alone = line.opened(tmp_path / "half")
     assert other.bank_alone
     assert not alone.bank_alone
@@ -112,9 +100,9 @@ def test_regions_make_other_scores_and_the_same_regions_the_same(
 ) -> None:
     """As the record compares versions by what their scores come from."""
     whole = line.opened(line.folder)
-    half = line.opened(masked(line.folder, tmp_path / "half", left(0.5)), whole)
-    third = line.opened(masked(line.folder, tmp_path / "third", left(0.3)), half)
-    again = line.opened(masked(line.folder, tmp_path / "again", left(0.5)), half)
+    half = line.opened(with_regions(line.folder, tmp_path / "half", left(0.5)), whole)
+    third = line.opened(with_regions(line.folder, tmp_path / "third", left(0.3)), half)
+    again = line.opened(with_regions(line.folder, tmp_path / "again", left(0.5)), half)
     back = line.opened(line.folder, half)
     assert len({whole.made_of, half.made_of, third.made_of}) == 3
     assert (again.made_of, back.made_of) == (half.made_of, whole.made_of)
@@ -127,7 +115,7 @@ def test_regions_make_other_scores_and_the_same_regions_the_same(
 
 def test_an_empty_mask_changes_no_score_by_a_bit(line: Line, reach: None, tmp_path: Path) -> None:
     whole = line.opened(line.folder)
-    empty = line.opened(masked(line.folder, tmp_path / "empty", left(0)))
+    empty = line.opened(with_regions(line.folder, tmp_path / "empty", left(0)))
     for found, expected in zip(
         empty.runtime.infer(parts()), whole.runtime.infer(parts()), strict=True
     ):
@@ -142,7 +130,7 @@ def test_regions_that_leave_nothing_are_refused_and_what_was_open_stays(
     whole = line.opened(line.folder)
     expected = whole.runtime.infer(parts())[0]
     with pytest.raises(BadBundle, match="no place that counts"):
-        line.opened(masked(line.folder, tmp_path / "nothing", left(0.97)), whole)
+        line.opened(with_regions(line.folder, tmp_path / "nothing", left(0.97)), whole)
     np.testing.assert_array_equal(whole.runtime.infer(parts())[0], expected)
     whole.runtime.close()
 
@@ -150,7 +138,7 @@ def test_regions_that_leave_nothing_are_refused_and_what_was_open_stays(
 def test_a_graph_that_cannot_look_past_regions_is_refused_in_words(tmp_path: Path) -> None:
     how = Opening(runtime="openvino", batching=False)
     open_model(OLD, "bolt", "0001", how).runtime.close()
-    old = masked(OLD, tmp_path / "old", left(0.3))
+    old = with_regions(OLD, tmp_path / "old", left(0.3))
     with pytest.raises(BadBundle, match=r"model\.onnx was converted by an older Kensa.*convtrt"):
         open_model(old, "bolt", "0002", how)
     tiny = tiny_bundle(tmp_path / "tiny", tiny_bank(0))
@@ -158,13 +146,13 @@ def test_a_graph_that_cannot_look_past_regions_is_refused_in_words(tmp_path: Pat
     seal(tiny)
     open_model(tiny, "part", "0001", how).runtime.close()
     with pytest.raises(BadBundle, match="older Kensa"):
-        open_model(masked(tiny, tmp_path / "tiny2", left(0.3)), "part", "0002", how)
+        open_model(with_regions(tiny, tmp_path / "tiny2", left(0.3)), "part", "0002", how)
 
 
 def test_a_mask_that_is_not_the_one_of_its_meta_json_is_refused(tmp_path: Path) -> None:
     how = Opening(runtime="openvino", batching=False)
-    folder = masked(tiny_bundle(tmp_path / "whole"), tmp_path / "half", left(0.5))
-    other = masked(tiny_bundle(tmp_path / "whole2"), tmp_path / "third", left(0.3))
+    folder = with_regions(tiny_bundle(tmp_path / "whole"), tmp_path / "half", left(0.5))
+    other = with_regions(tiny_bundle(tmp_path / "whole2"), tmp_path / "third", left(0.3))
     shutil.copyfile(other / "regions.png", folder / "regions.png")
     with pytest.raises(BadBundle, match=r"regions\.png is not the file"):
         open_model(folder, "part", "0001", how)
