@@ -72,6 +72,7 @@ CREATE TABLE quarters (
 PRAGMA user_version = {LAYOUT};
 """
 TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
+NOT_NORMAL = ("anomaly", "unusable", "none")
 OF_MODELS = ("threshold", "live", "rollback", "held")  # lines whose subject is a model
 _INSERT = (
     f"INSERT INTO decisions (number, {', '.join(COLUMNS)}, hash, picture_bytes)"
@@ -159,7 +160,7 @@ class Filter:
         # As the indices say that are of some of the lines only.
         conditions += ["part != ''"] * bool(self.part)
         conditions += ["label != ''"] * (self.label not in (None, "none"))
-        conditions += ["verdict != 'normal'"] * (self.verdict in ("anomaly", "none"))
+        conditions += ["verdict != 'normal'"] * (self.verdict in NOT_NORMAL)
         return " AND ".join(conditions) or "TRUE", [value for _, value in asked]
 
     def index(self, few_scores: Callable[[], bool]) -> str:
@@ -174,7 +175,7 @@ class Filter:
             ("label", self.label not in (None, "none")),
             ("version", self.version is not None),
             ("score", has_score and few_scores()),
-            ("not_normal", self.verdict in ("anomaly", "none")),
+            ("not_normal", self.verdict in NOT_NORMAL),
             ("model", self.model is not None),
         ):
             if is_asked:
@@ -368,7 +369,7 @@ class DecisionDatabase:
     def count_flips(self, asked: Filter, scorer: str, raw: float) -> Flips:
         """What another limit would have said of decisions with raw scores of the same scorer."""
         where, values = asked.where()
-        where += " AND scorer = ? AND verdict != 'none'"
+        where += " AND scorer = ? AND verdict IN ('normal', 'anomaly')"
         row = self._connection.execute(
             "SELECT COUNT(*), SUM(verdict = 'anomaly'), SUM(raw_score > ?),"
             " SUM(label = 'good'), SUM(label = 'good' AND verdict = 'anomaly'),"
@@ -383,7 +384,8 @@ class DecisionDatabase:
         """Those whose verdict would be another one, newest first."""
         where, values = asked.where()
         rows = self._connection.execute(
-            f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ? AND verdict != 'none'"
+            f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ?"
+            " AND verdict IN ('normal', 'anomaly')"
             " AND (verdict = 'anomaly') != (raw_score > ?) ORDER BY at DESC, number DESC LIMIT ?",
             [*values, scorer, raw, limit],
         )
@@ -411,8 +413,8 @@ class DecisionDatabase:
         rows = self._connection.execute(
             "SELECT version, threshold, raw_threshold, MIN(at) AS began, MAX(at), COUNT(*),"
             " SUM(verdict = 'anomaly') FROM decisions INDEXED BY decisions_by_model"
-            f" WHERE {where} AND verdict != 'none' GROUP BY version, threshold, raw_threshold"
-            " ORDER BY began",
+            f" WHERE {where} AND verdict IN ('normal', 'anomaly')"
+            " GROUP BY version, threshold, raw_threshold ORDER BY began",
             values,
         )
         return [Judged(*row) for row in rows]

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import ClientDisconnect
 
 from app.decisions.database import FILE, DecisionDatabase, Kept, Note, open_or_make
-from app.decisions.decision import Decision, short_sha256
+from app.decisions.decision import Decision, Verdict, short_sha256
 from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.settings import Settings
 from engines.errors import Conflict, DiskFull, KensaError
+from engines.verdict import Label
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
@@ -36,6 +37,8 @@ PRUNE_AT_ONCE = 20_000  # decisions
 PRUNE_SHARE = 0.05  # of all lines, at once, when there are too many
 MIB = 1024**2
 DAY_MS = 86_400_000
+
+_WORDS: dict[Label, Verdict] = {"Normal": "normal", "Anomaly": "anomaly", "Unusable": "unusable"}
 
 log = logging.getLogger("kensa")
 Result = TypeVar("Result")
@@ -116,7 +119,7 @@ class Recorder:
         decision = Decision(
             id=asked.id, part=asked.part, at=_now(), model=done.model.name,
             version=done.model.version, scorer=short_sha256(done.model.made_of),
-            verdict="anomaly" if verdict.is_anomalous else "normal", code="",
+            verdict=_WORDS[verdict.label], code=verdict.unusable.code if verdict.unusable else "",
             raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
             raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
             decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
@@ -152,10 +155,10 @@ class Recorder:
             self._waiting.append(_Waiting(Note.now(what, who, subject, reason, details)))
 
     def _is_wanted(self, decision: Decision) -> bool:
-        """Whether its picture is kept: a reject, near the limit, or one of a sample of the rest."""
+        """Whether its picture is kept: not normal, near the limit, or of a sample."""
         assert decision.score is not None
         assert decision.threshold is not None
-        if decision.verdict == "anomaly":
+        if decision.verdict != "normal":
             return True
         if decision.threshold - decision.score <= self._settings.record_near:
             return True

@@ -105,7 +105,7 @@ SENTENCES: dict[str, tuple[str, str]] = {
     ),
 }
 
-# Codes of docs/http.md, and client_left.
+# Codes of docs/http.md and docs/line.md, and client_left.
 REASONS: dict[str, tuple[str, str]] = {
     "bad_image": ("the image was damaged", "画像が壊れていた"),
     "unsupported_image": ("a kind of image that is not read", "対応していない画像形式"),
@@ -121,6 +121,13 @@ REASONS: dict[str, tuple[str, str]] = {
     "overloaded": ("too many requests at once", "リクエストの集中"),
     "deadline_exceeded": ("time was up", "時間切れ"),
     "client_left": ("the client did not wait", "クライアントが切断した"),
+    "camera_size": ("another size", "画像サイズの相違"),
+    "camera_frozen": ("the same picture again and again", "同じ画像の繰り返し"),
+    "camera_turned": ("turned", "回転ずれ"),
+    "camera_shifted": ("shifted", "位置ずれ"),
+    "camera_dark": ("too dark", "暗すぎる"),
+    "camera_bright": ("too bright", "明るすぎる"),
+    "camera_blurred": ("blurred", "ピンぼけ"),
     "runtime_failed": ("inference failed", "推論の失敗"),
     "gpu_lost": ("the GPU failed", "GPU の故障"),
     "out_of_memory": ("memory was full", "メモリ不足"),

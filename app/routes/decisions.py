@@ -65,8 +65,12 @@ class DecisionBody(Body):
     time: datetime = Field(description="UTC.")
     model: str = Field(description="Empty where none was named, and there was not just one.")
     version: str | None = Field(description="Which judged; null without a verdict.")
-    verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
-    code: str | None = Field(description="Why there was no verdict; else null.")
+    verdict: Verdict = Field(
+        description="`normal`, `anomaly`, `unusable`, or `none` where there was none."
+    )
+    code: str | None = Field(
+        description="Why there was no verdict, or the picture was not usable; else null."
+    )
     raw_score: float | None
     score: float | None = Field(description="0 to 1.")
     threshold: float | None = Field(description="The limit for `score`.")
