@@ -31,6 +31,8 @@ MODEL_NAME = r"^[\w-]{1,64}$"  # as in engines.store.versions, which would load 
 _HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _HOSTS = rf"^({_HOST}( *, *{_HOST})*)?$"
 _NAMES = r"^([\w-]{1,64}( *, *[\w-]{1,64})*)?$"
+_FAULT = "(dark|bright|blurred|shifted|turned|size|frozen)"
+_FAULTS = rf"^(all|{_FAULT}( *, *{_FAULT})*)?$"
 _ORIGIN = rf"https?://{_HOST}(:[0-9]{{1,5}})?"
 _ORIGINS = rf"^({_ORIGIN}( *, *{_ORIGIN})*)?$"
 
@@ -331,6 +333,21 @@ class Settings(BaseSettings):
         "What another picture of a view does that was sent before, until its part is decided:"
         " replace takes the new one; refuse answers 409.",
     )
+    unusable: str = _setting(
+        "",
+        "names",
+        "What makes a picture unusable rather than the part a reject, separated by commas: dark,"
+        " bright, blurred, shifted, turned, size, frozen; or all. Empty: nothing is looked at.",
+        pattern=_FAULTS,
+    )
+    drift_parts: int = _setting(
+        0,
+        "parts",
+        "Of so many of the last parts of each model scores and pictures are compared with those of"
+        " the training; /healthz warns where they differ. 0: never.",
+        ge=0,
+        le=10_000,
+    )
     record: Literal["on", "off"] = _setting(
         "on",
         "",
@@ -497,6 +514,12 @@ class Settings(BaseSettings):
         """The names in `pinned`."""
         names = normalize("NFC", self.pinned).split(",")
         return {name.strip() for name in names if name.strip()}
+
+    @property
+    def unusable_codes(self) -> frozenset[str]:
+        """The codes of what makes a picture unusable."""
+        names = _FAULT.strip("()").split("|") if self.unusable == "all" else _listed(self.unusable)
+        return frozenset(f"camera_{name}" for name in names)
 
     @property
     def origin_names(self) -> list[str]:

@@ -80,6 +80,7 @@ class Meta(BaseModel):
     raw_image_max: float | None = None
     score_kind: str | None = None
     calibration: dict[str, Any] | None = None
+    camera: dict[str, Any] | None = None  # what its pictures look like; see `engines.camera`
     files: dict[str, str] | None = None  # file name -> SHA-256 of the files written with this one
 
     @model_validator(mode="before")
@@ -130,7 +131,7 @@ class Meta(BaseModel):
             raise ValueError(f"must be a raw score, from -{_MOST:g} to {_MOST:g}")
         return value
 
-    @field_validator("calibration")
+    @field_validator("calibration", "camera")
     @classmethod
     def _known_numbers(cls, value: Any) -> Any:
         return _without_nan(value)  # which no JSON holds, so it could not be said or written

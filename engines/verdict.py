@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.camera import Fault
 from engines.errors import BadMeta, RuntimeFailed
 from engines.meta import Meta
 
-Label = Literal["Normal", "Anomaly"]
+Label = Literal["Normal", "Anomaly", "Unusable"]
 
 # anomalib blurs its maps with sigma 4 pixels of the model's input; ours come at that input's size.
 BLUR_SIGMA = 4.0
@@ -59,10 +60,16 @@ class Verdict:
     score: float  # normalised, [0, 1]
     threshold: float  # normalised: above it is an anomaly
     raw_threshold: float
+    unusable: Fault | None = None  # why nobody should go by the picture, where somebody asked
 
     @property
     def is_anomalous(self) -> bool:
-        return self.label == "Anomaly"
+        """Whether the part may not pass: also where its picture says nothing of it."""
+        return self.label != "Normal"
+
+    def on_unusable(self, fault: Fault | None) -> Verdict:
+        """The same of a picture that is not usable; the score is the model's all the same."""
+        return self if fault is None else replace(self, label="Unusable", unusable=fault)
 
 
 def decide(raw_score: float, raw_threshold: float) -> Label:

@@ -52,7 +52,7 @@ class Decision(TypedDict):
     time: str  # ISO 8601, UTC
     model: str
     version: str | None
-    verdict: Literal["normal", "anomaly", "none"]
+    verdict: Literal["normal", "anomaly", "unusable", "none"]
     code: str | None
     raw_score: float | None
     score: float | None

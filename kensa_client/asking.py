@@ -57,7 +57,7 @@ class DecisionFilter:
     part: str | None = None
     model: str | None = None
     version: str | None = None
-    verdict: Literal["normal", "anomaly", "none"] | None = None
+    verdict: Literal["normal", "anomaly", "unusable", "none"] | None = None
     label: Literal["good", "defect", "unusable", "none"] | None = None
     min_score: float | None = None
     max_score: float | None = None

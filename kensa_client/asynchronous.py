@@ -126,6 +126,8 @@ class AsyncKensa:
         if verdict.ok:
             return SafeVerdict(True, "", verdict)
         reason = f"Anomaly: the score is {verdict.score:.4f}, the limit {verdict.threshold:.4f}."
+        if verdict.unusable:
+            reason = f"The picture is not usable: {verdict.unusable}."
         return SafeVerdict(False, reason, verdict)
 
     async def inspect_view(

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+LABELS = ("Normal", "Anomaly", "Unusable")
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -23,7 +25,7 @@ class Verdict:
     """What a model said of a part. It is true where `ok` is."""
 
     ok: bool  # Normal
-    label: str  # Normal or Anomaly
+    label: str  # Normal, Anomaly or Unusable
     score: float  # 0 to 1
     threshold: float  # the limit for `score`
     raw_score: float  # in the model's own units
@@ -35,6 +37,7 @@ class Verdict:
     repeat_of: str | None  # the id of the inspection that this one repeats
     hint: str | None  # what speaks against the picture, though it was judged
     timing: Timing
+    unusable: str | None = None  # why its picture is not usable, such as camera_dark
 
     def __bool__(self) -> bool:
         return self.ok  # else `if kensa.inspect(picture):` would pass every part
@@ -58,7 +61,7 @@ class PartVerdict:
 
     ok: bool  # decided, and Normal in all views
     decided: bool  # else views are awaited
-    verdict: str  # pending, normal, anomaly; none where a view is missing
+    verdict: str  # pending, normal, anomaly, unusable; none where a view is missing
     score: float | None  # of the worst view
     threshold: float | None  # the limit for it
     decided_by: str | None  # the worst view, or one that is missing
@@ -89,7 +92,7 @@ def read_part(
     verdict, is_anomalous, missing = (
         said.get(name) for name in ("verdict", "is_anomalous", "missing")
     )
-    if verdict not in ("pending", "normal", "anomaly", "none") or is_anomalous is not (
+    if verdict not in ("pending", "normal", "anomaly", "unusable", "none") or is_anomalous is not (
         None if verdict == "pending" else verdict != "normal"
     ):
         raise ValueError(f"verdict is {verdict!r}, and is_anomalous {is_anomalous!r}")
@@ -127,8 +130,11 @@ def read_verdict(body: bytes, id_: str, part: str, model: str | None) -> Verdict
     if not isinstance(said, dict):
         raise ValueError("it is no object")
     label, is_anomalous = said.get("label"), said.get("is_anomalous")
-    if label not in ("Normal", "Anomaly") or is_anomalous is not (label == "Anomaly"):
+    if label not in LABELS or is_anomalous is not (label != "Normal"):
         raise ValueError(f"label is {label!r}, and is_anomalous {is_anomalous!r}")
+    unusable = said.get("unusable")
+    if (label == "Unusable") is not isinstance(unusable, dict):
+        raise ValueError(f"label is {label!r}, and unusable {unusable!r}")
     about = said.get("id"), said.get("part") or ""
     if about != (id_, part):
         raise ValueError(f"it is about {about}, and {(id_, part)} was asked")
@@ -142,6 +148,7 @@ def read_verdict(body: bytes, id_: str, part: str, model: str | None) -> Verdict
         model=_text(said, "model_name"), version=_text(said, "model_version"),
         repeat_of=_text_or_none(said, "repeat_of"), hint=_text_or_none(said, "hint"),
         timing=Timing(**{name: _number(timing, name) for name in Timing.__annotations__}),
+        unusable=_text(unusable, "code") if isinstance(unusable, dict) else None,
     )  # fmt: skip
 
 

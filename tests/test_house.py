@@ -21,9 +21,10 @@ from support.project import ROOT
 # what is in its own room; never what is beside it or above.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
-        ("errors", "files", "logs"), ("image_files", "missing_packages", "page"), ("image", "meta"),
-        ("verdict", "regions"), ("limits",), ("promise",), ("store",), ("queue",), ("machine",),
-        ("runtimes",), ("serving", "inference_command", "threshold_command"),
+        ("errors", "files", "logs"), ("image_files", "missing_packages", "page"),
+        ("camera", "image", "meta"), ("verdict", "regions"), ("limits",), ("promise",), ("store",),
+        ("queue",), ("machine",), ("runtimes",),
+        ("serving", "inference_command", "threshold_command"),
     ),
     "workers": (
         ("progress",), ("commands",), ("models", "sample_parts"), ("distil", "learning"),

@@ -74,6 +74,7 @@ PRAGMA user_version = {LAYOUT};
 """
 TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "decisions_hash")
 CHALLENGED = ("challenge_passed", "challenge_failed")
+NOT_NORMAL = ("anomaly", "unusable", "none")
 OF_MODELS = (  # lines whose subject is a model
     "threshold", "regions", "live", "rollback", "held", *CHALLENGED, "challenges", "release",
 )  # fmt: skip
@@ -166,7 +167,7 @@ class Filter:
         # As the indices say that are of some of the lines only.
         conditions += ["part != ''"] * bool(self.part)
         conditions += ["label != ''"] * (self.label not in (None, "none"))
-        conditions += ["verdict != 'normal'"] * (self.verdict in ("anomaly", "none"))
+        conditions += ["verdict != 'normal'"] * (self.verdict in NOT_NORMAL)
         return " AND ".join(conditions) or "TRUE", [value for _, value in asked]
 
     def index(self, few_scores: Callable[[], bool]) -> str:
@@ -181,7 +182,7 @@ class Filter:
             ("label", self.label not in (None, "none")),
             ("version", self.version is not None),
             ("score", has_score and few_scores()),
-            ("not_normal", self.verdict in ("anomaly", "none")),
+            ("not_normal", self.verdict in NOT_NORMAL),
             ("model", self.model is not None),
         ):
             if is_asked:
@@ -392,7 +393,7 @@ class DecisionDatabase:
     def count_flips(self, asked: Filter, scorer: str, raw: float) -> Flips:
         """What another limit would have said of decisions with raw scores of the same scorer."""
         where, values = asked.where()
-        where += " AND scorer = ? AND verdict != 'none' AND code = ''"
+        where += " AND scorer = ? AND verdict IN ('normal', 'anomaly') AND code = ''"
         row = self._connection.execute(
             "SELECT COUNT(*), SUM(verdict = 'anomaly'), SUM(raw_score > ?),"
             " SUM(label = 'good'), SUM(label = 'good' AND verdict = 'anomaly'),"
@@ -407,9 +408,9 @@ class DecisionDatabase:
         """Those whose verdict would be another one, newest first."""
         where, values = asked.where()
         rows = self._connection.execute(
-            f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ? AND verdict != 'none'"
-            " AND code = '' AND (verdict = 'anomaly') != (raw_score > ?)"
-            " ORDER BY at DESC, number DESC LIMIT ?",
+            f"SELECT {_KEPT} FROM decisions WHERE {where} AND scorer = ?"
+            " AND verdict IN ('normal', 'anomaly') AND code = ''"
+            " AND (verdict = 'anomaly') != (raw_score > ?) ORDER BY at DESC, number DESC LIMIT ?",
             [*values, scorer, raw, limit],
         )
         return [Kept.of(row) for row in rows]
@@ -436,8 +437,8 @@ class DecisionDatabase:
         rows = self._connection.execute(
             "SELECT version, threshold, raw_threshold, MIN(at) AS began, MAX(at), COUNT(*),"
             " SUM(verdict = 'anomaly') FROM decisions INDEXED BY decisions_by_model"
-            f" WHERE {where} AND verdict != 'none' GROUP BY version, threshold, raw_threshold"
-            " ORDER BY began",
+            f" WHERE {where} AND verdict IN ('normal', 'anomaly')"
+            " GROUP BY version, threshold, raw_threshold ORDER BY began",
             values,
         )
         return [Judged(*row) for row in rows]

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Verdict = Literal["normal", "anomaly", "none"]
+Verdict = Literal["normal", "anomaly", "unusable", "none"]
 Label = Literal["good", "defect", "unusable"]
 
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif", "BigTIFF": ".tif"}
@@ -23,6 +23,7 @@ class Decision:
         scorer: short SHA-256 of the files that the raw score comes from: versions with the same one
             give the same raw scores, and differ in the threshold alone. Empty without a verdict.
         verdict: `none` where there was no verdict; then `code` says why, and the numbers are null.
+            `unusable` where the picture was not usable; then `code` says why.
         sha256: of the image as it was sent; empty where none arrived whole, or where a damaged one
             was let go because too many waited for the disk.
         who: the name of the API key; empty where none was needed.

@@ -32,7 +32,8 @@ def past_parts(recorder: Recorder, model: str) -> Record:
             rejects = replace(asked, verdict="anomaly", label="none")
             return marked, database.find(rejects, PAGE)
 
-    marked, rejects = map(last_of_each_picture, recorder.read(newest))
+    found, rejects = map(last_of_each_picture, recorder.read(newest))
+    marked = [one for one in found if one.decision.verdict != "unusable"]  # by whatever version
     known = {one.decision.sha256 for one in marked}
     groups = [[one for one in marked if one.label == label] for label in ("defect", "good")]
     rejects = [one for one in rejects if not one.decision.code]  # by the model itself

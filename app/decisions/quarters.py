@@ -25,8 +25,9 @@ _RATIO = math.log(1.1)  # of one step of the times to the next
 class Quarter:
     """Sums of decisions of one model; of a quarter of an hour, or of several."""
 
-    parts: int = 0  # that got a verdict
+    parts: int = 0  # that got a verdict by a usable picture
     rejects: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)  # pictures, by the reason; no parts
     none: Counter[str] = field(default_factory=Counter)  # without a verdict, by the reason
     scores: Counter[int] = field(default_factory=Counter)  # step -> parts
     times: Counter[int] = field(default_factory=Counter)
@@ -34,6 +35,9 @@ class Quarter:
     def add(self, one: Decision) -> None:
         if one.verdict == "none":
             self.none[one.code] += 1
+            return
+        if one.verdict == "unusable":
+            self.unusable[one.code] += 1
             return
         self.parts += 1
         self.rejects += one.verdict == "anomaly"
@@ -45,8 +49,8 @@ class Quarter:
     def __iadd__(self, other: Quarter) -> Quarter:
         self.parts += other.parts
         self.rejects += other.rejects
-        for mine, theirs in ((self.none, other.none), (self.scores, other.scores),
-                             (self.times, other.times)):  # fmt: skip
+        for mine, theirs in ((self.unusable, other.unusable), (self.none, other.none),
+                             (self.scores, other.scores), (self.times, other.times)):  # fmt: skip
             mine.update(theirs)  # type: ignore[arg-type]  # of like counters
         return self
 
@@ -71,7 +75,9 @@ class Quarter:
             Counter({int(step): count for step, count in content[name].items()})
             for name in ("scores", "times")
         )
-        return cls(content["parts"], content["rejects"], Counter(content["none"]), scores, times)
+        unusable = Counter(content.get("unusable", {}))  # which an older Kensa did not know
+        none = Counter(content["none"])
+        return cls(content["parts"], content["rejects"], unusable, none, scores, times)
 
 
 def _step(counts: Counter[int], share: float) -> int | None:

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import ClientDisconnect
 
 from app.decisions.database import FILE, DecisionDatabase, Kept, Note, open_or_make
-from app.decisions.decision import Decision, OfViews, View, short_sha256
+from app.decisions.decision import Decision, OfViews, Verdict, View, short_sha256
 from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.serving.views import MISSING, Look, Part
 from app.settings import Settings
 from engines.errors import Conflict, DeadlineExceeded, DiskFull, KensaError, NotReleased
+from engines.verdict import Label
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
 EVERY_S = 0.2  # lines are written together, and none is older than a second after a kill
@@ -37,6 +38,8 @@ PRUNE_AT_ONCE = 20_000  # decisions
 PRUNE_SHARE = 0.05  # of all lines, at once, when there are too many
 MIB = 1024**2
 DAY_MS = 86_400_000
+
+_WORDS: dict[Label, Verdict] = {"Normal": "normal", "Anomaly": "anomaly", "Unusable": "unusable"}
 
 log = logging.getLogger("kensa")
 Result = TypeVar("Result")
@@ -185,10 +188,11 @@ class Recorder:
             self._waiting.append(_Waiting(Note.now(what, who, subject, reason, details)))
 
     def _is_wanted(self, decision: Decision) -> bool:
-        """Whether its picture is kept: a reject, near the limit, or one of a sample of the rest."""
+        """Whether its picture is kept: not normal, near the limit, or of a sample."""
         assert decision.score is not None
         assert decision.threshold is not None
-        if decision.verdict == "anomaly" and not decision.code:  # else by its score
+        stopped = decision.verdict == "anomaly" and decision.code  # then it is as its score is
+        if decision.verdict != "normal" and not stopped:
             return True
         if decision.threshold - decision.score <= self._settings.record_near:
             return True
@@ -445,14 +449,20 @@ def _decision(asked: Asked, done: Inspection) -> Decision:
     return Decision(
         id=asked.id, part=asked.part, at=_now(), model=done.model.name,
         version=done.model.version, scorer=short_sha256(done.model.made_of),
-        verdict="anomaly" if verdict.is_anomalous else "normal",
-        code=NotReleased.code if done.not_released else "",
+        verdict=_WORDS[verdict.label], code=_code(done),
         raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
         raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
         decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
         total_ms=round(timing.total_ms, 2), sha256=seen.sha256, format=seen.kind,
         width=seen.width, height=seen.height, who=asked.who,
     )  # fmt: skip
+
+
+def _code(done: Inspection) -> str:
+    """Why a verdict is not what its score says; empty where it is."""
+    if done.verdict.unusable is not None:
+        return done.verdict.unusable.code
+    return NotReleased.code if done.not_released else ""
 
 
 def _no_decision(asked: Asked, code: str) -> Decision:

@@ -151,11 +151,11 @@ def _notes(shift: Shift, say: Words) -> str:
 def _overview(models: list[OfModel], say: Words) -> str:
     rows = [
         [_name(one, say), number(one.total.parts), number(one.total.rejects),
-         _percent(one.total), number(one.total.none.total())]
+         _percent(one.total), number(one.total.unusable.total()), number(one.total.none.total())]
         for one in models
     ]  # fmt: skip
-    names = ("model", "parts", "rejects", "reject_share", "no_verdict")
-    return _table([say(name) for name in names], rows, right=(1, 2, 3, 4))
+    names = ("model", "parts", "rejects", "reject_share", "unusable", "no_verdict")
+    return _table([say(name) for name in names], rows, right=(1, 2, 3, 4, 5))
 
 
 def _signature(say: Words) -> str:
@@ -334,10 +334,12 @@ def _quantiles(one: OfModel, say: Words) -> str:
 
 
 def _reasons(one: OfModel, say: Words) -> str:
-    if not one.total.none:
-        return ""
-    rows = [[say.reason(code), number(count)] for code, count in one.total.none.most_common()]
-    return f"<h3>{say('reasons')}</h3>" + _table([], rows, right=(1,))
+    tables = []
+    for name, counts in (("unusable", one.total.unusable), ("reasons", one.total.none)):
+        if counts:
+            rows = [[say.reason(code), number(count)] for code, count in counts.most_common()]
+            tables.append(f"<h3>{say(name)}</h3>" + _table([], rows, right=(1,)))
+    return "".join(tables)
 
 
 def _judged(one: OfModel, say: Words, shift: Shift) -> str:

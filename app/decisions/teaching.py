@@ -39,8 +39,9 @@ def teach(
     """Put the pictures of marked decisions into the splits of a category. Blocks.
 
     A good part goes to `train`, or to `normal` with one in so many; a defect to `anomaly`; what is
-    unusable, nowhere. A picture is in one split at most, and always in the same one: its SHA-256
-    decides. Where it was judged several times, what was said of the last one counts.
+    unusable, as a person or Kensa says, nowhere. A picture is in one split at most, and always in
+    the same one: its SHA-256 decides. Where it was judged several times, what was said of the last
+    one counts.
 
     Args:
         test_share: of the good ones, which are kept to test with.
@@ -115,7 +116,7 @@ def _all(database: DecisionDatabase, asked: Filter) -> Iterator[Kept]:
 
 
 def _split(kept: Kept, test_share: float) -> Split | None:
-    if kept.label == "unusable":
+    if "unusable" in (kept.label, kept.decision.verdict):
         return None
     if kept.label == "defect":
         return "anomaly"

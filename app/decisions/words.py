@@ -105,7 +105,7 @@ SENTENCES: dict[str, tuple[str, str]] = {
     ),
 }
 
-# Codes of docs/http.md, client_left, and view_missing.
+# Codes of docs/http.md and docs/line.md, client_left, and view_missing.
 REASONS: dict[str, tuple[str, str]] = {
     "bad_image": ("the image was damaged", "画像が壊れていた"),
     "unsupported_image": ("a kind of image that is not read", "対応していない画像形式"),
@@ -123,6 +123,13 @@ REASONS: dict[str, tuple[str, str]] = {
     "deadline_exceeded": ("time was up", "時間切れ"),
     "client_left": ("the client did not wait", "クライアントが切断した"),
     "view_missing": ("a view was missing", "画像が揃わなかった"),
+    "camera_size": ("another size", "画像サイズの相違"),
+    "camera_frozen": ("the same picture again and again", "同じ画像の繰り返し"),
+    "camera_turned": ("turned", "回転ずれ"),
+    "camera_shifted": ("shifted", "位置ずれ"),
+    "camera_dark": ("too dark", "暗すぎる"),
+    "camera_bright": ("too bright", "明るすぎる"),
+    "camera_blurred": ("blurred", "ピンぼけ"),
     "runtime_failed": ("inference failed", "推論の失敗"),
     "gpu_lost": ("the GPU failed", "GPU の故障"),
     "out_of_memory": ("memory was full", "メモリ不足"),

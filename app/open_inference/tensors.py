@@ -298,7 +298,11 @@ def write_answer(
     if request.id is not None:
         body["id"] = request.id
     hints = {f"number {n}": one.seen.hint for n, one in enumerate(inspections)}
-    parameters = {"part": request.part, "hint": hints_in_short(hints)}
+    unusable = [f"{n} {one.verdict.unusable.code}" for n, one in enumerate(inspections)
+                if one.verdict.unusable is not None]  # fmt: skip
+    parameters = {
+        "part": request.part, "hint": hints_in_short(hints), "unusable": ", ".join(unusable),
+    }  # fmt: skip
     if said := {name: value for name, value in parameters.items() if value}:
         body["parameters"] = said
     head = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()

@@ -92,10 +92,12 @@ class DecisionBody(Body):
     time: datetime = Field(description="UTC.")
     model: str = Field(description="Empty where none was named, and there was not just one.")
     version: str | None = Field(description="Which judged; null without a verdict.")
-    verdict: Verdict = Field(description="`normal`, `anomaly`, or `none` where there was none.")
+    verdict: Verdict = Field(
+        description="`normal`, `anomaly`, `unusable`, or `none` where there was none."
+    )
     code: str | None = Field(
-        description="Why there was no verdict, or `not_released` where it is not the model's; else"
-        " null."
+        description="Why there was no verdict, or the picture was not usable, or `not_released`"
+        " where the verdict is not the model's; else null."
     )
     raw_score: float | None
     score: float | None = Field(description="0 to 1.")

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -25,9 +25,10 @@ from app.http.deadlines import within_deadline
 from app.http.part import ANSWERED, HEADER, MEANING, SCHEMA, checked, part_of
 from app.http.request_log import request_id
 from app.serving.inspection import Drawing, Inspection, Inspector
+from engines.camera import Code
 from engines.errors import BadImage, BadRequest, ImageTooLarge, UnsupportedBody
 from engines.logs import note
-from engines.verdict import Label
+from engines.verdict import Label, Verdict
 
 
 class TimingBody(Body):
@@ -60,6 +61,13 @@ class ImageBody(Body):
     height: int = Field(description="Pixels, upright.")
 
 
+class UnusableBody(Body):
+    """Why nobody should go by a picture."""
+
+    code: Code
+    reason: str = Field(description="A sentence.")
+
+
 class InspectionBody(Body):
     """The verdict on one part."""
 
@@ -73,7 +81,12 @@ class InspectionBody(Body):
     model_name: str
     model_version: str = Field(description="Changes whenever a file of the model changes.")
     label: Label
-    is_anomalous: bool = Field(description="True when `raw_score` is above `raw_threshold`.")
+    is_anomalous: bool = Field(
+        description="True when `raw_score` is above `raw_threshold`, or the picture is unusable."
+    )
+    unusable: UnusableBody | None = Field(
+        description="Why the picture is not usable, where KENSA_UNUSABLE asks; else null."
+    )
     raw_score: float = Field(description="What the model measured, in units of its own.")
     score: float = Field(description="`raw_score` scaled to 0 ... 1 by the model's calibration.")
     threshold: float = Field(description="The limit for `score`.")
@@ -101,6 +114,7 @@ EXAMPLE = {
     "model_version": "3f9a0c41d2e8",
     "label": "Anomaly",
     "is_anomalous": True,
+    "unusable": None,
     "raw_score": 2.8731,
     "score": 0.8712,
     "threshold": 0.5,
@@ -117,7 +131,8 @@ _HEADERS = {
     "X-Kensa-Repeat-Of": "The id of the inspection that this one repeats; absent otherwise.",
     "X-Kensa-Model-Name": "The model that judged.",
     "X-Kensa-Model-Version": "Its version.",
-    "X-Kensa-Label": "Normal or Anomaly.",
+    "X-Kensa-Label": "Normal, Anomaly or Unusable.",
+    "X-Kensa-Unusable": "Why the picture is not usable, such as camera_dark; absent otherwise.",
     "X-Kensa-Score": "The normalised score, 0 to 1.",
     "X-Kensa-Threshold": "The limit for it.",
     "X-Kensa-Raw-Score": "The score in the model's own units.",
@@ -209,6 +224,12 @@ _PART_PARAMETER = {
 }
 
 
+Words = Annotated[
+    Literal["2", "3"],
+    Query(description="Of the text: OK and NG, or with 3 also UNUSABLE and the reason."),
+]
+
+
 @router.post(
     "/infer",
     summary="Inspect one image",
@@ -232,11 +253,13 @@ async def infer(
         ),
     ] = None,
     part: Annotated[str, Query(description=MEANING, json_schema_extra=SCHEMA)] = "",
+    words: Words = "2",
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
 
     `Accept: application/json` (the default) answers with all numbers, `text/plain` with one line
     for a PLC, `OK 0.1234` or `NG 0.8712`, and `image/png` with the picture, anomalies painted over.
+    With `words=3` the line of a picture that is not usable is `UNUSABLE camera_dark`.
     """
     recorder: Recorder = request.app.state.recorder
     called = part_of(request.scope["query_string"], request.headers.raw)
@@ -264,7 +287,7 @@ async def infer(
     else:  # in the log it is a part as any other, which the inspector would have noted
         judged_by, verdict = inspection.model, inspection.verdict
         note(model=judged_by.name, version=judged_by.version, label=verdict.label)
-    return _answer(inspection, answer, asked, repeat_of)
+    return _answer(inspection, answer, asked, repeat_of, words)
 
 
 def how_to_answer(request: Request, *, heatmap: bool) -> tuple[Answer, Drawing | None]:
@@ -299,7 +322,7 @@ async def _once(
     repeats: Repeats = request.app.state.repeats
 
     def inspect() -> Awaitable[Inspection]:
-        return inspector.inspect(data, asked.model or None, drawing)
+        return inspector.inspect(data, asked.model or None, drawing, asked.part)
 
     if not asked.part or not repeats.seconds:
         return await inspect(), None
@@ -375,7 +398,7 @@ async def _file_of_form(
 
 
 def _answer(
-    inspection: Inspection, answer: Answer, asked: Asked, repeat_of: str | None
+    inspection: Inspection, answer: Answer, asked: Asked, repeat_of: str | None, words: str
 ) -> Response:
     headers = _headers(inspection, asked.id)
     if repeat_of is not None:
@@ -383,21 +406,29 @@ def _answer(
     if answer == "image/png":
         return Response(inspection.drawing, media_type=answer, headers=headers)
     if answer == "text/plain":
-        verdict = inspection.verdict
-        line = f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
+        line = text_line(inspection.verdict, words)
         return Response(line, media_type=answer, headers=headers)
     body = inspection_body(inspection, asked, repeat_of).model_dump_json()
     return Response(body, media_type=answer, headers=headers)
 
 
+def text_line(verdict: Verdict, words: str) -> str:
+    """A verdict for a PLC that knows two words, or three."""
+    if verdict.unusable is not None and words == "3":
+        return f"UNUSABLE {verdict.unusable.code}\n"
+    return f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
+
+
 def _headers(inspection: Inspection, request_id: str) -> dict[str, str]:
     verdict, seen = inspection.verdict, inspection.seen
     hint = {"X-Kensa-Hint": seen.hint} if seen.hint else {}
+    unusable = {"X-Kensa-Unusable": verdict.unusable.code} if verdict.unusable else {}
     return {
         "X-Kensa-Id": request_id,
         "X-Kensa-Model-Name": quote(inspection.model.name),  # headers are ASCII
         "X-Kensa-Model-Version": inspection.model.version,
         "X-Kensa-Label": verdict.label,
+        **unusable,
         "X-Kensa-Score": f"{verdict.score:.6f}",
         "X-Kensa-Threshold": f"{verdict.threshold:.6f}",
         "X-Kensa-Raw-Score": f"{verdict.raw_score:.6g}",
@@ -423,6 +454,7 @@ def inspection_body(inspection: Inspection, asked: Asked, repeat_of: str | None)
         model_version=model.version,
         label=verdict.label,
         is_anomalous=verdict.is_anomalous,
+        unusable=UnusableBody(**verdict.unusable._asdict()) if verdict.unusable else None,
         raw_score=verdict.raw_score,
         score=verdict.score,
         threshold=verdict.threshold,

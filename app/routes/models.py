@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,10 +23,12 @@ from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
 from app.http.model_zip import pack_model, unpack_model
 from app.http.uploads import receive, upload_folder
+from app.routes.statistics import DriftBody, drifting
 from app.serving.challenges import Challenger
 from app.serving.inspection import Inspector
 from app.serving.rollout import Rollout
 from app.settings import Settings
+from engines.camera import CODES, Camera, Code
 from engines.errors import BadBundle, BadMeta, BadRequest, UnknownVersion, Unreadable
 from engines.limits import KEYS, in_force
 from engines.meta import Meta
@@ -162,6 +165,30 @@ class CalibrationBody(Body):
     untrained: bool = Field(description="The weights of its backbone are random.")
 
 
+class StatisticBody(Body):
+    """A number that is measured of each picture."""
+
+    mean: float = Field(description="Of the pictures that were learned.")
+    spread: float = Field(description="Their standard deviation.")
+    low: float | None = Field(description="A single picture is usable down to this; null: any is.")
+    high: float | None = Field(description="And up to this.")
+
+
+class CameraBody(Body):
+    """What pictures of good parts look like."""
+
+    pictures: int = Field(description="How many that was learned from.")
+    width: int = Field(description="Pixels, of most of them.")
+    height: int
+    statistics: dict[str, StatisticBody] = Field(
+        description="Brightness, contrast and colour in shares of the whole range; sharpness,"
+        " width, height and aspect as natural logarithms; shifts in shares of the picture; turns in"
+        " degrees; `score`, raw."
+    )
+    sees: list[Code] = Field(description="What can be seen of a picture.")
+    blind: dict[str, str] = Field(description="What cannot, and why.")
+
+
 class VersionBody(Body):
     """A version of a model, on the disk."""
 
@@ -184,6 +211,11 @@ class VersionBody(Body):
     )
     calibration: CalibrationBody | None = Field(
         default=None, description="What it can promise; null where that was never measured."
+    )
+    camera: CameraBody | None = Field(
+        default=None,
+        description="What its pictures look like; null where its training did not note that: train"
+        " it again.",
     )
     gate: GateBody | None = None
     problem: str | None = Field(None, description="What is wrong with it.")
@@ -223,6 +255,10 @@ class StoredModelBody(Body):
     released: bool = Field(description="False: it failed a challenge, and no part passes.")
     challenge: LastChallengeBody | None = Field(
         description="The last challenge with its known pictures; null where there was none."
+    )
+    drift: list[DriftBody] = Field(
+        description="What of the last parts is no more as it was when the version in memory"
+        " learned, where KENSA_DRIFT_PARTS asks; else empty."
     )
     versions: list[VersionBody] = Field(description="`limit` of them, newest first.")
     refused: dict[str, str] = Field(description="Versions put aside as unusable, and why.")
@@ -645,6 +681,7 @@ async def _described(
     challenger: Challenger = request.app.state.challenger
     known = challenger.of(name)
     last = known.last if known else None
+    drift = drifting(request, name)
 
     def look() -> StoredModelBody:
         store = _store(request)
@@ -658,6 +695,7 @@ async def _described(
             stale=inspector.residents.stale.get(name),
             released=name not in inspector.not_released,
             challenge=last_challenge(last) if last else None,
+            drift=drift,
             versions=[],
             refused={},
         )
@@ -778,6 +816,7 @@ def _read_record(
         raw_threshold=_raw_threshold(meta),
         never_counts=share,
         calibration=_calibration(meta),
+        camera=_camera(meta),
         gate=gate,
         problem=problem,
     )
@@ -800,6 +839,24 @@ def _calibration(meta: Meta) -> CalibrationBody | None:
     if known is None:
         return None
     return CalibrationBody(**{key: getattr(known, key) for key in CalibrationBody.model_fields})
+
+
+def _camera(meta: Meta) -> CameraBody | None:
+    known = Camera.of(meta.camera)
+    if known is None:
+        return None
+    statistics = {}
+    for name, one in known.statistics.items():
+        limits = known.limits.get(name)
+        low, high = (side if math.isfinite(side) else None for side in limits or (math.inf,) * 2)
+        statistics[name] = StatisticBody(mean=one.mean, spread=one.spread, low=low, high=high)
+    blind = known.blind()
+    width, height = known.size
+    return CameraBody(
+        pictures=known.pictures, width=width, height=height, statistics=statistics,
+        sees=[code for code in CODES if code not in blind],
+        blind={str(code): why for code, why in blind.items()},
+    )  # fmt: skip
 
 
 def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any
@@ -343,30 +343,30 @@ async def _answer(
     inspector: Inspector, model: Resident, wanted: InferRequest
 ) -> tuple[bytes, int | None, list[Inspection]]:
     """Inspect the images of a request, and write its answer: see `write_answer`."""
-    inspections = await _inspect_all(inspector, model, wanted.images, wanted.tensor)
+    inspections = await _inspect_all(inspector, model, wanted)
     content, length = await inspector.beside(lambda: write_answer(wanted, inspections))
     return content, length, inspections
 
 
 async def _inspect_all(
-    inspector: Inspector, model: Resident, images: Sequence[Image], tensor: str
+    inspector: Inspector, model: Resident, wanted: InferRequest
 ) -> list[Inspection]:
     """Inspect images side by side. Raises what is wrong with the first bad one, and names it.
 
     Only a few at a time, so that a part that comes meanwhile does not wait for all of them.
     """
-    few = asyncio.Semaphore(AT_ONCE)
+    few, part = asyncio.Semaphore(AT_ONCE), wanted.part
 
     async def inspect(image: Image) -> Inspection:
         async with few:
-            return await inspector.inspect(image, model)
+            return await inspector.inspect(image, model, part=part)
 
-    found = await asyncio.gather(*map(inspect, images), return_exceptions=True)
+    found = await asyncio.gather(*map(inspect, wanted.images), return_exceptions=True)
     inspector.counts.refused += sum(isinstance(one, BadImage) for one in found)
     inspections = []
     for number, one in enumerate(found):
         if isinstance(one, BadImage):
-            raise type(one)(f"{tensor}[{number}]: {one}") from one
+            raise type(one)(f"{wanted.tensor}[{number}]: {one}") from one
         if isinstance(one, BaseException):
             raise one
         inspections.append(one)

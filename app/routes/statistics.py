@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import datetime, time, timezone
 from typing import Annotated, Literal
 
@@ -28,6 +29,7 @@ from app.routes.decisions import (
     milliseconds,
     recorder_of,
 )
+from app.serving.inspection import Inspector
 from app.settings import Settings, version
 from engines.errors import BadRequest
 from engines.page import LOADS_NOTHING
@@ -51,8 +53,13 @@ class SpanBody(Body):
     model: str = Field(description="Empty: of requests that named none, or one that is not known.")
     since: datetime = Field(description="When the span began, in the zone of KENSA_TIMEZONE.")
     until: datetime
-    parts: int = Field(description="That got a verdict; a part that was sent again counts once.")
+    parts: int = Field(
+        description="That got a verdict by a usable picture; one that was sent again counts once."
+    )
     rejects: int
+    unusable: dict[str, int] = Field(
+        description="Pictures that were not usable, by their `code`; they count nowhere else."
+    )
     reject_share: float | None = Field(description="Of `parts`; null without any.")
     no_verdict: dict[str, int] = Field(description="Requests without a verdict, by their `code`.")
     score_p50: float | None
@@ -63,11 +70,27 @@ class SpanBody(Body):
     ms_p99: float | None
 
 
+class DriftBody(Body):
+    """What of the last parts is no more as it was when the version learned."""
+
+    model: str
+    version: str
+    statistic: str = Field(description="As in `camera.statistics` of the version, or `score`.")
+    now: float = Field(description="The median of the last parts.")
+    learned: float = Field(description="The mean of the training.")
+    spread: float = Field(description="Its standard deviation.")
+    parts: int
+    sentence: str
+
+
 class SpansBody(Body):
     """What was decided, span by span."""
 
     spans: list[SpanBody] = Field(
         description="Oldest first; those in which nothing came are left out."
+    )
+    drift: list[DriftBody] = Field(
+        description="What drifts at this moment, where KENSA_DRIFT_PARTS asks; else empty."
     )
 
 
@@ -99,7 +122,8 @@ async def statistics(
     They are kept when decisions grow too old. Quantiles of scores are exact to 0.0025, of times to
     5 %.
     """
-    return SpansBody(spans=await ask(_spans, request, per, model, since, until))
+    spans = await ask(_spans, request, per, model, since, until)
+    return SpansBody(spans=spans, drift=drifting(request, model))
 
 
 @router.get(
@@ -116,13 +140,14 @@ async def statistics_table(
     since: Since = None,
     until: Until = None,
 ) -> Response:
-    """As GET /statistics; the reasons for no verdict stand in one column."""
+    """As GET /statistics; the reasons of each kind stand in one column."""
     spans = await ask(_spans, request, per, model, since, until)
     rows = [[*SpanBody.model_fields]]
     for span in spans:
         body = span.model_dump(mode="json")
-        reasons = (f"{code} {count}" for code, count in span.no_verdict.items())
-        rows.append([*(body | {"no_verdict": ", ".join(reasons)}).values()])
+        for name in ("unusable", "no_verdict"):
+            body[name] = ", ".join(f"{code} {count}" for code, count in body[name].items())
+        rows.append([*body.values()])
     return Response("".join(map(csv_row, rows)), media_type="text/csv; charset=utf-8")
 
 
@@ -150,6 +175,17 @@ async def report(
     loop = asyncio.get_running_loop()
     page = await loop.run_in_executor(_REPORTS, _report, request, shift, at, model, lang)
     return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+
+def drifting(request: Request, name: str | None) -> list[DriftBody]:
+    """What drifts at this moment, of all models or of one."""
+    inspector: Inspector = request.app.state.inspector
+    return [
+        DriftBody(model=model.name, version=model.version, sentence=one.sentence, **asdict(one))
+        for model in inspector.residents.all()
+        if name in (None, model.name)
+        for one in inspector.drift.changes(model)
+    ]
 
 
 def _report(
@@ -200,6 +236,7 @@ def _span(since: datetime, until: datetime, model: str, total: Quarter) -> SpanB
     score, ms = total.score_at, total.ms_at
     return SpanBody(
         model=model, since=since, until=until, parts=total.parts, rejects=total.rejects,
+        unusable=dict(total.unusable),
         reject_share=round(total.rejects / total.parts, 6) if total.parts else None,
         no_verdict=dict(total.none), score_p50=score(0.5), score_p95=score(0.95),
         score_p99=score(0.99), ms_p50=ms(0.5), ms_p95=ms(0.95), ms_p99=ms(0.99),

@@ -47,6 +47,7 @@ class InspectionsBody(Body):
 
     normal: int
     anomaly: int
+    unusable: int = Field(description="Pictures that were not usable, where KENSA_UNUSABLE asks.")
     refused: int = Field(description="Damaged, too large, or of a kind that is not read.")
 
 
@@ -160,7 +161,10 @@ async def healthz(request: Request) -> Response:
         disk=DiskBody(free_bytes=state.disk_free, size_bytes=state.disk_size),
         device=DeviceBody.model_validate(state.device, from_attributes=True),
         inspections=InspectionsBody(
-            normal=counts.normal, anomaly=counts.anomaly, refused=counts.refused
+            normal=counts.normal,
+            anomaly=counts.anomaly,
+            unusable=counts.unusable,
+            refused=counts.refused,
         ),
     )
     left_out = set() if sentence else {"error", "code"}

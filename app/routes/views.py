@@ -26,9 +26,11 @@ from app.routes.infer import (
     REQUEST_BODY,
     RESPONSES,
     InspectionBody,
+    Words,
     how_to_answer,
     inspection_body,
     picture_of,
+    text_line,
 )
 from app.serving.inspection import Drawing, Inspection, Inspector
 from app.serving.views import MISSING, MOST_VIEWS, Key, Look, Of, Part, State, Views
@@ -71,7 +73,10 @@ class PartBody(Body):
     is_anomalous: bool | None = Field(
         description="Null while it is pending; true for all but `normal`: nobody may pass it."
     )
-    code: str | None = Field(description=f"`{MISSING}` where a view is missing; else null.")
+    code: str | None = Field(
+        description=f"`{MISSING}` where a view is missing; why the worst picture is not usable,"
+        " such as `camera_dark`; else null."
+    )
     decided_by: str | None = Field(description="The worst view, or the first that is missing.")
     score: float | None = Field(
         description="Of the worst view; null while it is pending, and with `none`."
@@ -112,7 +117,7 @@ _DECIDED = {
 _HEADERS = {
     "X-Kensa-Id": "The id of the part's decision.",
     "X-Kensa-Part": "The part's name, percent-encoded where it is not ASCII.",
-    "X-Kensa-Verdict": "pending, normal, anomaly or none.",
+    "X-Kensa-Verdict": "pending, normal, anomaly, unusable or none.",
     "X-Kensa-Views": "How many views have a verdict, of how many: 2/4.",
     "X-Kensa-Missing": "The views without a verdict, separated by commas; absent without any.",
     "X-Kensa-Decided-By": "The view whose verdict is the part's; absent while it is pending.",
@@ -216,6 +221,7 @@ async def infer_view(
             " whose value counts; KENSA_DEADLINE_MS where it is left out.",
         ),
     ] = None,
+    words: Words = "2",
 ) -> Response:
     """Send a picture of one view; the answer has its verdict, and the part's with the last one.
 
@@ -247,7 +253,7 @@ async def infer_view(
         raise
     judged_by = inspection.model
     note(model=judged_by.name, version=judged_by.version, label=inspection.verdict.label)
-    return _answer_view(awaited, looking, inspection, repeat_of, answer)
+    return _answer_view(awaited, looking, inspection, repeat_of, answer, words)
 
 
 @router.get(
@@ -263,6 +269,7 @@ async def verdict(
     wait_ms: Annotated[
         int, Query(ge=0, le=MOST_MS, description="How long to wait for it, in ms.")
     ] = 0,
+    words: Words = "2",
 ) -> Response:
     """It is there with the last view, or at the deadline, and for KENSA_REPEAT_S afterwards.
 
@@ -273,7 +280,7 @@ async def verdict(
     await _wait(request, known, wait_ms / 1000)
     answer = wanted(request.headers.get("accept", ""))
     if answer == "text/plain":
-        return Response(_line(known), media_type=answer, headers=_headers(known))
+        return Response(_line(known, words), media_type=answer, headers=_headers(known))
     body = PartBody(**_state(known)).model_dump_json()
     return Response(body, media_type="application/json", headers=_headers(known))
 
@@ -288,7 +295,7 @@ async def _judge(
     model = look.model or None
 
     def inspect() -> Awaitable[Inspection]:
-        return inspector.inspect(data, model, drawing)
+        return inspector.inspect(data, model, drawing, f"{part.key.part} {look.view}")
 
     inspection, repeat_of = await views.judge(part, look, data, inspect)
     if repeat_of is not None and drawing is not None:  # which are not remembered
@@ -339,7 +346,12 @@ def _left_ms(part: Part) -> int:
 
 
 def _answer_view(
-    part: Part, look: Look, inspection: Inspection, repeat_of: str | None, answer: Answer
+    part: Part,
+    look: Look,
+    inspection: Inspection,
+    repeat_of: str | None,
+    answer: Answer,
+    words: str,
 ) -> Response:
     headers = _headers(part)
     if repeat_of is not None:
@@ -347,7 +359,7 @@ def _answer_view(
     if answer == "image/png":
         return Response(inspection.drawing, media_type=answer, headers=headers)
     if answer == "text/plain":
-        return Response(_line(part), media_type=answer, headers=headers)
+        return Response(_line(part, words), media_type=answer, headers=headers)
     asked = Asked(look.id, part.key.part, look.model, part.key.who)
     body = ViewAnswerBody(
         **_state(part), view=look.view, inspection=inspection_body(inspection, asked, repeat_of)
@@ -355,14 +367,13 @@ def _answer_view(
     return Response(body.model_dump_json(), media_type=answer, headers=headers)
 
 
-def _line(part: Part) -> str:
+def _line(part: Part, words: str) -> str:
     if part.state == "pending":
         return f"PENDING {len(part.judged)}/{part.of.total}\n"
     worst = part.worst
     if part.state == "none" or worst is None or worst.inspection is None:
         return f"NG {MISSING}\n"
-    verdict = worst.inspection.verdict
-    return f"{'NG' if verdict.is_anomalous else 'OK'} {verdict.score:.4f}\n"
+    return text_line(worst.inspection.verdict, words)
 
 
 def _headers(part: Part) -> dict[str, str]:
@@ -383,10 +394,11 @@ def _state(part: Part) -> dict[str, Any]:
     state = part.state
     worst = part.worst if state not in ("pending", "none") else None
     found = worst.inspection if worst is not None else None
+    unusable = found.verdict.unusable if found is not None else None
     return {
         "id": part.id, "part": part.key.part, "line": part.key.line or None, "verdict": state,
         "is_anomalous": state != "normal" if part.is_decided else None,
-        "code": MISSING if state == "none" else None,
+        "code": MISSING if state == "none" else unusable.code if unusable else None,
         "decided_by": part.decided_by if part.is_decided else None,
         "score": found.verdict.score if found else None,
         "threshold": found.verdict.threshold if found else None,

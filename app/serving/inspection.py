@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.serving.admission import Admission
+from app.serving.drift import Drift
 from app.serving.inference_statistics import InferenceStatistics, Timing
+from app.serving.usable import Measured, Usable, measured
 from app.settings import Settings
 from engines.errors import NotReleased
 from engines.image import (
@@ -52,6 +54,7 @@ class Seen(NamedTuple):
     height: int
     hint: str | None  # what speaks against judging it, though it was judged
     sha256: str  # of the file, or of the pixels where no file came
+    measured: Measured | None = None  # where somebody asked what the picture is like
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Counts:
 
     normal: int = 0
     anomaly: int = 0
+    unusable: int = 0
     refused: int = 0
 
 
@@ -100,6 +104,8 @@ class Inspector:
         self.residents = Residents()
         self.counts = Counts()
         self.statistics = InferenceStatistics()
+        self.usable = Usable(settings.unusable_codes)
+        self.drift = Drift(settings.drift_parts)
         self.started = time.monotonic()
         self.not_released: dict[str, str] = {}  # model -> why none of its parts may pass
         self._refuses = settings.not_released == "refuse"
@@ -126,6 +132,8 @@ class Inspector:
     def forget(self, name: str) -> None:
         """Give back the memory of a model's last parts."""
         self._recent.pop(name, None)
+        self.usable.forget(name)
+        self.drift.forget(name)
 
     async def beside(self, work: Callable[[], Result]) -> Result:
         """Do work that belongs to a part in the threads that decode, which nothing else uses."""
@@ -145,7 +153,11 @@ class Inspector:
     # ---- one image ----------------------------------------------------------------------------
 
     async def inspect(
-        self, image: Image, name: str | Resident | None = None, drawing: Drawing | None = None
+        self,
+        image: Image,
+        name: str | Resident | None = None,
+        drawing: Drawing | None = None,
+        part: str = "",
     ) -> Inspection:
         """From an image to a verdict, by the version that is live now.
 
@@ -153,6 +165,7 @@ class Inspector:
             image: the bytes of an image file, or its pixels (H, W, 3), uint8, RGB.
             name: of the model; None for the only one; or the version itself, held by the caller.
             drawing: what to draw besides.
+            part: what it is called, if anything.
 
         Raises:
             BadImage: and its kinds, as `engines.image.decode`.
@@ -165,23 +178,29 @@ class Inspector:
                 raise NotReleased(self.not_released[model.name])
             counted, began = self.statistics.of(model), time.perf_counter()
             try:
-                inspection = await self._inspect(image, model, drawing)
+                inspection = await self._inspect(image, model, drawing, part)
             except Exception:
                 counted.fail.add((time.perf_counter() - began) * 1000)
                 raise
             counted.add(inspection.timing)
             return inspection
 
-    async def _inspect(self, image: Image, model: Resident, drawing: Drawing | None) -> Inspection:
+    async def _inspect(
+        self, image: Image, model: Resident, drawing: Drawing | None, part: str
+    ) -> Inspection:
         """Decode, run, judge, draw if asked."""
         began = time.perf_counter()
-        seen = await _timed(self._decoders, lambda: self._see(image, model, drawing))
+        measure = bool(self.usable.asked or self.drift.parts)
+        seen = await _timed(self._decoders, lambda: self._see(image, model, drawing, measure))
         picture, pixels, about = seen.result
         ran = await self.batcher.infer(model.runtime, pixels, model.name)
         raw_score, anomaly_map = ran.result  # (h, w)
         verdict = judge(raw_score, model.scale)
+        if about.measured is not None:
+            self.drift.count(model, about.measured.values, raw_score)
+            verdict = verdict.on_unusable(self.usable.why_not(model, about.measured, part))
         is_stopped = not self._refuses and model.name in self.not_released
-        if is_stopped:
+        if is_stopped and verdict.unusable is None:
             verdict, about = stopped(verdict, about)
 
         drawn = None
@@ -204,7 +223,11 @@ class Inspector:
         return done
 
     def _see(
-        self, image: Image, model: Resident, drawing: Drawing | None = None
+        self,
+        image: Image,
+        model: Resident,
+        drawing: Drawing | None = None,
+        measure: bool = False,
     ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], Seen]:
         """What the model sees of an image (S, S, 3), and what is said of it.
 
@@ -216,8 +239,9 @@ class Inspector:
             picture = decode(picture, self.limits, model.meta.bit_depth)
         height, width = picture.shape[:2]
         size, how = model.runtime.image_size, model.meta.resize
-        about = Seen(kind, width, height, hint_on(width, height, size), sha256)
         pixels = resize(picture, size, how)
+        like = measured(picture, pixels, model) if measure else None
+        about = Seen(kind, width, height, hint_on(width, height, size), sha256, like)
         return picture if drawing == "overlay" else None, pixels, about
 
     async def look(self, image: Image, model: Resident) -> Verdict:
@@ -245,6 +269,9 @@ class Inspector:
             return await self.beside(lambda: draw(anomaly_map, model.scale, size, picture))
 
     def _note(self, model: Resident, verdict: Verdict, part: Part) -> None:
+        if verdict.unusable is not None:  # which says nothing of the version that judged
+            self.counts.unusable += 1
+            return
         if verdict.is_anomalous:
             self.counts.anomaly += 1
         else:

@@ -22,7 +22,7 @@ MOST_HELD_BYTES = 64 * 1024**2  # of pictures until the verdict; what comes then
 MISSING = "view_missing"  # the code of a part, and of a view of which nothing came
 UNNAMED = "?"  # a missing view that nobody has named
 
-State = Literal["pending", "normal", "anomaly", "none"]
+State = Literal["pending", "normal", "anomaly", "unusable", "none"]
 STATES: tuple[State, ...] = get_args(State)
 _RANKS = {"Anomaly": 3, "Unusable": 1, "Normal": 0}  # between them, 2: that a view is missing
 

@@ -23,6 +23,7 @@ from app.decisions.collector import Collector
 from app.decisions.recorder import Recorder
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
+from app.serving.drift import Change
 from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.errors import KensaError
@@ -60,6 +61,8 @@ class State:
     decisions: int = 0  # written down since the start
     decisions_lost: int = 0  # that no disk took
     decisions_behind: int = 0  # that are not collected yet
+    drift: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> how far off each is
+    drifting: dict[str, int] = field(default_factory=dict)  # model -> how much of that matters
     degraded: list[str] = field(default_factory=list)  # sentences
     not_released: dict[str, str] = field(default_factory=dict)  # models -> why no part passes
 
@@ -83,8 +86,11 @@ class Health:
     ) -> None:
         self._recorder, self._collector = recorder, collector
         self._background = background
-        self._residents = inspector.residents
         self._inspector = inspector
+        self._residents, self._drift = inspector.residents, inspector.drift
+        self._asks_of_pictures = bool(
+            inspector.usable.asked - {"camera_frozen"} or inspector.drift.parts
+        )
         self._worker = worker
         self._data, self._found = settings.data, settings.gate_found
         self._queue = JobCounts(jobs)
@@ -100,6 +106,9 @@ class Health:
         held = list(self._residents.held.values())
         stale = [one for name, one in self._residents.stale.items() if name not in problems]
         jobs, queue = await self._queue.look()
+        drift = {model.name: self._drift.strays(model) for model in models if self._drift.parts}
+        changes = {model: self._drift.changes(model) for model in models if self._drift.parts}
+        unknown = [model for model in models if self._asks_of_pictures and model.camera is None]
         worker = self._worker
         state, restarts, ended = worker.state, worker.restarts, worker.ended
         held_back, died = worker.held_back, self._background.degraded()
@@ -113,6 +122,8 @@ class Health:
                 *not_released.values(),
                 *stale,
                 *died,
+                *(f"{one.name} {one.version}: {_UNKNOWN_PICTURES}" for one in unknown),
+                *(_drifts(model, found) for model, found in changes.items() if found),
                 *(doubt for model in models for doubt in _doubts(model, self._found)),
             ]
             if free is not None and free < LOW_DISK:
@@ -154,6 +165,8 @@ class Health:
                 decisions_lost=self._recorder.lost,
                 decisions_behind=self._collector.behind,
                 device=device,
+                drift=drift,
+                drifting={model.name: len(found) for model, found in changes.items()},
                 degraded=degraded,
             )
 
@@ -208,6 +221,20 @@ class JobCounts:
             return str(error)
         except (SQLAlchemyError, dbos_error.DBOSException) as error:
             return f"The queue does not answer: {' '.join(str(error).split())[:200]}."
+
+
+_UNKNOWN_PICTURES = (
+    "its training did not note what its pictures look like, so that nobody can say whether one is"
+    " usable, or whether they drift. Train it again."
+)
+
+
+def _drifts(model: Resident, changes: list[Change]) -> str:
+    found = "; ".join(one.sentence for one in changes)
+    return (
+        f"{model.name} {model.version}: {found}. See to the light, the lens and the camera; where"
+        " it is to stay so, train with such pictures."
+    )
 
 
 def _doubts(model: Resident, least_found: float) -> list[str]:

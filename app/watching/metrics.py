@@ -25,6 +25,7 @@ from app.serving.inspection import Inspection
 from app.serving.rollout import How
 from app.serving.views import STATES
 from app.watching.health import State
+from engines.camera import CODES
 from engines.verdict import Label
 
 SECONDS = (
@@ -83,6 +84,12 @@ class Metrics:
         )  # fmt: skip
         for verdict in STATES[1:]:
             self._parts.labels(verdict)
+        self._unusable = Counter(
+            "kensa_unusable",
+            "Pictures that were not usable.",
+            ["model", "code"],
+            registry=registry,
+        )
         self._swaps = Counter(
             "kensa_swaps", "What became of versions.", ["model", "how"], registry=registry
         )
@@ -111,8 +118,11 @@ class Metrics:
         self._decode.labels(model).observe(timing.decode_ms / 1000)
         self._infer.labels(model).observe(timing.infer_ms / 1000)
         self._total.labels(model).observe(timing.total_ms / 1000)
-        self._score.labels(model).observe(verdict.score)
         self._verdicts.labels(model, verdict.label).inc()
+        if verdict.unusable is not None:
+            self._unusable.labels(model, verdict.unusable.code).inc()
+        else:
+            self._score.labels(model).observe(verdict.score)
 
     def decided(self, verdict: str) -> None:
         """A part has its verdict from all its views, each of which was inspected."""
@@ -152,6 +162,8 @@ class Metrics:
             histogram.labels(model)
         for label in get_args(Label):
             self._verdicts.labels(model, label)
+        for code in CODES:
+            self._unusable.labels(model, code)
         for how in get_args(How):
             self._swaps.labels(model, how)
         self._rests.labels(model)
@@ -222,6 +234,19 @@ def _of_models(state: State) -> Iterator[Metric]:
     for name in state.standing_in:
         released.add_metric([name], name not in state.not_released)
     yield released
+    if state.drift:
+        off = GaugeMetricFamily(
+            "kensa_drift_spreads",
+            "How far the last parts are from the training, in its standard deviations.",
+            labels=["model", "statistic"],
+        )
+        matters = _family("drifting", "How much of that is no chance, and matters.", "model")
+        for name, strays in state.drift.items():
+            for statistic, value in strays.items():
+                off.add_metric([name, statistic], value)
+            matters.add_metric([name], state.drifting.get(name, 0))
+        yield off
+        yield matters
 
 
 def _of_jobs(state: State) -> Iterator[Metric]:

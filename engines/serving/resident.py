@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
+from engines.camera import Camera
 from engines.errors import NotReady, UnknownModel
 from engines.meta import Meta
 from engines.runtimes import Batches, Runtime
@@ -32,6 +34,11 @@ class Resident:
     bank_alone: bool = False  # or regions: the engine is that of the version before
     limit_alone: bool = False  # is its own; the runtime is that of the version before
     stale: str | None = None  # why its plan cannot be used here, so that OpenVINO runs in its place
+
+    @cached_property
+    def camera(self) -> Camera | None:
+        """What its pictures look like; None where its training did not note that."""
+        return Camera.of(self.meta.camera)
 
 
 def describe(model: Resident) -> str:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engines import image
+from engines import camera, image
 from engines.errors import BadDataset, BadImage
 from engines.image_files.reading import Pixels
 from engines.meta import Meta
+from workers.learning.camera import Look
 from workers.progress import Progress, Tick
 
 T = TypeVar("T")
@@ -190,6 +191,7 @@ class File(NamedTuple):
     width: int
     height: int
     is_deep: bool
+    look: Look | None = None
 
     @property
     def is_long(self) -> bool:
@@ -246,8 +248,9 @@ class Images:
             rgb = image.to_rgb(stored, meta.bit_depth)
         except BadImage as error:
             return str(error)
-        file = File(rgb.shape[1], rgb.shape[0], stored.dtype == np.uint16)
-        return image.resize(rgb, meta.image_size, meta.resize), file
+        (height, width), pixels = rgb.shape[:2], image.resize(rgb, meta.image_size, meta.resize)
+        look = Look(width, height, *camera.measure(rgb, pixels))
+        return pixels, File(width, height, stored.dtype == np.uint16, look)
 
 
 @dataclass(frozen=True)

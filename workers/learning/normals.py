@@ -16,6 +16,7 @@ from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
 from engines.regions import REACH, Regions
 from engines.store.known_scores import KnownScores
+from workers.learning.camera import Look
 from workers.learning.dataset import (
     MOST_BROKEN,
     Category,
@@ -107,6 +108,15 @@ class Course:
         files = {path: file for images in self.read for path, file in images.files.items()}
         passed_over = notes_on_passed_over(self.category.passed_over)
         return [*passed_over, *notes_on(files, self.meta)]
+
+    def looks(self, paths: list[Path]) -> list[Look]:
+        """What these images look like: they are read where they were not yet."""
+        known = {path: file.look for images in self.read for path, file in images.files.items()}
+        unread = self._images([path for path in paths if path not in known], "verify")
+        for _ in unread:
+            pass
+        known |= {path: file.look for path, file in unread.files.items()}
+        return [look for path in paths if (look := known.get(path)) is not None]
 
     def _images(self, paths: list[Path], phase: str) -> Images:
         found = Images(paths, self.meta, self.how.batch, self.progress, limits=self.limits)

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.camera import Camera
 from engines.errors import BadDataset, BadImage, BadMeta, BadRequest
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits, read
@@ -26,6 +27,7 @@ from engines.store.known_scores import SCORES, KnownScores
 from engines.store.regions import REGIONS, of_png, read_regions, write_regions
 from engines.verdict import Scale
 from workers import models
+from workers.learning import camera
 from workers.learning.calibrate import Budget, Calibration, calibrate
 from workers.learning.dataset import Category, bit_depth_of, bytes_of
 from workers.learning.eyesight import counted, eyesight
@@ -101,7 +103,9 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
         meta = meta.with_(resize="each_axis")
     loaded = time.perf_counter()
     learned = _learn(request, meta, kind, model, category, regions, progress)
-    meta = learned.calibration.write_to(meta).with_(score_kind=kind.SCORE_KIND)
+    meta = learned.calibration.write_to(meta).with_(
+        score_kind=kind.SCORE_KIND, camera=learned.camera and learned.camera.content()
+    )
     if (request.false_rejects, request.false_rejects_cap) != (None, None):
         meta = meta.with_(image_threshold=TRAINED)  # whoever asks for a budget wants its threshold
     report = {
@@ -249,6 +253,7 @@ class _Learned:
     calibration: Calibration
     normals: Normals
     golden: Golden
+    camera: Camera | None
     tested: dict[str, int]  # test images that the threshold was found with
     sheet: bytes | None  # a JPEG of the strange pictures
     broken: dict[str, str]
@@ -292,7 +297,19 @@ def _learn(
     for note in notes:
         progress.say(f"note: {note}")
     broken, seconds = course.broken(), course.seconds
-    return _Learned(calibration, normals, golden, tested, strange, broken, notes, seconds)
+    seen = _camera(request, meta, course, category, normals)
+    return _Learned(calibration, normals, golden, seen, tested, strange, broken, notes, seconds)
+
+
+def _camera(
+    request: Retrain, meta: Meta, course: Course, category: Category, normals: Normals
+) -> Camera | None:
+    """What the pictures look like; an update counts those that are new."""
+    before = Camera.of(meta.camera) if request.known is not None else None
+    strange = {*normals.strange}
+    paths = normals.learned if before else [one for one in category.train if one not in strange]
+    scores = normals.scores.highest() if len(normals.scores) else np.empty(0)
+    return camera.learn(course.looks(paths), before, scores)
 
 
 def _sheet(course: Course, strange: list[Path], calibration: Calibration) -> bytes | None:

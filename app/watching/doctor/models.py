@@ -6,6 +6,7 @@ import socket
 
 from app.settings import Settings
 from app.watching.doctor.findings import Fit, Report, note, wrong
+from engines.camera import Camera
 from engines.errors import BadBundle, BadMeta, KensaError
 from engines.machine.memory import MIB, Free, Need
 from engines.meta import Meta
@@ -47,6 +48,14 @@ def look_at_models(
         version, meta, plan, need = found
         doubted = doubts(meta, settings.gate_found, live=True)
         report.findings += [wrong(f"{name} {version}: {one}") for one in doubted]
+        if (settings.unusable or settings.drift_parts) and Camera.of(meta.camera) is None:
+            report.findings.append(
+                note(
+                    f"{name} {version}: its training did not note what its pictures look like, so"
+                    " KENSA_UNUSABLE and KENSA_DRIFT_PARTS see nothing of it.",
+                    "Train it again: POST /retrain, or kensa learn.",
+                )
+            )
         needs.append(need)
         short = need.short_of(free)
         fits = None if serving else short is None

@@ -442,7 +442,10 @@ def test_a_map_too_large_for_json_or_not_of_numbers_is_refused() -> None:
         model = SimpleNamespace(name=NAME, version="1")
         anomaly_map = np.full((400, 400), fill, np.float32)
         seen = SimpleNamespace(hint=None)
-        inspection: Any = SimpleNamespace(model=model, anomaly_map=anomaly_map, seen=seen)
+        inspection: Any = SimpleNamespace(
+            model=model, anomaly_map=anomaly_map, seen=seen,
+            verdict=SimpleNamespace(unusable=None),
+        )  # fmt: skip
         found: list[Inspection] = [inspection]
         return write_answer(InferRequest(None, "file", [], {"map": binary}), found)[0]
 
