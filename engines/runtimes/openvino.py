@@ -106,6 +106,8 @@ class OpenVINORuntime:
         self._search: Search | None = None
         self._rows: int | None = None
         if memory_bank is not None:
+            if self._places not in (None, self._map_size):
+                raise BadBundle(f"{onnx} was not exported by convtrt.py: `keep` is not of its map.")
             self._rows, self._channels = memory_bank.shape
             model = _cut_at_embedding(model, onnx, self._channels)
             self._search = self._new_search(memory_bank)
