@@ -279,6 +279,26 @@ def test_pictures_and_zips_are_taken_and_a_damaged_one_is_named(
     assert [(one["name"], one["code"]) for one in found["refused"]] == [("cut.png", "bad_image")]
 
 
+def test_known_pictures_close_a_line_and_a_person_or_a_challenge_that_passes_opens_it(
+    client: Any, running: Line, good: Path, bad: Path
+) -> None:
+    kensa = client(running.server.url, retries=0)
+    known = kensa.put_challenges(NAME, [bad], [good], "mixed up", at_shifts=False)
+    assert [one["name"] for one in known["pictures"]] == ["good/stain_00.png", "bad/0000.png"]
+    outcome = kensa.challenge(NAME)
+    assert (outcome["passed"], outcome["right"], outcome["released"]) == (False, 0, False)
+    with pytest.raises(NoVerdict) as none:
+        kensa.inspect(good)
+    assert none.value.tries[-1].code == "not_released"
+    assert kensa.release(NAME, "They were mixed up.")["released"]
+    assert kensa.inspect(good)
+    with pytest.raises(KensaRefused, match="there is nothing to let through"):
+        kensa.release(NAME, "Again.")
+    kensa.put_challenges(NAME, [good], [bad], "put right")
+    assert kensa.challenge(NAME)["passed"]
+    assert kensa.challenges(NAME)["last"]["right"] == 2
+
+
 def test_many_threads_may_share_a_client_and_each_gets_its_own_verdict(
     running: Line, good: Path, bad: Path
 ) -> None:

@@ -142,10 +142,8 @@ def test_or_it_says_ng_of_every_part_and_of_none_as_the_models_own_verdict(
     ng = {"KENSA_NOT_RELEASED": "ng", "KENSA_RECORD_SAMPLE": "0", "KENSA_RECORD_NEAR": "0"}
     with closed(tmp_path, sees, blind, **ng) as running:
         is_ng(running.server)
-        before = running.model()["live"]
-    with line(tmp_path, **ng, KENSA_ROLLBACK_PARTS="1") as again:
+    with line(tmp_path, **ng) as again:
         is_ng(again.server)
-        assert again.model()["live"] == before  # NG said so is no trial of a version
         kept = again.server.client.get("/decisions").json()["decisions"][0]
         assert (kept["verdict"], kept["code"]) == ("anomaly", "not_released")
         assert kept["score"] < kept["threshold"]
@@ -155,6 +153,24 @@ def test_or_it_says_ng_of_every_part_and_of_none_as_the_models_own_verdict(
         assert again.activate(again.store.versions(NAME)[0]).status_code == 200
         assert challenged(again.server) == "OK 2/2"
         assert again.server.infer(grey(GOOD), **TEXT).text.startswith("OK ")
+
+
+def test_ng_that_is_said_so_takes_no_new_version_back(
+    sees: Path, blind: Path, tmp_path: Path
+) -> None:
+    """The first parts of a version are counted when they get its own verdict."""
+    settings = {"KENSA_NOT_RELEASED": "ng", "KENSA_ROLLBACK_PARTS": "2", "KENSA_GATE_RECENT": "0"}
+    with closed(tmp_path, blind, **settings) as running:
+        version = running.publish(sees)
+        assert running.wait(version, "live", "held") == "live"
+        for _ in range(4):
+            is_ng(running.server)
+        assert challenged(running.server) == "OK 2/2"
+        assert running.server.infer(grey(GOOD)).json()["label"] == "Normal"
+        assert running.model()["live"] == version
+        for _ in range(2):  # now they count
+            assert running.server.infer(grey(BAD)).json()["label"] == "Anomaly"
+        until(lambda: running.model()["live"] != version)
 
 
 def is_ng(server: Server) -> None:
