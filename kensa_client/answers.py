@@ -100,6 +100,7 @@ class Version(TypedDict):
     threshold: float | None
     raw_threshold: float | None
     calibration: dict[str, Any] | None
+    camera: dict[str, Any] | None
     gate: dict[str, Any] | None
     problem: str | None
 
@@ -114,6 +115,7 @@ class Model(TypedDict):
     at_rest: bool
     resident_bytes: int | None
     stale: str | None
+    drift: list[dict[str, Any]]
     versions: list[Version]
     refused: dict[str, str]
 
