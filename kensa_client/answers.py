@@ -128,6 +128,7 @@ class Version(TypedDict):
     threshold: float | None
     raw_threshold: float | None
     calibration: dict[str, Any] | None
+    camera: dict[str, Any] | None
     gate: dict[str, Any] | None
     problem: str | None
 
@@ -205,6 +206,7 @@ class Model(TypedDict):
     stale: str | None
     released: bool
     challenge: LastChallenge | None
+    drift: list[dict[str, Any]]
     versions: list[Version]
     refused: dict[str, str]
 

@@ -73,6 +73,7 @@ def test_a_verdict_says_all_that_belongs_to_it(server: Server, photo: bytes) -> 
         "model_version",
         "label",
         "is_anomalous",
+        "unusable",
         "raw_score",
         "score",
         "threshold",

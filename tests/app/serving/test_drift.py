@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from app.serving.drift import WATCHED, Drift
-from engines.camera import Camera, Learned, Values
+from app.watching.doctor.command import examine
+from engines.camera import CODES, Camera, Learned, Values
 from engines.image import resize
 from engines.meta import Meta
 from engines.serving.opening import Opening, open_model
@@ -22,6 +23,7 @@ from engines.verdict import Verdict, judge
 from support.camera import SIDE, Picture, learned, measured, part, shifted
 from support.fake_model import fake_model
 from support.in_process import in_process, settings_of
+from support.line import variant
 from support.server import RAW
 
 PARTS = 30
@@ -178,6 +180,41 @@ def test_healthz_metrics_statistics_and_the_model_say_it(known: Camera, tmp_path
     assert (found["model"], found["version"], found["parts"]) == ("fake", "0", 5)
     off, *_ = in_process(settings_of(tmp_path / "off"), work)
     assert "kensa_drift" not in off
+
+
+def test_a_model_says_what_was_learned_of_its_pictures_and_what_cannot_be_seen(
+    kensa_model: Path, tmp_path: Path
+) -> None:
+    async def work(client: httpx.AsyncClient, _: Any) -> Any:
+        return (await client.get("/models/part")).json()
+
+    settings = settings_of(tmp_path, model_dir=kensa_model, model_name="part", drift_parts=5)
+    body = in_process(settings, work)
+    assert body["drift"] == []
+    camera = body["versions"][0]["camera"]
+    assert (camera["pictures"], camera["width"], camera["height"]) == (16, 320, 320)
+    assert {*camera["sees"]} | {*camera["blind"]} == {*CODES}
+    assert "camera_dark" in camera["sees"]
+    brightness = camera["statistics"]["brightness"]
+    assert 0 < brightness["low"] < brightness["mean"] < brightness["high"] < 1
+    assert camera["statistics"]["score"]["low"] is None
+
+
+def test_a_version_of_an_older_kensa_is_named_by_the_doctor_and_has_no_camera(
+    kensa_model: Path, tmp_path: Path
+) -> None:
+    older = variant(kensa_model, tmp_path / "older", camera=None)
+
+    async def work(client: httpx.AsyncClient, _: Any) -> Any:
+        return (await client.get("/models/part")).json()
+
+    settings = settings_of(tmp_path, model_dir=older, model_name="part")
+    assert in_process(settings, work)["versions"][0]["camera"] is None
+    for asked in ({"unusable": "dark"}, {"drift_parts": 9}, {}):
+        report = examine(settings_of(tmp_path, **asked))
+        notes = [one for one in report.findings if "look like" in one.what]
+        assert len(notes) == bool(asked)
+        assert all(one.level == "note" and "Train it again" in one.do for one in notes)
 
 
 def test_a_meta_json_keeps_what_was_learned(known: Camera, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ DASHBOARD = json.loads((ROOT / "docs" / "grafana" / "kensa.json").read_text(enco
 STAGES = {"queue": "queue_ms", "decode": "decode_ms", "infer": "infer_ms", "inspection": "total_ms"}
 NOT_EVERYWHERE = {
     *("kensa_gpu_load_ratio", "kensa_gpu_memory_bytes", "kensa_temperature_celsius"),
+    *("kensa_drift_spreads", "kensa_drifting"),  # where KENSA_DRIFT_PARTS asks
     *("kensa_power_info", "kensa_throttled", "kensa_over_currents_total"),
 }
 PROMTOOL = shutil.which("promtool")
@@ -532,7 +533,7 @@ def everything() -> Scrape:
         models=[fake_model(1.0)], standing_in={"fake": None}, problems={},
         model_bytes={"fake": 1}, worker="running", learns=True, restarts=0,
         held_back=0.0, jobs={"queued": 0}, queue=None, disk_free=1,
-        disk_size=1, device=jetson,
+        disk_size=1, device=jetson, drift={"fake": {"brightness": 0.5}}, drifting={"fake": 0},
     )  # fmt: skip
     return Scrape(metrics.expose(state, "")[0].decode())
 
