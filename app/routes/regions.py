@@ -37,7 +37,7 @@ from engines.meta import Meta
 from engines.regions import Regions
 from engines.store.golden import Golden
 from engines.store.regions import (
-    MOST_POINTS,
+    MOST_CORNERS,
     MOST_POLYGONS,
     Size,
     as_png,
@@ -64,7 +64,9 @@ class RegionsBody(Body):
 
 
 Coordinate = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Points = Annotated[list[tuple[Coordinate, Coordinate]], Field(min_length=3, max_length=MOST_POINTS)]
+Corners = Annotated[
+    list[tuple[Coordinate, Coordinate]], Field(min_length=3, max_length=MOST_CORNERS)
+]
 Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 
 
@@ -88,10 +90,10 @@ class PolygonsBody(Body):
 
     width: Side = Field(description="Of the picture on which they are drawn, pixels.")
     height: Side = Field(description="The same.")
-    polygons: list[Points] = Field(
+    polygons: list[Corners] = Field(
         max_length=MOST_POLYGONS,
         description="Corners [x, y] of each, pixels from the upper left corner of the picture, in"
-        f" order; {MOST_POINTS:,} in all at most.",
+        " order.",
     )
     reason: str | None = Field(
         None, min_length=1, max_length=MOST_REASON, strict=True,

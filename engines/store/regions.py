@@ -27,7 +27,7 @@ from engines.verdict import OVERLAY_SIDE, png
 
 REGIONS = "regions.png"
 MOST_POLYGONS = 100
-MOST_POINTS = 10_000  # of all polygons together
+MOST_CORNERS = 200  # of a polygon
 _RED = (40, 40, 230)  # BGR
 _IN_A_BUNDLE = ImageLimits(max_bytes=1 << 30, max_pixels=1 << 28)  # whatever the server's are
 
@@ -127,11 +127,11 @@ def of_polygons(
         ImageTooLarge: the picture is larger than any that is read.
     """
     check_size(limits, width, height)
-    points = sum(map(len, polygons))
-    if len(polygons) > MOST_POLYGONS or points > MOST_POINTS:
+    corners = max(map(len, polygons), default=0)
+    if len(polygons) > MOST_POLYGONS or corners > MOST_CORNERS:
         raise BadRequest(
-            f"There are {len(polygons):,} polygons with {points:,} points; at most"
-            f" {MOST_POLYGONS} with {MOST_POINTS:,} in all are taken: send the mask as a PNG."
+            f"There are {len(polygons):,} polygons of up to {corners:,} corners; {MOST_POLYGONS} of"
+            f" {MOST_CORNERS} each are taken: send the mask as a PNG."
         )
     mask = np.zeros((height, width), np.bool_)
     for number, polygon in enumerate(polygons, 1):

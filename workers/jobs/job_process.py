@@ -250,8 +250,6 @@ def _learn(
                 f"{request.model} {parent} has no {meta.weights_pth}, so nothing can be learned on"
                 " top of it: take it in with its weights, or say which with pretrained."
             )
-        if meta.regions is not None:  # what never counts is not learned, and goes on with it
-            shutil.copyfile(source / meta.regions, work / meta.regions)
         known = meta.memory_bank or meta.stats
         if request.update and known is not None and (source / known).is_file():
             learned = source / known

@@ -662,6 +662,8 @@ def test_a_compressed_body_is_refused_by_name_wherever_there_is_one(
     server: Server, known: dict[str, Any], encoding: str
 ) -> None:
     server.client.post("/v2/repository/models/bracket/load")  # others may have unloaded it
+    version = known["/models"]["version"]  # or have let another one judge
+    assert server.client.post(f"/models/bracket/versions/{version}/activate").status_code == 200
     for name, operation in operations(document()).items():
         media_types = operation.get("requestBody", {}).get("content", {})
         if not media_types:

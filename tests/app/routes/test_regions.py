@@ -27,7 +27,7 @@ from engines.store.regions import REGIONS, as_png, of_polygons
 from engines.store.versions import Store
 from support.damage import picture, saved
 from support.line import NAME, Line, line
-from support.plans import SIDE, seal, tiny_bank, tiny_bundle
+from support.plans import SIDE, seal, tiny_bundle
 from support.server import agreed
 
 WIDTH, HEIGHT = 64, 48
@@ -53,7 +53,7 @@ def photo() -> bytes:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that knows how large the pictures were that it learned, and keeps some."""
-    made = tiny_bundle(tmp_path_factory.mktemp("model") / "tiny", tiny_bank(1))
+    made = tiny_bundle(tmp_path_factory.mktemp("model") / "tiny")
     Golden(np.full((2, SIDE, SIDE, 3), 90, np.uint8)).write(made)
     with_camera(made, WIDTH, HEIGHT)
     return made
@@ -211,11 +211,11 @@ def test_the_gate_says_which_share_no_longer_counts(model: Path, tmp_path: Path)
         assert running.wait(first["version"], "live", "held") == "live"
         gate = version_of(running, first["version"])["gate"]
         assert (gate["regions"], gate["by_hand"]) == ({"was": 0.0, "becomes": 0.25}, False)
-        body = {**POLYGONS, "polygons": [CLAMP, [[0, 36], [64, 36], [64, 48], [0, 48]]]}
+        body = {**POLYGONS, "polygons": [CLAMP, [[0, 45], [64, 45], [64, 48], [0, 48]]]}
         second = changed(running.server.client.put(PATH, json={**body, "gate": True}))
         assert running.wait(second["version"], "live", "held") == "live"
         gate = version_of(running, second["version"])["gate"]
-        assert gate["regions"] == {"was": 0.25, "becomes": 0.5}
+        assert gate["regions"] == {"was": 0.25, "becomes": 0.3125}
         limit = {"threshold": 0.6, "reason": "Too many.", "gate": True}
         third = running.server.client.put(f"/models/{NAME}/threshold", json=limit).json()
         assert running.wait(third["version"], "live", "held") == "live"
@@ -224,7 +224,7 @@ def test_the_gate_says_which_share_no_longer_counts(model: Path, tmp_path: Path)
         last = changed(running.server.client.delete(PATH, params=asked))
         assert running.wait(last["version"], "live", "held") == "live"
         gate = version_of(running, last["version"])["gate"]
-        assert gate["regions"] == {"was": 0.5, "becomes": 0.0}
+        assert gate["regions"] == {"was": 0.3125, "becomes": 0.0}
 
 
 def test_a_job_that_began_before_the_regions_were_changed_does_not_take_that_back(
@@ -349,7 +349,7 @@ def test_a_png_that_is_no_such_mask_is_refused_and_nothing_changes(
         ({"polygons": [[[0, 0], [9, -1], [9, 9]]]}, "outside of the picture of 64 x 48"),
         ({"polygons": [[[0, 0], [0.5, 0], [0.5, 0.5]]]}, "not shares of it"),
         ({"polygons": [CLAMP] * 101}, "polygons"),
-        ({"polygons": [CLAMP * 600] * 5}, "send the mask as a PNG"),
+        ({"polygons": [CLAMP * 51]}, "polygons.0"),
         ({"polygons": [[[0, 0], [64, 0], [64, 48], [0, 48]]]}, "leaves no pixel that counts"),
         ({"reason": ""}, "reason"),
         ({"reason": " "}, "Say why"),
@@ -456,7 +456,7 @@ def test_a_server_that_is_killed_meanwhile_comes_back_with_the_old_or_the_new_wh
     chance = random.Random(0)
     store = Store(tmp_path / "data" / "models")
     store.activate(NAME, store.take_in(NAME, model, {}))
-    masks = {mask(rows) for rows in range(1, 40)}
+    masks = [mask(rows) for rows in range(1, 17)]
     for kill in range(4):
         with line(tmp_path) as running:
             version = running.score(photo)[0]
@@ -469,9 +469,8 @@ def test_a_server_that_is_killed_meanwhile_comes_back_with_the_old_or_the_new_wh
             def change(url: str = running.server.url) -> None:
                 with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
                     try:
-                        for rows in range(1, 40):
-                            asked = {"reason": WHY}
-                            client.put(PATH, content=mask(rows), headers=PNG, params=asked)
+                        for data in masks * 3:
+                            client.put(PATH, content=data, headers=PNG, params={"reason": WHY})
                     except httpx.HTTPError:
                         pass  # it was killed
 

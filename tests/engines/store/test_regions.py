@@ -16,7 +16,7 @@ from engines.meta import Meta
 from engines.regions import Regions
 from engines.store.bundle import check_files
 from engines.store.regions import (
-    MOST_POINTS,
+    MOST_CORNERS,
     MOST_POLYGONS,
     REGIONS,
     as_png,
@@ -201,8 +201,8 @@ def test_no_polygon_hides_nothing() -> None:
         ([[(3, 3), (3, 3), (3, 3)]], "covers the centre of no pixel"),
         ([[(0, 3), (40, 3), (0, 3)]], "covers the centre of no pixel"),
         ([[(0, 0), (40, 0), (40, 30), (0, 30)]], "leaves no pixel that counts"),
-        ([[(0, 0), (9, 0), (9, 9)]] * (MOST_POLYGONS + 1), "101 polygons with 303 points"),
-        ([[(0, 0), (9, 0), (9, 9)] * (MOST_POINTS // 3 + 1)], "send the mask as a PNG"),
+        ([[(0, 0), (9, 0), (9, 9)]] * (MOST_POLYGONS + 1), "101 polygons of up to 3 corners"),
+        ([[(0, 0), (9, 0), (9, 9)] * (MOST_CORNERS // 3 + 1)], "send the mask as a PNG"),
     ],
 )
 def test_polygons_that_cannot_be_meant_are_refused(polygons: Any, sentence: str) -> None:
