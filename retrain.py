@@ -51,6 +51,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--bit_depth", type=int, choices=(8, 10, 12, 14, 16), help="bits that the camera gives, in"
         " 16-bit files (default: as in meta.json). Where an update changes it, all pictures are"
         " learned anew")  # fmt: skip
+    add("--regions", type=Path, metavar="F", help="a PNG as large as the pictures: what is white in"
+        " it never counts, in learning and in judging (default: the one that --meta_json names,"
+        " beside it). Where an update changes it, all pictures are learned anew")  # fmt: skip
     add("--log", choices=("on", "off"), default="on", help="write retrain.log into --out_dir"
         " (default on)")  # fmt: skip
     ImageLimits.add_flags(parser)
@@ -76,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress(flags["out_dir"] / "retrain.log" if log else None)
 
     def work() -> None:
-        must_be_there(flags, "pretrained_pth", "load_bank", "load_stats", "penalty_dir")
+        must_be_there(flags, "pretrained_pth", "load_bank", "load_stats", "penalty_dir", "regions")
         from workers.learning.retrain import Retrain, retrain
 
         report = retrain(Retrain(**flags), progress)

@@ -42,6 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=4, metavar="N", help="images at once (default 4)")
     add("--timeout", type=float, metavar="S", help="begin no trial after so many seconds")
     add("--penalty_dir", type=Path, metavar="D", help="as for retrain.py (efficientad)")
+    add("--regions", type=Path, metavar="F", help="as for retrain.py: what never counts")
     ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     if min(parsed.trials, parsed.epochs, parsed.batch) < 1:
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         nonlocal stopped
-        must_be_there(flags, "pretrained_pth", "penalty_dir")
+        must_be_there(flags, "pretrained_pth", "penalty_dir", "regions")
         from workers.learning.search_space import Tune
         from workers.learning.tune import summarise_search, tune
 

@@ -26,8 +26,8 @@ from engines.errors import (
 )
 from engines.files import print_anything, printable, write_atomically
 from engines.meta import Kind, Meta
-from engines.runtimes import Runtime
-from engines.store.bundle import ONNX, PLAN, read_bank, read_report
+from engines.runtimes import Runtime, look_past_regions
+from engines.store.bundle import ONNX, PLAN, Bundle, read_bank, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
 from engines.verdict import decide
@@ -65,6 +65,8 @@ def _inspect_all(kind: Kind, flags: argparse.Namespace) -> int:
             f"This model takes images of {runtime.image_size} x {runtime.image_size}:"
             f" pass -i {runtime.image_size}, or convert a model of size {flags.image_size}."
         )
+    if meta is not None:
+        look_past_regions(runtime, Bundle(flags.engine.parent, meta))
     rows: list[tuple[str, str, str]] = []
     hints: dict[str, str | None] = {}
     failed: RuntimeFailed | None = None

@@ -70,6 +70,7 @@ class Learn:
     bit_depth: int | None = None  # of the camera
     false_rejects: float | None = None
     keep_strange: bool = False
+    regions: Path | None = None  # a PNG of what never counts
     limits: ImageLimits = DEFAULT_LIMITS
     server: Server | None = None
 
@@ -120,7 +121,7 @@ def _learned(request: Learn, data: Path, progress: Progress) -> list[str]:
             Retrain(
                 FIRST["model"], request.name, data, out, wanted, request.pretrained_pth,
                 false_rejects=request.false_rejects, keep_strange=request.keep_strange,
-                bit_depth=request.bit_depth, limits=request.limits,
+                bit_depth=request.bit_depth, regions=request.regions, limits=request.limits,
             ),
             progress,
         )  # fmt: skip
@@ -353,6 +354,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--false_rejects", type=float, metavar="X", help="share of good parts that may be rejected"
         " (default 0.01)")  # fmt: skip
     add("--keep_strange", action="store_true", help="learn pictures too that are unlike the others")
+    add("--regions", type=Path, metavar="F", help="a PNG as large as the pictures: what is white in"
+        " it never counts")  # fmt: skip
     add("--server", nargs=2, metavar=("URL", "DATA"), help=argparse.SUPPRESS)  # `kensa` says it
     ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
@@ -374,7 +377,7 @@ def _asked(flags: dict[str, Any]) -> Learn:
             what = f"--{flag}" if flag != "folder" else "FOLDER"
             raise BadRequest(f"{given} is no folder: {what} names one with pictures.")
         flags[flag] = given and given.absolute()
-    must_be_there(flags, "pretrained_pth")
+    must_be_there(flags, "pretrained_pth", "regions")
     folder = flags["folder"]
     named = folder.parent if folder.name.lower() in USUAL_NAMES else folder
     name = flags.pop("name") or name_of_folder(named)

@@ -8,6 +8,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.errors import BadBundle
+from engines.regions import REACH
+from engines.store.bundle import Bundle
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -59,6 +63,10 @@ class Runtime(Protocol):
         """Rows of the memory bank, None for a model without one."""
 
     @property
+    def places(self) -> tuple[int, int] | None:
+        """How many places (h, w) of a picture may count or not; None for an older graph."""
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """What may be tried, see `engines.serving.batch_trial`; rising."""
 
@@ -78,6 +86,7 @@ class Runtime(Protocol):
         Returns:
             Raw scores (N,) and raw anomaly maps (N, h, w), float32, owned by the caller. The score
             of an image is NaN where anything of its map is no finite number, see `only_whole`.
+            A map shows nothing where nothing counts.
 
         Raises:
             RuntimeFailed: the device or the runtime gave up.
@@ -95,12 +104,37 @@ class Runtime(Protocol):
         May be done while another thread calls `infer`, and takes no time for what was prepared.
         """
 
-    def with_bank(self, bank: NDArray[np.float32], precision: str) -> Runtime | None:
-        """The same engine with another memory bank (M, C).
+    def with_bank(self, bank: NDArray[np.float32] | None, precision: str) -> Runtime | None:
+        """The same engine with another memory bank (M, C), or None for a model without one.
 
-        None where that cannot be: another number of channels, or another precision. Closing one of
-        the two leaves the other as it is.
+        All places count in it. None where that cannot be: another number of channels, or another
+        precision. Closing one of the two leaves the other as it is.
+        """
+
+    def count_only(self, keep: NDArray[np.float32]) -> None:
+        """Let some places (h, w) count in scores, 1, and others not, 0: before anything is judged.
+
+        All do until then.
         """
 
     def close(self) -> None:
         """Give the memory back; `infer` must not be called any more."""
+
+
+def look_past_regions(runtime: Runtime, bundle: Bundle) -> None:
+    """Let what lies in the regions of a bundle not count, before anything is judged.
+
+    Raises:
+        BadBundle: the graph is of an older Kensa, or nothing is left that counts.
+    """
+    regions = bundle.regions()
+    if regions is None:
+        return
+    if runtime.places is None:
+        raise BadBundle(
+            f"{bundle.onnx} was converted by an older Kensa and looks at all of a picture, but"
+            f" {bundle.meta.regions} beside it says what never counts: convert the model again"
+            " (convtrt.py, or POST /convert), or take the regions away."
+        )
+    reach = REACH[bundle.meta.model]
+    runtime.count_only(regions.cells(runtime.image_size, runtime.places, reach))

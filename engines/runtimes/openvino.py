@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, OutOfMemory, RuntimeFailed
 from engines.machine.memory import MIB, free_bytes
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
-from engines.runtimes import ALONE, Batches, only_whole
+from engines.regions import hide, shown
+from engines.runtimes import ALONE, Batches, look_past_regions, only_whole
 from engines.runtimes.compiled_cache import seal_cache
 from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
@@ -49,8 +50,14 @@ class _Ready:
     request: ov.InferRequest
 
     @classmethod
-    def of(cls, compiled: ov.CompiledModel, batches: Batches) -> _Ready:
-        return cls(batches, compiled, compiled.create_infer_request())
+    def of(
+        cls, compiled: ov.CompiledModel, batches: Batches, keep: NDArray[np.float32] | None
+    ) -> _Ready:
+        """`keep` (h, w) is for a graph that has this input; it stays there for all images."""
+        request = compiled.create_infer_request()
+        if keep is not None:
+            request.get_tensor("keep").data[:] = keep
+        return cls(batches, compiled, request)
 
 
 class OpenVINORuntime:
@@ -91,23 +98,28 @@ class OpenVINORuntime:
         }
         model = _read(core, onnx)
         self._image_size, self._map_size = _sizes(model, onnx)
+        self._places = _places(model, onnx)
+        self._shown: NDArray[np.bool_] | None = None  # of a map, where not all is
         check_weights(onnx)
         _show_what_hides(model)
         self._config = dict(config)
         self._search: Search | None = None
         self._rows: int | None = None
         if memory_bank is not None:
+            if self._places not in (None, self._map_size):
+                raise BadBundle(f"{onnx} was not exported by convtrt.py: `keep` is not of its map.")
             self._rows, self._channels = memory_bank.shape
             model = _cut_at_embedding(model, onnx, self._channels)
             self._search = self._new_search(memory_bank)
-        elif len(model.inputs) != 1:
+        elif {name for one in model.inputs for name in one.names} - {"image", "keep"}:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
+        self._keep = self._all_count()
         self._cache_dir = cache_dir
         if cache_dir is not None:
             config["CACHE_DIR"] = str(cache_dir)
         self._onnx, self._compiling = onnx, config
         self._graph_bytes = onnx.stat().st_size
-        self._alone = self._together = _Ready.of(self._compile(model, 1), ALONE)
+        self._alone = self._together = _Ready.of(self._compile(model, 1), ALONE, self._keep)
         self._prepared: _Ready | None = None
 
     def _compile(self, model: ov.Model, batch: int) -> ov.CompiledModel:
@@ -132,7 +144,7 @@ class OpenVINORuntime:
             _show_what_hides(model)
             if self._search is not None:
                 model = _cut_at_embedding(model, self._onnx, self._channels)
-            self._prepared = _Ready.of(self._compile(model, size), Batches(size))
+            self._prepared = _Ready.of(self._compile(model, size), Batches(size), self._keep)
 
     def take_together(self, batches: Batches) -> None:
         self.prepare(batches.size)
@@ -158,13 +170,15 @@ class OpenVINORuntime:
         cache_dir: Path | None = None,
     ) -> OpenVINORuntime:
         """Open a bundle; `auto` takes what `choose_precision` says."""
-        return cls(
+        runtime = cls(
             bundle.onnx,
             bundle.memory_bank(),
             precision=choose_precision(bundle.report()) if precision == "auto" else precision,
             threads=threads,
             cache_dir=cache_dir,
         )
+        look_past_regions(runtime, bundle)
+        return runtime
 
     @property
     def image_size(self) -> int:
@@ -173,6 +187,24 @@ class OpenVINORuntime:
     @property
     def bank_rows(self) -> int | None:
         return self._rows
+
+    @property
+    def places(self) -> tuple[int, int] | None:
+        return self._places
+
+    def count_only(self, keep: NDArray[np.float32]) -> None:
+        self._shown = shown(keep, self._map_size)
+        if self._search is not None:
+            self._search.count_only(keep)
+            return
+        self._keep = keep
+        for ready in (self._alone, self._together):
+            ready.request.get_tensor("keep").data[:] = keep
+
+    def _all_count(self) -> NDArray[np.float32] | None:
+        """What the graph that is run takes as `keep`; None where it has no such input."""
+        inside = self._search is None and self._places is not None
+        return np.ones(self._places or (), np.float32) if inside else None
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +228,8 @@ class OpenVINORuntime:
             raise RuntimeFailed(f"OpenVINO failed: {error}.") from error
         scores, each = zip(*found, strict=True)
         maps = np.stack(each)
-        return only_whole(np.array(scores, np.float32), maps), maps
+        whole = only_whole(np.array(scores, np.float32), maps)
+        return whole, maps if self._shown is None else hide(maps, self._shown)
 
     def _infer_some(
         self, images: NDArray[np.uint8], ready: _Ready
@@ -217,18 +250,22 @@ class OpenVINORuntime:
                 score, distances = self._search.score(outputs["embedding"][index])
                 yield score, distances.reshape(self._map_size)
 
-    def with_bank(self, bank: NDArray[np.float32], precision: str) -> OpenVINORuntime | None:
-        if self._search is None or precision != self.precision or bank.shape[1] != self._channels:
+    def with_bank(self, bank: NDArray[np.float32] | None, precision: str) -> OpenVINORuntime | None:
+        if precision != self.precision or (bank is None) != (self._search is None):
             return None
-        other = copy.copy(self)  # the compiled backbone is the same object, and kept by both
-        together = self._together  # once: another thread may exchange it
-        other._alone = _Ready.of(self._alone.compiled, ALONE)
+        if bank is not None and bank.shape[1] != self._channels:
+            return None
+        other = copy.copy(self)  # the compiled graph is the same object, and kept by both
+        keep, together = self._all_count(), self._together  # once: another thread may exchange it
+        other._keep, other._shown = keep, None
+        other._alone = _Ready.of(self._alone.compiled, ALONE, keep)
         other._together = replace(other._alone, batches=together.batches)
         if together.batches.size > 1:
-            other._together = _Ready.of(together.compiled, together.batches)
+            other._together = _Ready.of(together.compiled, together.batches, keep)
         other._prepared = None
-        other._search = self._new_search(bank)
-        other._rows = len(bank)
+        if bank is not None:
+            other._search = self._new_search(bank)
+            other._rows = len(bank)
         return other
 
     def close(self) -> None:
@@ -315,6 +352,17 @@ def _sizes(model: ov.Model, onnx: Path) -> tuple[int, tuple[int, int]]:
         f"{onnx} was not exported by convtrt.py: it needs an input `image` (N, S, S, 3)"
         " and the outputs `score` and `map`."
     )
+
+
+def _places(model: ov.Model, onnx: Path) -> tuple[int, int] | None:
+    """The shape of the input `keep` (h, w), None for a graph of an older Kensa, which has none."""
+    shape = next((one.partial_shape for one in model.inputs if "keep" in one.names), None)
+    if shape is None:
+        return None
+    if shape.is_dynamic or len(shape) != 2:
+        raise BadBundle(f"{onnx} was not exported by convtrt.py: its input `keep` is {shape}.")
+    height, width = shape.to_shape()
+    return height, width
 
 
 def _cut_at_embedding(model: ov.Model, onnx: Path, expected: int) -> ov.Model:

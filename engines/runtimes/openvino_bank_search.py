@@ -55,6 +55,7 @@ class Search:
         # All of one size, or one less: a short last one could have fewer rows than the shortlist.
         tiles = np.array_split(self._rows.searched, -(-len(bank) // TILE))
         self._tiles = [self._rows.tensor(tile) for tile in tiles]
+        self._counting: NDArray[np.bool_] | None = None  # of the patches (P,); None: all
         self._starts = np.cumsum([0, *map(len, tiles[:-1])])
         shortlist = min(SHORTLIST, len(tiles[-1]))
         nearest, shortest = self._nearest_graph(patches), self._shortest_graph(shortlist)
@@ -64,6 +65,10 @@ class Search:
     @property
     def rows(self) -> int:
         return len(self._rows.searched)
+
+    def count_only(self, keep: NDArray[np.float32]) -> None:
+        """Let only the patches decide a score that are 1 of (h, w)."""
+        self._counting = keep.reshape(-1) > 0
 
     def score(self, embedding: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
         """The embedding (P, C) of one image -> its raw score, and each patch's distance (P,).
@@ -75,7 +80,7 @@ class Search:
         if not np.isfinite(_half_squares(queries)).all():
             return math.nan, np.full(len(queries), np.nan, np.float32)
         distances = self._distances(queries)
-        likely = queries[np.argsort(distances)[-CANDIDATES:]]
+        likely = queries[self._order(distances)[-CANDIDATES:]]
         nearest, distance = self._closest(likely, 1)
         decides = distance[:, 0].argmax()
         near = self._rows.exact(nearest[decides])  # (1, C)
@@ -84,6 +89,11 @@ class Search:
         own = distance[decides, 0]
         weight = 1 - 1 / np.exp(reach - own).sum()
         return float(weight * own), distances
+
+    def _order(self, distances: NDArray[np.float32]) -> NDArray[np.intp]:
+        """The patches that count, the farthest last."""
+        order = np.argsort(distances)
+        return order if self._counting is None else order[self._counting[order]]
 
     def _distances(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """(P, C) -> distance of each to the bank (P,), in the precision of the search."""

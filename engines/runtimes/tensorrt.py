@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle, KensaError, RuntimeFailed, StalePlan
+from engines.regions import hide, shown
 from engines.runtimes import ALONE, Batches, only_whole
 from engines.runtimes.cuda import CHUNK, NON_BLOCKING, Bank, Buffer, Gpu, gpu
 
 _FULL = re.compile(r"out ?of ?memory|could not be allocated", re.IGNORECASE)
-_BANK = "memory_bank"
+_BANK, _KEEP = "memory_bank", "keep"
 
 log = logging.getLogger("kensa.tensorrt")
 
@@ -69,6 +70,7 @@ class TensorRTRuntime:
 
     def _open(self, engine: Engine, bank: NDArray[np.float32] | None) -> None:
         engine.check_bank(bank)
+        self._shown: NDArray[np.bool_] | None = None  # of a map, where not all is
         self._session = session = Session(self._gpu, engine)
         weakref.finalize(self, self._gpu.forget, session).atexit = False
         try:
@@ -89,6 +91,10 @@ class TensorRTRuntime:
     @property
     def bank_rows(self) -> int | None:
         return None if self._session.bank is None else self._session.bank.rows
+
+    @property
+    def places(self) -> tuple[int, int] | None:
+        return self._session.engine.places
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -113,7 +119,8 @@ class TensorRTRuntime:
         parts = [images[start : start + size] for start in range(0, len(images), size)]
         found = [self._gpu.call(lambda part=part: session.run(part)) for part in parts]  # type: ignore[misc]
         scores, maps = (np.concatenate(one) for one in zip(*found, strict=True))
-        return only_whole(scores, maps), maps
+        whole = only_whole(scores, maps)
+        return whole, maps if self._shown is None else hide(maps, self._shown)
 
     def prepare(self, size: int) -> None:
         """Nothing: memory for the largest batch was taken when it was opened."""
@@ -122,7 +129,12 @@ class TensorRTRuntime:
         most = self._session.engine.max_batch
         self.batches = replace(batches, size=min(batches.size, most))
 
-    def with_bank(self, bank: NDArray[np.float32], precision: str) -> TensorRTRuntime | None:
+    def count_only(self, keep: NDArray[np.float32]) -> None:
+        session = self._session
+        self._gpu.call(lambda: session.count_only(keep))
+        self._shown = shown(keep, session.map_size)
+
+    def with_bank(self, bank: NDArray[np.float32] | None, precision: str) -> TensorRTRuntime | None:
         engine = self._session.engine
         if precision != self.precision or not engine.takes(bank):
             return None
@@ -189,23 +201,28 @@ class Engine:
         shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
         image_type, number = trt.DataType.UINT8, trt.DataType.FLOAT
         ours = {"image": image_type, "score": number, "map": number}
-        with_bank = {**ours, _BANK: number}
+        may_be = {_BANK: number, _KEEP: number}
         image, map_ = shapes.get("image", ()), shapes.get("map", ())
         square = len(image) == 4 and image[1] == image[2] > 0 and image[3] == 3
-        if kinds not in (ours, with_bank) or not square or len(map_) != 3:
+        keep = shapes.get(_KEEP, (1, 1))
+        fits = square and len(map_) == 3 and len(keep) == 2 and min(keep) > 0
+        if not ours.items() <= kinds.items() <= {**ours, **may_be}.items() or not fits:
             raise BadBundle(
                 f"{self._plan} was not built by convtrt.py: it needs an input `image`"
                 " (N, S, S, 3) of uint8 and the outputs `score` and `map`."
             )
         self.image_size = int(image[1])
         self.max_batch = int(engine.get_tensor_profile_shape("image", 0)[2][0])
+        self.places = (int(keep[0]), int(keep[1])) if _KEEP in names else None
         self.channels: int | None = None
         if _BANK in names:
             self.channels = int(shapes[_BANK][1])
             low, _, high = engine.get_tensor_profile_shape(_BANK, 0)
             self.min_rows, self.max_rows = int(low[0]), int(high[0])
 
-    def takes(self, bank: NDArray[np.float32]) -> bool:
+    def takes(self, bank: NDArray[np.float32] | None) -> bool:
+        if bank is None:
+            return self.channels is None
         rows, channels = bank.shape
         return bool(channels == self.channels and self.min_rows <= rows <= self.max_rows)
 
@@ -285,7 +302,9 @@ class Session:
         self._context = engine.new_context()
         engine.use()
         self._buffers = {name: Buffer(gpu) for name in ("image", "score", "map")}
+        self._keep = Buffer(gpu)  # which places count; empty for an engine that does not ask
         self.bank: Bank | None = None
+        self.map_size = (0, 0)
         self._stream: Any = None
         self._event: Any = None
         self._count = 0  # of the images that it ran last
@@ -305,20 +324,33 @@ class Session:
             self.bank = Bank(self._gpu, *bank.shape)
             self.bank.take()
             self._set_shape(_BANK, bank.shape)
-        _, *map_size = tuple(self._context.get_tensor_shape("map"))  # the engine may leave it open
+        # The engine may leave it open.
+        _, height, width = tuple(self._context.get_tensor_shape("map"))
+        self.map_size = (height, width)
         self._buffers["image"].take((most, side, side, 3), np.uint8)
         self._buffers["score"].take((most,), np.float32)
-        self._buffers["map"].take((most, *map_size), np.float32)
+        self._buffers["map"].take((most, *self.map_size), np.float32)
         taken: list[Buffer | Bank] = [*self._buffers.values()]
         addresses = {name: buffer.address for name, buffer in self._buffers.items()}
         if self.bank is not None:
             taken.append(self.bank)
             addresses[_BANK] = self.bank.address
+        if engine.places is not None:
+            self._keep.take(engine.places, np.float32)
+            taken.append(self._keep)
+            addresses[_KEEP] = self._keep.address
+            self.count_only(np.ones(engine.places, np.float32))
         self.nbytes += sum(one.nbytes for one in taken)
         for name, address in addresses.items():
             before = engine.said
             if not self._context.set_tensor_address(name, address):
                 raise engine.failure(before)
+
+    def count_only(self, keep: NDArray[np.float32]) -> None:
+        """Which places (h, w) count from now on."""
+        np.copyto(self._keep.host, keep)
+        self._keep.send(len(keep), self._stream)
+        self._stream.synchronize()
 
     def fill(self, start: int, values: NDArray[np.float32]) -> None:
         """A part of the bank, from a byte on."""
@@ -365,6 +397,7 @@ class Session:
         self._context = self._stream = self._event = None
         for buffer in self._buffers.values():
             buffer.free()
+        self._keep.free()
         if self.bank is not None:
             self.bank.free()
         self.engine.leave()

@@ -17,7 +17,7 @@ from engines.files import sha256
 from engines.machine.memory import MIB, Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs, unpacked
 from engines.meta import Meta
-from engines.runtimes import Runtime
+from engines.runtimes import Runtime, look_past_regions
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
@@ -26,6 +26,8 @@ from engines.store.plan_record import Fingerprint, Machine, has_tensorrt
 from engines.verdict import Scale
 
 log = logging.getLogger("kensa")
+
+_DECISIVE = (ONNX, PLAN, PLAN_RECORD, REPORT)  # of any kind: what a runtime computes
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def open_model(
 
     Args:
         beside: a resident version. Where the new one has the same graph, its engine is used, and
-            only the memory bank is loaded; where only meta.json differs, nothing is: both have the
-            same runtime, which the last of them closes.
+            only the memory bank is loaded, or the regions; where only meta.json differs, nothing
+            is: both have the same runtime, which the last of them closes.
         given_up: whether nobody wants it any more: then no batches are tried.
 
     Raises:
@@ -78,7 +80,7 @@ def open_model(
             )
     _check_bank(bundle)
     bank = bundle.memory_bank()
-    shares = beside if beside is not None and beside.graph == graph else None
+    shares = beside if beside is not None and _may_share(beside, made_of, bundle) else None
     stale = None
     try:
         plan = usable_plan(bundle, bank, how)
@@ -94,6 +96,7 @@ def open_model(
         name, version, bundle.meta, scale, runtime, graph, made_of, shared, stale=stale
     )
     try:
+        look_past_regions(runtime, bundle)
         warm_up(model)
         if how.batching and not shared:
             if beside is not None and _alike(beside, model):
@@ -203,7 +206,7 @@ def _on_tensorrt(
     """The runtime, and whether its engine is that of another version."""
     from engines.runtimes.tensorrt import TensorRTRuntime
 
-    if shares is not None and bank is not None and isinstance(shares.runtime, TensorRTRuntime):
+    if shares is not None and isinstance(shares.runtime, TensorRTRuntime):
         shared = shares.runtime.with_bank(bank, plan.precision)
         if shared is not None:
             return shared, True
@@ -221,7 +224,7 @@ def _on_openvino(
     from engines.runtimes.openvino import OpenVINORuntime
 
     precision = _openvino_precision(bundle, how)
-    if shares is not None and bank is not None and isinstance(shares.runtime, OpenVINORuntime):
+    if shares is not None and isinstance(shares.runtime, OpenVINORuntime):
         shared = shares.runtime.with_bank(bank, precision)
         if shared is not None:
             return shared, True
@@ -229,6 +232,16 @@ def _on_openvino(
         bundle.onnx, bank, precision=precision, threads=how.threads, cache_dir=how.cache_dir
     )
     return whole, False
+
+
+def _may_share(beside: Resident, made_of: tuple[str | None, ...], bundle: Bundle) -> bool:
+    """Whether the engine of another version may serve: with a bank, that of the same graph; without
+    one, that of the same files but for the regions.
+    """
+    if bundle.meta.memory_bank is not None:
+        return beside.graph == made_of[0]
+    files = len(_DECISIVE)
+    return beside.made_of[:files] == made_of[:files]
 
 
 def _alike(one: Resident, other: Resident) -> bool:
@@ -295,6 +308,7 @@ def _check_size(runtime: Runtime, meta: Meta) -> None:
 
 def _made_of(bundle: Bundle) -> tuple[str | None, ...]:
     """The SHA-256 of every file that decides what a runtime computes; None for those not there."""
-    files = (ONNX, bundle.meta.memory_bank, PLAN, PLAN_RECORD, REPORT)
+    first, *others = _DECISIVE
+    files = (first, bundle.meta.memory_bank, *others, bundle.meta.regions)
     paths = [bundle.root / name for name in files if name is not None]
     return tuple(sha256(path) if path.is_file() else None for path in paths)

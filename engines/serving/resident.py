@@ -27,9 +27,9 @@ class Resident:
     meta: Meta
     scale: Scale
     runtime: Runtime
-    graph: str = ""  # SHA-256 of model.onnx: versions with the same one differ in the bank alone
+    graph: str = ""  # SHA-256 of model.onnx: versions with the same one may differ in a bank alone
     made_of: tuple[str | None, ...] = ()  # the same of all files that its runtime comes from
-    bank_alone: bool = False  # was loaded; the engine is that of the version before
+    bank_alone: bool = False  # or regions: the engine is that of the version before
     limit_alone: bool = False  # is its own; the runtime is that of the version before
     stale: str | None = None  # why its plan cannot be used here, so that OpenVINO runs in its place
 
@@ -37,12 +37,13 @@ class Resident:
 def describe(model: Resident) -> str:
     """A model in one line, for the log."""
     rows = model.runtime.bank_rows
+    alone = "regions" if rows is None else "bank"
     bank = "no memory bank" if rows is None else f"memory bank of {rows:,}"
     return (
         f"{model.name} {model.version}: {model.meta.model}, {model.runtime.image_size} pixels,"
         f" {bank}, {model.runtime.name} {model.runtime.precision},"
         f" {at_once(model.runtime.batches)}"
-        f"{', the bank alone' if model.bank_alone else ''}"
+        f"{f', the {alone} alone' if model.bank_alone else ''}"
         f"{', the limit alone' if model.limit_alone else ''}"
     )
 

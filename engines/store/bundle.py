@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, Unreadable
 from engines.files import json_text, sha256, write_atomically
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.store.known_scores import SCORES
+from engines.store.regions import read_regions
 
 ONNX = "model.onnx"
 PLAN = "model.plan"
@@ -47,7 +49,7 @@ class Bundle:
         return bundle
 
     def _check_hashes(self, files: dict[str, str]) -> None:
-        for name in (ONNX, self.meta.memory_bank):
+        for name in (ONNX, self.meta.memory_bank, self.meta.regions):
             if name is not None and name not in files:
                 raise BadBundle(
                     f"{self.root / 'meta.json'} was written without {name}, so the two may be of"
@@ -71,6 +73,10 @@ class Bundle:
         """
         name = self.meta.memory_bank
         return None if name is None else read_bank(self.root / name)
+
+    def regions(self) -> Regions | None:
+        """What of a picture never counts, None where all does. Errors as of `read_regions`."""
+        return read_regions(self.root, self.meta)
 
     def report(self) -> dict[str, Any]:
         """report.json, empty where there is none.

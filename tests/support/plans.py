@@ -14,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.errors import BadBundle
 from engines.files import sha256
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.store.bundle import ONNX, PLAN, write_bank, write_report
 from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
+from engines.store.regions import write_regions
 from support.double import Double, doubled
 
 MAX_BATCH, MAX_ROWS = 8, 5_000
@@ -37,9 +39,11 @@ def build(
     profile = builder.create_optimization_profile()
     for number in range(network.num_inputs):
         tensor = network.get_input(number)
-        _, *each = tuple(tensor.shape)
+        first, *each = tuple(tensor.shape)
         if -1 in each:
             raise BadBundle(f"{onnx} is none of ours: {tensor.name} may have any side.")
+        if first != -1:
+            continue
         low, high = (MIN_ROWS, max_rows) if tensor.name == "memory_bank" else (1, max_batch)
         profile.set_shape(tensor.name, (low, *each), (high, *each), (high, *each))
     config.add_optimization_profile(profile)
@@ -92,7 +96,12 @@ CHANNELS = 8
 
 
 def tiny_onnx(
-    path: Path, *, bank: bool, offset: float = 0.0, sides: tuple[Any, Any] = (8, 8)
+    path: Path,
+    *,
+    bank: bool,
+    offset: float = 0.0,
+    sides: tuple[Any, Any] = (8, 8),
+    keep: bool = True,
 ) -> Path:
     """image (n, 32, 32, 3) -> map (n, 8, 8), score (n,).
 
@@ -101,6 +110,7 @@ def tiny_onnx(
 
     Args:
         sides: of the map, as the graph declares them.
+        keep: whether it asks which places of the map count; older graphs do not.
     """
     count = SIDE // PATCH
     weights = np.random.default_rng(0).standard_normal((PATCH * PATCH * 3, CHANNELS)) / 100
@@ -108,6 +118,8 @@ def tiny_onnx(
         "weights": weights.astype(np.float32),
         "offset": np.float32([offset]),
         "two": np.float32([2]),
+        "one": np.float32([1]),
+        "far": np.float32([1e30]),
         "zero": np.float32([0]),
         "cut": np.array([0, count, PATCH, count, PATCH, 3], np.int64),
         "flat": np.array([0, count * count, PATCH * PATCH * 3], np.int64),
@@ -140,15 +152,25 @@ def tiny_onnx(
         node("Max", ["distances" if bank else "lengths", "zero"], ["positive"], "positive"),
         node("Sqrt", ["positive"], ["root"], "root"),
         node("Reshape", ["root", "square"], ["map"], "map"),
-        node("ReduceMax", ["map"], ["highest" if offset else "score"], "highest", axes=[1, 2],
-             keepdims=0),
-    ]  # fmt: skip
+    ]
+    if keep:
+        nodes += [
+            node("Sub", ["keep", "one"], ["never"], "never"),
+            node("Mul", ["never", "far"], ["below"], "below"),
+            node("Add", ["map", "below"], ["counting"], "counting"),
+        ]
+    nodes.append(
+        node("ReduceMax", ["counting" if keep else "map"], ["highest" if offset else "score"],
+             "highest", axes=[1, 2], keepdims=0)
+    )  # fmt: skip
     if offset:
         nodes.append(node("Add", ["highest", "offset"], ["score"], "add"))
     value = helper.make_tensor_value_info
     inputs = [value("image", TensorProto.UINT8, ["n", SIDE, SIDE, 3])]
     if bank:
         inputs.append(value("memory_bank", TensorProto.FLOAT, ["m", CHANNELS]))
+    if keep:
+        inputs.append(value("keep", TensorProto.FLOAT, [count, count]))
     outputs = [
         value("score", TensorProto.FLOAT, ["n"]),
         value("map", TensorProto.FLOAT, ["n", *sides]),
@@ -201,4 +223,12 @@ def with_bank(bundle: Path, target: Path, bank: NDArray[np.float32]) -> Path:
     shutil.copytree(bundle, target)
     write_bank(target / "memory_bank.npz", bank, 1.0)
     seal(target)
+    return target
+
+
+def with_regions(bundle: Path, target: Path, mask: NDArray[np.bool_]) -> Path:
+    """A copy of a model, plan and all, for which a part of pictures never counts."""
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("*.pth", "stats.npz"))
+    meta = Meta.read(target / "meta.json")
+    write_regions(target, Regions(mask), meta).write(target / "meta.json")
     return target

@@ -20,6 +20,7 @@ from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import (
     ONNX,
@@ -34,6 +35,7 @@ from engines.store.bundle import (
 from engines.store.golden import Golden
 from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tensorrt
+from engines.store.regions import REGIONS, read_regions, write_regions
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.plan.rebuild import DLA_IS_NOT_FOR_FLOAT32, builder_for, sample_parts
@@ -159,11 +161,21 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         if STRANGE in (meta.files or {}) and strange.is_file():  # of this training
             shutil.copyfile(strange, folder / STRANGE)
             names.append(STRANGE)
+        if (regions := _regions_of(request, meta)) is not None:
+            meta = write_regions(folder, regions, meta)
+            names.append(REGIONS)
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")
     if machine is None:
         progress.say(_about_no_plan())
     return report
+
+
+def _regions_of(request: Convert, meta: Meta) -> Regions | None:
+    """What never counts, from beside the weights, or else beside the meta.json that was named."""
+    beside = request.weights_pth.parent
+    there = meta.regions is not None and (beside / meta.regions).is_file()
+    return read_regions(beside if there else request.meta_json.parent, meta)
 
 
 def _scores_beside(learned: Path | None) -> Path | None:

@@ -36,7 +36,8 @@ _TRY: dict[Precision, str] = {
 def export_onnx(
     graph: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path, opset: Opset
 ) -> None:
-    """Export a model as one graph, the first dimension of its inputs and outputs dynamic.
+    """Export a model as one graph, the first dimension of its inputs and outputs dynamic but for
+    that of `keep`, which is of all images.
 
     Args:
         graph: gives `score`, `map` and, if it has a bank, `embedding`.
@@ -63,7 +64,7 @@ def export_onnx(
             opset_version=opset,
             input_names=list(inputs),
             output_names=names,
-            dynamic_axes={name: dynamic[name] for name in (*inputs, *names)},
+            dynamic_axes={name: dynamic[name] for name in (*inputs, *names) if name in dynamic},
         )
     path.write_bytes(written.getvalue())
     model = onnx.load(path)
@@ -158,9 +159,18 @@ def plain_scores(
     """Scores of the whole graph as exported, the bank as its input."""
     config = {"INFERENCE_PRECISION_HINT": "f32"}
     request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
-    extra = {} if bank is None else {"memory_bank": bank}
+    extra = beside_the_image(request.model_inputs, bank)
     scores = [request.infer({"image": image[None], **extra})["score"] for image in images]
     return np.concatenate(scores)
+
+
+def beside_the_image(
+    inputs: list[ov.ConstOutput], bank: NDArray[np.float32] | None
+) -> dict[str, NDArray[np.float32]]:
+    """What a whole graph takes beside images: the bank, where there is one, and that all counts."""
+    whole = {} if bank is None else {"memory_bank": bank}
+    keep = next((one.get_shape() for one in inputs if one.any_name == "keep"), None)
+    return whole if keep is None else {**whole, "keep": np.ones(keep, np.float32)}
 
 
 def served_scores(

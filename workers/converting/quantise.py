@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from engines.errors import BadBundle
+from workers.converting.export import beside_the_image
 from workers.progress import Tick
 
 COLOURS = 3
@@ -76,7 +77,7 @@ def _measure(
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
     reach = dict.fromkeys(names, 0.0)
-    extra = {} if bank is None else {"memory_bank": bank}
+    extra = beside_the_image(request.model_inputs, bank)
     for number, image in enumerate(images, 1):
         results = request.infer({"image": image[None], **extra})
         for name in names:

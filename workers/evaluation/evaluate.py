@@ -24,6 +24,7 @@ from engines.errors import BadBundle, BadDataset, BadImage, BadRequest
 from engines.files import json_text, printable, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
+from engines.regions import Regions
 from engines.runtimes import Runtime
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import ONNX, Bundle, check_hash, read_strange
@@ -87,7 +88,7 @@ def evaluate(request: Evaluate, progress: Progress) -> dict[str, Any]:
         pixel = None
         if masks:
             size = model.meta.image_size
-            pixel = pixel_measures(seen, masks, size, progress, request.limits)
+            pixel = pixel_measures(seen, masks, size, progress, request.limits, model.regions)
         report: dict[str, Any] = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "category": request.category,
@@ -235,6 +236,7 @@ class _Model:
     scale: Scale
     runtime: Runtime
     report: dict[str, Any]  # report.json
+    regions: Regions | None  # what of pictures never counts
     converted: bool  # here, for this evaluation
 
 
@@ -261,7 +263,8 @@ def _open(root: Path, scratch: Path, progress: Progress) -> _Model:
         )
     for _ in range(2):  # so that the first image does not wait for buffers to be made
         runtime.infer(np.full((1, size, size, 3), 128, np.uint8))
-    return _Model(bundle.meta, scale, runtime, bundle.report(), bundle_root != root)
+    regions, converted = bundle.regions(), bundle_root != root
+    return _Model(bundle.meta, scale, runtime, bundle.report(), regions, converted)
 
 
 def _convert(trained: Path, engine: Path, progress: Progress) -> None:
@@ -369,6 +372,7 @@ def _facts(root: Path, model: _Model) -> dict[str, Any]:
         "latent_dim": model.meta.latent_dim,
         "image_size": model.meta.image_size,
         "bank_rows": model.runtime.bank_rows,
+        "never_counts": round(model.regions.share, 4) if model.regions is not None else None,
         "exported": model.report.get("export", {}).get("precision"),
         "runtime": model.runtime.name,
         "precision": model.runtime.precision,

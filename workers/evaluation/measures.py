@@ -21,6 +21,7 @@ from sklearn.metrics import (
 
 from engines import image
 from engines.errors import BadDataset, BadImage
+from engines.regions import Regions
 from engines.verdict import Label, Scale, heatmap
 from workers.progress import Progress
 
@@ -124,11 +125,13 @@ def pixel_measures(
     size: int,
     progress: Progress,
     limits: image.ImageLimits = image.DEFAULT_LIMITS,
+    never: Regions | None = None,
 ) -> dict[str, Any] | None:
     """Compare the maps with the masks, pixel by pixel, at the size of the masks.
 
     Normal images count as masks without a defect. Maps are smoothed and enlarged as they are drawn.
-    From more than `MOST_PIXELS` pixels every `step`-th in both directions is taken.
+    From more than `MOST_PIXELS` pixels every `step`-th in both directions is taken. Pixels that
+    `never` count for the model are left out.
 
     Returns:
         auroc, aupro (None where no mask can be used), fpr_limit, masks (how many were used),
@@ -157,8 +160,9 @@ def pixel_measures(
         heat = cv2.resize(heatmap(part.anomaly_map, whole, size), part.size[::-1])
         labels[labels > 0] += count
         count = max(count, int(labels.max()))
-        scores.append(heat[::step, ::step].ravel())
-        regions.append(labels[::step, ::step].ravel())
+        counting = np.ones(part.size, bool) if never is None else ~never.white(part.size)
+        scores.append(heat[::step, ::step][counting[::step, ::step]])
+        regions.append(labels[::step, ::step][counting[::step, ::step]])
     every_score, every_region = np.concatenate(scores), np.concatenate(regions)
     measurable = bool((every_region > 0).any() and (every_region == 0).any())
     return {

@@ -126,6 +126,9 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
         "Latent size": str(facts.get("latent_dim", "")),
         "Image size": f"{facts['image_size']} x {facts['image_size']} px",
         "Memory bank": f"{facts['bank_rows']:,} patches" if "bank_rows" in facts else "",
+        "Never counts": f"{facts['never_counts']:.1%} of a picture"
+        if "never_counts" in facts
+        else "",
         "Export": exported,
         "Ran on": f"{facts['runtime']}, {facts['precision']}",
         "Time per image": f"{times['infer']:.1f} ms to infer, {times['decode']:.1f} ms to read and"

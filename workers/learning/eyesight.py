@@ -24,13 +24,22 @@ Judge = Callable[[NDArray[np.uint8], int], float]  # a picture (S, S, 3), and wh
 
 
 def drawn_scores(
-    pictures: NDArray[np.uint8], judge: Judge, tick: Tick
+    pictures: NDArray[np.uint8],
+    judge: Judge,
+    tick: Tick,
+    counting: NDArray[np.bool_] | None = None,
 ) -> list[tuple[Drawn, float]]:
-    """Draw defects onto normal pictures (n, S, S, 3) in turn, and judge them: raw scores."""
+    """Draw defects onto normal pictures (n, S, S, 3) in turn, and judge them: raw scores.
+
+    Each has its middle on a pixel that counts (S, S); None: all do. Where none of a part does, it
+    lies beside the part.
+    """
     found = []
     for number, what in enumerate(STRONG_TWICE):
         on = number % len(pictures)
         where = on_the_part(pictures[on][None])
+        if counting is not None:
+            where = where & counting if (where & counting).any() else counting
         found.append((what, judge(draw(pictures[on], what, number, where), on)))
         tick(number + 1, len(STRONG_TWICE))
     return found

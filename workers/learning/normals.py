@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Meta
+from engines.regions import REACH, Regions
 from engines.store.known_scores import KnownScores
 from workers.learning.dataset import (
     MOST_BROKEN,
@@ -52,6 +53,7 @@ class Course:
     progress: Progress
     category: Category
     limits: ImageLimits = DEFAULT_LIMITS
+    regions: Regions | None = None  # that never count
     read: list[Images] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -81,6 +83,13 @@ class Course:
     def _together(self, batches: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         size = self.meta.image_size
         return np.concatenate([np.empty((0, size, size, 3), np.uint8), *batches])
+
+    def counting(self) -> NDArray[np.bool_] | None:
+        """Which pixels of what the model sees (S, S) count; None where all do."""
+        if self.regions is None:
+            return None
+        size = self.meta.image_size
+        return self.regions.cells(size, (size, size), REACH[self.meta.model]) > 0
 
     def broken(self) -> dict[str, str]:
         """The images that could not be read, and why.
@@ -144,9 +153,10 @@ class Normals:
     progress: Progress
     usual_scale: float
 
-    def drawn(self) -> list[tuple[Drawn, float]]:
-        """Defects drawn onto normal pictures, and their scores."""
-        return drawn_scores(self.on, self.judge, self.progress.phase("drawn defects"))
+    def drawn(self, counting: NDArray[np.bool_] | None) -> list[tuple[Drawn, float]]:
+        """Defects drawn onto normal pictures, and their scores; `counting` as `drawn_scores`."""
+        tick = self.progress.phase("drawn defects")
+        return drawn_scores(self.on, self.judge, tick, counting)
 
 
 def leave_each_out(

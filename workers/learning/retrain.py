@@ -12,20 +12,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BadDataset, BadMeta
+from engines.errors import BadDataset, BadImage, BadMeta, BadRequest
 from engines.files import sha256, staged
-from engines.image import DEFAULT_LIMITS, ImageLimits
+from engines.image import DEFAULT_LIMITS, ImageLimits, read
 from engines.limits import TRAINED, is_number
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.promise import UNTRAINED
+from engines.regions import Regions
 from engines.store.bundle import REPORT, STRANGE, check_hash, read_report, write_report
 from engines.store.golden import Golden, evenly
 from engines.store.known_scores import SCORES, KnownScores
+from engines.store.regions import REGIONS, of_png, read_regions, write_regions
 from engines.verdict import Scale
 from workers import models
 from workers.learning.calibrate import Budget, Calibration, calibrate
-from workers.learning.dataset import Category, bit_depth_of
+from workers.learning.dataset import Category, bit_depth_of, bytes_of
 from workers.learning.eyesight import counted, eyesight
 from workers.learning.normals import Course, Judged, Normals, hold_some_out, leave_each_out
 from workers.learning.strange import SHOWN, sheet
@@ -54,6 +56,7 @@ class Retrain:
     false_rejects_cap: float | None = None
     keep_strange: bool = False
     bit_depth: int | None = None  # of the camera; None: as meta.json has it
+    regions: Path | None = None  # a PNG of what never counts; None: as meta.json has it, beside it
     limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
     @property
@@ -78,14 +81,17 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             f"{request.meta_json} describes a {meta.model} model, but --model says {request.model}."
         )
     category = Category.find(request.data_root, request.category)
+    regions = _regions(request, meta, category)
     kind = models.module(meta.model)  # torch takes seconds to load
     if request.known is not None:
         _check_origin(request.known, meta, kind, request.meta_json)
     request, meta = _with_bit_depth(request, meta, category, progress)
+    request = _anew_for_other_regions(request, regions, category, progress)
     learned_before = request.known
     if short := memory.warning(memory_needs.to_learn(_learning(request, meta, category))):
         progress.say(short)
     model = kind.build(meta, request.pretrained_pth)
+    models.count_only(model, regions, meta)
     weights = origin_of(request.pretrained_pth, model.origin)
     progress.say(said(meta.backbone or meta.model, weights))
     if learned_before is not None:
@@ -94,7 +100,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
     if known is None:  # what goes on from a model sees pictures as that one does
         meta = meta.with_(resize="each_axis")
     loaded = time.perf_counter()
-    learned = _learn(request, meta, kind, model, category, progress)
+    learned = _learn(request, meta, kind, model, category, regions, progress)
     meta = learned.calibration.write_to(meta).with_(score_kind=kind.SCORE_KIND)
     if (request.false_rejects, request.false_rejects_cap) != (None, None):
         meta = meta.with_(image_threshold=TRAINED)  # whoever asks for a budget wants its threshold
@@ -112,6 +118,7 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             where: [str(path) for path in paths] for where, paths in category.passed_over.items()
         },
         "bit_depth": meta.bit_depth,
+        **({"regions": {"share": regions.share, "digest": regions.digest}} if regions else {}),
         "notes": learned.notes,
         "tested": learned.tested,
         **({"weights": weights} if weights else {}),
@@ -125,8 +132,65 @@ def retrain(request: Retrain, progress: Progress) -> dict[str, Any]:
             "verify": round(time.perf_counter() - loaded - learned.seconds, 2),
         },
     }
-    _write(request.out_dir, meta, kind, model, learned, report)
+    _write(request.out_dir, meta, kind, model, learned, regions, report)
     return report
+
+
+def _regions(request: Retrain, meta: Meta, category: Category) -> Regions | None:
+    """What never counts: as the request names it, or else beside the meta.json that names it.
+
+    Raises:
+        BadRequest, BadImage: the mask that was named is none, or of another size than the pictures.
+        BadBundle: the other one is missing, or is not the one of this meta.json.
+    """
+    if request.regions is None:
+        if meta.regions is not None and meta.regions in (meta.files or {}):
+            hashed = (meta.files or {})[meta.regions]
+            check_hash(request.meta_json.with_name(meta.regions), hashed)
+        return read_regions(request.meta_json.parent, meta)
+    try:
+        regions = of_png(request.regions.read_bytes(), request.limits)
+    except OSError as error:
+        raise BadRequest(f"{request.regions} cannot be read: {error.strerror}.") from None
+    except (BadImage, BadRequest) as error:
+        raise type(error)(f"{request.regions}: {error}") from None
+    sizes = set[tuple[int, int]]()
+    for path in category.train:
+        try:
+            sizes.add(read(bytes_of(path), request.limits).shape[:2])
+        except BadImage:  # which is said later
+            continue
+        if regions.mask.shape in sizes:
+            return regions
+    height, width = regions.mask.shape
+    others = " or ".join(f"{wide} x {high}" for high, wide in sorted(sizes)[:3])
+    raise BadRequest(
+        f"{request.regions} is {width} x {height} pixels, and the pictures that are to be learned"
+        f" are {others}: draw the mask on one of these."
+    )
+
+
+def _anew_for_other_regions(
+    request: Retrain, regions: Regions | None, category: Category, progress: Progress
+) -> Retrain:
+    """A request that learns all anew where other regions count than when it was learned.
+
+    What was hidden is not in a bank, and scores that are known are those of what counted.
+
+    Raises:
+        BadDataset: not all is there to be learned anew.
+    """
+    if request.known is None:
+        return request
+    before = read_report(request.known.parent).get("regions", {}).get("digest", "")
+    if before == (regions.digest if regions is not None else ""):
+        return request
+    _check_all_are_there(request.known, category, "What never counts (the mask of regions)")
+    progress.say(
+        f"other regions never count than before: all {len(category.train)} pictures are learned"
+        " anew"
+    )
+    return replace(request, load_bank=None, load_stats=None)
 
 
 def _with_bit_depth(
@@ -146,7 +210,7 @@ def _with_bit_depth(
     before = read_report(request.known.parent).get("bit_depth") or meta.bit_depth
     if (asked or 16) == (before or 16):
         return request, meta
-    _check_all_are_there(request.known, category)
+    _check_all_are_there(request.known, category, "bit_depth")
     progress.say(
         f"bit_depth was {before or 16} and is now {asked or 16}: all {len(category.train)} pictures"
         " are learned anew"
@@ -154,7 +218,7 @@ def _with_bit_depth(
     return replace(request, load_bank=None, load_stats=None), meta.with_(bit_depth=asked)
 
 
-def _check_all_are_there(learned: Path, category: Category) -> None:
+def _check_all_are_there(learned: Path, category: Category, what: str) -> None:
     """Raise BadDataset where learning anew would forget pictures that are known."""
     known = KnownScores.read(learned.parent).learned
     there = {KnownScores.mark(path) for path in category.train}
@@ -162,7 +226,7 @@ def _check_all_are_there(learned: Path, category: Category) -> None:
     if gone or not known:
         how_many = f"{gone} of {len(known)} pictures" if known else "which pictures, nobody knows,"
         raise BadDataset(
-            f"bit_depth can only change where all is learned anew, and {how_many} that {learned}"
+            f"{what} can only change where all is learned anew, and {how_many} that {learned}"
             " was learned from are no longer there: put them back, or learn without what is known"
             " (no --load_bank or --load_stats; a job: update=false)."
         )
@@ -193,11 +257,17 @@ class _Learned:
 
 
 def _learn(
-    request: Retrain, meta: Meta, kind: Any, model: Any, category: Category, progress: Progress
+    request: Retrain,
+    meta: Meta,
+    kind: Any,
+    model: Any,
+    category: Category,
+    regions: Regions | None,
+    progress: Progress,
 ) -> _Learned:
     """Train or update, and calibrate on images that the model has not learned at that time."""
     how = models.Training(request.epochs, request.batch, request.penalty_dir, request.limits)
-    course = Course(kind, model, meta, how, progress, category, request.limits)
+    course = Course(kind, model, meta, how, progress, category, request.limits, regions)
     known = KnownScores.none()
     if kind.INCREMENTAL:
         if request.known is not None:
@@ -206,7 +276,7 @@ def _learn(
     else:
         normals = hold_some_out(course, category)
     defective = course.judge(category.test_anomaly)
-    calibration = _calibration(request, meta, known, normals, defective)
+    calibration = _calibration(request, course, known, normals, defective)
     calibration = replace(calibration, weights=_weights(request))
     examples = _examples(course, normals)
     golden = Golden.choose(examples.pictures, examples.scores, defective.pictures, defective.scores)
@@ -262,9 +332,10 @@ def _moved(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _calibration(
-    request: Retrain, meta: Meta, known: KnownScores, normals: Normals, defective: Judged
+    request: Retrain, course: Course, known: KnownScores, normals: Normals, defective: Judged
 ) -> Calibration:
     """The threshold; as it was, where an update brought nothing to find another one from."""
+    meta = course.meta
     before = Calibration.kept(meta) if request.known is not None else None
     if before is not None and normals.scores.count < LEAST_PARTS:
         found = before
@@ -276,7 +347,8 @@ def _calibration(
         if before is not None and budget == Budget.asked(meta, None, None):
             found = found.moved_from(before.threshold, known if len(known) else normals.scores)
     if len(normals.on):
-        return replace(found, drawn=eyesight(normals.drawn(), found.threshold))
+        drawn = normals.drawn(course.counting())
+        return replace(found, drawn=eyesight(drawn, found.threshold))
     return replace(found, drawn=_drawn_before(meta, found.threshold) if before else None)
 
 
@@ -323,7 +395,13 @@ def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None
 
 
 def _write(
-    out_dir: Path, meta: Meta, kind: Any, model: Any, learned: _Learned, report: dict[str, Any]
+    out_dir: Path,
+    meta: Meta,
+    kind: Any,
+    model: Any,
+    learned: _Learned,
+    regions: Regions | None,
+    report: dict[str, Any],
 ) -> None:
     with staged(out_dir) as folder:
         write_report(folder, report)
@@ -335,5 +413,8 @@ def _write(
             names.append(STRANGE)
         if kind.INCREMENTAL:  # also without scores: others may lie in that folder
             names.append(learned.normals.learned_scores.write(folder))
+        if regions is not None:
+            meta = write_regions(folder, regions, meta)
+            names.append(REGIONS)
         hashes = {name: sha256(folder / name) for name in names}
         meta.with_(files=hashes).write(folder / "meta.json")

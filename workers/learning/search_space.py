@@ -46,7 +46,14 @@ class Tune:
     batch: int = 4
     timeout: float | None = None  # seconds
     penalty_dir: Path | None = None
+    regions: Path | None = None  # as for retrain.py
     limits: ImageLimits = DEFAULT_LIMITS  # of pictures
+
+    @property
+    def never(self) -> Path | None:
+        """The mask of what never counts: as asked, or as the start has it."""
+        named = Meta.read(self.meta_json).regions
+        return self.regions or (None if named is None else self.meta_json.with_name(named))
 
 
 class Stage(NamedTuple):

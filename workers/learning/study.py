@@ -105,7 +105,7 @@ def _create(storage: optuna.storages.RDBStorage) -> optuna.Study:
     )
 
 
-def _search_of(request: Tune, space: Space, category: Category) -> dict[str, str]:
+def _search_of(request: Tune, space: Space, category: Category) -> dict[str, str | None]:
     """What makes values of trials comparable, by the words of a refusal."""
     images = hashlib.sha256()
     for path in (*category.train, *category.test_normal, *category.test_anomaly):
@@ -123,6 +123,7 @@ def _search_of(request: Tune, space: Space, category: Category) -> dict[str, str
         "--epochs": str(request.epochs),
         "--batch": str(request.batch),
         "--penalty_dir": str(request.penalty_dir and request.penalty_dir.resolve()),
+        "--regions": None if request.never is None else sha256(request.never),
     }
 
 

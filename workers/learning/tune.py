@@ -42,7 +42,7 @@ RANDOM_TRIALS = 5  # until the sampler has something to learn from
 FEW = 5  # images of a kind, below which the AUROC moves in steps too coarse to choose by
 # Keys of meta.json that a training found; they would be false beside other hyper-parameters.
 FOUND_IN_TRAINING = ("image_threshold_auto", "raw_image_min", "raw_image_max", "score_kind",
-                     "calibration", "files")  # fmt: skip
+                     "calibration", "files", "regions")  # fmt: skip
 
 
 def tune(request: Tune, progress: Progress) -> Found:
@@ -174,6 +174,7 @@ def _train(values: dict[str, Any], space: Space, request: Tune) -> dict[str, Any
             epochs=request.epochs,
             batch=request.batch,
             penalty_dir=request.penalty_dir,
+            regions=request.never,
             limits=request.limits,
         )
         report = retrain(training, Progress(quiet=True))
@@ -245,6 +246,7 @@ def _next_command(request: Tune, found: Found) -> list[str]:
         "epochs": request.epochs,
         "batch": request.batch,
         "penalty_dir": request.penalty_dir,
+        "regions": request.never,
         "out_dir": request.out_dir / "model",
         "max_image_bytes": _unusual(request.limits.max_bytes, DEFAULT_LIMITS.max_bytes),
         "max_image_pixels": _unusual(request.limits.max_pixels, DEFAULT_LIMITS.max_pixels),

@@ -25,7 +25,7 @@ from engines.errors import BadDataset, BadMeta
 from engines.files import sha256, write_atomically
 from engines.meta import Meta
 from engines.runtimes.openvino import cpu_has_bf16
-from workers.models import Training
+from workers.models import Training, that_count
 from workers.models.backbone import UNTRAINED, read_weights
 from workers.models.efficientad_penalty_images import penalty_images
 from workers.models.efficientad_weights import cached_teacher, copy_weights
@@ -68,14 +68,18 @@ class EfficientAd(nn.Module):
         self.networks.teacher.requires_grad_(False)
         self.model_size = meta.model_size
         self.image_size = meta.image_size
+        self.keep = torch.ones(meta.image_size, meta.image_size)
         self.learned = False
         self.training_record: dict[str, Any] = {}
         self.origin: Origin | None = None
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, image: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score images (N, S, S, 3) uint8 RGB: raw scores (N,), raw maps (N, h, w).
 
         A map is a bit smaller than S / 4, and is padded to that with zeros before the quantiles.
+        `keep` (S, S) float32 is 1 for pixels that count in scores; None: as the model has it.
         """
         # float() first: TensorRT takes uint8 as an input, and only a cast may follow it.
         pixels = image.float().permute(0, 3, 1, 2) / 255  # the networks themselves normalise
@@ -86,7 +90,8 @@ class EfficientAd(nn.Module):
             + (from_autoencoder - quantiles["qa_ae"]) / (quantiles["qb_ae"] - quantiles["qa_ae"])
         )
         # anomalib enlarges both maps before it combines them; enlarging is linear.
-        score = self.enlarged(combined).amax(dim=(1, 2, 3))
+        large = that_count(self.enlarged(combined), self.keep if keep is None else keep)
+        score = large.amax(dim=(1, 2, 3))
         return score, combined[:, 0]
 
     def maps(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,7 +253,8 @@ def _measure_quantiles(model: EfficientAd, pictures: torch.Tensor) -> None:
     """Find what is usual (0.9) and rare (0.995) in both maps of normals, as anomalib does."""
     both = [model.maps(_pixels(picture)) for picture in torch.split(pictures, 1)]
     for index, name in enumerate(("st", "ae")):
-        values = torch.cat([model.enlarged(maps[index]) for maps in both]).numpy()
+        large = torch.cat([model.enlarged(maps[index]) for maps in both])
+        values = large[:, 0, model.keep > 0].numpy()
         usual, rare = (float(value) for value in np.quantile(values, (0.9, 0.995)))
         # A plain background may be as strange everywhere: both quantiles are then the same.
         rare = max(rare, LEAST_SPREAD * usual)
@@ -448,4 +454,4 @@ def graph(model: EfficientAd, *, half: bool) -> tuple[nn.Module, dict[str, torch
         for first in firsts:  # the networks normalise in float32 before it
             first.register_forward_pre_hook(lambda _, pixels: (pixels[0].half(),))
     image = torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
-    return model, {"image": image}
+    return model, {"image": image, "keep": model.keep}

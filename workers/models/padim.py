@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
-from workers.models import Training
+from workers.models import Training, that_count
 from workers.models.backbone import (
     Normalise,
     describe,
@@ -66,6 +66,7 @@ class PaDiM(nn.Module):
         self.index: torch.Tensor
         self.positions = 0  # h * w
         self.stats: Stats | None = None
+        self.keep = torch.ones(meta.image_size, meta.image_size)
         self.mean = self.whitening = self.smoothing = torch.empty(0)
 
     def choose(self, index: torch.Tensor) -> None:
@@ -79,11 +80,14 @@ class PaDiM(nn.Module):
         self.stats, self.mean, self.whitening = stats, stats.mean, stats.whitening()
         self.smoothing = smoothing(math.isqrt(len(self.mean)), self.image_size)
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, image: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score images.
 
         Args:
             image: (N, S, S, 3) uint8 RGB.
+            keep: (S, S) float32, 1 for pixels that count in scores; None: as the model has it.
 
         Returns:
             Raw scores (N,) and raw maps (N, h, w), float32. A score is the largest value of the
@@ -98,7 +102,8 @@ class PaDiM(nn.Module):
             whitened = self.whitening @ difference
         distance = whitened.square().sum(dim=1).sqrt()  # (P, N)
         distances = distance.permute(1, 0).reshape(-1, height, width)
-        score = (self.smoothing @ distances @ self.smoothing.T).amax(dim=(1, 2))
+        smooth = self.smoothing @ distances @ self.smoothing.T  # (N, S, S)
+        score = that_count(smooth, self.keep if keep is None else keep).amax(dim=(1, 2))
         smaller = _average(self.smoothing, height)
         return score, smaller @ distances @ smaller.T
 
@@ -106,8 +111,9 @@ class PaDiM(nn.Module):
         """Raw scores (N,) of distances (N, P): as in `forward`."""
         side = math.isqrt(distances.shape[1])  # images are square
         rows = smoothing(side, self.image_size)
-        smooth: torch.Tensor = rows @ distances.reshape(-1, side, side) @ rows.T
-        return smooth.amax(dim=(1, 2))
+        smooth = rows @ distances.reshape(-1, side, side) @ rows.T
+        score: torch.Tensor = that_count(smooth, self.keep).amax(dim=(1, 2))
+        return score
 
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> the chosen channels (N, h*w, n) float32, and (h, w).
@@ -462,9 +468,8 @@ def graph(model: PaDiM, *, half: bool) -> tuple[nn.Module, dict[str, torch.Tenso
         model.features.half()
         model.whitening = model.whitening.half()
         model.half_precision = True
-    return model, {
-        "image": torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
-    }
+    image = torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
+    return model, {"image": image, "keep": model.keep}
 
 
 def _n_features(meta: Meta) -> int:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
 from engines.store.bundle import read_bank, read_coverage_radius, write_bank
-from workers.models import Training
+from workers.models import Training, that_count
 from workers.models.backbone import (
     Normalise,
     describe,
@@ -68,27 +68,32 @@ class PatchCore(nn.Module):
         self.image_size = meta.image_size
         self.half_backbone = False
         self.bank: Bank | None = None
+        self.keep = torch.empty(0)  # (h, w)
         self.normalise = Normalise()
 
     def forward(
-        self, image: torch.Tensor, memory_bank: torch.Tensor
+        self, image: torch.Tensor, memory_bank: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score images.
 
         Args:
             image: (N, S, S, 3) uint8 RGB.
             memory_bank: (M, C) float32.
+            keep: (h, w) float32, 1 for patches that count in scores; None: as the model has it.
 
         Returns:
             Raw scores (N,), raw maps (N, h, w), and the embeddings (N, h*w, C) they come from.
         """
         embedding, (height, width) = self.embed(image)
-        score, distance = self.judge(embedding, memory_bank)
+        score, distance = self.judge(embedding, memory_bank, keep)
         n = embedding.shape[0]  # len() would be a constant of the graph
         return score, distance.reshape(n, height, width), embedding
 
     def judge(
-        self, embedding: torch.Tensor, memory_bank: torch.Tensor
+        self,
+        embedding: torch.Tensor,
+        memory_bank: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (N, P, C) -> raw scores (N,) and the distance of each patch (N, P)."""
         n, patches, channels = embedding.shape
@@ -103,14 +108,15 @@ class PatchCore(nn.Module):
         # Cut off at zero, where rounding may end; a clamp would make a number of NaN in an engine.
         distance = ((squared + squared.abs()) / 2).sqrt().reshape(n, patches)
 
-        decides = distance.argmax(dim=1)  # (n,)
+        counting = that_count(distance, (self.keep if keep is None else keep).reshape(-1))
+        decides = counting.argmax(dim=1)  # (n,)
         query = query.reshape(n, patches, channels)[torch.arange(n), decides]  # (n, C)
         near = bank[(half_norm - query @ bank.T).argmin(dim=1)]  # (n, C)
         count = min(NEIGHBOURS, len(memory_bank))
         neighbours = (half_norm - near @ bank.T).topk(count, dim=1, largest=False).indices
         reach = (query[:, None] - bank[neighbours]).square().sum(dim=2).sqrt()  # (n, count)
         weight = 1 - torch.softmax(reach, dim=1)[:, 0]
-        return weight * distance.amax(dim=1), distance
+        return weight * counting.amax(dim=1), distance
 
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w).
@@ -143,11 +149,12 @@ def build(meta: Meta, weights: str | Path | None) -> PatchCore:
     size = meta.image_size
     try:
         with torch.inference_mode():
-            embedding, _ = model.embed(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+            embedding, places = model.embed(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise BadMeta(f"{meta.backbone} cannot take images of {size} x {size}: {error}.") from error
     if embedding.shape[2] != model.channels():
         raise BadMeta(f"{meta.backbone} gives features in a form that anomalib does not read.")
+    model.keep = torch.ones(places)
     return model
 
 
@@ -280,8 +287,15 @@ def update(
 def learn(
     model: PatchCore, meta: Meta, embeddings: torch.Tensor, before: Bank | None, progress: Progress
 ) -> Lesson:
-    """Give the model the bank that comes of embeddings (N, P, C), on top of one or of nothing."""
+    """Give the model the bank that comes of embeddings (N, P, C), on top of one or of nothing.
+
+    Patches that never count are not learned.
+    """
     patches = embeddings.flatten(0, 1)
+    numbers = torch.arange(len(patches))
+    if not model.keep.all():  # else it would be a copy for nothing
+        numbers = numbers[model.keep.bool().flatten().repeat(len(embeddings))]
+        patches = patches[numbers]
     count = max(1, int(len(patches) * _ratio(meta)))
     report = progress.phase("coreset")
     if before is None:
@@ -294,7 +308,7 @@ def learn(
             patches, count, covered_to=covered_to, stop_radius=radius, report=report
         )
         model.bank = Bank(torch.cat([known, patches[rows]]), max(radius, new_radius))
-    return Lesson(model, meta, embeddings, before, rows)
+    return Lesson(model, meta, embeddings, before, numbers[rows])
 
 
 def scores(model: PatchCore, batches: Batches) -> NDArray[np.float32]:
@@ -376,4 +390,4 @@ def graph(model: PatchCore, *, half: bool) -> tuple[nn.Module, dict[str, torch.T
         model.features.half()
         model.half_backbone = True
     image = torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
-    return model, {"image": image, "memory_bank": model.bank.embeddings}
+    return model, {"image": image, "memory_bank": model.bank.embeddings, "keep": model.keep}

@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.meta import Meta
-from workers.models import Training
+from workers.models import Training, that_count
 from workers.models.backbone import UNTRAINED, read_weights, write_weights
 from workers.models.origin import Origin
 from workers.progress import Progress
@@ -76,6 +76,7 @@ class Vae(nn.Module):
         self.side = meta.image_size // SEEN_AT  # of what the network sees and draws
         self.grid = self.side // CELL >> halvings  # the places that the latent vector is made of
         self.half_network = False
+        self.keep = torch.ones(self.side, self.side)
         self.training_record: dict[str, Any] = {}
         self.origin: Origin | None = None  # it begins without weights
 
@@ -103,11 +104,14 @@ class Vae(nn.Module):
         self.register_buffer("error_spread", torch.ones(1, self.side, self.side))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of all trainings
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, image: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score images.
 
         Args:
             image: (N, S, S, 3) uint8 RGB.
+            keep: (S/2, S/2) float32, 1 for places that count in scores; None: as the model has it.
 
         Returns:
             Raw scores (N,) and raw maps (N, S/4, S/4), in standard deviations of the error of
@@ -116,7 +120,8 @@ class Vae(nn.Module):
         seen = self.see(image)
         mean, _ = self.encode(seen)
         strange = (self.error(seen, self.decode(mean)) - self.usual_error) / self.error_spread
-        return strange.amax(dim=(1, 2, 3)), F.max_pool2d(strange, 2)[:, 0]
+        score = that_count(strange, self.keep if keep is None else keep).amax(dim=(1, 2, 3))
+        return score, F.max_pool2d(strange, 2)[:, 0]
 
     def see(self, image: torch.Tensor) -> torch.Tensor:
         """Images (N, S, S, 3) uint8 -> what the network sees: (N, 3, S/2, S/2) in [0, 1]."""
@@ -386,7 +391,8 @@ def _measure_errors(model: Vae, parts: torch.Tensor) -> None:
     usual = _local_mean(found.mean(dim=0, keepdim=True), USUAL_OVER)
     spread = _local_mean(found.std(dim=0, correction=0, keepdim=True), USUAL_OVER)
     model.usual_error.copy_(usual[0])
-    model.error_spread.copy_(spread[0] + 2 * spread.mean() + SMALLEST_SPREAD)
+    average = spread[:, :, model.keep > 0].mean()
+    model.error_spread.copy_(spread[0] + 2 * average + SMALLEST_SPREAD)
 
 
 # ---- using -----------------------------------------------------------------------------------
@@ -424,4 +430,4 @@ def graph(model: Vae, *, half: bool) -> tuple[nn.Module, dict[str, torch.Tensor]
             part.half()
         model.half_network = True
     image = torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
-    return model, {"image": image}
+    return model, {"image": image, "keep": model.keep}

@@ -36,7 +36,7 @@ from engines.store.bundle import Bundle
 from engines.verdict import decide
 from support.double import doubled
 from support.graphs import value
-from support.plans import build
+from support.plans import SIDE, build, tiny_bank, tiny_onnx
 from support.project import ROOT
 
 Bank = NDArray[np.float32]
@@ -629,6 +629,105 @@ def test_a_graph_of_another_tool_is_refused_by_name(
     path = foreign(tmp_path / "model.onnx", name, shape, outputs)
     with pytest.raises(BadBundle, match=r"model\.onnx"):
         kind.open(path, bank if with_bank else None)
+
+
+# Which places count
+
+
+@pytest.fixture(params=[True, False], ids=["with a bank", "without"])
+def asking(request: pytest.FixtureRequest, kind: Kind, tmp_path: Path) -> Iterator[Runtime]:
+    """A model of 8 x 8 places that asks which of them count."""
+    onnx = tiny_onnx(tmp_path / "model.onnx", bank=request.param)
+    runtime = kind.open(onnx, tiny_bank(0) if request.param else None)
+    yield runtime
+    runtime.close()
+
+
+def some_parts(count: int = 7) -> Images:
+    return np.random.default_rng(3).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
+def beside(runtime: Runtime) -> Runtime:
+    bank = None if runtime.bank_rows is None else tiny_bank(0)
+    other = runtime.with_bank(bank, runtime.precision)
+    assert other is not None
+    return other
+
+
+def test_that_all_places_count_changes_nothing_to_the_bit(asking: Runtime) -> None:
+    other, parts = beside(asking), some_parts()
+    assert other.places == asking.places == (8, 8)
+    other.count_only(np.ones((8, 8), np.float32))
+    for found, expected in zip(other.infer(parts), asking.infer(parts), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    other.close()
+
+
+def test_only_what_counts_decides_a_score_and_is_shown(asking: Runtime) -> None:
+    parts, keep = some_parts(), np.ones((8, 8), np.float32)
+    scores, maps = asking.infer(parts)
+    worst = np.array([np.unravel_index(one.argmax(), one.shape) for one in maps])
+    keep[tuple(worst[:3].T)] = 0
+    other = beside(asking)
+    other.count_only(keep)
+    found, shown = other.infer(parts)
+    hit = keep[tuple(worst.T)] == 0
+    assert hit[:3].all()
+    assert not hit.all()
+    np.testing.assert_array_equal(found[~hit], scores[~hit])
+    assert (found[hit] < scores[hit]).all()
+    np.testing.assert_array_equal(shown[:, keep == 1], maps[:, keep == 1])
+    np.testing.assert_array_equal(
+        shown[:, keep == 0], maps[:, keep == 1].min(axis=1)[:, None].repeat((keep == 0).sum(), 1)
+    )
+    # Whoever shares the engine is as before, and so is who takes it from here.
+    np.testing.assert_array_equal(asking.infer(parts)[0], scores)
+    np.testing.assert_array_equal(beside(other).infer(parts)[0], scores)
+
+
+@pytest.mark.parametrize("counting", [1, 3, 40])
+def test_a_part_is_as_strange_as_the_strangest_of_a_few_places_that_count(
+    asking: Runtime, counting: int
+) -> None:
+    """Also where fewer count than are looked at twice."""
+    keep = np.zeros(64, np.float32)
+    keep[np.random.default_rng(counting).permutation(64)[:counting]] = 1
+    asking.count_only(keep.reshape(8, 8))
+    scores, maps = asking.infer(some_parts())
+    assert np.isfinite(scores).all()
+    most = maps.reshape(len(maps), -1)[:, keep == 1].max(axis=1)
+    assert (scores <= most * 1.01).all()
+    if asking.bank_rows is None:
+        np.testing.assert_allclose(scores, most, rtol=1e-2)  # in bf16
+
+
+def test_what_counts_is_the_same_for_parts_alone_and_together(asking: Runtime) -> None:
+    keep = np.ones((8, 8), np.float32)
+    keep[2:6, :4] = 0
+    asking.count_only(keep)
+    parts = some_parts()
+    alone = np.concatenate([asking.infer(part[None])[0] for part in parts])
+    asking.prepare(4)
+    np.testing.assert_allclose(asking.infer(parts, 4)[0], alone, rtol=1e-3)
+    asking.take_together(Batches(4))
+    np.testing.assert_allclose(asking.infer(parts)[0], alone, rtol=1e-3)
+
+
+def test_a_graph_of_an_older_kensa_judges_as_ever_and_asks_for_no_places(
+    kind: Kind, tmp_path: Path
+) -> None:
+    parts = some_parts()
+    for bank in (None, tiny_bank(0)):
+        found = []
+        for keep in (True, False):
+            folder = tmp_path / f"{bank is None}{keep}"
+            folder.mkdir()
+            onnx = tiny_onnx(folder / "model.onnx", bank=bank is not None, keep=keep)
+            runtime = kind.open(onnx, bank)
+            assert runtime.places == ((8, 8) if keep else None)
+            found.append(runtime.infer(parts))
+        for new, old in zip(*found, strict=True):
+            np.testing.assert_array_equal(new, old)
 
 
 # Models without a bank

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -30,11 +31,13 @@ from engines.meta import Meta
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import ConvertRequest
 from engines.queue.protocol import PACE
+from engines.runtimes.openvino import OpenVINORuntime
 from engines.store import plan_record as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.store.golden import GOLDEN, Golden
 from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import Fingerprint
+from engines.store.regions import REGIONS
 from engines.store.versions import Store
 from support import double as doubles
 from support.double import BUILDING, DOUBLES, doubled, environment, reports
@@ -47,6 +50,7 @@ from workers.converting import parity
 from workers.converting.convert import Convert, convert
 from workers.converting.export import export_onnx
 from workers.converting.graphs import difference
+from workers.evaluation.evaluate import Evaluate, evaluate
 from workers.jobs import job_process as jobs
 from workers.learning.retrain import Retrain, retrain
 from workers.progress import Progress
@@ -63,7 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(kind: str, data: Path, out: Path, before: Path | None = None) -> Path:
+def train(kind: str, data: Path, out: Path, before: Path | None = None, **asked: Any) -> Path:
     """What retrain.py leaves: a first training, or one on top of the one before."""
     out.parent.mkdir(parents=True, exist_ok=True)
     meta = out.with_name(f"{out.name}.json")
@@ -75,7 +79,7 @@ def train(kind: str, data: Path, out: Path, before: Path | None = None) -> Path:
         weights = before / "model.pth"
     learned = {"patchcore": "load_bank", "padim": "load_stats"}.get(kind)
     file = {"patchcore": "memory_bank.npz", "padim": "stats.npz"}.get(kind)
-    more = {learned: before / file} if before and learned and file else {}
+    more = asked | ({learned: before / file} if before and learned and file else {})
     retrain(Retrain(kind, CATEGORY, data, out, meta, str(weights) or None, **more), QUIET)  # type: ignore[arg-type]
     return out
 
@@ -139,6 +143,34 @@ def test_a_budget_that_was_asked_for_once_is_kept_by_updates(
     updated = train("patchcore", more, tmp_path / "updated", before=before)
     found = Meta.read(updated / "meta.json").calibration or {}
     assert (found["false_rejects"], found["cap"]) == (0.02, 0.1)
+
+
+def test_the_regions_that_were_learned_with_are_served_and_measured(
+    data: Path, tmp_path: Path
+) -> None:
+    white = np.zeros((96, 96), np.uint8)
+    white[:, :30] = 255
+    cv2.imwrite(str(tmp_path / "mask.png"), white)
+    trained = train("vae", data, tmp_path / "trained", regions=tmp_path / "mask.png")
+    engine = tmp_path / "engine"
+    convert(request(trained, engine), QUIET)
+    bundle = Bundle.open(engine)
+    regions = bundle.regions()
+    assert regions is not None
+    assert (bundle.meta.files or {})[REGIONS] == sha256(engine / REGIONS)
+    model = models.module("vae").build(bundle.meta, engine / "model.pth")
+    golden = Golden.read(engine, SIDE)
+    assert golden is not None
+    whole = models.module("vae").scores(model, [golden.images])
+    models.count_only(model, regions, bundle.meta)
+    expected = models.module("vae").scores(model, [golden.images])
+    assert (expected < whole).any()
+    runtime = OpenVINORuntime.open(bundle)
+    np.testing.assert_allclose(runtime.infer(golden.images)[0], expected, rtol=1e-3)
+    runtime.close()
+    report = evaluate(Evaluate(engine, CATEGORY, data, tmp_path / "page"), QUIET)
+    assert report["model"]["never_counts"] == 0.3125
+    assert "31.2% of a picture" in (tmp_path / "page/evaluation.html").read_text()
 
 
 # ---- the command ------------------------------------------------------------------------------

@@ -84,7 +84,11 @@ def test_the_graph_takes_uint8_pictures_and_a_bank_and_gives_raw_scores_and_maps
     model = onnx.load(graph)
     u8, f32 = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
     inputs, outputs = described(model.graph.input), described(model.graph.output)
-    assert inputs == {"image": (u8, ["n", 256, 256, 3]), "memory_bank": (f32, ["m", 384])}
+    assert inputs == {
+        "image": (u8, ["n", 256, 256, 3]),
+        "memory_bank": (f32, ["m", 384]),
+        "keep": (f32, [32, 32]),
+    }
     assert outputs == {"score": (f32, ["n"]), "map": (f32, ["n", 32, 32])}
 
 

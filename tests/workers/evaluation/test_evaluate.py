@@ -30,12 +30,20 @@ from engines import image
 from engines.files import sha256
 from engines.meta import Meta
 from engines.promise import FEW_FOUND
+from engines.regions import Regions
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import STRANGE, Bundle
 from engines.verdict import BLUR_SIGMA, Scale
 from support.project import ASSETS, ROOT, run, write_meta
-from workers.evaluation.measures import aupro, image_measures, label_regions
+from workers.evaluation.measures import (
+    Seen,
+    aupro,
+    image_measures,
+    label_regions,
+    pixel_measures,
+)
 from workers.evaluation.threshold_origin import drawn_chart, limits_of, origin_facts, origin_notes
+from workers.progress import Progress
 
 CATEGORY = "sample_bracket"
 
@@ -256,6 +264,32 @@ def test_a_small_region_counts_as_much_as_a_large_one() -> None:
     regions[:10, :10], regions[15, 15] = 1, 2
     found = (regions == 1).astype(np.float32)  # 100 of 101 pixels; the last one only by chance
     assert aupro(found, regions) == pytest.approx(0.5 + 0.5 * 0.15)
+
+
+def test_pixels_that_never_count_are_in_no_measure(tmp_path: Path) -> None:
+    """A map that is right but for a lamp in the corner."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[30:50, 30:50] = 255
+    cv2.imwrite(str(tmp_path / "0.png"), mask)
+    strange = mask.astype(np.float32)
+    strange[:12, :12] = 1000
+    part = Seen(
+        path=tmp_path / "0.jpg", name="0.jpg", group="anomaly", label="Anomaly", raw_score=1.0,
+        score=1.0, anomaly_map=strange, size=(64, 64), overlay="", decode_ms=0, infer_ms=0,
+    )  # fmt: skip
+    quiet, lamp = Progress(quiet=True), np.zeros((64, 64), bool)
+    lamp[:24, :24] = True
+    whole = pixel_measures([part], tmp_path, 64, quiet)
+    found = pixel_measures([part], tmp_path, 64, quiet, never=Regions(lamp))
+    assert whole is not None
+    assert found is not None
+    assert whole["auroc"] < 0.97 < found["auroc"]
+    assert (whole["regions"], found["regions"]) == (1, 1)
+    lamp[:] = True
+    lamp[0, 0] = False
+    nothing = pixel_measures([part], tmp_path, 64, quiet, never=Regions(lamp))
+    assert nothing is not None
+    assert (nothing["auroc"], nothing["regions"]) == (None, 0)
 
 
 def test_the_pixel_measures_are_those_of_the_maps_and_masks(

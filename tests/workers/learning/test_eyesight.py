@@ -85,3 +85,20 @@ def test_the_same_pictures_have_the_same_defects(pictures: Pictures) -> None:
 def test_one_picture_is_enough_to_draw_on(pictures: Pictures) -> None:
     found = drawn_scores(pictures[:1], lambda _, on: float(on), silent)
     assert {score for _, score in found} == {0.0}
+
+
+def test_none_is_drawn_in_the_middle_of_what_never_counts(pictures: Pictures) -> None:
+    counting = np.zeros((128, 128), bool)
+    counting[:, 70:] = True
+
+    def middle_column(picture: Pictures, on: int) -> float:
+        changed = np.abs(picture.astype(int) - pictures[on]).max(axis=(0, 2))
+        return float(np.average(np.arange(128), weights=changed))
+
+    free = drawn_scores(pictures, middle_column, silent)
+    found = drawn_scores(pictures, middle_column, silent, counting)
+    assert min(score for _, score in free) < 60
+    assert min(score for _, score in found) > 66
+    nowhere = np.zeros((128, 128), bool)
+    nowhere[:2, :2] = True  # no part lies there
+    assert max(score for _, score in drawn_scores(pictures, middle_column, silent, nowhere)) < 10

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from engines.errors import BadBundle, BadDataset
+from engines.errors import BadBundle, BadDataset, BadRequest
 from engines.files import sha256
 from engines.image import ImageLimits
 from engines.limits import Limits
@@ -24,6 +24,7 @@ from engines.meta import Meta
 from engines.store.bundle import read_strange
 from engines.store.golden import Golden
 from engines.store.known_scores import SCORES, KnownScores
+from engines.store.regions import REGIONS, read_regions
 from engines.verdict import Scale
 from support.progress import Said
 from workers.commands import show, summarise_training
@@ -833,3 +834,96 @@ def test_a_vae_begins_without_weights_and_says_so(tmp_path: Path) -> None:
     put(line.train, *range(5))
     assert "weights" not in retrain(line.request(pretrained_pth=None), said)
     assert "Weights of the vae: none to begin with, all are learned" in said.lines
+
+
+# ---- regions that never count -------------------------------------------------------------------
+
+
+def mask(path: Path, columns: int, *, side: int = 128) -> Path:
+    """A PNG in which so many columns from the left never count."""
+    white = np.zeros((side, side), np.uint8)
+    white[:, :columns] = 255
+    cv2.imwrite(str(path), white)
+    return path
+
+
+def spoil(paths: list[Path]) -> None:
+    """Paint noise, of each picture another, where `mask` may be white."""
+    for number, path in enumerate(paths):
+        picture = cv2.imread(str(path))
+        noise = np.random.default_rng(number).integers(0, 256, (128, 12, 3), np.uint8)
+        picture[:, :12] = noise
+        cv2.imwrite(str(path), picture)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vae"])
+def test_what_never_counts_is_not_in_the_threshold_and_is_kept_by_the_next_training(
+    kind: str, tmp_path: Path
+) -> None:
+    line = vae(tmp_path) if kind == "vae" else Line(tmp_path, kind)
+    spoil(put(line.train, *range(10)))
+    plain = line.learn(out_dir=tmp_path / "plain")
+    report = line.learn(regions=mask(tmp_path / "mask.png", 12))
+    meta = Meta.read(line.out / "meta.json")
+    assert meta.regions == REGIONS
+    assert (meta.files or {})[REGIONS] == sha256(line.out / REGIONS)
+    assert report["regions"]["share"] == pytest.approx(12 / 128)
+    if kind == "patchcore":
+        assert report["memory_bank"]["rows"] < plain["memory_bank"]["rows"]
+    if kind == "padim":
+        assert report["calibration"]["threshold"] < plain["calibration"]["threshold"]
+    put(line.train, 20)
+    after = line.go_on()
+    assert after["images"]["known"] == (0 if kind == "vae" else 10)
+    assert after["regions"] == report["regions"]
+    kept = read_regions(line.out, Meta.read(line.out / "meta.json"))
+    assert kept is not None
+    assert kept.mask[:, :12].all()
+    assert not kept.mask[:, 12:].any()
+
+
+def test_an_empty_mask_learns_as_none_does(line: Line) -> None:
+    put(line.train, *range(8))
+    plain = line.learn(out_dir=line.folder / "plain")
+    empty = line.learn(regions=mask(line.folder / "mask.png", 0))
+    assert empty["calibration"] == plain["calibration"]
+    for name in (LEARNED[line.kind], SCORES):
+        assert sha256(line.out / name) == sha256(line.folder / "plain" / name)
+    put(line.train, 20)
+    assert line.go_on()["images"]["known"] == 8
+
+
+def test_other_regions_have_all_learned_anew_where_all_is_there(line: Line) -> None:
+    put(line.train, *range(8))
+    line.learn()
+    said = Said()
+    report = line.go_on(said, regions=mask(line.folder / "mask.png", 6))
+    assert "all 8 pictures are learned anew" in said.text
+    assert report["images"]["known"] == 0
+    anew = line.learn(regions=line.folder / "mask.png", out_dir=line.folder / "anew")
+    assert report["calibration"]["threshold"] == anew["calibration"]["threshold"]
+    next(line.train.iterdir()).unlink()
+    before = line.content()
+    with pytest.raises(BadDataset, match=r"mask of regions.*put them back"):
+        line.go_on(regions=mask(line.folder / "mask.png", 3))
+    assert line.content() == before
+
+
+def test_a_mask_that_fits_no_picture_is_refused_before_anything_is_learned(
+    patchcore: Line,
+) -> None:
+    put(patchcore.train, *range(4))
+    png = patchcore.folder / "mask.png"
+    with pytest.raises(BadRequest, match=r"64 x 64 pixels.* are 128 x 128"):
+        patchcore.learn(regions=mask(png, 6, side=64))
+    with pytest.raises(BadRequest, match=r"mask\.png.*leaves no pixel that counts"):
+        patchcore.learn(regions=mask(png, 128))
+    with pytest.raises(BadBundle, match="no place that counts"):
+        patchcore.learn(regions=mask(png, 127))
+    with pytest.raises(BadRequest, match="cannot be read"):
+        patchcore.learn(regions=patchcore.folder / "none.png")
+    assert not patchcore.out.exists()
+    patchcore.learn(regions=mask(png, 6))
+    mask(patchcore.out / REGIONS, 9)
+    with pytest.raises(BadBundle, match=r"regions\.png is not the file"):
+        patchcore.go_on()

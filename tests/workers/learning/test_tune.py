@@ -241,12 +241,51 @@ def test_the_next_command_that_it_prints_trains_a_model_of_that_auroc(
 
 
 def test_the_next_command_reads_pictures_as_large_as_the_search_did(tmp_path: Path) -> None:
-    request = Tune("padim", tmp_path / "meta.json", "bolt", tmp_path, tmp_path / "out")
+    meta = write_meta(tmp_path / "meta.json")
+    request = Tune("padim", meta, "bolt", tmp_path, tmp_path / "out")
     found = Found([], None, None, "untrained")
     assert "--max_image_pixels" not in _next_command(request, found)
     raised = replace(request, limits=ImageLimits(max_pixels=20_000_000))
     words = _next_command(raised, found)
     assert words[words.index("--max_image_pixels") + 1] == "20000000"
+
+
+def test_the_next_command_looks_past_the_regions_that_the_search_did(tmp_path: Path) -> None:
+    found = Found([], None, None, "untrained")
+    request = Tune("patchcore", write_meta(tmp_path / "meta.json"), "bolt", tmp_path, tmp_path)
+    assert "--regions" not in _next_command(request, found)
+    beside = replace(request, meta_json=write_meta(tmp_path / "m.json", regions="regions.png"))
+    for asked, mask in (
+        (replace(request, regions=tmp_path / "mask.png"), "mask.png"),
+        (beside, "regions.png"),
+        (replace(beside, regions=tmp_path / "mask.png"), "mask.png"),
+    ):
+        words = _next_command(asked, found)
+        flags = vars(retrain.parse(words[2:]))
+        assert flags["regions"] == tmp_path / mask
+
+
+def test_a_trial_looks_past_the_regions_of_the_start_and_its_best_names_none(
+    sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """retrain.py is to be given the mask itself: it does not lie beside the best."""
+    seen: list[Path | None] = []
+
+    def noted(request: Any, progress: Any) -> dict[str, Any]:
+        seen.append(request.regions)
+        assert Meta.read(request.meta_json).regions is None
+        raise BadMeta("enough")
+
+    monkeypatch.setattr("workers.learning.tune.retrain", noted)
+    start = write_meta(tmp_path / "start" / "meta.json", regions="regions.png", **SMALL)
+    mask = start.with_name("regions.png")
+    mask.write_bytes(b"a mask")
+    request = Tune(
+        "patchcore", start, CATEGORY, sample_data, tmp_path / "out", 1, pretrained_pth="untrained"
+    )
+    with pytest.raises(BadMeta, match="enough"):
+        tune(request, Said())
+    assert seen == [mask]
 
 
 def test_it_says_that_its_auroc_is_optimistic(search: Result) -> None:

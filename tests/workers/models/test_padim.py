@@ -469,7 +469,7 @@ def test_the_graph_carries_the_statistics_and_scores_as_the_model(
     model: PaDiM, pictures: Pictures, tmp_path: Path, opset: Any
 ) -> None:
     graph, inputs = padim.graph(model, half=False)
-    assert list(inputs) == ["image"]
+    assert list(inputs) == ["image", "keep"]
     export_onnx(graph, inputs, tmp_path / "model.onnx", opset)
     runtime = OpenVINORuntime(tmp_path / "model.onnx")
     scores, maps = runtime.infer(pictures)

@@ -391,11 +391,11 @@ def test_a_batch_through_the_graph_scores_as_its_images_alone(model: Vae, tmp_pa
     export_onnx(graph, inputs, tmp_path / "model.onnx", 17)
     config = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(str(tmp_path / "model.onnx"), "CPU", config)
-    unseen = parts(21, 22, 23, 24, 25)
-    together = compiled({"image": unseen})
+    unseen, keep = parts(21, 22, 23, 24, 25), inputs["keep"].numpy()
+    together = compiled({"image": unseen, "keep": keep})
     assert together["map"].shape == (5, SIZE // 4, SIZE // 4)
     for index, picture in enumerate(unseen):
-        alone = compiled({"image": picture[None]})
+        alone = compiled({"image": picture[None], "keep": keep})
         for name in ("score", "map"):
             np.testing.assert_allclose(alone[name][0], together[name][index], rtol=1e-4, atol=1e-4)
 

@@ -280,6 +280,8 @@ class _Making:
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
+            if tensor.name == "keep":  # has one shape
+                continue
             least, best, most = (1, 1, self.wanted.max_batch)
             if tensor.name == "memory_bank":
                 if self.wanted.bank is None or self.wanted.max_rows is None:

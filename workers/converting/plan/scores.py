@@ -28,6 +28,9 @@ def score_images(
     try:
         if bank is not None:
             held.put("memory_bank", bank)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        if "keep" in names:  # older graphs have none
+            held.put("keep", np.ones(tuple(engine.get_tensor_shape("keep")), np.float32))
         parts = [images[:1], *(images[at : at + batch] for at in range(1, len(images), batch))]
         return np.concatenate([held.score(part) for part in parts if len(part)])
     finally:
