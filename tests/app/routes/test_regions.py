@@ -170,7 +170,7 @@ def test_large_files_are_those_of_the_version_before_and_a_threshold_keeps_the_m
         assert {path.name for path in two.iterdir()} == names | {REGIONS}
         for name in names - {"meta.json", "manifest.json"}:
             assert (one / name).samefile(two / name), name
-        assert running.store.differ_in_little(NAME, old, new)
+        assert running.store.differences(NAME, old, new) == {"meta.json", REGIONS}
         body = {"threshold": 0.7, "reason": "Too many."}
         limit = changed(running.server.client.put(f"/models/{NAME}/threshold", json=body))
         found = get(running)
