@@ -29,7 +29,8 @@ from engines.errors import (
     Unreadable,
 )
 from engines.serving.resident import Resident, held_back, in_its_place, nobody_instead
-from engines.store.versions import Store
+from engines.store.regions import REGIONS
+from engines.store.versions import META, Store
 
 # Of a version, as the clause of a sentence.
 ENDED_IT = "ended the server while it was opened, so that it is not opened again by itself"
@@ -302,11 +303,14 @@ class ModelManager:
                 await self.loader.shut(model)
 
     async def _takes_nothing(self, old: Resident, version: str) -> bool:
-        """Whether a version has the files of one in memory, but for its meta.json."""
+        """Whether a version has the files of one in memory, but for its meta.json; or the regions,
+        where there is no bank, which would be loaded for them once more.
+        """
+        small = {META} if old.meta.memory_bank else {META, REGIONS}
 
         def look() -> bool:
             with contextlib.suppress(KensaError):  # damaged, or gone since it was loaded
-                return self._store.differ_in_little(old.name, old.version, version)
+                return self._store.differences(old.name, old.version, version) <= small
             return False
 
         return await self.loader.do(look)

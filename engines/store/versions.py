@@ -45,7 +45,7 @@ from engines.regions import Regions
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, check_files, check_hash
 from engines.store.golden import GOLDEN
 from engines.store.known_scores import SCORES
-from engines.store.regions import REGIONS, without_regions, write_regions
+from engines.store.regions import without_regions, write_regions
 
 NAME = r"^[\w-]{1,64}$"  # of a model: letters of any alphabet
 MANIFEST = "manifest.json"
@@ -182,11 +182,10 @@ class Store:
             check_hash(path, expected)
         return folder
 
-    def differ_in_little(self, name: str, one: str, other: str) -> bool:
-        """Whether two versions have the same large files: only meta.json and the regions differ."""
-        pair = self.manifest(name, one).files, self.manifest(name, other).files
-        first, second = ({**files, META: "", REGIONS: ""} for files in pair)
-        return first == second
+    def differences(self, name: str, one: str, other: str) -> set[str]:
+        """Which files two versions do not share: meta.json alone where the threshold differs."""
+        first, second = (self.manifest(name, version).files for version in (one, other))
+        return {file for file, _ in first.items() ^ second.items()}
 
     # ---- the live version ---------------------------------------------------------------------
 

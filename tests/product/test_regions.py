@@ -53,7 +53,10 @@ class Line:
         return open_model(folder, CATEGORY, folder.name, self.how, self.whole)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=["patchcore", "padim", "vae", pytest.param("efficientad", marks=pytest.mark.soak)],
+)
 def engine(
     request: pytest.FixtureRequest, assets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

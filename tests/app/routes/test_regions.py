@@ -27,7 +27,7 @@ from engines.store.regions import REGIONS, as_png, of_polygons
 from engines.store.versions import Store
 from support.damage import picture, saved
 from support.line import NAME, Line, line
-from support.plans import SIDE, seal, tiny_bundle
+from support.plans import SIDE, seal, tiny_bundle, tiny_onnx
 from support.server import agreed
 
 WIDTH, HEIGHT = 64, 48
@@ -170,7 +170,7 @@ def test_large_files_are_those_of_the_version_before_and_a_threshold_keeps_the_m
         assert {path.name for path in two.iterdir()} == names | {REGIONS}
         for name in names - {"meta.json", "manifest.json"}:
             assert (one / name).samefile(two / name), name
-        assert running.store.differ_in_little(NAME, old, new)
+        assert running.store.differences(NAME, old, new) == {"meta.json", REGIONS}
         body = {"threshold": 0.7, "reason": "Too many."}
         limit = changed(running.server.client.put(f"/models/{NAME}/threshold", json=body))
         found = get(running)
@@ -200,6 +200,79 @@ def test_where_it_is_is_seen_on_a_part(model: Path, photo: bytes, tmp_path: Path
         assert learned[5, 5, 0] > learned[5, 5, 1] + 50
         running.score(photo)
         assert (shown()[20:] == picture(HEIGHT, WIDTH)[20:]).all()
+
+
+# ---- what judges ------------------------------------------------------------------------------
+
+
+def part(top: int = 90, bottom: int = 90) -> bytes:
+    """A grey part with a stripe at its upper edge, where the clamp is, and one at the lower."""
+    pixels = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+    pixels[:6] = top
+    pixels[-6:] = bottom
+    return saved(Image.fromarray(pixels), "PNG")
+
+
+def test_what_a_region_hides_is_no_part_of_the_score_and_all_else_is_the_same(
+    model: Path, tmp_path: Path
+) -> None:
+    with line(tmp_path, model) as running:
+        clean, marked, low, both = part(), part(top=255), part(bottom=200), part(255, 200)
+        _, of_clean = running.score(clean)
+        _, of_low = running.score(low)
+        assert of_clean < of_low < running.score(marked)[1] == running.score(both)[1]
+        assert running.server.infer(marked).json()["label"] == "Anomaly"
+        changed(put(running, mask()))
+        assert running.score(low)[1] == running.score(both)[1] == of_low
+        assert running.score(clean)[1] == running.score(marked)[1] == of_clean
+        assert running.server.infer(marked).json()["label"] == "Normal"
+        assert running.server.infer(both).json()["label"] == "Anomaly"
+        changed(put(running, mask(0)))  # an empty mask changes nothing
+        assert running.score(low)[1] == of_low
+        assert running.server.infer(marked).json()["label"] == "Anomaly"
+        loaded = [one for one in running.server.log.read_text().splitlines() if "Loaded " in one]
+        assert ["the regions alone" in one for one in loaded] == [False, True, True]
+
+
+def test_a_mask_that_leaves_a_model_no_place_is_refused_and_nothing_changes(
+    model: Path, tmp_path: Path
+) -> None:
+    with line(tmp_path, model) as running:
+        before = running.model()
+        answer = put(running, mask(HEIGHT - 2))
+        assert (answer.status_code, agreed(answer)) == (422, "bad_bundle")
+        assert "leave no place that counts" in answer.json()["error"]
+        assert running.model() == before
+        assert changed(put(running, mask()))["never_counts"] == 0.25
+
+
+def test_a_model_of_an_older_kensa_is_to_be_converted_first(tmp_path: Path) -> None:
+    old = tiny_bundle(tmp_path / "old")
+    tiny_onnx(old / "model.onnx", bank=False, keep=False)
+    seal(old)
+    with line(tmp_path, old) as running:
+        before, score = running.model(), running.score(part())
+        answer = put(running, mask())
+        assert (answer.status_code, agreed(answer)) == (422, "bad_bundle")
+        assert "convert the model again" in answer.json()["error"]
+        assert running.model() == before
+        assert running.score(part()) == score
+
+
+def test_the_gate_holds_a_mask_that_hides_a_known_defect(model: Path, tmp_path: Path) -> None:
+    known = tmp_path / "known"
+    shutil.copytree(model, known)
+    images = np.full((2, SIDE, SIDE, 3), 90, np.uint8)
+    images[1, :4] = 255
+    Golden(images, np.array([False, True])).write(known)
+    seal(known)
+    with line(tmp_path, known) as running:
+        held = changed(put(running, mask(), gate=True))
+        assert running.wait(held["version"], "live", "held") == "held"
+        gate = version_of(running, held["version"])["gate"]
+        assert "1 of 1 known defects pass now" in gate["reasons"][0]
+        assert gate["regions"] == {"was": 0.0, "becomes": 0.25}
+        assert running.server.infer(part(top=255)).json()["label"] == "Anomaly"
 
 
 # ---- the gate, zips ---------------------------------------------------------------------------

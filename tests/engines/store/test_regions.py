@@ -238,9 +238,10 @@ def test_a_version_with_other_regions_has_all_other_files_and_says_whose(tmp_pat
     assert store.manifest("part", second).origin == {
         "category": "bolt", "parent": first, "regions_of": base,
     }  # fmt: skip
-    assert all(store.differ_in_little("part", base, one) for one in folders)
+    assert store.differences("part", first, second) == {"meta.json", REGIONS}
+    assert store.differences("part", base, last) == set()
     other = store.take_in("part", tiny_bundle(tmp_path / "other", offset=1.0), {})
-    assert not store.differ_in_little("part", first, other)
+    assert store.differences("part", base, other) == {"meta.json", "model.onnx"}
 
 
 def test_a_version_that_was_put_aside_before_it_judged_leaves_nothing(tmp_path: Path) -> None:

@@ -196,3 +196,22 @@ def test_a_retraining_begins_with_the_mask_of_the_version_that_it_starts_from(
     (found,) = seen
     assert found is not None
     assert (found.mask == hidden.mask).all()
+
+
+def test_what_a_job_learns_on_top_of_a_version_keeps_its_mask(tmp_path: Path) -> None:
+    train = tmp_path / "datasets" / "train" / "bolt"
+    train.mkdir(parents=True)
+    for seed in range(4):
+        cv2.imwrite(str(train / f"{seed}.png"), draw_part(seed, None, 128)[0])
+    store, hidden = Store(tmp_path / "models"), np.zeros((128, 128), np.bool_)
+    hidden[:12, :12] = True
+    first = learned(tmp_path, "1")
+    assert first["state"] == "succeeded", first
+    masked = store.publish_regions("part", first["version"], Regions(hidden), {})
+    again = learned(tmp_path, "2", {"convert": False})
+    assert again["state"] == "succeeded", again
+    assert store.manifest("part", again["version"]).origin["parent"] == masked
+    folder = store.check("part", again["version"])
+    found = read_regions(folder, Meta.read(folder / "meta.json"))
+    assert found is not None
+    assert (found.mask == hidden).all()
