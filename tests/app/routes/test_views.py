@@ -364,7 +364,7 @@ def test_a_server_that_ends_decides_what_is_open_and_one_that_is_killed_forgets_
 def test_many_parts_of_two_lines_are_decided_once_each_and_none_is_mixed(
     running: Line, good: bytes, bad: bytes
 ) -> None:
-    two_lines(running.server, good, bad, parts=20, at_once=4, lossy_s=5)
+    two_lines(running.server, good, bad, parts=20, at_once=2, lossy_s=5)
 
 
 @pytest.mark.soak
@@ -372,7 +372,7 @@ def test_many_parts_of_two_lines_are_decided_once_each_and_none_is_mixed(
 def test_a_thousand_parts_of_two_lines_are_decided_once_each_and_none_is_mixed(
     running: Line, good: bytes, bad: bytes
 ) -> None:
-    two_lines(running.server, good, bad, parts=500, at_once=4, lossy_s=20)
+    two_lines(running.server, good, bad, parts=500, at_once=2, lossy_s=20)
 
 
 def two_lines(
@@ -457,8 +457,11 @@ async def send_part(
     query: dict[str, Any] = {"of": ",".join(VIEWS), "line": name, "deadline_ms": deadline_ms}
 
     async def view(which: str, data: bytes) -> dict[str, Any]:
-        answer = await client.post(path_of(part, which), params=query, content=data,
-                                   headers={"Content-Type": "image/png"})  # fmt: skip
+        while True:
+            answer = await client.post(path_of(part, which), params=query, content=data,
+                                       headers={"Content-Type": "image/png"})  # fmt: skip
+            if answer.status_code not in (503, 504):  # of a busy machine: a PLC asks again
+                break
         assert answer.status_code == 200, answer.text
         said: dict[str, Any] = answer.json()
         assert (said["part"], said["line"], said["view"]) == (part, name, which)
