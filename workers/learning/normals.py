@@ -112,10 +112,11 @@ class Course:
     def looks(self, paths: list[Path]) -> list[Look]:
         """What these images look like: they are read where they were not yet."""
         known = {path: file.look for images in self.read for path, file in images.files.items()}
-        unread = self._images([path for path in paths if path not in known], "verify")
-        for _ in unread:
-            pass
-        known |= {path: file.look for path, file in unread.files.items()}
+        if others := [path for path in paths if path not in known]:  # of an older model
+            unread = self._images(others, "verify")
+            for _ in unread:
+                pass
+            known |= {path: file.look for path, file in unread.files.items()}
         return [look for path in paths if (look := known.get(path)) is not None]
 
     def _images(self, paths: list[Path], phase: str) -> Images:
