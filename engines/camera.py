@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Code = Literal[
-    "camera_size", "camera_frozen", "camera_turned", "camera_shifted", "camera_dark",
-    "camera_bright", "camera_blurred",
+    "camera_size", "camera_turned", "camera_shifted", "camera_dark", "camera_bright",
+    "camera_blurred", "camera_frozen",
 ]  # fmt: skip
 
 SIDE = 32  # pixels of the small picture that is laid over the mean one

@@ -63,7 +63,7 @@ class Usable:
                 f"The camera sends the same picture again and again: {FROZEN} times within the"
                 f" last {LAST} parts."
             )
-            faults.insert(0, Fault("camera_frozen", reason))
+            faults.append(Fault("camera_frozen", reason))
         return next((fault for fault in faults if fault.code in self.asked), None)
 
     def forget(self, name: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from scipy import stats
 
 from app.settings import Settings
 from engines.camera import CODES, FEW, LEAST, NAMES, Camera, Learned, Statistic, measure, student
+from engines.image import resize
 from support.camera import (
     NO_SCORES,
     Picture,
@@ -246,3 +248,25 @@ def test_the_place_of_a_part_is_told_to_a_hundredth_of_the_picture(known: Camera
 
 def test_every_code_has_a_setting() -> None:
     assert Settings(unusable="all").unusable_codes == {*CODES}
+
+
+@pytest.mark.alone
+def test_what_measuring_a_picture_costs_is_little(
+    known: Camera, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = cv2.resize(part(1), (1024, 1024), interpolation=cv2.INTER_CUBIC)
+    pixels, took = resize(picture, 256), []
+    values = known.measure(picture, pixels)
+    for work in (
+        lambda: known.measure(picture, pixels),
+        lambda: known.faults(values, [values] * (FEW - 1)),
+    ):
+        times = []
+        for _ in range(50):
+            began = time.perf_counter()
+            work()
+            times.append((time.perf_counter() - began) * 1000)
+        took.append(min(times))
+    with capsys.disabled():
+        print(f"\nmeasuring {took[0]:.2f} ms, judging {took[1]:.2f} ms")
+    assert sum(took) < 5  # of a part's 35 and more

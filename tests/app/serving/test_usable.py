@@ -224,6 +224,16 @@ def test_a_plc_that_asks_for_the_same_part_again_and_again_freezes_nothing(
         assert asked(tmp_path, model(known), work, repeat_s=repeat_s) == ["Normal"] * 6
 
 
+def test_a_black_picture_that_comes_again_and_again_is_dark_first(
+    known: Camera, tmp_path: Path
+) -> None:
+    black = np.zeros((256, 256, 3), np.uint8)
+    found = sent(tmp_path, model(known), *[black] * 4)
+    assert [one["unusable"]["code"] for one in found] == ["camera_dark"] * 4
+    still = sent(tmp_path, model(known), *[black] * 4, unusable="frozen")
+    assert [one["label"] for one in still] == ["Normal", "Normal", "Unusable", "Unusable"]
+
+
 def test_a_new_version_begins_anew(known: Camera) -> None:
     usable = Usable(frozenset(CODES))
     seen = Measured(None, "a")
