@@ -74,8 +74,8 @@ SENTENCES: dict[str, tuple[str, str]] = {
     "score_limit": ("score {score}, limit {limit}", "スコア {score}、しきい値 {limit}"),
     "changes": ("What was changed", "変更と記録"),
     "no_changes": (
-        "No version, threshold or key was changed.",
-        "バージョン、しきい値、API キーの変更はありません。",
+        "No version, threshold, region or key was changed.",
+        "バージョン、しきい値、検査対象外の領域、API キーの変更はありません。",
     ),
     "marks_given": ("Parts were marked by: {who}.", "部品を確認した人: {who}。"),
     "more_changes": (

@@ -195,7 +195,7 @@ def test_a_shift_that_is_running_is_compared_up_to_the_same_time(record: Decisio
 def test_an_empty_shift_says_so_and_one_that_has_not_begun(record: DecisionDatabase) -> None:
     page = drawn(record)
     assert "Nothing was inspected in this shift." in page
-    assert "No version, threshold or key was changed." in page
+    assert "No version, threshold, region or key was changed." in page
     assert "2026-11-28 (Sat) 06:00 – 14:00" in page
     assert "Asia/Tokyo" in page
     assert "This shift has not begun." in drawn(record, made=BEGAN - timedelta(hours=1))
