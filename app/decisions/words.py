@@ -75,7 +75,7 @@ SENTENCES: dict[str, tuple[str, str]] = {
     "changes": ("What was changed", "変更と記録"),
     "no_changes": (
         "No version, threshold, region or key was changed.",
-        "バージョン、しきい値、検査対象外の領域、API キーの変更はありません。",
+        "バージョン、しきい値、判定しない領域、API キーの変更はありません。",
     ),
     "marks_given": ("Parts were marked by: {who}.", "部品を確認した人: {who}。"),
     "more_changes": (
