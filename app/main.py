@@ -129,7 +129,12 @@ def create_app(settings: Settings) -> FastAPI:
     challenger.on_note = lambda what, who, name, reason, details: recorder.note(
         what, who, name, reason, **details
     )
-    challenger.on_change = repeats.forget
+
+    def on_release() -> None:
+        repeats.forget()
+        of_views.forget(inspector.not_released)
+
+    challenger.on_change = on_release
     rollout.doubts_of = challenger.doubts
 
     @asynccontextmanager

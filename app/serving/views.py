@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from app.serving.inspection import Inspection
 from app.settings import Settings
-from engines.errors import Conflict, LateView, Overloaded, UnknownDecision
+from engines.errors import Conflict, LateView, NotReleased, Overloaded, UnknownDecision
 
 MOST_VIEWS = 32  # of a part
 MOST_OPEN = 1000  # parts whose views are awaited
@@ -64,6 +64,19 @@ class Look:
     def counts(self) -> bool:
         """Whether it has a verdict, or may still get one."""
         return self.inspection is not None or not self.ended.is_set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is NG, or has no verdict, because its model was not released."""
+        stopped = self.inspection is not None and self.inspection.not_released
+        return stopped or self.code == NotReleased.code
+
+    def is_passed_by(self, models: Collection[str]) -> bool:
+        """Whether one of these models said that it is normal."""
+        judged = self.inspection
+        return (
+            judged is not None and judged.verdict.label == "Normal" and judged.model.name in models
+        )
 
     def shows(self, other: Look) -> bool:
         """Whether it is the same picture, for the same model."""
@@ -252,6 +265,24 @@ class Views:
                 f" {self._remember_s} s: GET /parts/{{part}} has what was decided before."
             )
         return part
+
+    def forget(self, not_released: Collection[str]) -> None:
+        """It has changed which models are released: nobody gets an answer from before.
+
+        A view that waits for others lost its verdict where its model is closed, and may be sent
+        again. A part that passed before, or is NG because a model was closed, may begin anew.
+        """
+        for part in self._open.values():
+            for look in part.judged:
+                if look.is_passed_by(not_released):
+                    self._release(look)
+                    look.inspection, look.code = None, NotReleased.code
+        for key, part in list(self._decided.items()):
+            passed = part.state == "normal" and any(
+                look.is_passed_by(not_released) for look in part.judged
+            )
+            if passed or any(look.is_stopped for look in part.looks.values()):
+                del self._decided[key]
 
     def close(self) -> None:
         """Decide what is open: the views that have not come are missing."""

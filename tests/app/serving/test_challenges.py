@@ -236,6 +236,38 @@ def test_a_part_that_is_sent_again_gets_no_answer_from_before(
         assert server.infer(grey(GOOD), **TEXT, **named).text.startswith("OK ")
 
 
+@pytest.mark.parametrize("way", ["refuse", "ng"])
+def test_no_part_of_several_views_passes_by_what_was_said_before_its_model_was_closed(
+    way: str, sees: Path, blind: Path, tmp_path: Path
+) -> None:
+    """Neither one that is decided, nor one that waits for a view by a model that is released."""
+    with line(tmp_path, blind, KENSA_NOT_RELEASED=way) as running:
+        server = running.server
+        running.publish(sees, "other")
+        until(lambda: server.client.get("/v2/models/other/ready").status_code == 200)
+
+        def send(part: str, view: str, model: str = NAME) -> str:
+            answer = server.client.post(
+                f"/parts/{part}/views/{view}?of=2&model={model}&deadline_ms=4000",
+                content=grey(GOOD), headers={**RAW, **TEXT},
+            )  # fmt: skip
+            return answer.text.strip()
+
+        put(server.client)
+        assert [send("KB-1", "left"), send("KB-1", "top")][1].startswith("OK ")
+        assert send("KB-2", "left") == "PENDING 1/2"
+        challenged(server)
+        again = [send("KB-1", "left"), send("KB-1", "top")]
+        refused = ["ERR not_released"] * 2
+        assert again == refused if way == "refuse" else again[1].startswith("NG ")
+        assert send("KB-2", "top", "other") == "PENDING 1/2"
+        said = server.client.get("/parts/KB-2/verdict?wait_ms=6000")
+        assert (said.json()["verdict"], said.json()["missing"]) == ("none", ["left"])
+        assert said.json()["views"][0]["code"] == "not_released"
+        assert server.client.post(f"/models/{NAME}/release", json=WHY).status_code == 200
+        assert [send("KB-1", "left"), send("KB-1", "top")][1].startswith("OK ")
+
+
 def test_a_model_that_is_challenged_no_more_is_released(blind: Path, tmp_path: Path) -> None:
     with closed(tmp_path, blind) as running:
         client, path = running.server.client, f"/models/{NAME}/challenges"
