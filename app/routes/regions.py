@@ -19,6 +19,7 @@ from app.http.accept import wanted
 from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
+from app.http.part import visible
 from app.routes.models import CHANGE, state_of
 from app.serving.rollout import Rollout
 from app.settings import Settings
@@ -353,10 +354,10 @@ def _polygons(data: bytes) -> PolygonsBody:
 
 
 def _said(reason: str | None) -> str:
-    """Raise BadRequest where nobody says why."""
+    """Why. Raises BadRequest where nobody says it, or it cannot be seen."""
     if not (reason or "").strip():
         raise BadRequest("Say why, in a sentence, with reason: it stands in the audit trail.")
-    return str(reason)
+    return visible(str(reason), "reason", MOST_REASON)
 
 
 def _limits(request: Request) -> ImageLimits:

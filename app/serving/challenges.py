@@ -348,10 +348,12 @@ class Challenger:
 
     async def doubts(self, model: Resident) -> list[str]:
         """What speaks against a version that is to go live: known pictures that it misjudges."""
-        found = self._sets.get(model.name)
-        if found is None:
+        while (found := self._sets.get(model.name)) is not None:
+            judged = [await self._judge(model.name, one, model) for one in found.pictures]
+            if found.is_as(self._sets.get(model.name)):  # else those before are gone from the disk
+                break
+        else:
             return []
-        judged = [await self._judge(model.name, one, model) for one in found.pictures]
         wrong = [one for one in judged if not one.right]
         if not wrong:
             return []

@@ -328,6 +328,10 @@ class Views:
         if (before := part.looks.get(look.view)) is not None and before is not look:
             self._release(before)
         part.looks[look.view] = look
+        if len(part.looks) > MOST_VIEWS:  # each under another name, as of a sender that counts
+            first = next((one for one in part.looks.values() if not one.counts), look)
+            if first is not look:
+                self._release(part.looks.pop(first.view))
 
     def _hold(self, look: Look, image: bytes, inspection: Inspection | None) -> None:
         """Keep picture and map for the record, where there is room."""

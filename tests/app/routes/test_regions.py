@@ -464,6 +464,9 @@ def test_another_type_of_body_and_one_without_a_reason_are_refused(refusing: Lin
     unchanged(refusing, answer, 422, "bad_request", "Say why")
     answer = put(refusing, mask(), reason="x" * 501)
     unchanged(refusing, answer, 422, "bad_request", "500")
+    for unseen in ("A clamp\n", "\0", "A \u202epmalc"):
+        answer = put(refusing, mask(), reason=unseen)
+        unchanged(refusing, answer, 422, "bad_request", "cannot be seen")
     unchanged(refusing, client.delete(PATH), 422, "bad_request", "reason")
     answer = client.delete(PATH, params={"reason": " "})
     unchanged(refusing, answer, 422, "bad_request", "Say why")

@@ -533,6 +533,30 @@ def inside(folder: Path, bundles: list[Path], work: Work, **settings: Any) -> No
     in_process(settings_of(folder, **settings), known)
 
 
+def test_the_gate_shows_the_known_pictures_that_are_named_at_its_end(
+    sees: Path, tmp_path: Path
+) -> None:
+    """Those before are gone from the disk then, which speaks against no version."""
+
+    async def work(client: httpx.AsyncClient, app: Any) -> None:
+        inspector, looked = app.state.inspector, app.state.inspector.look
+        others = [("good", ("g.png", grey(GOOD + 1))), ("bad", ("b.png", grey(BAD + 1)))]
+        seen: list[bytes] = []
+
+        async def look(image: Any, model: Any) -> Any:
+            if not seen:
+                path = f"/models/{NAME}/challenges"
+                assert (await client.put(path, files=others, data=WHY)).status_code == 200
+            seen.append(image)
+            return await looked(image, model)
+
+        inspector.look = look
+        assert await app.state.challenger.doubts(inspector.residents.get(NAME)) == []
+        assert seen == [grey(GOOD), grey(GOOD + 1), grey(BAD + 1)]
+
+    inside(tmp_path, [sees], work)
+
+
 def test_a_challenge_is_of_the_version_that_is_live_at_its_end(
     sees: Path, blind: Path, tmp_path: Path
 ) -> None:

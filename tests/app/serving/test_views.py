@@ -16,7 +16,7 @@ import pytest
 from app.serving import views as module
 from app.serving.inference_statistics import Timing
 from app.serving.inspection import Inspection, Seen
-from app.serving.views import MISSING, Key, Look, Of, Part, Views
+from app.serving.views import MISSING, MOST_VIEWS, Key, Look, Of, Part, Views
 from app.settings import Settings
 from engines.errors import Conflict, LateView, Overloaded, RuntimeFailed, UnknownDecision
 from engines.verdict import judge
@@ -316,6 +316,20 @@ def test_a_view_under_a_wrong_name_without_a_verdict_takes_nobodys_place() -> No
         for view in ("left", "top"):
             part, _ = await line.send(view, 0.1)
         assert part.state == "normal"
+
+    run(scene)
+
+
+def test_views_without_a_verdict_each_under_another_name_are_held_in_bounds() -> None:
+    async def scene(line: Line) -> None:
+        await line.send("left", 0.1)
+        for number in range(3 * MOST_VIEWS):
+            with pytest.raises(RuntimeFailed):
+                await line.send(f"top-{number}", BROKEN)
+        part, _ = await line.send("top", 0.1)
+        assert (part.state, part.decided_by) == ("normal", "left")
+        assert len(part.looks) == MOST_VIEWS
+        assert line.views._held == 0
 
     run(scene)
 
