@@ -107,7 +107,7 @@ _PENDING: dict[str, Any] = {
     "of": 2, "missing": ["top"], "left_ms": 1480,
     "views": [
         {"view": "left", "id": EXAMPLE["id"], "model_name": "sample_bracket",
-         "model_version": "3f9a0c41d2e8", "label": "Anomaly", "is_anomalous": True,
+         "model_version": "0001-3f9a0c41d2e8", "label": "Anomaly", "is_anomalous": True,
          "raw_score": 2.8731, "score": 0.8712, "threshold": 0.5, "raw_threshold": 1.6204,
          "code": None}
     ],
@@ -160,7 +160,7 @@ _OF_PART: dict[int | str, dict[str, Any]] = {
     200: _success(_DECIDED),
     404: error_response(
         "No view of such a part came lately.",
-        unknown_decision="No view of a part 'KB-2046' came from you within the last 60 s: ...",
+        unknown_decision="No view of a part 'KB-2046' came from you without a line, within ...",
     ),
 }
 
