@@ -86,8 +86,10 @@ STATISTICS: dict[str, Statistic] = {
         "likeness upright, not upside down",
         "{:+.2f}",
     ),
-    "width": Statistic(0.01, "camera_size", "camera_size", 3.0, math.inf, "width", "{:.2f}"),
-    "height": Statistic(0.01, "camera_size", "camera_size", 3.0, math.inf, "height", "{:.2f}"),
+    "width": Statistic(0.01, "camera_size", "camera_size", 3.0, math.inf, "width", "{:.0f} pixels"),
+    "height": Statistic(
+        0.01, "camera_size", "camera_size", 3.0, math.inf, "height", "{:.0f} pixels"
+    ),
     "aspect": Statistic(0.01, "camera_size", "camera_size", 3.0, math.inf, "aspect", "{:.2f}"),
 }
 NAMES = tuple(STATISTICS)
@@ -456,7 +458,7 @@ def _sentence(code: Code, name: str, value: float, low: float, high: float, of: 
         value, low, high = (math.exp(one) for one in (value, low, high))
     words, form = STATISTICS[name].words, STATISTICS[name].form
     said, least, most = (form.format(one) for one in (value, low, high))
-    usual = f"{least} to {most}"
+    usual = f"{least.removesuffix(' pixels')} to {most}"
     if math.isinf(low) or math.isinf(high):
         usual = f"at most {most}" if math.isinf(low) else f"at least {least}"
     return f"{_SAID[code]}: {of} has a {words} of {said}, and {usual} is usual."

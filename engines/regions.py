@@ -43,6 +43,13 @@ class Regions:
         """Which of (h, w) pixels of a picture never count: all that a region touches."""
         return _touched(self.mask, shape)
 
+    def reached(self, size: int, reach: int) -> NDArray[np.bool_]:
+        """What of a model's input (size, size) is in a region or within its reach, both pixels."""
+        white = self.white((size, size)).astype(np.uint8)
+        side = 2 * reach + 1
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+        return np.asarray(cv2.dilate(white, disc) > 0)
+
     def cells(self, size: int, shape: tuple[int, int], reach: int) -> NDArray[np.float32]:
         """Which of (h, w) places of a model count: 1 where they do, else 0.
 
@@ -53,10 +60,7 @@ class Regions:
         Raises:
             BadBundle: none of them counts.
         """
-        white = self.white((size, size)).astype(np.uint8)
-        side = 2 * reach + 1
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-        keep = ~_touched(cv2.dilate(white, disc) > 0, shape)
+        keep = ~_touched(self.reached(size, reach), shape)
         if not keep.any():
             raise BadBundle(
                 f"These regions leave no place that counts: what is in them reaches {reach} pixels"

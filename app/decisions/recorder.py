@@ -23,7 +23,7 @@ from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.serving.views import MISSING, Look, Part
 from app.settings import Settings
-from engines.errors import Conflict, DeadlineExceeded, DiskFull, KensaError, NotReleased
+from engines.errors import Conflict, DeadlineExceeded, DiskFull, KensaError
 from engines.verdict import Label
 
 WAIT_S = 10.0  # for the record to be opened: a long one is looked through first
@@ -449,20 +449,13 @@ def _decision(asked: Asked, done: Inspection) -> Decision:
     return Decision(
         id=asked.id, part=asked.part, at=_now(), model=done.model.name,
         version=done.model.version, scorer=short_sha256(done.model.made_of),
-        verdict=_WORDS[verdict.label], code=_code(done),
+        verdict=_WORDS[verdict.label], code=done.code,
         raw_score=verdict.raw_score, score=verdict.score, threshold=verdict.threshold,
         raw_threshold=verdict.raw_threshold, queue_ms=round(timing.queue_ms, 2),
         decode_ms=round(timing.decode_ms, 2), infer_ms=round(timing.infer_ms, 2),
         total_ms=round(timing.total_ms, 2), sha256=seen.sha256, format=seen.kind,
         width=seen.width, height=seen.height, who=asked.who,
     )  # fmt: skip
-
-
-def _code(done: Inspection) -> str:
-    """Why a verdict is not what its score says; empty where it is."""
-    if done.verdict.unusable is not None:
-        return done.verdict.unusable.code
-    return NotReleased.code if done.not_released else ""
 
 
 def _no_decision(asked: Asked, code: str) -> Decision:

@@ -111,7 +111,7 @@ EXAMPLE = {
     "part": "KB-2046/A 17",
     "repeat_of": None,
     "model_name": "sample_bracket",
-    "model_version": "3f9a0c41d2e8",
+    "model_version": "0001-3f9a0c41d2e8",
     "label": "Anomaly",
     "is_anomalous": True,
     "unusable": None,

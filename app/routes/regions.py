@@ -196,12 +196,16 @@ async def regions(request: Request, name: Name, version: Which = None) -> Any:
     responses={200: {"description": "A PNG.", "content": {PNG: _BINARY}}, **_LOOK},
 )
 async def overlay(request: Request, name: Name, version: Which = None) -> Response:
-    """Painted red over a part: the newest whose picture is kept, else one that was learned."""
+    """Painted red over a part: the newest whose picture is kept, else one that was learned.
+
+    Paler red is within the mask's reach: it does not count either.
+    """
 
     def look() -> bytes:
         known = _known(request, name, version)
         mask = _must_have(name, known, _read(request, name, known))
-        return drawn_over(_picture(request, name, known, mask), mask)
+        meta = Meta.read(_store(request).folder(name, known) / META)
+        return drawn_over(_picture(request, name, known, meta, mask), mask, meta)
 
     return Response(await _aside(look), media_type=PNG)
 
@@ -298,12 +302,13 @@ def _must_have(name: str, version: str, mask: Regions | None) -> Regions:
     return mask
 
 
-def _picture(request: Request, name: str, version: str, mask: Regions) -> NDArray[np.uint8]:
+def _picture(
+    request: Request, name: str, version: str, meta: Meta, mask: Regions
+) -> NDArray[np.uint8]:
     """A part (h, w, 3) to draw a mask on: the newest that is kept, one that was learned, or grey.
 
     A kept one is as large as the mask.
     """
-    meta = Meta.read(_store(request).folder(name, version) / META)
     height, width = mask.mask.shape
     recorder: Recorder = request.app.state.recorder
     for kept in _last_parts(request, name):

@@ -55,7 +55,10 @@ class ViewBody(Body):
     score: float | None
     threshold: float | None
     raw_threshold: float | None
-    code: str | None = Field(description="Why it has no verdict; it may be sent again.")
+    code: str | None = Field(
+        description="Why it has no verdict, and may be sent again; or why its verdict is not what"
+        " its score says, such as `camera_dark` or `not_released`; else null."
+    )
 
 
 class PartBody(Body):
@@ -74,8 +77,7 @@ class PartBody(Body):
         description="Null while it is pending; true for all but `normal`: nobody may pass it."
     )
     code: str | None = Field(
-        description=f"`{MISSING}` where a view is missing; why the worst picture is not usable,"
-        " such as `camera_dark`; else null."
+        description=f"`{MISSING}` with `none`; else as of the worst view, such as `camera_dark`."
     )
     decided_by: str | None = Field(description="The worst view, or the first that is missing.")
     score: float | None = Field(
@@ -105,7 +107,7 @@ _PENDING: dict[str, Any] = {
     "of": 2, "missing": ["top"], "left_ms": 1480,
     "views": [
         {"view": "left", "id": EXAMPLE["id"], "model_name": "sample_bracket",
-         "model_version": "3f9a0c41d2e8", "label": "Anomaly", "is_anomalous": True,
+         "model_version": "0001-3f9a0c41d2e8", "label": "Anomaly", "is_anomalous": True,
          "raw_score": 2.8731, "score": 0.8712, "threshold": 0.5, "raw_threshold": 1.6204,
          "code": None}
     ],
@@ -121,6 +123,7 @@ _HEADERS = {
     "X-Kensa-Views": "How many views have a verdict, of how many: 2/4.",
     "X-Kensa-Missing": "The views without a verdict, separated by commas; absent without any.",
     "X-Kensa-Decided-By": "The view whose verdict is the part's; absent while it is pending.",
+    "X-Kensa-Unusable": "Why the part's picture is not usable, such as camera_dark; else absent.",
     "X-Kensa-Repeat-Of": "The id of the request that brought this picture first; else absent.",
 }
 
@@ -135,7 +138,7 @@ def _success(example: dict[str, Any], *media_types: str) -> dict[str, Any]:
         },
         "content": {
             "application/json": {"example": example},
-            "text/plain": {"schema": {"type": "string"}, "example": "PENDING 2/4\n"},
+            "text/plain": {"schema": {"type": "string"}, "example": "PENDING 1/2\n"},
             **dict.fromkeys(media_types, binary),
         },
     }
@@ -157,7 +160,7 @@ _OF_PART: dict[int | str, dict[str, Any]] = {
     200: _success(_DECIDED),
     404: error_response(
         "No view of such a part came lately.",
-        unknown_decision="No view of a part 'KB-2046' came from you within the last 60 s: ...",
+        unknown_decision="No view of a part 'KB-2046' came from you without a line, within ...",
     ),
 }
 
@@ -386,6 +389,9 @@ def _headers(part: Part) -> dict[str, str]:
         found["X-Kensa-Missing"] = ",".join(part.missing)
     if part.is_decided:
         found["X-Kensa-Decided-By"] = part.decided_by
+    worst = part.worst
+    if part.state == "unusable" and worst is not None and worst.inspection is not None:
+        found["X-Kensa-Unusable"] = worst.inspection.code
     return found
 
 
@@ -394,11 +400,10 @@ def _state(part: Part) -> dict[str, Any]:
     state = part.state
     worst = part.worst if state not in ("pending", "none") else None
     found = worst.inspection if worst is not None else None
-    unusable = found.verdict.unusable if found is not None else None
     return {
         "id": part.id, "part": part.key.part, "line": part.key.line or None, "verdict": state,
         "is_anomalous": state != "normal" if part.is_decided else None,
-        "code": MISSING if state == "none" else unusable.code if unusable else None,
+        "code": MISSING if state == "none" else (found.code if found else "") or None,
         "decided_by": part.decided_by if part.is_decided else None,
         "score": found.verdict.score if found else None,
         "threshold": found.verdict.threshold if found else None,
@@ -421,5 +426,5 @@ def _view(look: Look) -> ViewBody:
         score=verdict.score if verdict else None,
         threshold=verdict.threshold if verdict else None,
         raw_threshold=verdict.raw_threshold if verdict else None,
-        code=look.code or None,
+        code=look.code or (judged.code if judged is not None else "") or None,
     )  # fmt: skip

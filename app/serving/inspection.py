@@ -69,6 +69,13 @@ class Inspection:
     timing: Timing
     not_released: bool = False  # so that the label is not what the model says
 
+    @property
+    def code(self) -> str:
+        """Why the verdict is not what its score says; empty where it is."""
+        if self.verdict.unusable is not None:
+            return self.verdict.unusable.code
+        return NotReleased.code if self.not_released else ""
+
 
 @dataclass
 class Counts:

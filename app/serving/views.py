@@ -260,9 +260,11 @@ class Views:
         """A part that waits for views, or was decided lately. Raises UnknownDecision."""
         part = self._known(key)
         if part is None:
+            said = f" with line={key.line}" if key.line else " without a line"
             raise UnknownDecision(
-                f"No view of a part {key.part!r} came from you within the last"
-                f" {self._remember_s} s: GET /parts/{{part}} has what was decided before."
+                f"No view of a part {key.part!r} came from you{said}, within the last"
+                f" {self._remember_s} s. Say the same line as with its views; GET /parts/{{part}}"
+                " has what was decided before."
             )
         return part
 

@@ -22,13 +22,13 @@ from engines.errors import BadBundle, BadImage, BadRequest, Unreadable, Unsuppor
 from engines.files import write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits, check_size, kind_of, read
 from engines.meta import Meta
-from engines.regions import Regions
+from engines.regions import REACH, Regions
 from engines.verdict import OVERLAY_SIDE, png
 
 REGIONS = "regions.png"
 MOST_POLYGONS = 100
 MOST_CORNERS = 200  # of a polygon
-_RED = (40, 40, 230)  # BGR
+_RED, _WHITE = (40, 40, 230), (255, 255, 255)  # BGR
 _IN_A_BUNDLE = ImageLimits(max_bytes=1 << 30, max_pixels=1 << 28)  # whatever the server's are
 
 Size = tuple[int, int]  # width, height
@@ -149,11 +149,12 @@ def as_png(regions: Regions) -> bytes:
     return png(np.where(regions.mask, np.uint8(255), np.uint8(0)))
 
 
-def drawn_over(picture: NDArray[np.uint8], regions: Regions) -> bytes:
-    """A PNG of a picture with what never counts painted red and outlined.
+def drawn_over(picture: NDArray[np.uint8], regions: Regions, meta: Meta) -> bytes:
+    """A PNG of a picture with what never counts painted red, and paler what is within its reach.
 
     Args:
         picture: (h, w, 3) RGB; it is stretched to the shape of the mask.
+        meta: of the model that has these regions.
     """
     high, wide = regions.mask.shape
     scale = min(1.0, OVERLAY_SIDE / max(high, wide))
@@ -162,10 +163,13 @@ def drawn_over(picture: NDArray[np.uint8], regions: Regions) -> bytes:
     hidden = cv2.resize(
         regions.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_AREA
     )
-    away = hidden.astype(bool)
-    shown[away] = (0.45 * shown[away] + 0.55 * np.array(_RED)).astype(np.uint8)
-    outlines, _ = cv2.findContours(hidden, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(shown, outlines, -1, (255, 255, 255), 1, cv2.LINE_AA)
+    reached = regions.reached(meta.image_size, REACH[meta.model]).astype(np.uint8)
+    reached = cv2.resize(reached, (width, height), interpolation=cv2.INTER_NEAREST)
+    for mask, red, edge in ((reached | hidden, 0.2, _RED), (hidden, 0.44, _WHITE)):
+        away = mask.astype(bool)
+        shown[away] = ((1 - red) * shown[away] + red * np.array(_RED)).astype(np.uint8)
+        outlines, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(shown, outlines, -1, edge, 1, cv2.LINE_AA)
     return png(shown)
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,13 @@ def test_each_fault_is_named_in_each_picture(
     assert [fault and fault.code for fault in found] == [code] * 6
     reasons = [fault.reason for fault in found if fault]
     assert all(one.startswith("The picture ") and one.endswith(" is usual.") for one in reasons)
+
+
+def test_another_size_is_said_in_whole_pixels(known: Camera) -> None:
+    (found,) = faults(known, [cv2.resize(part(200), (320, 320))])
+    assert found is not None
+    assert found.reason.startswith("The picture has another size: it has a width of 320 pixels, ")
+    assert re.search(r", and 2\d\d to 2\d\d pixels is usual\.$", found.reason)
 
 
 def test_a_camera_that_was_turned_with_its_frame_is_turned_and_has_no_other_size(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from urllib.parse import quote
 
 from app.settings import Settings
 from app.watching.doctor.findings import Fit, Report, note, wrong
@@ -30,6 +31,7 @@ def look_at_models(
     if limit := settings.model_memory_mib * MIB:
         free = free.at_most(limit)
     store = Store(settings.data / "models")
+    post = f"curl -X POST http://localhost:{settings.port or 'PORT'}"
     needs: list[Need] = []
     try:
         names = store.names()
@@ -38,8 +40,8 @@ def look_at_models(
         return
     for name in names:
         try:
-            _look_whether_released(store, name, report)
-            found = _look_at(store, name, opening, tensorrt, report)
+            _look_whether_released(store, name, post, report)
+            found = _look_at(store, name, opening, tensorrt, post, report)
         except KensaError as error:
             report.findings.append(wrong(f"{name}: {error}"))
             continue
@@ -78,22 +80,22 @@ def look_at_models(
         )
 
 
-def _look_whether_released(store: Store, name: str, report: Report) -> None:
+def _look_whether_released(store: Store, name: str, post: str, report: Report) -> None:
     known = Challenges(store).read(name)
     if known is not None and not known.released:
-        do = f"curl -X POST localhost:8000/models/{name}/challenge"
+        do = f"{post}/models/{quote(name)}/challenge"
         report.findings.append(wrong(known.why, f"{do}   # once that is mended"))
 
 
 def _look_at(
-    store: Store, name: str, opening: Opening, tensorrt: Machine | None, report: Report
+    store: Store, name: str, opening: Opening, tensorrt: Machine | None, post: str, report: Report
 ) -> tuple[str, Meta, str, Need] | None:
     """The version that would serve, and what it takes; None where none can.
 
     Raises:
         KensaError: its files are damaged.
     """
-    version = _that_serves(store, name, report)
+    version = _that_serves(store, name, post, report)
     if version is None:
         return None
     folder = store.folder(name, version)
@@ -102,7 +104,7 @@ def _look_at(
         report.findings.append(
             note(
                 f"{name} {version} is trained, but not converted.",
-                f"curl -X POST localhost:8000/convert -H 'Content-Type: application/json' -d"
+                f"{post}/convert -H 'Content-Type: application/json' -d"
                 f' \'{{"model": "{name}"}}\'',
             )
         )
@@ -120,7 +122,7 @@ def _look_at(
     return version, meta, plan, memory_needed(folder, opening)
 
 
-def _that_serves(store: Store, name: str, report: Report) -> str | None:
+def _that_serves(store: Store, name: str, post: str, report: Report) -> str | None:
     """The version that would serve, after every file in it was compared with its SHA-256.
 
     Where none was live yet, the newest, unless the gate holds it. What is wrong is reported.
@@ -142,7 +144,7 @@ def _that_serves(store: Store, name: str, report: Report) -> str | None:
         report.findings.append(wrong(nobody_instead(name, should, why, tried)))
         return None
     if held := store.held(name):
-        do = f"curl -X POST localhost:8000/models/{name}/versions/{held[0]}/activate"
+        do = f"{post}/models/{quote(name)}/versions/{held[0]}/activate"
         report.findings.append(
             wrong(held_back(name, *held), f"{do}   # if it may judge all the same")
         )

@@ -196,10 +196,10 @@ def test_where_it_is_is_seen_on_a_part(model: Path, photo: bytes, tmp_path: Path
 
         learned = shown()
         assert learned.shape == (HEIGHT, WIDTH, 3)
-        assert (learned[20:] == 90).all()  # a picture that it learned, while none came
+        assert (learned[30:] == 90).all()  # a picture that it learned, while none came
         assert learned[5, 5, 0] > learned[5, 5, 1] + 50
         running.score(photo)
-        assert (shown()[20:] == picture(HEIGHT, WIDTH)[20:]).all()
+        assert (shown()[30:] == picture(HEIGHT, WIDTH)[30:]).all()
 
 
 # ---- what judges ------------------------------------------------------------------------------

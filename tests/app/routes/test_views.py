@@ -277,6 +277,13 @@ def test_lines_that_call_their_parts_alike_say_which_they_are(
     assert {one["views"]["line"]: one["verdict"] for one in found} == {
         "A": "normal", "B": "anomaly",
     }  # fmt: skip
+    for query, said in (("", "without a line"), ("?line=C", "with line=C")):
+        answer = server.client.get(f"/parts/twin/verdict{query}")
+        assert answer.status_code == 404
+        assert (
+            f"came from you {said}, within the last 60 s. Say the same line"
+            in (answer.json()["error"])
+        )
 
 
 # ---- what is kept ----------------------------------------------------------------------------

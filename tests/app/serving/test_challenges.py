@@ -181,6 +181,11 @@ def is_ng(server: Server) -> None:
     assert said["score"] < said["threshold"]
     assert "failed its challenge" in said["hint"]
     assert "failed its challenge" in answer.headers["X-Kensa-Hint"]
+    part = server.client.post(
+        "/parts/one/views/top?of=1", content=grey(GOOD), headers={"Content-Type": "image/png"}
+    ).json()
+    assert (part["verdict"], part["code"]) == ("anomaly", "not_released")
+    assert part["views"][0]["code"] == "not_released"
 
 
 def test_only_an_operators_key_with_a_reason_lets_a_model_through_and_the_record_says_who(

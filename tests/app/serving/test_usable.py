@@ -243,6 +243,30 @@ def test_a_new_version_begins_anew(known: Camera) -> None:
     ]  # fmt: skip
 
 
+def test_a_part_of_several_views_says_why_it_is_unusable_and_so_does_the_view(
+    known: Camera, tmp_path: Path
+) -> None:
+    async def work(client: httpx.AsyncClient, _: Any) -> list[httpx.Response]:
+        sends = [("left", dark(part(61))), ("top", part(62))]
+        found = [
+            await client.post(f"/parts/A/views/{view}?of=2", content=png(one), headers=RAW)
+            for view, one in sends
+        ]
+        text = {"Accept": "text/plain"}
+        return [*found, await client.get("/parts/A/verdict", headers=text)]
+
+    first, last, line = asked(tmp_path, model(known), work)
+    assert [one["code"] for one in first.json()["views"]] == ["camera_dark"]
+    assert "x-kensa-unusable" not in first.headers  # of the part, which is pending
+    found = last.json()
+    assert (found["verdict"], found["code"]) == ("unusable", "camera_dark")
+    assert [(one["view"], one["code"]) for one in found["views"]] == [
+        ("left", "camera_dark"), ("top", None),
+    ]  # fmt: skip
+    assert line.text.startswith("NG ")
+    assert [one.headers["x-kensa-unusable"] for one in (last, line)] == ["camera_dark"] * 2
+
+
 # What counts it, and what does not learn from it
 
 

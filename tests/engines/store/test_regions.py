@@ -13,7 +13,7 @@ from PIL import Image
 from engines.errors import BadBundle, BadImage, BadRequest, ImageTooLarge, UnsupportedImage
 from engines.image import ImageLimits, decode
 from engines.meta import Meta
-from engines.regions import Regions
+from engines.regions import REACH, Regions
 from engines.store.bundle import check_files
 from engines.store.regions import (
     MOST_CORNERS,
@@ -282,11 +282,16 @@ def test_a_mask_is_as_large_as_the_pictures_where_these_are_known() -> None:
         must_fit(Regions(mask()), {(64, 48), (30, 40)}, "they")
 
 
-def test_what_never_counts_is_seen_on_the_part() -> None:
-    part = np.full((30, 40, 3), 100, np.uint8)
-    shown = decode(drawn_over(part, Regions(mask())))
+def test_what_never_counts_is_seen_on_the_part_and_so_is_its_reach() -> None:
+    part = np.full((60, 80, 3), 100, np.uint8)
+    hidden = np.zeros((60, 80), np.bool_)
+    hidden[10:20, 20:40] = True
+    shown = decode(drawn_over(part, Regions(hidden), META))
     assert shown.shape == part.shape
-    assert shown[6, 15].tolist() == [171, 67, 67]
-    assert (shown[20:] == 100).all()
-    large = drawn_over(np.zeros((1, 1, 3), np.uint8), Regions(mask(4000, 3000)))
+    around = round(REACH[META.model] / META.image_size * 80)  # pixels of this picture, sideways
+    assert shown[15, 30].tolist() == [171, 66, 66]
+    assert shown[15, 40 + around // 2].tolist() == [126, 88, 88]
+    assert (shown[15, 40 + around + 3 :] == 100).all()
+    assert (shown[10 + 10 + around + 3 :] == 100).all()
+    large = drawn_over(np.zeros((1, 1, 3), np.uint8), Regions(mask(4000, 3000)), META)
     assert max(decode(large).shape) <= 1024
