@@ -26,6 +26,7 @@ from engines.regions import REACH, Regions
 from engines.verdict import OVERLAY_SIDE, png
 
 REGIONS = "regions.png"
+_COLOUR_TYPE, _RGB = 25, 2  # where a PNG says what its pixels are; without alpha or palette
 MOST_POLYGONS = 100
 MOST_CORNERS = 200  # of a polygon
 _RED, _WHITE = (40, 40, 230), (255, 255, 255)  # BGR
@@ -99,6 +100,8 @@ def of_png(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Regions:
             f"A mask of regions is a PNG, whose pixels are exactly black or white; this is {what}."
         )
     pixels = read(data, limits)
+    if pixels.ndim == 3 and data[_COLOUR_TYPE] == _RGB and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]  # as programs save it that know no grey, such as Paint
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         form = "16 bits a pixel" if pixels.dtype != np.uint8 else "colours, a palette or alpha"
         raise BadRequest(

@@ -50,7 +50,7 @@ def grey(hidden: np.ndarray[Any, Any]) -> Image.Image:
 # ---- a PNG ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["L", "1"], ids=["grey", "one bit"])
+@pytest.mark.parametrize("mode", ["L", "1", "RGB"], ids=["grey", "one bit", "as Paint saves"])
 def test_white_never_counts_and_black_does(mode: str) -> None:
     found = of_png(saved(grey(mask()).convert(mode), "PNG"))
     assert (found.mask == mask()).all()
@@ -79,7 +79,8 @@ def test_a_meta_json_without_hashes_gets_none_by_a_mask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "sentence"),
     [
-        (grey(mask()).convert("RGB"), "colours, a palette or alpha"),
+        (Image.new("RGB", (30, 40), (255, 0, 0)), "colours, a palette or alpha"),
+        (grey(mask()).convert("RGBA"), "colours, a palette or alpha"),
         (grey(mask()).convert("P"), "colours, a palette or alpha"),
         (grey(mask()).convert("LA"), "colours, a palette or alpha"),
         (Image.fromarray(np.where(mask(), 65535, 0).astype(np.uint16)), "16 bits a pixel"),
