@@ -453,6 +453,9 @@ def _limits(name: str, statistic: Statistic, known: Learned) -> tuple[float, flo
     return low, high
 
 
+_LIES = {"sideways": "sideways", "upside_down": "upside down"}
+
+
 def _sentence(code: Code, name: str, value: float, low: float, high: float, of: str) -> str:
     if name in SIZES:
         value, low, high = (math.exp(one) for one in (value, low, high))
@@ -461,6 +464,8 @@ def _sentence(code: Code, name: str, value: float, low: float, high: float, of: 
     usual = f"{least.removesuffix(' pixels')} to {most}"
     if math.isinf(low) or math.isinf(high):
         usual = f"at most {most}" if math.isinf(low) else f"at least {least}"
+    if name in _LIES:
+        return f"{_SAID[code]}: the part lies {_LIES[name]} ({words}: {said}; {usual} is usual)."
     return f"{_SAID[code]}: {of} has a {words} of {said}, and {usual} is usual."
 
 
