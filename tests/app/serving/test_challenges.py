@@ -355,6 +355,7 @@ def test_what_is_wrong_with_a_request_is_said_and_changes_nothing(
             ([good, bad], {**WHY, "at_shifts": "yes"}, 422),
             ([good, ("ugly", ("u.png", grey(BAD)))], WHY, 422),
             ([good, ("bad", ("b.txt", grey(BAD)))], WHY, 422),
+            ([good, ("bad", ("", grey(BAD)))], WHY, 422),
             ([good, ("bad", ("b.png", grey(BAD)[:60]))], WHY, 400),
             ([good, ("bad", ("b.png", b"GIF89a"))], WHY, 415),
             ([good, *[bad] * 64], WHY, 422),
