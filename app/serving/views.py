@@ -262,7 +262,8 @@ class Views:
         if part is None:
             raise UnknownDecision(
                 f"No view of a part {key.part!r} came from you within the last"
-                f" {self._remember_s} s: GET /parts/{{part}} has what was decided before."
+                f" {self._remember_s} s, or since its model was challenged: GET /parts/{{part}} has"
+                " what was decided before."
             )
         return part
 
