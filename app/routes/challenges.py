@@ -32,7 +32,7 @@ from app.routes.decisions import (
     recorder_of,
 )
 from app.routes.models import LastChallengeBody, Name, last_challenge
-from app.serving.challenges import Challenger
+from app.serving.challenges import RIGHT, Challenger
 from engines.errors import BadRequest, UnknownDataset, UnsupportedBody, UploadTooLarge
 from engines.image import ImageLimits
 from engines.queue.job_requests import few_keys
@@ -585,6 +585,8 @@ def _sent(form: FormData) -> tuple[list[Offered], str, bool]:
             offered.append(Offered(_name(value), "good", {}, _reader(value)))
         elif isinstance(value, UploadFile) and key == "bad":
             offered.append(Offered(_name(value), "bad", {}, _reader(value)))
+        elif key in RIGHT:
+            raise BadRequest(f"A part {key!r} of the form has no file name: say what it is called.")
         elif isinstance(value, str) and key in fields:
             fields[key] = value
         else:

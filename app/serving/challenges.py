@@ -7,6 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from app.serving.inspection import Inspector
@@ -78,6 +79,25 @@ class Challenger:
         for name in names:
             await asyncio.to_thread(self._kept.sweep, name)
             await self._read(name)
+            await self._note_what_was_cut_short(name)
+
+    async def _note_what_was_cut_short(self, name: str) -> None:
+        """The record is to say what closed a model, also where that challenge was killed."""
+        found = self._sets.get(name)
+        if found is None or found.begun is None:
+            return
+        self._note_begun(name, found)
+        found = found.model_copy(update={"begun": None})
+        with suppress(KensaError, OSError):  # it is noted again at the next start
+            await asyncio.to_thread(self._kept.write, name, found)
+            self._sets[name] = found
+
+    def _note_begun(self, name: str, found: ChallengeSet | None) -> None:
+        if found is not None and found.begun is not None:
+            self._note_failed(name, found.begun)
+
+    def _note_failed(self, name: str, outcome: Outcome) -> None:
+        self.on_note("challenge_failed", outcome.who, name, named(outcome.wrong), _details(outcome))
 
     async def _read(self, name: str) -> None:
         """Where a model stands; one of which that cannot be read does not pass a part."""
@@ -139,6 +159,7 @@ class Challenger:
             found = await asyncio.to_thread(self._kept.put, name, offered, about, limits)
             self._sets[name] = found
             self._unwritten.discard(name)
+            self._note_begun(name, before)
             told = [{"name": one.called, "sha256": one.sha256} for one in found.pictures]
             counts = {expected: sum(one.expected == expected for one in found.pictures)
                       for expected in RIGHT}  # fmt: skip
@@ -157,7 +178,7 @@ class Challenger:
             if name not in self._sets:
                 raise Conflict(f"{name} has no known pictures that could be deleted.")
             await asyncio.to_thread(self._kept.delete, name)
-            del self._sets[name]
+            self._note_begun(name, self._sets.pop(name))
             self._unwritten.discard(name)
             was_closed = self._open(name)
             details = {"good": 0, "bad": 0, "opened": was_closed}
@@ -237,25 +258,24 @@ class Challenger:
         async with self._changing[name]:
             if self._holds(name, found, live):
                 why = not_released(name, outcome)
-                await self._shut(name, self._sets[name], why)
+                begun = self._sets[name].model_copy(update={"begun": outcome})
+                await self._shut(name, begun, why)
 
     async def _conclude(self, name: str, outcome: Outcome) -> Outcome:
-        found = self._sets[name].model_copy(update={"last": outcome})
-        of = len(outcome.pictures)
-        details = {
-            "version": outcome.version, "right": outcome.right, "of": of, "by": outcome.by,
-            "pictures": [one.model_dump() for one in outcome.pictures],
-        }  # fmt: skip
+        before = self._sets[name]
+        found = before.model_copy(update={"last": outcome, "begun": None})
         if outcome.passed:
             found = found.model_copy(update={"released": True, "why": ""})
             await asyncio.to_thread(self._kept.write, name, found)
             self._sets[name] = found
             self._open(name)
-            self.on_note("challenge_passed", outcome.who, name, "", details)
+            self._note_begun(name, before)  # by a version that is not live any more
+            self.on_note("challenge_passed", outcome.who, name, "", _details(outcome))
+            of = len(outcome.pictures)
             log.info("%s %s passed its challenge: %d pictures", name, outcome.version, of)
             return outcome
         await self._shut(name, found, not_released(name, outcome))
-        self.on_note("challenge_failed", outcome.who, name, named(outcome.wrong), details)
+        self._note_failed(name, outcome)
         log.error("%s", self._sets[name].why)
         return outcome
 
@@ -367,6 +387,14 @@ def _outcome(
     judged: list[Judged], live: Resident, who: str, by: Literal["request", "shift"]
 ) -> Outcome:
     return Outcome(at=_now(), version=live.version, who=who, by=by, pictures=tuple(judged))
+
+
+def _details(outcome: Outcome) -> dict[str, Any]:
+    """What the audit trail says of it."""
+    return {
+        "version": outcome.version, "right": outcome.right, "of": len(outcome.pictures),
+        "by": outcome.by, "pictures": [one.model_dump() for one in outcome.pictures],
+    }  # fmt: skip
 
 
 def _now() -> int:

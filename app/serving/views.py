@@ -263,8 +263,8 @@ class Views:
             said = f" with line={key.line}" if key.line else " without a line"
             raise UnknownDecision(
                 f"No view of a part {key.part!r} came from you{said}, within the last"
-                f" {self._remember_s} s. Say the same line as with its views; GET /parts/{{part}}"
-                " has what was decided before."
+                f" {self._remember_s} s or since its model was challenged. Say the same line as"
+                " with its views; GET /parts/{part} has what was decided before."
             )
         return part
 

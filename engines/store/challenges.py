@@ -102,6 +102,7 @@ class ChallengeSet(_Kept):
 
     Attributes:
         why: a sentence, where it is not released.
+        begun: what a challenge found until it closed the model; None once it has ended.
     """
 
     pictures: tuple[Known, ...] = ()
@@ -112,6 +113,7 @@ class ChallengeSet(_Kept):
     released: bool = True
     why: str = ""
     last: Outcome | None = None  # of these very pictures
+    begun: Outcome | None = None
 
     def is_as(self, other: ChallengeSet | None) -> bool:
         """Whether the pictures are those of another, whatever was found with them since."""

@@ -241,6 +241,25 @@ def test_a_part_that_is_sent_again_gets_no_answer_from_before(
         assert server.infer(grey(GOOD), **TEXT, **named).text.startswith("OK ")
 
 
+def test_the_record_says_what_closed_a_line_also_where_that_challenge_was_killed(
+    blind: Path, tmp_path: Path
+) -> None:
+    """Once, however often the server starts."""
+    with closed(tmp_path, blind) as running:
+        path = running.store.root / NAME / "challenges" / "challenges.json"
+        kept = json.loads(path.read_text())
+        assert trail(running.server)[-1]["what"] == "challenge_failed"  # and it is written
+    wrong = kept["last"]["pictures"][1]
+    kept["begun"], kept["last"] = {**kept["last"], "pictures": [wrong]}, None
+    path.write_text(json.dumps(kept))
+    for _ in range(2):
+        with line(tmp_path) as again:
+            assert refused(again.server)
+            failed = [one for one in trail(again.server) if one["what"] == "challenge_failed"]
+            assert [one["reason"] for one in failed] == ["bad/b.png"] * 2
+            assert [one["details"]["of"] for one in failed] == [2, 1]
+
+
 @pytest.mark.parametrize("way", ["refuse", "ng"])
 def test_no_part_of_several_views_passes_by_what_was_said_before_its_model_was_closed(
     way: str, sees: Path, blind: Path, tmp_path: Path
@@ -360,6 +379,7 @@ def test_what_is_wrong_with_a_request_is_said_and_changes_nothing(
             ([good, bad], {**WHY, "at_shifts": "yes"}, 422),
             ([good, ("ugly", ("u.png", grey(BAD)))], WHY, 422),
             ([good, ("bad", ("b.txt", grey(BAD)))], WHY, 422),
+            ([good, ("bad", ("", grey(BAD)))], WHY, 422),
             ([good, ("bad", ("b.png", grey(BAD)[:60]))], WHY, 400),
             ([good, ("bad", ("b.png", b"GIF89a"))], WHY, 415),
             ([good, *[bad] * 64], WHY, 422),

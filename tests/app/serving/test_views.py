@@ -397,6 +397,30 @@ def test_no_picture_is_held_where_none_is_kept(settings: dict[str, Any]) -> None
     run(scene, **settings)
 
 
+def test_what_a_closed_model_has_passed_is_forgotten_and_nothing_else() -> None:
+    async def scene(line: Line) -> None:
+        keys = [Key("", "", name) for name in ("passed", "rejected", "waits")]
+        for key, raw in zip(keys, (0.1, 1.9, 0.2), strict=True):
+            await line.send("left", raw, key=key)
+        for key in keys[:2]:
+            await line.send("top", 0.1, key=key)
+        line.views.forget({"another"})
+        assert [line.views.known(key).state for key in keys] == ["normal", "anomaly", "pending"]
+        line.views.forget({MODEL.name})
+        with pytest.raises(UnknownDecision, match="challenged"):
+            line.views.known(keys[0])
+        assert line.views.known(keys[1]).state == "anomaly"
+        waits, _ = await line.send("top", 0.1, key=keys[2])
+        assert (waits.state, waits.missing, waits.looks["left"].code) == (
+            "pending", ["left"], "not_released",
+        )  # fmt: skip
+        _, repeat_of = await line.send("left", 0.2, key=keys[2])
+        assert (waits.state, repeat_of) == ("normal", None)
+        assert line.views._held == 0
+
+    run(scene)
+
+
 def test_decided_parts_are_remembered_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_DECIDED", 10)
 
