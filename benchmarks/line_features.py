@@ -106,7 +106,9 @@ def ask_for_all(url: str, good: Path, bad: Path) -> None:
         client.put(f"{place}/regions", params={"reason": "benchmark"}, content=png.tobytes(),
                    headers={"Content-Type": "image/png"}).raise_for_status()  # fmt: skip
         files = [("good", good.open("rb")), ("bad", bad.open("rb"))]
-        client.put(f"{place}/challenges", files=files).raise_for_status()
+        client.put(
+            f"{place}/challenges", data={"reason": "benchmark"}, files=files
+        ).raise_for_status()
         passed = client.post(f"{place}/challenge").raise_for_status().json()
         assert passed["passed"], passed
 
