@@ -127,6 +127,7 @@ class Version(TypedDict):
     files: dict[str, str]
     threshold: float | None
     raw_threshold: float | None
+    never_counts: float | None
     calibration: dict[str, Any] | None
     camera: dict[str, Any] | None
     gate: dict[str, Any] | None

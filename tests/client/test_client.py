@@ -671,7 +671,7 @@ def test_both_clients_have_the_same_methods() -> None:
         }  # fmt: skip
 
     assert methods(Kensa) == methods(AsyncKensa)
-    assert len(methods(Kensa)) == 18
+    assert len(methods(Kensa)) == 19
 
 
 def test_httpx_names_what_it_does_as_the_client_expects() -> None:

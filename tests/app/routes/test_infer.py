@@ -716,7 +716,9 @@ def test_the_curl_lines_of_the_page_work(kensa_model: Path, photo: bytes, tmp_pa
     blocks = re.findall(r"```sh\n(.*?)```", before + rest.partition("\n## ")[2], re.DOTALL)
     lines = [line for line in "".join(blocks).splitlines() if line.startswith("curl")]
     assert len(lines) >= 25
-    (tmp_path / "part.jpg").write_bytes(photo)
+    for name in ("part", "good"):
+        (tmp_path / f"{name}.jpg").write_bytes(photo)
+    (tmp_path / "bad.jpg").write_bytes(photo + b"\0")  # the same to see: one of the two is wrong
     _zip(tmp_path / "photos.zip", {f"{n}.png": seeds()["png_colour"] for n in range(3)})
     _zip(tmp_path / "model.zip", {path.name: path.read_bytes() for path in kensa_model.iterdir()})
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "sample_bracket"}

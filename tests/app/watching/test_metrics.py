@@ -650,7 +650,7 @@ def test_what_counting_costs_is_little() -> None:
     """CPU time for each part, µs, beside a request that takes 270 and an inspection of 20,000."""
     metrics = Metrics("0")
     model = SimpleNamespace(name="part", version="0001-aaaaaaaaaaaa")
-    verdict = SimpleNamespace(score=0.97, label="Anomaly")
+    verdict = SimpleNamespace(score=0.97, label="Anomaly", unusable=None)
     timing = Timing(queue_ms=0.2, decode_ms=4.0, infer_ms=18.0, total_ms=22.2)
     part: Any = SimpleNamespace(model=model, verdict=verdict, timing=timing)
 
