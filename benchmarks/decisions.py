@@ -37,8 +37,7 @@ from app.decisions.shift import look
 from app.decisions.shift_page import shift_page
 from app.decisions.words import Words
 from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
-from benchmarks.lists import percentile
-from benchmarks.load import CATEGORY, WEIGHTS, ask, learned, server
+from benchmarks.load import CATEGORY, WEIGHTS, ask, compare, learned, server
 
 MODELS = 4
 SCORER = "5f0c8e6c0b1d"
@@ -71,39 +70,16 @@ def main() -> None:
 
 
 def beside_the_line(engine: Path, clients: int, turns: int, seconds: float) -> None:
-    """Turns alternate, and the first of each is not counted."""
+    """Every picture is kept."""
     place = ASSETS / "data" / "test" / CATEGORY / "normal"
     photos = [path.read_bytes() for path in sorted(place.iterdir())[:8]]
-    waits: dict[str, list[float]] = {"off": [], "on": []}
-    ratios: dict[str, list[float]] = {"p50": [], "p99": []}
     with ExitStack() as stack:
         ports = {
             name: stack.enter_context(server(engine, "on", KENSA_RECORD=name,
                                              KENSA_RECORD_SAMPLE="1"))[0]
-            for name in waits
+            for name in ("off", "on")
         }  # fmt: skip
-        for turn in range(turns + 1):
-            taken = {}
-            for name in list(waits) if turn % 2 else list(reversed(waits)):
-                taken[name] = ask(
-                    ports[name], photos, clients, seconds if turn else 2, another_part
-                )
-            if turn:
-                for name, some in taken.items():
-                    waits[name] += some
-                for which, percent in (("p50", 50), ("p99", 99)):
-                    on, off = (percentile(taken[name], percent) for name in ("on", "off"))
-                    ratios[which].append(on / off)
-    rows = [
-        [name, f"{len(some) / turns / seconds:.1f}",
-         *(f"{percentile(some, percent):.1f}" for percent in (50, 99))]
-        for name, some in waits.items()
-    ]  # fmt: skip
-    head = ["record", "requests/s", "p50 ms", "p99 ms"]
-    print_table(f"{clients} clients, photos of 1024 pixels, every picture kept", head, rows)
-    for which, found in ratios.items():
-        print(f"{which}, on / off: {statistics.median(found):.3f} "
-              f"({min(found):.3f} to {max(found):.3f})")  # fmt: skip
+        compare("record", ports, photos, clients, turns, seconds, another_part)
 
 
 def another_part() -> dict[str, str]:

@@ -11,7 +11,6 @@ All in one run, because machines differ from one minute to the next.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -21,9 +20,8 @@ import cv2
 import httpx
 import numpy as np
 
-from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
-from benchmarks.lists import percentile
-from benchmarks.load import CATEGORY, WEIGHTS, ask, learned, server
+from benchmarks.common import ASSETS, begin, phase, print_load, print_machine
+from benchmarks.load import CATEGORY, WEIGHTS, compare, learned, server
 
 SIDE = 1024  # pixels
 ALL_ON = {"KENSA_UNUSABLE": "all", "KENSA_DRIFT_PARTS": "200"}
@@ -45,7 +43,7 @@ def main() -> None:
         data = enlarged(Path(folder) / "data")
         with phase("learning"):
             engine = learned("patchcore", Path(folder) / "patchcore", data)
-        compare(engine, data, flags.clients, flags.turns, flags.seconds)
+        beside_the_line(engine, data, flags.clients, flags.turns, flags.seconds)
     print_load("after")
 
 
@@ -59,40 +57,18 @@ def enlarged(root: Path) -> Path:
     return root
 
 
-def compare(engine: Path, data: Path, clients: int, turns: int, seconds: float) -> None:
-    """Turns alternate, and the first of each is not counted."""
+def beside_the_line(engine: Path, data: Path, clients: int, turns: int, seconds: float) -> None:
+    """One server with all of it, and one with none."""
     normal = sorted((data / "test" / CATEGORY / "normal").iterdir())
     defective = sorted((data / "test" / CATEGORY / "anomaly").iterdir())
     photos = [path.read_bytes() for path in normal[:8]]
-    waits: dict[str, list[float]] = {"off": [], "on": []}
-    ratios: dict[str, list[float]] = {"p50": [], "p99": []}
     with ExitStack() as stack:
         ports = {
             name: stack.enter_context(server(engine, "on", **more))[0]
             for name, more in (("off", {}), ("on", ALL_ON))
         }
         ask_for_all(f"http://127.0.0.1:{ports['on']}", normal[8], defective[0])
-        for turn in range(turns + 1):
-            taken = {
-                name: ask(ports[name], photos, clients, seconds if turn else 2)
-                for name in (list(waits) if turn % 2 else list(reversed(waits)))
-            }
-            if turn:
-                for name, some in taken.items():
-                    waits[name] += some
-                for which, percent in (("p50", 50), ("p99", 99)):
-                    on, off = (percentile(taken[name], percent) for name in ("on", "off"))
-                    ratios[which].append(on / off)
-    rows = [
-        [name, f"{len(some) / turns / seconds:.1f}",
-         *(f"{percentile(some, percent):.1f}" for percent in (50, 99))]
-        for name, some in waits.items()
-    ]  # fmt: skip
-    head = ["all of it", "requests/s", "p50 ms", "p99 ms"]
-    print_table(f"{clients} clients, JPEGs of {SIDE} x {SIDE} pixels", head, rows)
-    for which, found in ratios.items():
-        print(f"{which}, on / off: {statistics.median(found):.3f} "
-              f"({min(found):.3f} to {max(found):.3f})")  # fmt: skip
+        compare("all of it", ports, photos, clients, turns, seconds)
 
 
 def ask_for_all(url: str, good: Path, bad: Path) -> None:

@@ -26,7 +26,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
-from benchmarks.load import CATEGORY, WEIGHTS, learned, server
+from benchmarks.load import CATEGORY, WEIGHTS, learned, percentile, server
 
 NAME, MANY = "part", "many"
 VERSIONS, PICTURES, JOBS, ENDED = 1_000, 20_000, 5_000, 500
@@ -254,10 +254,6 @@ def figures(waits: list[float]) -> list[str]:
     """p50, p99, the longest, and how many."""
     found = (statistics.median(waits), percentile(waits, 99), max(waits))
     return [*(f"{one:.1f}" for one in found), str(len(waits))]
-
-
-def percentile(waits: list[float], percent: int) -> float:
-    return statistics.quantiles(waits, n=100)[percent - 1]
 
 
 if __name__ == "__main__":

@@ -149,6 +149,45 @@ def ask(
     return taken
 
 
+def percentile(waits: list[float], percent: int) -> float:
+    return statistics.quantiles(waits, n=100)[percent - 1]
+
+
+def compare(
+    what: str,
+    ports: dict[str, int],
+    photos: list[bytes],
+    clients: int,
+    turns: int,
+    seconds: float,
+    more: Callable[[], dict[str, str]] = dict,
+) -> None:
+    """Ask the servers `off` and `on` in turns, the first of which is not counted, and print it."""
+    waits: dict[str, list[float]] = {name: [] for name in ports}
+    ratios: dict[str, list[float]] = {"p50": [], "p99": []}
+    for turn in range(turns + 1):
+        taken = {
+            name: ask(ports[name], photos, clients, seconds if turn else 2, more)
+            for name in (list(ports) if turn % 2 else list(reversed(ports)))
+        }
+        if turn:
+            for name, some in taken.items():
+                waits[name] += some
+            for which, percent in (("p50", 50), ("p99", 99)):
+                on, off = (percentile(taken[name], percent) for name in ("on", "off"))
+                ratios[which].append(on / off)
+    rows = [
+        [name, f"{len(some) / turns / seconds:.1f}",
+         *(f"{percentile(some, percent):.1f}" for percent in (50, 99))]
+        for name, some in waits.items()
+    ]  # fmt: skip
+    title = f"{clients} clients, photos of 1024 pixels, {what} on and off"
+    print_table(title, [what, "requests/s", "p50 ms", "p99 ms"], rows)
+    for which, found in ratios.items():
+        print(f"{which}, on / off: {statistics.median(found):.3f} "
+              f"({min(found):.3f} to {max(found):.3f})")  # fmt: skip
+
+
 @contextmanager
 def server(engine: Path, batching: str, **more: str) -> Iterator[tuple[int, Any]]:
     """The port of a Kensa with this model, and what tells how many images it takes at once."""

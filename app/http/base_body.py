@@ -31,3 +31,17 @@ def error_response(meaning: str, **examples: str) -> dict[str, Any]:
     line = f"ERR {next(iter(examples))}\n"
     content["text/plain"] = {"schema": {"type": "string"}, "example": line}
     return {"model": ErrorBody, "description": meaning, "content": content}
+
+
+def whole_schema(kind: type[BaseModel]) -> Any:
+    """The JSON schema of a body, without references: they would lead outside the document."""
+    schema = kind.model_json_schema()
+    kinds = schema.pop("$defs", {})
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, dict):
+            name = part.get("$ref", "").removeprefix("#/$defs/")
+            return {key: resolved(value) for key, value in kinds.get(name, part).items()}
+        return [resolved(one) for one in part] if isinstance(part, list) else part
+
+    return resolved(schema)

@@ -11,14 +11,14 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.decisions.database import Line
 from app.http.accept import wanted
 from app.http.access import KeyFirst, needs, who
-from app.http.base_body import Body, error_response
+from app.http.base_body import Body, error_response, whole_schema
 from app.http.body_limit import body_of
 from app.http.part import visible
 from app.routes.decisions import (
@@ -280,20 +280,6 @@ _PUT: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _schema(kind: type[BaseModel]) -> Any:
-    """The JSON schema of a body, without references: they would lead outside the document."""
-    schema = kind.model_json_schema()
-    kinds = schema.pop("$defs", {})
-
-    def resolved(part: Any) -> Any:
-        if isinstance(part, dict):
-            name = part.get("$ref", "").removeprefix("#/$defs/")
-            return {key: resolved(value) for key, value in kinds.get(name, part).items()}
-        return [resolved(one) for one in part] if isinstance(part, list) else part
-
-    return resolved(schema)
-
-
 _FORM = {
     "type": "object",
     "required": ["good", "bad", "reason"],
@@ -308,7 +294,7 @@ _REQUEST_BODY = {
     "required": True,
     "description": "Pictures that the server has, as JSON; or a form with the files themselves.",
     "content": {
-        "application/json": {"schema": _schema(ChallengesRequest)},
+        "application/json": {"schema": whole_schema(ChallengesRequest)},
         "multipart/form-data": {"schema": _FORM},
     },
 }

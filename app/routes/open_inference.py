@@ -15,11 +15,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as InPath
-from pydantic import BaseModel
 
 from app.decisions.recorder import Asked, Recorder, why_none
 from app.http.access import needs, who
-from app.http.base_body import error_response
+from app.http.base_body import error_response, whole_schema
 from app.http.body_limit import body_of
 from app.http.deadlines import within_deadline
 from app.http.part import checked, part_of
@@ -139,24 +138,10 @@ _JSON_LENGTH = {
 }
 
 
-def _schema(kind: type[BaseModel]) -> Any:
-    """The JSON schema of a body, without references: they would lead outside the document."""
-    schema = kind.model_json_schema()
-    kinds = schema.pop("$defs", {})
-
-    def resolved(part: Any) -> Any:
-        if isinstance(part, dict):
-            name = part.get("$ref", "").removeprefix("#/$defs/")
-            return {key: resolved(value) for key, value in kinds.get(name, part).items()}
-        return [resolved(one) for one in part] if isinstance(part, list) else part
-
-    return resolved(schema)
-
-
 _REPOSITORY_BODY = {
     "requestBody": {
         "required": False,
-        "content": {"application/json": {"schema": _schema(RepositoryBody)}},
+        "content": {"application/json": {"schema": whole_schema(RepositoryBody)}},
     }
 }
 
@@ -292,7 +277,7 @@ async def statistics(request: Request, model: Live) -> StatisticsBody:
             "required": True,
             "description": "JSON, and behind it the data of a binary tensor.",
             "content": {
-                "application/json": {"schema": _schema(InferBody)},
+                "application/json": {"schema": whole_schema(InferBody)},
                 "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             },
         },
