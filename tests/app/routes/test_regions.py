@@ -389,7 +389,7 @@ BLACK = np.zeros((HEIGHT, WIDTH), np.uint8)
     [
         (drawn(BLACK[:, :60]), 422, "bad_request", "is 60 x 48 pixels, and the pictures that part"),
         (drawn(BLACK + np.uint8(255)), 422, "bad_request", "leaves no pixel that counts"),
-        (drawn(BLACK, "RGB"), 422, "bad_request", "colours, a palette or alpha"),
+        (drawn(BLACK, "RGBA"), 422, "bad_request", "colours, a palette or alpha"),
         (drawn(BLACK + np.uint8(128)), 422, "bad_request", "neither black (0) nor white (255)"),
         (drawn(BLACK.astype(np.uint16)), 422, "bad_request", "16 bits"),
         (saved(Image.fromarray(BLACK), "JPEG"), 415, "unsupported_image", "this is a JPEG image"),
