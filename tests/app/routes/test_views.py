@@ -281,7 +281,7 @@ def test_lines_that_call_their_parts_alike_say_which_they_are(
         answer = server.client.get(f"/parts/twin/verdict{query}")
         assert answer.status_code == 404
         assert (
-            f"came from you {said}, within the last 60 s. Say the same line"
+            f"came from you {said}, within the last 60 s or since its model was challenged. Say"
             in (answer.json()["error"])
         )
 

@@ -289,7 +289,7 @@ def test_no_part_of_several_views_passes_by_what_was_said_before_its_model_was_c
         assert (said.json()["verdict"], said.json()["missing"]) == ("none", ["left"])
         assert said.json()["views"][0]["code"] == "not_released"
         assert server.client.post(f"/models/{NAME}/release", json=WHY).status_code == 200
-        assert [send("KB-1", "left"), send("KB-1", "top")][1].startswith("OK ")
+        assert [send("KB-3", "left"), send("KB-3", "top")][1].startswith("OK ")
 
 
 def test_a_model_that_is_challenged_no_more_is_released(blind: Path, tmp_path: Path) -> None:
