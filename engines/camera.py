@@ -473,7 +473,6 @@ _SAID: dict[Code, str] = {
     "camera_size": "The picture has another size",
     "camera_dark": "The picture is too dark",
     "camera_bright": "The picture is too bright",
-    "camera_frozen": "The camera sends the same picture again and again",
     "camera_blurred": "The picture is blurred",
     "camera_turned": "The picture is turned",
     "camera_shifted": "The picture is shifted",

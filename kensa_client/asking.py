@@ -14,6 +14,7 @@ from kensa_client.errors import KensaRefused, NoAnswer, NoVerdict, Try
 
 # The server, or a proxy before it, could not answer now. All else that is no success stays so.
 PASSING = {408, 502, 503, 504}
+STAYING = {"not_released"}  # until a person has done something
 FIRST_PAUSE_S = 0.05  # before the second try, where nobody said how long; then twice as long
 MOST_DOUBLINGS = 5
 OTHERS_S = 60.0  # all tries of a call that is no inspection
@@ -106,7 +107,7 @@ def note_answer(one: Try, answer: httpx.Response) -> None:
         KensaRefused: it would be the same again.
     """
     refused = _refusal(answer)
-    if refused.status not in PASSING:
+    if refused.status not in PASSING or refused.code in STAYING:
         raise refused
     one.problem, one.code = str(refused), refused.code
     one.did_nothing = refused.status == 503

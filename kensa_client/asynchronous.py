@@ -128,6 +128,8 @@ class AsyncKensa:
         reason = f"Anomaly: the score is {verdict.score:.4f}, the limit {verdict.threshold:.4f}."
         if verdict.unusable:
             reason = f"The picture is not usable: {verdict.unusable}."
+        elif verdict.hint and verdict.raw_score <= verdict.raw_threshold:  # not what the model says
+            reason = verdict.hint
         return SafeVerdict(False, reason, verdict)
 
     async def inspect_view(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.http.part import visible
+from engines.errors import BadRequest
+
+MOST_REASON = 500  # characters
 Answer = Callable[[Request, Exception], Awaitable[Response]]  # how errors leave
 
 
@@ -22,6 +27,34 @@ class ErrorBody(Body):
 
     error: str = Field(description="One sentence that a person can act on.")
     code: str = Field(description="What programs may rely on; it does not change.")
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def read_json(kind: type[Kind], data: bytes) -> Kind:
+    """A body that may come in other forms as well, so that FastAPI does not read it.
+
+    Raises:
+        BadRequest: it is no JSON.
+        RequestValidationError: it is another, as FastAPI would say it.
+    """
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        if problems[0]["type"] == "json_invalid":
+            raise BadRequest(f"The body is not JSON: {problems[0]['msg'][:200]}.") from None
+        raise RequestValidationError(
+            [{**one, "loc": ("body", *one["loc"])} for one in problems]
+        ) from None
+
+
+def given_reason(reason: str | None) -> str:
+    """Why something is changed. Raises BadRequest where nobody says it, or it cannot be seen."""
+    if not (reason or "").strip():
+        raise BadRequest("Say why, in reason: it stands in the audit trail.")
+    return visible(str(reason), "reason", MOST_REASON)
 
 
 def error_response(meaning: str, **examples: str) -> dict[str, Any]:

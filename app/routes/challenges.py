@@ -10,19 +10,23 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.decisions.database import Line
 from app.http.accept import wanted
 from app.http.access import KeyFirst, needs, who
-from app.http.base_body import Body, error_response, whole_schema
-from app.http.body_limit import body_of
-from app.http.part import visible
-from app.routes.decisions import (
+from app.http.base_body import (
     MOST_REASON,
+    Body,
+    error_response,
+    given_reason,
+    read_json,
+    whole_schema,
+)
+from app.http.body_limit import body_of
+from app.routes.decisions import (
     OFF,
     Before,
     Limit,
@@ -319,7 +323,7 @@ async def put(request: Request, name: Name) -> ChallengesBody:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with contextlib.AsyncExitStack() as stack:
         if media_type == "application/json":
-            asked = await _asked(request)
+            asked = read_json(ChallengesRequest, await request.body())
             offered = [*_offered(request, name, asked.good, "good"),
                        *_offered(request, name, asked.bad, "bad")]  # fmt: skip
             reason, at_shifts = asked.reason, asked.at_shifts
@@ -333,7 +337,7 @@ async def put(request: Request, name: Name) -> ChallengesBody:
                 " JSON with Content-Type application/json, or a form with files named good and bad."
             )
         await _challenger(request).put(
-            name, offered, who(request), _said(reason), at_shifts=at_shifts
+            name, offered, who(request), given_reason(reason), at_shifts=at_shifts
         )
     return _described(request, name)
 
@@ -361,7 +365,7 @@ async def challenges(request: Request, name: Name) -> ChallengesBody:
 async def delete(request: Request, name: Name, reason: Why) -> None:
     """And delete its known pictures. It is released then, as any model without such."""
     await run_in_threadpool(_store(request).must_know, name)
-    await _challenger(request).delete(name, who(request), _said(reason))
+    await _challenger(request).delete(name, who(request), given_reason(reason))
 
 
 @router.get(
@@ -503,23 +507,11 @@ async def challenge(request: Request, name: Name) -> Response:
 async def release(request: Request, name: Name, body: ReleaseBody) -> ChallengesBody:
     """A person's word, with a reason, until the next challenge fails."""
     await run_in_threadpool(_store(request).must_know, name)
-    await _challenger(request).release(name, who(request), _said(body.reason))
+    await _challenger(request).release(name, who(request), given_reason(body.reason))
     return _described(request, name)
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
-
-
-async def _asked(request: Request) -> ChallengesRequest:
-    try:
-        return ChallengesRequest.model_validate_json(await request.body())
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        if problems[0]["type"] == "json_invalid":
-            raise BadRequest(f"The body is not JSON: {problems[0]['msg'][:200]}.") from None
-        raise RequestValidationError(
-            [{**one, "loc": ("body", *one["loc"])} for one in problems]
-        ) from None
 
 
 def _offered(
@@ -595,13 +587,6 @@ def _reader(file: UploadFile) -> Any:
         return file.file.read()
 
     return read
-
-
-def _said(reason: str) -> str:
-    """A reason that has to be there. Raises BadRequest where it is blank, or cannot be seen."""
-    if not reason.strip():
-        raise BadRequest("Say why, in reason: it stands in the audit trail.")
-    return visible(reason, "reason", MOST_REASON)
 
 
 # ---- what is shown -------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from app.decisions.decision import OfViews, Verdict, View
 from app.decisions.evidence import write_evidence
 from app.decisions.recorder import Recorder
 from app.http.access import KeyFirst, needs, who
-from app.http.base_body import Body, error_response
+from app.http.base_body import MOST_REASON, Body, error_response, given_reason
 from app.http.part import SCHEMA, checked, visible
 from app.routes.infer import ImageBody, TimingBody
 from app.serving.inspection import Inspector
@@ -34,7 +34,7 @@ from engines.serving.resident import Resident
 from engines.store.versions import Store
 
 PAGE, MOST = 50, 500
-MOST_REASON, MOST_KIND = 500, 100  # characters
+MOST_KIND = 100  # characters
 SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
 AT_ONCE = 1000  # lines of a CSV file that are read together
 Result = TypeVar("Result")
@@ -385,7 +385,7 @@ async def delete(request: Request, until: BeforeThis, reason: Why) -> DeletedBod
             f"DELETE /decisions takes until and reason, and no {more[0][:100]}: it deletes all that"
             " is older, of every model."
         )
-    end, why, name = milliseconds(until), _why(reason), who(request)
+    end, why, name = milliseconds(until), given_reason(reason), who(request)
     count = await ask(lambda: recorder_of(request).delete_before(end, name, why))
     return DeletedBody(decisions=count)
 
@@ -460,7 +460,7 @@ async def delete_image(
 
     A copy that somebody has learned from is in its category.
     """
-    recorder, why, name = recorder_of(request), _why(reason), who(request)
+    recorder, why, name = recorder_of(request), given_reason(reason), who(request)
 
     def forget() -> None:
         kept = recorder.read(lambda it: _kept(it, id, number))
@@ -778,13 +778,6 @@ def _of_part(part: str) -> Filter:
 
 def _unknown(part: str) -> UnknownDecision:
     return UnknownDecision(f"Nothing was decided of a part {part!r}, or long ago.")
-
-
-def _why(reason: str) -> str:
-    """A reason that has to be there. Raises BadRequest where it is blank, or cannot be seen."""
-    if not reason.strip():
-        raise BadRequest("Say why, in reason: it stands in the audit trail.")
-    return visible(reason, "reason", MOST_REASON)
 
 
 def _kept(database: DecisionDatabase, id_: str, number: int | None) -> Kept:

@@ -20,7 +20,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from app.http.access import KeyFirst, needs
-from app.http.base_body import Body, error_response
+from app.http.base_body import MOST_REASON, Body, error_response, given_reason
 from app.http.model_zip import pack_model, unpack_model
 from app.http.uploads import receive, upload_folder
 from app.routes.statistics import DriftBody, drifting
@@ -327,7 +327,11 @@ class ChangeThresholdBody(Body):
         None, description="The share of good parts to reject, within `limits` of GET."
     )
     reason: str = Field(
-        min_length=1, max_length=500, pattern=r"\S", strict=True, description="Why, in a sentence."
+        min_length=1,
+        max_length=MOST_REASON,
+        pattern=r"\S",
+        strict=True,
+        description="Why, in a sentence.",
     )
     gate: bool = Field(
         False, strict=True, description="True: it goes through the gate; false: live at once."
@@ -639,7 +643,9 @@ async def change_threshold(
     Its large files are those of the version before; POST /models/{name}/rollback undoes it.
     """
     wanted = {key: value for key in KEYS if (value := getattr(body, key)) is not None}
-    version = await _rollout(request).change_threshold(name, wanted, body.reason, gate=body.gate)
+    version = await _rollout(request).change_threshold(
+        name, wanted, given_reason(body.reason), gate=body.gate
+    )
     return await _look(_threshold, request, name, version)
 
 

@@ -11,22 +11,26 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from app.decisions.database import Filter, Kept
 from app.decisions.recorder import Recorder
 from app.http.accept import wanted
 from app.http.access import KeyFirst, needs
-from app.http.base_body import Body, error_response
+from app.http.base_body import (
+    MOST_REASON,
+    Body,
+    error_response,
+    given_reason,
+    read_json,
+    whole_schema,
+)
 from app.http.body_limit import body_of
-from app.http.part import visible
 from app.routes.models import CHANGE, state_of
 from app.serving.rollout import Rollout
-from app.settings import Settings
 from engines.errors import (
     BadBundle,
     BadImage,
-    BadRequest,
     Conflict,
     DiskFull,
     ImageTooLarge,
@@ -50,7 +54,6 @@ from engines.store.regions import (
 from engines.store.versions import META, Store
 
 LAST_PARTS = 50  # of the record, whose size and pictures are looked at
-MOST_REASON = 500  # characters
 
 
 class RegionsBody(Body):
@@ -220,7 +223,7 @@ async def overlay(request: Request, name: Name, version: Which = None) -> Respon
             "required": True,
             "description": "A grey PNG as large as the pictures, white where a pixel never counts,"
             " black where it does; or polygons on such a picture.",
-            "content": {PNG: _BINARY, JSON: {"schema": PolygonsBody.model_json_schema()}},
+            "content": {PNG: _BINARY, JSON: {"schema": whole_schema(PolygonsBody)}},
         }
     },
 )
@@ -235,11 +238,11 @@ async def change(
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == PNG:
         data = await _png(request, limits)
-        reason = _said(reason)
+        reason = given_reason(reason)
         mask = await _aside(lambda: of_png(data, limits))
     elif media_type == JSON:
-        body = _polygons(await request.body())
-        reason, gate = _said(body.reason or reason), gate or body.gate
+        body = read_json(PolygonsBody, await request.body())
+        reason, gate = given_reason(body.reason or reason), gate or body.gate
         mask = await _aside(lambda: of_polygons(body.width, body.height, body.polygons, limits))
     else:
         raise UnsupportedBody(
@@ -257,7 +260,7 @@ async def change(
 )
 async def delete(request: Request, name: Name, reason: Why, gate: Gate = False) -> RegionsBody:
     """A new version without regions, live at once unless `gate` is true."""
-    return await _changed(request, name, None, _said(reason), gate=gate)
+    return await _changed(request, name, None, given_reason(reason), gate=gate)
 
 
 async def _changed(
@@ -347,27 +350,9 @@ async def _png(request: Request, limits: ImageLimits) -> bytes:
     return b"".join([chunk async for chunk in body_of(request, limits.max_bytes, too_large)])
 
 
-def _polygons(data: bytes) -> PolygonsBody:
-    try:
-        return PolygonsBody.model_validate_json(data)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise BadRequest(
-            f"The body is wrong{f' at {where}' * bool(where)}: {problem['msg']}."
-        ) from None
-
-
-def _said(reason: str | None) -> str:
-    """Why. Raises BadRequest where nobody says it, or it cannot be seen."""
-    if not (reason or "").strip():
-        raise BadRequest("Say why, in a sentence, with reason: it stands in the audit trail.")
-    return visible(str(reason), "reason", MOST_REASON)
-
-
 def _limits(request: Request) -> ImageLimits:
-    settings: Settings = request.app.state.settings
-    return ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    limits: ImageLimits = request.app.state.inspector.limits
+    return limits
 
 
 def _store(request: Request) -> Store:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,13 +27,19 @@ WATCHED = tuple(name for name in (*NAMES, "score") if name not in SIZES)
 
 @dataclass(frozen=True)
 class Change:
-    """What differs from the training."""
+    """A number of the last parts beside what it was in the training."""
 
     statistic: str
     now: float  # the median of the last parts
     learned: float  # the mean of the training
     spread: float  # its standard deviation
     parts: int
+    matters: bool  # it is off by more than chance, and by enough
+
+    @property
+    def spreads(self) -> float:
+        """How many standard deviations of the training it is off."""
+        return (self.now - self.learned) / self.spread
 
     @property
     def sentence(self) -> str:
@@ -46,9 +50,17 @@ class Change:
         return f"{of.words} {now} instead of {usual} over the last {self.parts} parts"
 
 
-class _Window(NamedTuple):
-    version: str
-    values: deque[Values]  # each as WATCHED has them
+class _Window:
+    """The last parts of a version."""
+
+    def __init__(self, version: str, parts: int) -> None:
+        self.version = version
+        self.values = np.full((parts, len(WATCHED)), np.nan)  # a ring
+        self.came = 0
+
+    def add(self, values: Values) -> None:
+        self.values[self.came % len(self.values)] = values
+        self.came += 1
 
 
 class Drift:
@@ -65,41 +77,36 @@ class Drift:
             return
         window = self._windows.get(model.name)
         if window is None or window.version != model.version:
-            window = _Window(model.version, deque(maxlen=self.parts))
-            self._windows[model.name] = window
-        window.values.append(np.append(values, raw_score)[_PLACES])
+            window = self._windows[model.name] = _Window(model.version, self.parts)
+        window.add(np.append(values, raw_score)[_PLACES])
 
     def forget(self, name: str) -> None:
         """Give back what is known of a model's last parts."""
         self._windows.pop(name, None)
 
-    def strays(self, model: Resident) -> dict[str, float]:
-        """How many spreads of the training each number is off; 0 until enough parts came."""
-        found = dict.fromkeys(WATCHED, 0.0)
-        for name, now, known, statistic in self._compared(model):
-            found[name] = (now - known.mean) / max(known.spread, statistic.floor)
-        return found
-
     def changes(self, model: Resident) -> list[Change]:
         """What differs by more than chance, and by enough to matter."""
+        return [one for one in self.look(model) if one.matters]
+
+    def look(self, model: Resident) -> list[Change]:
+        """Each number of which something can be said; none until enough parts came."""
         return [
-            Change(name, now, known.mean, max(known.spread, statistic.floor), self.parts)
-            for name, now, known, statistic in self._compared(model)
-            if abs(now - known.mean)
-            > max(
-                known.stray(statistic, SURE, OF_MEDIAN / self.parts),
-                SIZE * max(known.spread, statistic.floor),
+            Change(
+                name, now, known.mean, spread := max(known.spread, statistic.floor), self.parts,
+                abs(now - known.mean)
+                > max(known.stray(statistic, SURE, OF_MEDIAN / self.parts), SIZE * spread),
             )
-        ]
+            for name, now, known, statistic in self._compared(model)
+        ]  # fmt: skip
 
     def _compared(self, model: Resident) -> Iterator[tuple[str, float, Learned, Statistic]]:
         """Each number that is known: its name, what it is now, what it was, and its like."""
         window, camera = self._windows.get(model.name), model.camera
         if camera is None or window is None or window.version != model.version:
             return
-        if len(window.values) < self.parts:
+        if window.came < self.parts:
             return
-        for name, values in zip(WATCHED, np.array(window.values).T, strict=True):
+        for name, values in zip(WATCHED, window.values.T, strict=True):
             known, told = camera.statistics.get(name), values[np.isfinite(values)]
             if known is None or known.count < LEAST or len(told) < self.parts / 2:
                 continue

@@ -23,7 +23,7 @@ from app.decisions.collector import Collector
 from app.decisions.recorder import Recorder
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
-from app.serving.drift import Change
+from app.serving.drift import WATCHED, Change
 from app.serving.inspection import Inspector
 from app.settings import Settings
 from engines.errors import KensaError
@@ -106,8 +106,8 @@ class Health:
         held = list(self._residents.held.values())
         stale = [one for name, one in self._residents.stale.items() if name not in problems]
         jobs, queue = await self._queue.look()
-        drift = {model.name: self._drift.strays(model) for model in models if self._drift.parts}
-        changes = {model: self._drift.changes(model) for model in models if self._drift.parts}
+        drift = {model: self._drift.look(model) for model in models if self._drift.parts}
+        changes = {model: [one for one in found if one.matters] for model, found in drift.items()}
         unknown = [model for model in models if self._asks_of_pictures and model.camera is None]
         worker = self._worker
         state, restarts, ended = worker.state, worker.restarts, worker.ended
@@ -165,7 +165,11 @@ class Health:
                 decisions_lost=self._recorder.lost,
                 decisions_behind=self._collector.behind,
                 device=device,
-                drift=drift,
+                drift={
+                    model.name: dict.fromkeys(WATCHED, 0.0)
+                    | {one.statistic: one.spreads for one in found}
+                    for model, found in drift.items()
+                },
                 drifting={model.name: len(found) for model, found in changes.items()},
                 degraded=degraded,
             )

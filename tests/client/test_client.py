@@ -287,9 +287,9 @@ def test_known_pictures_close_a_line_and_a_person_or_a_challenge_that_passes_ope
     assert [one["name"] for one in known["pictures"]] == ["good/stain_00.png", "bad/0000.png"]
     outcome = kensa.challenge(NAME)
     assert (outcome["passed"], outcome["right"], outcome["released"]) == (False, 0, False)
-    with pytest.raises(NoVerdict) as none:
+    with pytest.raises(KensaRefused) as refused:
         kensa.inspect(good)
-    assert none.value.tries[-1].code == "not_released"
+    assert refused.value.code == "not_released"
     assert kensa.release(NAME, "They were mixed up.")["released"]
     assert kensa.inspect(good)
     with pytest.raises(KensaRefused, match="there is nothing to let through"):
@@ -445,6 +445,23 @@ def test_an_overloaded_server_is_asked_again_when_it_says(client: Any) -> None:
         assert client(server.url).inspect(PICTURE).ok
     first, second = (one.at for one in server.requests)
     assert 1 <= second - first < 1 + SLACK_S
+
+
+def test_a_model_that_is_not_released_is_not_asked_again(client: Any) -> None:
+    closed = {"error": "part is not released: POST ...", "code": "not_released"}
+    with hostile(saying(503, closed, "Retry-After: 1"), verdict()) as server:
+        found = client(server.url).inspect_safely(PICTURE)
+    assert len(server.requests) == 1
+    assert found.reason == "part is not released: POST ... (not_released, 503)"
+
+
+def test_a_reject_that_the_model_did_not_make_has_the_servers_reason(client: Any) -> None:
+    hint = "The model failed its challenge, so every part is NG."
+    with hostile(verdict(label="Anomaly", is_anomalous=True, score=0.1, raw_score=0.1,
+                         raw_threshold=0.5, hint=hint)) as server:  # fmt: skip
+        found = client(server.url).inspect_safely(PICTURE)
+    assert not found
+    assert found.reason == hint
 
 
 def test_what_would_take_longer_than_is_left_is_not_waited_for(client: Any) -> None:
