@@ -47,6 +47,7 @@ from app.routes import (
     statistics,
     system,
     threshold_preview,
+    trail,
     views,
 )
 from app.routes import jobs as jobs_routes
@@ -76,8 +77,9 @@ _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have e
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
     # `views` before `decisions`, whose /parts/{part} takes whatever follows.
-    infer.router, views.router, decisions.router, marked_parts.router, statistics.router,
-    threshold_preview.router, models.router, regions.router, jobs_routes.router, datasets.router,
+    infer.router, views.router, decisions.router, trail.router, marked_parts.router,
+    statistics.router, threshold_preview.router, models.router, regions.router,
+    jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
     challenges.router,
 )  # fmt: skip

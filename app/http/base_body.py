@@ -44,7 +44,8 @@ def read_json(kind: type[Kind], data: bytes) -> Kind:
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         if problems[0]["type"] == "json_invalid":
-            raise BadRequest(f"The body is not JSON: {problems[0]['msg'][:200]}.") from None
+            why = problems[0]["msg"].removeprefix("Invalid JSON: ")
+            raise BadRequest(f"The body is not JSON: {why[:200]}.") from None
         raise RequestValidationError(
             [{**one, "loc": ("body", *one["loc"])} for one in problems]
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -26,16 +26,9 @@ from app.http.base_body import (
     whole_schema,
 )
 from app.http.body_limit import body_of
-from app.routes.decisions import (
-    OFF,
-    Before,
-    Limit,
-    Why,
-    ask,
-    picture_of,
-    recorder_of,
-)
+from app.routes.decisions import picture_of
 from app.routes.models import LastChallengeBody, Name, last_challenge
+from app.routes.record import OFF, Before, Limit, Why, ask, recorder_of, time_of
 from app.serving.challenges import RIGHT, Challenger
 from engines.errors import BadRequest, UnknownDataset, UnsupportedBody, UploadTooLarge
 from engines.image import ImageLimits
@@ -601,7 +594,7 @@ def _described(request: Request, name: str) -> ChallengesBody:
         released=found.released,
         problem=inspector.not_released.get(name),
         at_shifts=found.at_shifts,
-        changed=_time(found.changed) if found.changed else None,
+        changed=time_of(found.changed) if found.changed else None,
         key=found.who or None,
         reason=found.reason or None,
         last=last_challenge(found.last) if found.last else None,
@@ -649,10 +642,6 @@ def _evidence(outcomes: Sequence[Outcome]) -> list[EvidenceBody]:
             score_min=min(scores, default=None), score_max=max(scores, default=None),
         ))  # fmt: skip
     return rows
-
-
-def _time(at: int) -> datetime:
-    return datetime.fromtimestamp(at / 1000, timezone.utc)
 
 
 def _challenger(request: Request) -> Challenger:

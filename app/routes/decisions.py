@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import csv
-import io
-import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from tempfile import SpooledTemporaryFile
-from typing import IO, Annotated, Any, Literal, TypeVar, overload
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.background import BackgroundTask
 
 from app.decisions.database import DecisionDatabase, Filter, Kept, Line
@@ -27,33 +22,32 @@ from app.http.access import KeyFirst, needs, who
 from app.http.base_body import MOST_REASON, Body, error_response, given_reason
 from app.http.part import SCHEMA, checked, visible
 from app.routes.infer import ImageBody, TimingBody
+from app.routes.record import (
+    MOST,
+    OFF,
+    PAGE,
+    Before,
+    Limit,
+    Moment,
+    Since,
+    Until,
+    Why,
+    ask,
+    csv_row,
+    milliseconds,
+    recorder_of,
+    time_of,
+)
+from app.routes.trail import LineBody, line_body
 from app.serving.inspection import Inspector
 from app.serving.model_manager import ModelManager
 from engines.errors import BadRequest, UnknownDecision
 from engines.serving.resident import Resident
 from engines.store.versions import Store
 
-PAGE, MOST = 50, 500
 MOST_KIND = 100  # characters
 SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
 AT_ONCE = 1000  # lines of a CSV file that are read together
-Result = TypeVar("Result")
-
-
-_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)", re.IGNORECASE)
-
-
-def _written(given: Any) -> Any:
-    """A time in words: a number would be taken for seconds, and a large one for milliseconds."""
-    if not isinstance(given, str) or not _TIME.fullmatch(given):
-        raise ValueError(
-            "say a time with its zone, such as 2026-11-29T06:00:00Z, or 2026-11-29T15:00:00+09:00,"
-            " whose + is %2B in a URL"
-        )
-    return given
-
-
-Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
 
 
 class ViewDecisionBody(Body):
@@ -125,32 +119,6 @@ class DecisionsBody(Body):
     next: int | None = Field(description="The next page's `before`; null at the end.")
 
 
-class LineBody(Body):
-    """A line of the audit trail."""
-
-    number: int
-    time: datetime = Field(description="UTC.")
-    key: str | None = Field(
-        description="Whose key; null for Kensa itself, or where none is needed."
-    )
-    what: str = Field(
-        description="label, taught, threshold, regions, live, rollback, held, challenge_passed,"
-        " challenge_failed, challenges, release, key_added, key_removed, deleted, prune, lost or"
-        " repair."
-    )
-    subject: str = Field(description="A decision's id, or a model's, a category's or a key's name.")
-    reason: str | None
-    details: dict[str, Any]
-    hash: str = Field(description="SHA-256 of the line and of the hash before it.")
-
-
-class TrailBody(Body):
-    """Lines of the audit trail, newest first."""
-
-    lines: list[LineBody]
-    next: int | None = Field(description="The next page's `before`; null at the end.")
-
-
 class WholeDecisionBody(DecisionBody):
     """A decision, and what was said of it since."""
 
@@ -196,12 +164,6 @@ class ReplayBody(Body):
 
 router = APIRouter(tags=["record"], route_class=KeyFirst)
 
-_THREADS = ThreadPoolExecutor(2, "record")  # parts have their own
-
-OFF = error_response(
-    "Nothing is recorded here.",
-    conflict="Nothing is recorded here: set KENSA_RECORD=on and start Kensa again.",
-)
 _UNKNOWN = error_response(
     "No such decision, or its picture is not kept.",
     unknown_decision="There is no decision 'KB-2046': it was never made, or is too old to be kept.",
@@ -235,31 +197,9 @@ PartName = Annotated[
     str | None,
     Query(description="What the request called it.", max_length=200, examples=["KB-2046/A 17"]),
 ]
-Since = Annotated[
-    Moment | None,
-    Query(description="Only from this time on, with its zone.", examples=["2026-11-29T06:00:00Z"]),
-]
-Until = Annotated[
-    Moment | None,
-    Query(description="Only before this time.", examples=["2026-11-29T14:00:00Z"]),
-]
 BeforeThis = Annotated[
     Moment, Query(description="What is older than this time.", examples=["2026-01-01T00:00:00Z"])
 ]
-_UNSEEN = SCHEMA["pattern"].removeprefix("^[^").removesuffix("]*$")
-Why = Annotated[
-    str,
-    Query(
-        min_length=1, max_length=MOST_REASON, examples=["kept for ten years, as agreed"],
-        description="Why, in a sentence: it stands in the audit trail.",
-        json_schema_extra={"pattern": f"^[^{_UNSEEN}]*[^{_UNSEEN}\\s][^{_UNSEEN}]*$"},
-    ),
-]  # fmt: skip
-Before = Annotated[
-    int | None,
-    Query(ge=1, le=2**62, examples=[481], description="The `next` of the page before."),
-]
-Limit = Annotated[int, Query(ge=1, le=MOST, description="How many at once.")]
 
 
 def asked_for_by(
@@ -358,16 +298,6 @@ def _rows(page: list[Kept], names: list[str]) -> Iterator[str]:
         ])  # fmt: skip
 
 
-def csv_row(values: list[Any]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\r\n").writerow(
-        # A spreadsheet takes what begins so for a formula, in Japan also in full width.
-        f"'{one}" if isinstance(one, str) and one.startswith(tuple("=+-@＝＋－＠")) else one
-        for one in values
-    )
-    return file.getvalue()
-
-
 @router.delete(
     "/decisions",
     dependencies=[needs("admin")],
@@ -406,7 +336,7 @@ async def decision(request: Request, id: Id, number: Which = None) -> WholeDecis
 
         kept, lines = recorder_of(request).read(found)
         return WholeDecisionBody(
-            **decision_body(kept).model_dump(), hash=kept.hash, history=list(map(_line, lines))
+            **decision_body(kept).model_dump(), hash=kept.hash, history=list(map(line_body, lines))
         )
 
     return await ask(look)
@@ -688,38 +618,6 @@ async def part(
     return await ask(look)
 
 
-@router.get(
-    "/trail",
-    dependencies=[needs("operator")],
-    summary="Who changed what?",
-    responses={409: OFF},
-)
-async def trail(
-    request: Request,
-    subject: Annotated[
-        str,
-        Query(
-            description="A decision's id, or a model's, a category's or a key's name.",
-            max_length=200,
-            examples=["bracket"],
-        ),
-    ] = "",
-    limit: Limit = PAGE,
-    before: Before = None,
-) -> TrailBody:
-    """The audit trail, newest first: labels, thresholds, versions that went live or back, keys.
-
-    Each line has the hash of the one before in its own; `kensa verify` tells whether all are whole.
-    """
-
-    def look() -> TrailBody:
-        found = recorder_of(request).read(lambda it: it.lines(limit, before, subject))
-        following = found[-1].number if len(found) == limit else None
-        return TrailBody(lines=[_line(one) for one in found], next=following)
-
-    return await ask(look)
-
-
 # ---- what is shown of it -------------------------------------------------------------------------
 
 
@@ -733,7 +631,7 @@ def decision_body(kept: Kept) -> DecisionBody:
         )  # fmt: skip
     image = ImageBody(format=one.format, width=one.width, height=one.height) if one.format else None
     return DecisionBody(
-        number=kept.number, id=one.id, part=one.part or None, time=_time(one.at), model=one.model,
+        number=kept.number, id=one.id, part=one.part or None, time=time_of(one.at), model=one.model,
         version=one.version or None, verdict=one.verdict, code=one.code or None,
         raw_score=one.raw_score, score=one.score, threshold=one.threshold,
         raw_threshold=one.raw_threshold, image=image, sha256=one.sha256 or None,
@@ -756,17 +654,10 @@ def _views_body(text: str) -> ViewsBody | None:
 def _view_body(one: View) -> ViewDecisionBody:
     image = ImageBody(format=one.format, width=one.width, height=one.height) if one.format else None
     return ViewDecisionBody(
-        view=one.view, id=one.id or None, time=_time(one.at), model=one.model,
+        view=one.view, id=one.id or None, time=time_of(one.at), model=one.model,
         version=one.version or None, verdict=one.verdict, code=one.code or None,
         raw_score=one.raw_score, score=one.score, threshold=one.threshold,
         raw_threshold=one.raw_threshold, image=image, sha256=one.sha256 or None,
-    )  # fmt: skip
-
-
-def _line(line: Line) -> LineBody:
-    return LineBody(
-        number=line.number, time=_time(line.at), key=line.who or None, what=line.what,
-        subject=line.subject, reason=line.reason or None, details=line.details, hash=line.hash,
     )  # fmt: skip
 
 
@@ -839,28 +730,6 @@ def _image(recorder: Recorder, kept: Kept, view: str = "") -> bytes:
         raise UnknownDecision(sentence) from None
 
 
-def _time(at: int) -> datetime:
-    return datetime.fromtimestamp(at / 1000, timezone.utc)
-
-
-@overload
-def milliseconds(time: datetime) -> int: ...
-
-
-@overload
-def milliseconds(time: datetime | None) -> int | None: ...
-
-
-def milliseconds(time: datetime | None) -> int | None:
-    """Since 1970."""
-    return None if time is None else round(time.timestamp() * 1000)
-
-
-def recorder_of(request: Request) -> Recorder:
-    found: Recorder = request.app.state.recorder
-    return found
-
-
 def _store(request: Request) -> Store:
     found: Store = request.app.state.store
     return found
@@ -869,8 +738,3 @@ def _store(request: Request) -> Store:
 def _manager(request: Request) -> ModelManager:
     found: ModelManager = request.app.state.models
     return found
-
-
-async def ask(work: Callable[..., Result], *arguments: Any) -> Result:
-    """Ask the record, in threads that no part needs."""
-    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)

@@ -10,7 +10,7 @@ from app.decisions.teaching import teach
 from app.http.access import KeyFirst, needs, who
 from app.http.base_body import Body, error_response
 from app.routes.datasets import Category
-from app.routes.decisions import OFF, Moment, ask, milliseconds, recorder_of
+from app.routes.record import OFF, Moment, ask, milliseconds, recorder_of
 
 
 class TeachBody(Body):

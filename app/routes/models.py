@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
@@ -23,6 +23,7 @@ from app.http.access import KeyFirst, needs
 from app.http.base_body import MOST_REASON, Body, error_response, given_reason
 from app.http.model_zip import pack_model, unpack_model
 from app.http.uploads import receive, upload_folder
+from app.routes.record import time_of
 from app.routes.statistics import DriftBody, drifting
 from app.serving.challenges import Challenger
 from app.serving.inspection import Inspector
@@ -720,7 +721,7 @@ async def _described(
 def last_challenge(one: Outcome) -> LastChallengeBody:
     """A challenge in short."""
     return LastChallengeBody(
-        time=datetime.fromtimestamp(one.at / 1000, timezone.utc), version=one.version,
+        time=time_of(one.at), version=one.version,
         passed=one.passed, right=one.right, of=len(one.pictures), by=one.by, key=one.who or None,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from app.decisions.shift_page import overlays, shift_page
 from app.decisions.words import Language, Words
 from app.http.access import KeyFirst, needs
 from app.http.base_body import Body
-from app.routes.decisions import (
+from app.routes.record import (
     OFF,
     Moment,
     Since,

@@ -12,16 +12,8 @@ from app.decisions.database import Filter
 from app.decisions.decision import short_sha256
 from app.http.access import KeyFirst, needs
 from app.http.base_body import Body, error_response
-from app.routes.decisions import (
-    OFF,
-    DecisionBody,
-    Since,
-    Until,
-    ask,
-    decision_body,
-    milliseconds,
-    recorder_of,
-)
+from app.routes.decisions import DecisionBody, decision_body
+from app.routes.record import OFF, Since, Until, ask, milliseconds, recorder_of
 from app.serving.inspection import Inspector
 from engines.limits import asked_for, share_at_most
 from engines.verdict import Scale

@@ -21,7 +21,7 @@ from app.decisions.shift_page import overlays, shift_page
 from app.decisions.words import CHANGES, REASONS, SENTENCES, Language, Words
 from app.http.openapi import operations
 from app.main import create_app
-from app.routes.decisions import LineBody
+from app.routes.trail import LineBody
 from app.settings import Settings
 from engines.image import DEFAULT_LIMITS
 from support.decisions import decision

@@ -448,12 +448,24 @@ def test_a_point_that_is_no_place_is_refused(number: str, refusing: Line) -> Non
     unchanged(refusing, answer, 422, "bad_request", "")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 5000, '{"width": 1}', "\xff"])
-def test_what_is_no_such_json_is_refused(text: str, refusing: Line) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "The body is not JSON: EOF while parsing"),
+        ("{", "The body is not JSON: EOF while parsing"),
+        ("[" * 5000, "The body is not JSON: recursion limit"),
+        ("\xff", "The body is not JSON: "),
+        ("[]", "The body is wrong: "),
+        ("null", "The body is wrong: "),
+        ('{"width": 1}', "The body parameter height is wrong: Field required"),
+    ],
+    ids=["nothing", "cut short", "deep", "no UTF-8", "a list", "null", "half of it"],
+)
+def test_what_is_no_such_json_is_refused(text: str, words: str, refusing: Line) -> None:
     answer = refusing.server.client.put(
         PATH, content=text.encode("latin-1"), headers={"Content-Type": "application/json"}
     )
-    unchanged(refusing, answer, 422, "bad_request", "The body is wrong")
+    unchanged(refusing, answer, 422, "bad_request", words)
 
 
 def test_another_type_of_body_and_one_without_a_reason_are_refused(refusing: Line) -> None:
