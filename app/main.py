@@ -49,6 +49,7 @@ from app.routes import (
     threshold_preview,
     trail,
     views,
+    web,
 )
 from app.routes import jobs as jobs_routes
 from app.serving.challenges import Challenger
@@ -81,7 +82,7 @@ _ROUTERS = (
     statistics.router, threshold_preview.router, models.router, regions.router,
     jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
-    challenges.router,
+    challenges.router, web.router,
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from app.http.access import needs
@@ -105,11 +105,6 @@ router = APIRouter(tags=["system"])
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     503: error_response("No model is loaded; the sentence says why.", not_ready=NO_MODEL)
 }
-
-
-@router.get("/", include_in_schema=False)
-async def index() -> RedirectResponse:
-    return RedirectResponse("/docs")
 
 
 @router.get("/livez", summary="Is the process alive?")

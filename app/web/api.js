@@ -1,0 +1,122 @@
+// What the page asks of the server, always with its key, and what is said where it says no.
+
+const KEY = 'kensa.key'; // of this tab alone; one that is to stay is in a cookie that no script sees
+
+/** The server said no: `status`, the `code` of the agreed form, and its sentence as `message`. */
+export class Refused extends Error {
+  constructor(status, code, sentence) {
+    super(sentence);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+/** The key of this tab; empty where it has none. */
+export const keyOfTab = () => sessionStorage.getItem(KEY) ?? '';
+
+/** Keep a key until the tab is closed; an empty one forgets it. */
+export function keepInTab(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+const leavers = new Set();
+
+/** Call `left` whenever the server does not know our key any more; returns what ends that. */
+export function whenUnknown(left) {
+  leavers.add(left);
+  return () => leavers.delete(left);
+}
+
+/** The answer to a request, whatever it is; throws `Refused` where it is no success. */
+export async function ask(path, options = {}) {
+  const headers = new Headers(options.headers);
+  headers.set('X-Kensa-Page', '1'); // no page of another server can send it unasked
+  if (keyOfTab()) headers.set('X-API-Key', keyOfTab());
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === 'AbortError') throw error;
+    throw new Refused(0, 'unreachable', '');
+  }
+  if (answer.ok) return answer;
+  const refused = await refusal(answer);
+  if (answer.status === 401) for (const left of leavers) left(refused);
+  throw refused;
+}
+
+async function refusal(answer) {
+  const text = await answer.text();
+  try {
+    const { code, error } = JSON.parse(text);
+    return new Refused(answer.status, code ?? 'http_error', error ?? text);
+  } catch {
+    return new Refused(answer.status, 'http_error', text.slice(0, 300));
+  }
+}
+
+/** GET: what the JSON says. */
+export const get = async (path, options) => (await ask(path, options)).json();
+
+/** Any other method; `body` goes as JSON where it is given. Null where nothing comes back. */
+export async function send(method, path, body) {
+  const options = { method };
+  if (body !== undefined) {
+    options.headers = { 'Content-Type': 'application/json' };
+    options.body = JSON.stringify(body);
+  }
+  const answer = await ask(path, options);
+  const text = await answer.text();
+  return text ? JSON.parse(text) : null;
+}
+
+/** `?a=1&b=2` of those that are neither null nor empty. */
+export function query(values) {
+  const given = Object.entries(values).filter(([, value]) => value != null && value !== '');
+  return given.length ? `?${new URLSearchParams(given)}` : '';
+}
+
+/** A path of parts that come from outside, such as `path('models', name)`. */
+export const path = (...parts) => `/${parts.map(encodeURIComponent).join('/')}`;
+
+/** Save an answer as a file, under the name that the server gives it or this one. */
+export async function download(from, name) {
+  const answer = await ask(from);
+  const given = /filename="([^"]+)"/.exec(answer.headers.get('Content-Disposition') ?? '');
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(await answer.blob());
+  link.download = given?.[1] ?? name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
+// Pictures. An <img> sends no key, so they come like everything else; the last ones stay.
+
+const MOST_PICTURES = 240;
+const pictures = new Map(); // path -> promise of a blob: URL, the one used last at the end
+
+/** A blob: URL of a picture; throws `Refused`. */
+export function picture(from) {
+  let known = pictures.get(from);
+  if (known === undefined) {
+    known = ask(from)
+      .then((answer) => answer.blob())
+      .then((data) => URL.createObjectURL(data));
+    known.catch(() => pictures.delete(from));
+  }
+  pictures.delete(from);
+  pictures.set(from, known);
+  for (const [oldest, url] of pictures) {
+    if (pictures.size <= MOST_PICTURES) break;
+    pictures.delete(oldest);
+    url.then(URL.revokeObjectURL, () => {});
+  }
+  return known;
+}
+
+/** Forget a picture that is another one now. */
+export function forgetPicture(from) {
+  pictures.get(from)?.then(URL.revokeObjectURL, () => {});
+  pictures.delete(from);
+}
