@@ -3,12 +3,13 @@
 # make soak   the long proofs that `make test` has in a short form
 # make lint   linter, formatter, type checker
 # make bench  the benchmarks
+# make browser  Chromium for the tests of the screen, where it is missing and can be had
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench clean
+.PHONY: demo test soak lint bench browser clean
 
 # One environment; a marker per set of extras says that pyproject.toml has not changed since.
 $(VENV)/train: extras = train
@@ -21,10 +22,10 @@ $(VENV)/train $(VENV)/dev: pyproject.toml
 demo: $(VENV)/train
 	$(BIN)/python -m workers.demo $(ARGS)
 
-test: $(VENV)/dev lint
+test: $(VENV)/dev browser lint
 	$(BIN)/python -m pytest -m 'not soak' --numprocesses 3 --dist loadfile $(ARGS)
 
-soak: $(VENV)/dev
+soak: $(VENV)/dev browser
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(VENV)/dev
@@ -34,6 +35,15 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/train
 	$(BIN)/python -m benchmarks.latency $(ARGS)
+
+# The tests of the screen need one, which no Python package brings; without it they are skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome-stable google-chrome; do \
+	  command -v $$name >/dev/null && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
+	    --no-install-recommends chromium fonts-ipafont-gothic >/dev/null; \
+	else echo "No Chromium here: the tests of the screen are skipped (apt-get install chromium)"; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -38,11 +38,12 @@ from support.server import RAW, Server, agreed, serving
 JSON = {"Content-Type": "application/json"}
 PUBLIC = {"/v2/health/live", "/v2/health/ready", "/", "/livez", "/readyz"}
 PAGES = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
+SCREEN = {"/web/{name:path}"}
 
 
 def role_of(method: str, path: str) -> Role | None:
     """What docs/http.md promises: whoever adds a route that differs decides about it here."""
-    if path in PUBLIC | PAGES:
+    if path in PUBLIC | PAGES | SCREEN:
         return None
     if path.endswith("/archive"):  # a model whole, to be taken away
         return "admin"
@@ -161,7 +162,7 @@ def test_no_route_is_open_without_having_been_decided_to_be(keyed: Server, tmp_p
     for method, path in found:
         answer = keyed.client.request(method, re.sub(r"\{\w+\}", "nothing", path))
         is_open = answer.status_code != 401
-        assert is_open == (path in PUBLIC | PAGES), f"{method} {path}"
+        assert is_open == (path in PUBLIC | PAGES | SCREEN), f"{method} {path}"
 
 
 def test_the_docs_page_has_both_ways_to_send_a_key(keyed: Server) -> None:
@@ -175,7 +176,7 @@ def test_the_docs_page_has_both_ways_to_send_a_key(keyed: Server) -> None:
     ]
 
 
-@pytest.mark.parametrize("path", sorted(PUBLIC | PAGES | {"/static-offline-docs/favicon.png"}))
+@pytest.mark.parametrize("path", sorted(PUBLIC | PAGES | {"/static-offline-docs/favicon.png", "/web/app.js"}))
 def test_health_and_documentation_need_no_key(keyed: Server, path: str) -> None:
     assert keyed.client.get(path).status_code in (200, 307, 503)
 
