@@ -9,6 +9,7 @@ import base64
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,53 +19,7 @@ from numpy.typing import NDArray
 SHOWN_PX = 480  # the longer side of a picture in a page
 LOADS_NOTHING = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # for a browser
 
-STYLE = """
-:root { color-scheme: light; --ink: #17202b; --soft: #5b6675; --line: #d9dee5; --pale: #f4f6f8;
-  --paper: #fff; --note: #fdf8ea; --normal: #2f6fae; --anomaly: #d2571c; --good: #1d7a46; }
-@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; --ink: #e6eaf0;
-  --soft: #9aa6b5; --line: #343d49; --pale: #1e252e; --paper: #14191f; --note: #2b2617;
-  --normal: #6aa5df; --anomaly: #f0834a; --good: #52b57f; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 28px 24px 48px; color: var(--ink);
-  background: var(--paper); font: 16px/1.45 system-ui, "Segoe UI", "Noto Sans", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; -webkit-print-color-adjust: exact;
-  print-color-adjust: exact; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; }
-h2 { font-size: 19px; margin: 34px 0 12px; }
-.under { color: var(--soft); margin: 4px 0 22px; }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
-.tile { background: var(--pale); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 26px; line-height: 1.2; font-weight: 650; }
-.tile.bad b { color: var(--anomaly); } .tile.good b { color: var(--good); }
-.tile span { font-size: 14px; } .tile small { display: block; color: var(--soft); }
-.notes { margin: 18px 0 0; padding: 10px 14px 10px 32px; border-left: 4px solid #e0a21b;
-  background: var(--note); border-radius: 0 8px 8px 0; font-size: 15px; overflow-wrap: anywhere; }
-figure { margin: 0; } figcaption { font-size: 15px; font-weight: 600; margin-bottom: 4px; }
-figcaption span { font-weight: 400; color: var(--soft); }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 12px; fill: var(--soft); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 28px; margin-top: 24px; }
-.cases { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 18px; }
-.case { border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
-  break-inside: avoid; }
-.case div { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; background: var(--line); }
-.case img { display: block; width: 100%; height: 100%; object-fit: contain;
-  background: var(--paper); }
-.case p { margin: 0; padding: 9px 12px; font-size: 15px; overflow-wrap: anywhere; }
-.case small { display: block; color: var(--soft); font-size: 14px; }
-.sheet { display: block; width: 100%; max-width: 780px; }
-.normal { color: var(--normal); } .anomaly { color: var(--anomaly); }
-table { border-collapse: collapse; font-size: 15px; width: 100%; }
-th, td { text-align: left; padding: 6px 0; border-top: 1px solid var(--line); font-weight: 400;
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--soft); width: 190px; padding-right: 16px; }
-@media (max-width: 620px) { .pair { grid-template-columns: 1fr; }
-  .tiles { grid-template-columns: 1fr 1fr; }
-  .cases { grid-template-columns: 1fr; } }
-@media print { body { padding: 0; font-size: 13px; max-width: none; }
-  .cases { grid-template-columns: 1fr 1fr; }
-  figure, .tile, .notes, tr { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
+STYLE = "\n" + Path(__file__).with_name("page.css").read_text("utf-8")  # the screen's too
 
 GRID = 'stroke="var(--line)" stroke-width="1"'
 CURVE = 'stroke="var(--normal)" stroke-width="2.5" stroke-linejoin="round"'

@@ -22,8 +22,8 @@ from support.project import ROOT
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "files", "logs"), ("image_files", "missing_packages", "page"),
-        ("camera", "image", "meta"), ("verdict", "regions"), ("limits",), ("promise",), ("store",),
-        ("queue",), ("machine",), ("runtimes",),
+        ("camera", "histogram", "image", "meta"), ("verdict", "regions"), ("limits",),
+        ("promise",), ("store",), ("queue",), ("machine",), ("runtimes",),
         ("serving", "inference_command", "threshold_command"),
     ),
     "workers": (

@@ -18,13 +18,12 @@ from sklearn.metrics import (
 )
 
 from engines import image
+from engines.histogram import Group, histogram, legend
 from engines.meta import Meta
-from engines.page import CURVE, DASHED, DOTTED, GRID, Axes, data_uri, document, ticks, tile
+from engines.page import CURVE, GRID, Axes, data_uri, document, tile
 from workers.evaluation import threshold_origin
-from workers.evaluation.measures import AUPRO_LIMIT, Group, Seen, scores_of, with_truth
+from workers.evaluation.measures import AUPRO_LIMIT, Seen, scores_of, with_truth
 
-BARS = 28  # of the histogram
-NAMES: dict[Group, str] = {"normal": "normal", "anomaly": "defective"}
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
 
@@ -63,7 +62,7 @@ defective test images, {escape(report["created"][:16].replace("T", " "))} UTC</p
 <section class="tiles">{_tiles(report)}</section>
 {f'<ul class="notes">{notes}</ul>' if notes else ""}
 <h2>Scores</h2>
-{_histogram(normal, defective, threshold, threshold_origin.limits_of(meta))}
+{_scores(normal, defective, threshold, threshold_origin.limits_of(meta))}
 {curves}
 <h2>Where the threshold comes from</h2>
 <table>{_rows({name.capitalize(): words for name, words in report["origin"].items()})}</table>
@@ -197,93 +196,19 @@ def _case(part: Seen, threshold: float, overlays: Path, decode: Decode) -> str:
 # ---- the charts ----------------------------------------------------------------------------------
 
 
-def _histogram(
+def _scores(
     normal: NDArray[np.float64],
     defective: NDArray[np.float64],
     threshold: float,
     limits: dict[str, float],
 ) -> str:
     """How many images of each group have which raw score, and below a tick for every image."""
-    scores = np.concatenate([normal, defective])
-    low, high = float(scores.min()), float(scores.max())
-    span = high - low or max(abs(low), 1.0) / 10
-    line = min(max(threshold, low - span), high + span)  # it may be far away
-    low, high = min(low, line), max(high, line)
-    near = [score for score in limits.values() if low - span / 4 < score < high + span / 4]
-    low, high = min([low, *near]) - 0.03 * span, max([high, *near]) + 0.03 * span
-    groups: dict[Group, NDArray[np.float64]] = {"normal": normal, "anomaly": defective}
-    counts = {group: np.histogram(found, BARS, (low, high))[0] for group, found in groups.items()}
-    most = max(1, *(int(found.max()) for found in counts.values()))
-    axes = Axes(52, 24, 940, 210, (low, high), (0, most * 1.05))
-    parts = [_frame_with_lanes(axes)]
-    width = axes.width / BARS
-    shared = (counts["normal"] > 0) & (counts["anomaly"] > 0)
-    for lane, (group, found) in enumerate(groups.items()):
-        for bar, count in enumerate(counts[group]):
-            if count:
-                wide = width / 2 if shared[bar] else width
-                x = axes.left + bar * width + lane * (width - wide)
-                parts.append(axes.bar(x, wide, count, group, f"{count} {NAMES[group]}"))
-        top = axes.top + axes.height + 44 + 18 * lane
-        marks = "".join(f"M{axes.at(score, 0)[0]:.1f} {top}v13" for score in found)
-        parts.append(
-            f'<path d="{marks}" stroke="var(--{group})" stroke-width="1.5" opacity="0.75"/>'
-        )
-    parts += [_threshold_line(axes, line, threshold), *_limit_lines(axes, limits)]
-    legend = ", ".join(
-        f'<span class="{group}">&#9632; {len(found)} {NAMES[group]}</span>'
-        for group, found in groups.items()
-    )
+    groups = [Group("normal", "normal", normal), Group("defective", "anomaly", defective)]
     return (
-        f"<figure><figcaption>Raw scores of {legend}"
+        f"<figure><figcaption>Raw scores of {legend(groups)}"
         " <span>(bars: images; the ticks below: every image)</span></figcaption>"
-        f'<svg viewBox="0 0 1010 334" role="img" aria-label="Histogram of raw scores">'
-        f"{''.join(parts)}</svg></figure>"
+        f"{histogram(groups, threshold, limits)}</figure>"
     )
-
-
-def _frame_with_lanes(axes: Axes) -> str:
-    """The frame of the histogram; whole images only at its side, the lanes' names at theirs."""
-    bottom = axes.top + axes.height
-    parts = []
-    for value in ticks(*axes.x, about=8):
-        px, _ = axes.at(value, 0)
-        parts.append(f'<text x="{px:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
-    parts.append(axes.levels(value for value in ticks(*axes.y, about=4) if value == int(value)))
-    end = axes.left + axes.width
-    parts.append(f'<text x="{end}" y="{bottom + 33}" text-anchor="end">raw score</text>')
-    return "".join(parts)
-
-
-def _threshold_line(axes: Axes, line: float, threshold: float) -> str:
-    x, _ = axes.at(line, 0)
-    bottom = axes.top + axes.height + 76
-    beyond = " (further right)" * (threshold > line) + " (further left)" * (threshold < line)
-    anchor = "end" if x > axes.left + 0.7 * axes.width else "start"
-    shift = -6 if anchor == "end" else 6
-    return (
-        f'<line x1="{x:.1f}" y1="8" x2="{x:.1f}" y2="{bottom}" {DASHED}/>'
-        f'<text x="{x + shift:.1f}" y="18" text-anchor="{anchor}" style="fill: var(--ink)">'
-        f"threshold {threshold:.4f}{beyond}</text>"
-    )
-
-
-def _limit_lines(axes: Axes, limits: dict[str, float]) -> list[str]:
-    """Where as many good parts would be rejected, as far as it is in sight; below all the rest."""
-    bottom, lines = axes.top + axes.height + 96, []
-    for number, (share, score) in enumerate(sorted(limits.items(), key=lambda one: one[1])):
-        if axes.x[0] <= score <= axes.x[1]:
-            x, _ = axes.at(score, 0)
-            left = number == 0 and len(limits) > 1  # two names never meet: one on either side
-            shift, anchor = (-6, "end") if left else (6, "start")
-            if not left and x > axes.left + 0.8 * axes.width:
-                shift, anchor = -6, "end"
-            lines.append(
-                f'<line x1="{x:.1f}" y1="{axes.top}" x2="{x:.1f}" y2="{bottom}" {DOTTED}/>'
-                f'<text x="{x + shift:.1f}" y="{bottom}" text-anchor="{anchor}">'
-                f"limit for {share} of good parts</text>"
-            )
-    return lines
 
 
 def _roc_chart(
