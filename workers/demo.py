@@ -122,6 +122,7 @@ def _inspect(server: _Server, data: Path, picture: Path) -> None:
         f"\nTry it:      curl -F file=@{path} {server.url}/infer"
         f"\nSee it:      curl -F file=@{path} -H 'Accept: image/png' -o overlay.png"
         f" {server.url}/infer"
+        f"\nThe screen:  {server.url}/"
         f"\nDocs page:   {server.url}/docs",
         flush=True,
     )
