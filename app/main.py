@@ -36,6 +36,7 @@ from app.http.request_log import CLIENT_LEFT, RequestLog, request_id
 from app.jobs.job_queue import JobQueue
 from app.jobs.worker_process import WorkerProcess
 from app.routes import (
+    access,
     challenges,
     datasets,
     decisions,
@@ -44,6 +45,7 @@ from app.routes import (
     models,
     open_inference,
     regions,
+    setup,
     statistics,
     system,
     threshold_preview,
@@ -59,6 +61,7 @@ from app.serving.rollout import Rollout
 from app.serving.stale_plans import StalePlans
 from app.serving.views import Part, Views
 from app.settings import Settings, version
+from app.watching.doctor.examination import Examination
 from app.watching.health import Health
 from app.watching.metrics import Metrics
 from engines.errors import BadRequest, KensaError, UnsupportedBody
@@ -82,7 +85,7 @@ _ROUTERS = (
     statistics.router, threshold_preview.router, models.router, regions.router,
     jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
-    challenges.router, web.router,
+    challenges.router, access.router, setup.router, web.router,
 )  # fmt: skip
 
 
@@ -186,6 +189,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.health = Health(inspector, jobs, worker, settings, background, recorder, collector)
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
+    app.state.examination = Examination(settings)
     app.state.stopping = asyncio.Event()
     app.state.looks = jobs_routes.Looks()
     app.state.submitting = asyncio.Lock()

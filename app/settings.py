@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from datetime import time
 from importlib import metadata
 from ipaddress import ip_address
@@ -22,7 +23,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from engines.errors import BadSettings
 from engines.files import name_of_folder
 from engines.promise import FEW_FOUND
-from engines.queue.fleet import Fleet, device_name
+from engines.queue.fleet import Fleet, device_name, this_machine
 from engines.queue.postgres import Postgres
 
 PREFIX = "KENSA_"
@@ -614,6 +615,43 @@ def table() -> list[tuple[str, str, str, str]]:
         unit = str(extra["unit"]) if isinstance(extra, dict) else ""
         default = "" if field.default is None else str(field.default)
         rows.append((f"{PREFIX}{name}".upper(), default, unit, field.description or ""))
+    return rows
+
+
+@dataclass(frozen=True)
+class InForce:
+    """A setting as it is now."""
+
+    variable: str
+    value: str | None  # None where it is not set, or not to be shown
+    default: str | None
+    unit: str
+    meaning: str
+    group: str
+    changed: bool  # from its default
+    secret: bool  # a URL with a password, perhaps: it is never shown
+
+
+def in_force(settings: Settings) -> list[InForce]:
+    """Every setting as it is now; where one that is not set is found out, what was found."""
+    found_out = {
+        "data_dir": settings.data,
+        "model_name": settings.served_name if settings.model_dir else None,
+        "device": this_machine(),
+        "keys_file": settings.keys_path,
+        "cache_dir": settings.compiled_dir,
+    }
+    rows, group = [], ""
+    for row, (name, field) in zip(table(), Settings.model_fields.items(), strict=True):
+        variable, default, unit, meaning = row
+        group = GROUPS.get(name, group)
+        value = getattr(settings, name)
+        secret = isinstance(value, SecretStr) or "SecretStr" in str(field.annotation)
+        shown = None if secret else found_out.get(name) if value is None else value
+        rows.append(InForce(
+            variable, None if shown is None else str(shown), default or None, unit, meaning, group,
+            changed=value != field.default, secret=secret,
+        ))  # fmt: skip
     return rows
 
 

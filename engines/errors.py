@@ -30,6 +30,7 @@ KensaError
 ├── UnknownVersion        404  the model has no such version
 ├── UnknownJob            404  no job of that id
 ├── UnknownDataset        404  no category or image of that name
+├── UnknownKey            404  no API key of that name
 ├── UnknownDecision       404  no decision of that id, or its picture is not kept
 ├── Conflict              409  what is asked for collides with what is going on
 │   └── LateView          409  a view of a part that was decided without it
@@ -255,6 +256,13 @@ class UnknownDataset(KensaError):
 
     status = 404
     code = "unknown_dataset"
+
+
+class UnknownKey(KensaError):
+    """There is no API key of that name."""
+
+    status = 404
+    code = "unknown_key"
 
 
 class UnknownDecision(KensaError):

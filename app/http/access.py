@@ -12,11 +12,13 @@ from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from app.http.keys import ROLES, Key, Role, fingerprint, read_keys
+from app.http.known_hosts import is_foreign
 from app.settings import Settings
 from engines.errors import (
     BadKeys,
     BadSettings,
     Forbidden,
+    ForeignOrigin,
     Unauthorized,
 )
 from engines.logs import note
@@ -31,10 +33,17 @@ WRONG_KEY = (
     "This API key is not known: it is mistyped, or was removed; kensa keys list shows on the server"
     " which there are."
 )
+NOT_OURS = (
+    "Who is known by a cookie alone changes nothing without the header X-Kensa-Page: 1, which pages"
+    " of this server send: send the key as Authorization or X-API-Key instead."
+)
 NOBODY = (
     "The server's file of API keys cannot be read, so nobody is let in; the server's log says what"
     " is wrong with it."
 )
+
+COOKIE = "kensa_key"
+PAGE = "X-Kensa-Page"
 
 
 class Access:
@@ -42,7 +51,7 @@ class Access:
 
     def __init__(self, settings: Settings) -> None:
         self._mode = settings.access
-        self._path = settings.keys_path
+        self.path = settings.keys_path
         self._open_without_keys = settings.access == "auto" and settings.is_local
         self._keys: dict[str, Key] = {}  # by id
         self._problem: str | None = None
@@ -70,6 +79,11 @@ class Access:
             " everything."
         )
 
+    @property
+    def opens_without_keys(self) -> bool:
+        """Whether whoever reaches this server may do everything once there is no key."""
+        return self._mode == "anyone" or self._open_without_keys
+
     def check(self, given: str | None, role: Role) -> Key | None:
         """The key that was given; None where none is needed.
 
@@ -78,19 +92,12 @@ class Access:
             Forbidden: its role is less than `role`.
             BadKeys: the file of keys is damaged.
         """
-        if self._mode == "anyone":
-            return None
-        self._look()
-        if self._problem is not None:
-            raise BadKeys(NOBODY)
-        if not self._keys and self._open_without_keys:
+        if self.is_open():
             return None
         if not given:
             raise Unauthorized(NO_KEY)
-        key = self._keys.get(given[6:14])
-        # Also where there is no such id: so both take the same time.
-        is_right = hmac.compare_digest(fingerprint(given), key.sha256 if key else "0" * 64)
-        if key is None or not is_right:
+        key = self.known(given)
+        if key is None:
             raise Unauthorized(WRONG_KEY)
         if ROLES.index(key.role) < ROLES.index(role):
             raise Forbidden(
@@ -99,10 +106,26 @@ class Access:
             )
         return key
 
+    def is_open(self) -> bool:
+        """Whether whoever asks may do everything, without a key. Raises BadKeys as `check`."""
+        if self._mode == "anyone":
+            return True
+        self._look()
+        if self._problem is not None:
+            raise BadKeys(NOBODY)
+        return not self._keys and self._open_without_keys
+
+    def known(self, given: str) -> Key | None:
+        """The key of this text, as the file was when it was last looked at."""
+        key = self._keys.get(given[6:14])
+        # Also where there is no such id: so both take the same time.
+        is_right = hmac.compare_digest(fingerprint(given), key.sha256 if key else "0" * 64)
+        return key if is_right else None
+
     def _look(self) -> None:
         """Read the file again when it has changed; to see that costs two microseconds."""
         try:
-            now = self._path.stat()
+            now = self.path.stat()
             seen: tuple[int, ...] | None = (now.st_mtime_ns, now.st_ino, now.st_size)
         except FileNotFoundError:
             seen = None
@@ -113,9 +136,9 @@ class Access:
         is_first = self._seen == ()
         self._seen, before = seen, self._keys
         try:
-            keys = read_keys(self._path)
+            keys = read_keys(self.path)
             if keys is None and before:
-                raise BadKeys(f"{self._path} is gone: restore it, or start the server again.")
+                raise BadKeys(f"{self.path} is gone: restore it, or start the server again.")
         except BadKeys as error:
             self._problem, self._keys = str(error), before
             log.error("Nobody is let in. %s", error)
@@ -143,7 +166,7 @@ def needs(role: Role) -> Any:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
         header: Annotated[str | None, Security(_HEADER)],
     ) -> None:
-        _check(request, bearer.credentials if bearer else header, role)
+        _check(request, _sent(bearer, header), role)
 
     return Security(known, scopes=[role])
 
@@ -163,15 +186,37 @@ class KeyFirst(APIRoute):
         async def handle_known(request: Request) -> Response:
             bearer, header = await _BEARER(request), await _HEADER(request)
             for role in roles:
-                _check(request, bearer.credentials if bearer else header, role)
+                _check(request, _sent(bearer, header), role)
             return await handle(request)
 
         return handle_known
 
 
-def _check(request: Request, given: str | None, role: Role) -> None:
+def _sent(bearer: HTTPAuthorizationCredentials | None, header: str | None) -> str | None:
+    return bearer.credentials if bearer else header
+
+
+def cookie_of(request: Request) -> str | None:
+    """The key in a request's cookie, unless the page of another server asks.
+
+    To a browser, http://machine:3000 and http://machine:8000 are one site: SameSite lets both.
+    """
+    kept = request.cookies.get(COOKIE)
+    return kept if kept and not is_foreign(request.headers) else None
+
+
+async def given_to(request: Request) -> str | None:
+    """The key that a request came with, in a header or as a cookie; of a route that needs none."""
+    return _sent(await _BEARER(request), await _HEADER(request)) or cookie_of(request)
+
+
+def _check(request: Request, sent: str | None, role: Role) -> None:
     access: Access = request.app.state.access
-    key = access.check(given, role)
+    kept = None if sent else cookie_of(request)
+    key = access.check(sent or kept, role)
+    changes = request.method not in ("GET", "HEAD")
+    if key and kept and changes and request.headers.get(PAGE) != "1":  # which no form can send
+        raise ForeignOrigin(NOT_OURS)
     request.state.key = key.name if key else None
     if key:
         note(key=key.name)

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.settings import NAME, Settings
-from engines.errors import BadKeys, BadRequest, BadSettings, Conflict
+from engines.errors import BadKeys, BadSettings, Conflict, UnknownKey
 from engines.files import write_atomically
 
 Role = Literal["line", "operator", "admin"]
@@ -32,7 +32,7 @@ ROLES: tuple[Role, ...] = get_args(Role)  # each may do what those before it may
 MEANINGS: dict[Role, str] = {
     "line": "to inspect and to look at everything",
     "operator": "for training images, retraining and which version is live as well",
-    "admin": "to take in models as well",
+    "admin": "to take in models, and to make keys, as well",
 }
 
 
@@ -83,7 +83,14 @@ def read_keys(path: Path) -> list[Key] | None:
         ) from None
 
 
-def add_key(path: Path, name: str, role: Role) -> str:
+Left = Callable[[list[Key]], None]  # raises where these keys, after a change, are none to leave
+
+
+def _any(_: list[Key]) -> None:
+    """Whoever may run the command on the server may leave what keys they like."""
+
+
+def add_key(path: Path, name: str, role: Role, look: Left = _any) -> str:
     """Make a key and keep its fingerprint; the text of the key is known to nobody else.
 
     Raises:
@@ -99,22 +106,24 @@ def add_key(path: Path, name: str, role: Role) -> str:
         text = f"kensa_{new}_{secrets.token_hex(24)}"
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         keys.append(Key(name=name, id=new, role=role, sha256=fingerprint(text), created=created))
+        look(keys)
     return text
 
 
-def remove_key(path: Path, name: str) -> int:
+def remove_key(path: Path, name: str, look: Left = _any) -> int:
     """Forget a key. Returns how many are left.
 
     Raises:
-        BadRequest: there is none of that name.
+        UnknownKey: there is none of that name.
         BadKeys, BadSettings: as `add_key`.
     """
     with _changing(path) as keys:
         found = [key for key in keys if key.name == name]
         if not found:
             known = ", ".join(key.name for key in keys) or "none"
-            raise BadRequest(f"There is no key {name}; there is: {known}.")
+            raise UnknownKey(f"There is no key {name}; there is: {known}.")
         keys.remove(found[0])
+        look(keys)
     return len(keys)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from collections.abc import Container
 from ipaddress import ip_address
 
 from fastapi import Request
@@ -56,13 +57,9 @@ class KnownHosts:
             )
         if scope["method"] in ("GET", "HEAD"):
             return None
-        origin = headers.get("origin", "").lower()
-        if origin:
-            is_foreign = origin.partition("://")[2] != host and origin not in self._origins
-        else:
-            is_foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if not is_foreign:
+        if not is_foreign(headers, self._origins):
             return None
+        origin = headers.get("origin", "").lower()
         return ForeignOrigin(
             f"A web page of {origin[:100] or 'another server'} asks for this: where that is"
             " wanted, add the server it comes from to KENSA_ORIGINS."
@@ -74,6 +71,15 @@ class KnownHosts:
             return False
         name = found[1].strip("[]").removesuffix(".")
         return name in self._names or _is_address(name)
+
+
+def is_foreign(headers: Headers, known: Container[str] = ()) -> bool:
+    """Whether the page of another server asks, and none of those that are known."""
+    origin = headers.get("origin", "").lower()
+    if origin:
+        own = headers.get("host", "").lower()
+        return origin.partition("://")[2] != own and origin not in known
+    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
 
 
 def _is_address(name: str) -> bool:

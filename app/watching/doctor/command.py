@@ -53,13 +53,19 @@ def command(arguments: list[str]) -> int:
     return 0 if report.ok else 1
 
 
-def examine(settings: Settings | None, root: Path = Path("/")) -> Report:
-    """Look at everything."""
+def examine(settings: Settings | None, root: Path = Path("/"), serving: bool = False) -> Report:
+    """Look at everything.
+
+    Args:
+        serving: whether this very process serves. Then TensorRT is not loaded into it where only
+            OpenVINO may run models.
+    """
     report, found = Report(), Device.read(root)
     jetson = is_jetson(root)
     report.facts["machine"] = dict(machine_facts(root, found))
     report.findings += machine_findings(root, found)
-    tensorrt, problem = tensorrt_here()
+    left_alone = serving and settings is not None and settings.runtime == "openvino"
+    tensorrt, problem = (None, None) if left_alone else tensorrt_here()
     opening = Opening(runtime=settings.runtime if settings else "auto")
     gpu = gpu_memory(opening) if tensorrt else None
     report.facts["software"] = dict(software_facts(root, tensorrt, gpu))
@@ -68,7 +74,7 @@ def examine(settings: Settings | None, root: Path = Path("/")) -> Report:
     if settings is not None:
         report.facts["storage"] = dict(disk_facts(settings))
         report.findings += disk_findings(settings)
-        look_at_models(report, settings, opening, tensorrt, Free.now(gpu))
+        look_at_models(report, settings, opening, tensorrt, Free.now(gpu), serving)
     return report
 
 

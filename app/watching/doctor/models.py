@@ -21,12 +21,19 @@ from engines.store.versions import META, Store
 
 
 def look_at_models(
-    report: Report, settings: Settings, opening: Opening, tensorrt: Machine | None, free: Free
+    report: Report,
+    settings: Settings,
+    opening: Opening,
+    tensorrt: Machine | None,
+    free: Free,
+    serving: bool = False,
 ) -> None:
-    serving = _is_served(settings)
+    """What `report` says of them. `serving`: whether this very process has them in memory."""
+    where = "here" if serving else f"on port {settings.port}"
+    serving = serving or _is_served(settings)
     if serving:
         report.facts["storage"]["server"] = (
-            f"answers on port {settings.port}: what its models take is not free any more"
+            f"answers {where}: what its models take is not free any more"
         )
     if limit := settings.model_memory_mib * MIB:
         free = free.at_most(limit)

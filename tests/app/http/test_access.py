@@ -25,18 +25,18 @@ from app.main import create_app
 from app.settings import Settings
 from engines.errors import (
     BadKeys,
-    BadRequest,
     BadSettings,
     Conflict,
     Forbidden,
     KensaError,
     Unauthorized,
+    UnknownKey,
 )
 from support.project import ROOT
 from support.server import RAW, Server, agreed, serving
 
 JSON = {"Content-Type": "application/json"}
-PUBLIC = {"/v2/health/live", "/v2/health/ready", "/", "/livez", "/readyz"}
+PUBLIC = {"/v2/health/live", "/v2/health/ready", "/", "/livez", "/readyz", "/session"}
 PAGES = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
 SCREEN = {"/web/{name:path}"}
 
@@ -47,8 +47,10 @@ def role_of(method: str, path: str) -> Role | None:
         return None
     if path.endswith("/archive"):  # a model whole, to be taken away
         return "admin"
-    if path == "/trail":  # who did what
+    if path in ("/trail", "/settings", "/doctor"):  # who did what; how the machine is set up
         return "operator"
+    if path.startswith("/keys"):  # who may do what
+        return "admin"
     if method == "DELETE" and path.startswith("/decisions"):  # what was decided
         return "admin"
     if path.endswith("/challenge"):  # a PLC asks for it at the beginning of a shift
@@ -396,7 +398,7 @@ def test_the_command_refuses_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("KENSA_KEYS_FILE", str(tmp_path / "keys.json"))
-    with pytest.raises(BadRequest, match="There is no key nobody; there is: none"):
+    with pytest.raises(UnknownKey, match="There is no key nobody; there is: none"):
         command(["remove", "nobody"])
     for wrong, says in ((["add", "a b", "--role", "line"], "letters"), (["add", "a"], "--role")):
         with pytest.raises(SystemExit, match="2"):

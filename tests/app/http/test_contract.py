@@ -90,7 +90,11 @@ def server(kensa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @contextmanager
 def served(folder: Path, model: Path, **settings: str) -> Iterator[Server]:
     """A server with a live model. Nothing that is asked may leave a traceback in its log."""
-    named = {"KENSA_MODEL_DIR": str(model), "KENSA_MODEL_NAME": "bracket"}
+    named = {
+        "KENSA_MODEL_DIR": str(model),
+        "KENSA_MODEL_NAME": "bracket",
+        "KENSA_ACCESS": "anyone",  # else the first key that is asked for would close the server
+    }
     with serving(folder, **named, **settings) as running:
         yield running
     assert "Traceback" not in running.log.read_text()
