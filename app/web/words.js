@@ -79,6 +79,7 @@ const WORDS = {
     unknown_version: ['There is no such version.', 'バージョンが見つかりません。'],
     unknown_job: ['There is no such job.', 'ジョブが見つかりません。'],
     unknown_dataset: ['There is no such category.', 'カテゴリが見つかりません。'],
+    unknown_key: ['There is no such key.', 'キーが見つかりません。'],
     unknown_decision: ['It is not in the record.', '記録にありません。'],
     conflict: ['Not now.', '今は実行できません。'],
     late_view: ['The view came too late.', 'ビューの到着が遅すぎました。'],
