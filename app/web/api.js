@@ -2,7 +2,7 @@
 
 const KEY = 'kensa.key'; // of this tab alone; one that is to stay is in a cookie that no script sees
 
-/** The server said no: `status`, the `code` of the agreed form, and its sentence as `message`. */
+/** The server said no: `status`, the `code` of the agreed form, its sentence as `message`, all of it as `body`. */
 export class Refused extends Error {
   constructor(status, code, sentence) {
     super(sentence);
@@ -49,8 +49,8 @@ export async function ask(path, options = {}) {
 async function refusal(answer) {
   const text = await answer.text();
   try {
-    const { code, error } = JSON.parse(text);
-    return new Refused(answer.status, code ?? 'http_error', error ?? text);
+    const body = JSON.parse(text);
+    return Object.assign(new Refused(answer.status, body.code ?? 'http_error', body.error ?? text), { body });
   } catch {
     return new Refused(answer.status, 'http_error', text.slice(0, 300));
   }
