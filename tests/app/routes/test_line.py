@@ -310,7 +310,7 @@ def test_a_picture_that_is_tried_is_judged_alike_and_counted_nowhere(
 ) -> None:
     client = running.server.client
     said = send(running.server, bad)
-
+    assert client.get(f"/decisions/{said['id']}").status_code == 200  # it is written, and told
     with watching(running.server.url) as stream:
         stream.next("state")
         for picture in (bad, good, bad[:99], bad):
