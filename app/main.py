@@ -41,6 +41,7 @@ from app.routes import (
     datasets,
     decisions,
     infer,
+    line,
     marked_parts,
     models,
     open_inference,
@@ -81,7 +82,7 @@ _UNREADABLE = 400  # FastAPI's word for JSON that no parser takes; images have e
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
     # `views` before `decisions`, whose /parts/{part} takes whatever follows.
-    infer.router, views.router, decisions.router, trail.router, marked_parts.router,
+    infer.router, line.router, views.router, decisions.router, trail.router, marked_parts.router,
     statistics.router, threshold_preview.router, models.router, regions.router,
     jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
@@ -186,11 +187,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.recorder = recorder
     app.state.repeats = repeats
     app.state.challenger = challenger
-    app.state.health = Health(inspector, jobs, worker, settings, background, recorder, collector)
+    health = Health(inspector, jobs, worker, settings, background, recorder, collector)
+    app.state.health = health
     app.state.datasets = Datasets(settings.data / "datasets")
     app.state.access = Access(settings)
     app.state.examination = Examination(settings)
-    app.state.stopping = asyncio.Event()
+    app.state.stopping = stopping = asyncio.Event()
+    app.state.line = line.Watched(recorder, inspector, challenger, health, background, stopping)
     app.state.looks = jobs_routes.Looks()
     app.state.submitting = asyncio.Lock()
     for router in _ROUTERS:

@@ -347,6 +347,23 @@ class DecisionDatabase:
         )
         return [Kept.of(row) for row in rows]
 
+    def after(self, number: int, limit: int) -> list[Kept]:
+        """The newest decisions after a number, oldest first; of all where it is of none yet."""
+        last, _ = self.last("decisions")
+        rows = self._connection.execute(
+            f"SELECT {_KEPT} FROM decisions WHERE number > ? ORDER BY number DESC LIMIT ?",
+            [number if number <= last else 0, limit],
+        ).fetchall()
+        return [Kept.of(row) for row in reversed(rows)]
+
+    def by_minute(self, since: int, minute_ms: int) -> list[tuple[str, int, str, int]]:
+        """Model, minute since 1970, verdict, and how many parts, since a time."""
+        return self._connection.execute(
+            f"SELECT model, at / {minute_ms}, verdict, COUNT(*)"
+            " FROM decisions INDEXED BY decisions_by_time WHERE at >= ? GROUP BY 1, 2, 3",
+            [since],
+        ).fetchall()
+
     def _has_few(self, asked: Filter) -> bool:
         """Whether so few decisions have such a score that all of them can be looked at."""
         where, values = Filter(score_from=asked.score_from, score_to=asked.score_to).where()

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from app.decisions.database import FILE, DecisionDatabase, Kept, Note, open_or_make
 from app.decisions.decision import Decision, OfViews, Verdict, View, short_sha256
+from app.decisions.newest import MINUTE_MS, MINUTES, Newest
 from app.decisions.pictures import Map, Pictures
 from app.serving.inspection import Inspection
 from app.serving.views import MISSING, Look, Part
@@ -92,6 +93,7 @@ class Recorder:
         self.is_on = settings.record == "on"
         self.folder = settings.data / "decisions"
         self.pictures = Pictures(self.folder)
+        self.newest = Newest()
         self.written = 0
         self.lost = 0  # decisions that no disk took
         self._settings = settings
@@ -130,19 +132,22 @@ class Recorder:
 
     def verdict(self, asked: Asked, done: Inspection, image: bytes | None) -> None:
         """Keep a verdict, and the picture where it may be wanted again."""
-        if not self.is_on:
-            return
         decision = _decision(asked, done)
-        if image is not None and self._is_wanted(decision):
+        self.newest.saw(decision, image, _map(done))
+        if not self.is_on:
+            self.newest.decided(decision)
+        elif image is not None and self._is_wanted(decision):
             self._add(_Waiting(decision, image, _map(done)))
         else:
             self._add(_Waiting(decision))
 
     def no_verdict(self, asked: Asked, code: str, image: bytes | None = None) -> None:
         """Keep that a request got no verdict, and its picture where that was the reason."""
-        if not self.is_on:
-            return
-        self._add(_Waiting(_no_decision(asked, code), image))
+        decision = _no_decision(asked, code)
+        if self.is_on:
+            self._add(_Waiting(decision, image))
+        else:
+            self.newest.decided(decision)
 
     def viewed(self, part: Part) -> None:
         """Keep what was decided of a part from all of its views, as one line.
@@ -150,8 +155,6 @@ class Recorder:
         It has the numbers of the worst view, and none where one is missing. Pictures are kept of
         each view by the rules for a part; and that of the worst, where one of them is.
         """
-        if not self.is_on:
-            return
         who = part.key.who
         each = {look.view: _of_look(look, who) for look in part.looks.values()}
         for name in part.missing:  # also "?", of which there may be several
@@ -166,7 +169,12 @@ class Recorder:
         else:
             decision = replace(each[part.decided_by], id=part.id, at=_now())
         decision = replace(decision, part=part.key.part, views=of_views.text())
-        self._add(self._with_pictures(decision, part, each))
+        if part.worst is not None:
+            self.newest.saw(decision, part.worst.image, _map(part.worst.inspection))
+        if self.is_on:
+            self._add(self._with_pictures(decision, part, each))
+        else:
+            self.newest.decided(decision)
 
     def _with_pictures(self, decision: Decision, part: Part, each: dict[str, Decision]) -> _Waiting:
         wanted = [
@@ -294,6 +302,8 @@ class Recorder:
     def _open(self) -> DecisionDatabase:
         database = open_or_make(self.folder)
         self.pictures.sweep(set(database.with_pictures()))
+        since = _now() - MINUTES * MINUTE_MS
+        self.newest.begin(database.last("decisions")[0], database.by_minute(since, MINUTE_MS))
         self.opened.set()
         return database
 
@@ -335,8 +345,10 @@ class Recorder:
 
     def _write_batch(self, database: DecisionDatabase, batch: list[_Waiting]) -> None:
         kept: dict[int, int] = {}  # number -> bytes
+        numbers: dict[int, int] = {}  # number -> its place in the batch
 
         def keep(place: int, number: int) -> int:
+            numbers[number] = place
             pictures = batch[place].pictures
             if not pictures or self._settings.record_pictures_mib == 0:
                 return 0
@@ -344,13 +356,19 @@ class Recorder:
             return kept[number]
 
         try:
-            database.append([_with_sha256(one) for one in batch], keep)
+            entries = [_with_sha256(one) for one in batch]
+            database.append(entries, keep)
         except BaseException:
             with suppress(OSError):  # it is logged why nothing can be written
                 for number in kept:  # they would lie there uncounted, on a disk that is full
                     self.pictures.delete(number)
             raise
         self._picture_bytes += sum(kept.values())
+        self.newest.add(
+            Kept(number, entry, "", "", "", kept.get(number, 0))
+            for number, place in numbers.items()
+            if isinstance(entry := entries[place], Decision)
+        )
 
     def _keep(self, number: int, pictures: Sequence[_Picture]) -> int:
         """Keep pictures; 0 where the disk has no room for them: their line may find some."""

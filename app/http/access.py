@@ -100,10 +100,7 @@ class Access:
         if key is None:
             raise Unauthorized(WRONG_KEY)
         if ROLES.index(key.role) < ROLES.index(role):
-            raise Forbidden(
-                f"The key {key.name} has the role {key.role}; this needs a key with the role {role}"
-                f"{' or admin' if role == 'operator' else ''}."
-            )
+            raise Forbidden(_too_little(key.name, key.role, role))
         return key
 
     def is_open(self) -> bool:
@@ -148,6 +145,11 @@ class Access:
             log.info("API keys: %d", len(self._keys))
 
 
+def _too_little(name: str, has: Role, needed: Role) -> str:
+    more = " or admin" if needed == "operator" else ""
+    return f"The key {name} has the role {has}; this needs a key with the role {needed}{more}."
+
+
 # What routes say of themselves
 
 _BEARER = HTTPBearer(
@@ -169,6 +171,17 @@ def needs(role: Role) -> Any:
         _check(request, _sent(bearer, header), role)
 
     return Security(known, scopes=[role])
+
+
+def must_have(request: Request, role: Role) -> None:
+    """For what only some ways of asking a route need: more than the role of the route.
+
+    Raises:
+        Forbidden: the key that it came with has less.
+    """
+    has: Role = request.state.role
+    if ROLES.index(has) < ROLES.index(role):
+        raise Forbidden(_too_little(who(request), has, role))
 
 
 def who(request: Request) -> str:
@@ -218,5 +231,6 @@ def _check(request: Request, sent: str | None, role: Role) -> None:
     if key and kept and changes and request.headers.get(PAGE) != "1":  # which no form can send
         raise ForeignOrigin(NOT_OURS)
     request.state.key = key.name if key else None
+    request.state.role = key.role if key else "admin"
     if key:
         note(key=key.name)

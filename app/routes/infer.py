@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from app.decisions.recorder import Asked, Recorder, why_none
 from app.decisions.repeats import Repeats
 from app.http.accept import Answer, wanted
-from app.http.access import needs, who
+from app.http.access import must_have, needs, who
 from app.http.base_body import Body, error_response
 from app.http.body_limit import body_of
 from app.http.deadlines import within_deadline
@@ -254,6 +254,13 @@ async def infer(
     ] = None,
     part: Annotated[str, Query(description=MEANING, json_schema_extra=SCHEMA)] = "",
     words: Words = "2",
+    record: Annotated[
+        bool,
+        Query(
+            description="False: it is judged in a gap of the line, counted nowhere, not recorded;"
+            " needs the role operator."
+        ),
+    ] = True,
 ) -> Response:
     """Send a JPEG, PNG, BMP or TIFF image; the answer says whether the part is normal.
 
@@ -267,6 +274,11 @@ async def infer(
     # A refusal counts under the only model as a verdict does.
     named = model or inspector.residents.only or ""
     asked = Asked(request_id(request), called, named, who(request))
+    if not record:
+        must_have(request, "operator")
+        answer, drawing = how_to_answer(request, heatmap=heatmap)
+        inspection = await _tried(request, asked, drawing, deadline_ms)
+        return _answer(inspection, answer, asked, None, words)
     data: bytes | None = None
     try:
         answer, drawing = how_to_answer(request, heatmap=heatmap)
@@ -288,6 +300,16 @@ async def infer(
         judged_by, verdict = inspection.model, inspection.verdict
         note(model=judged_by.name, version=judged_by.version, label=verdict.label)
     return _answer(inspection, answer, asked, repeat_of, words)
+
+
+async def _tried(
+    request: Request, asked: Asked, drawing: Drawing | None, deadline_ms: int | None
+) -> Inspection:
+    """The inspection of a picture that is no part of the line: it is counted nowhere."""
+    inspector: Inspector = request.app.state.inspector
+    async with picture_of(request, asked.model) as (data, _):
+        trying = inspector.try_out(data, asked.model or None, drawing)
+        return await within_deadline(request, trying, deadline_ms)
 
 
 def how_to_answer(request: Request, *, heatmap: bool) -> tuple[Answer, Drawing | None]:

@@ -206,10 +206,7 @@ class Inspector:
         if about.measured is not None:
             self.drift.count(model, about.measured.values, raw_score)
             verdict = verdict.on_unusable(self.usable.why_not(model, about.measured, part))
-        is_stopped = not self._refuses and model.name in self.not_released
-        if is_stopped and verdict.unusable is None:
-            verdict, about = stopped(verdict, about)
-
+        verdict, about, is_stopped = self._as_released(model, verdict, about)
         drawn = None
         if drawing is not None:
             size = model.runtime.image_size
@@ -228,6 +225,15 @@ class Inspector:
         done = Inspection(model, about, verdict, anomaly_map, png, timing, is_stopped)
         self.on_inspection(done)
         return done
+
+    def _as_released(
+        self, model: Resident, verdict: Verdict, about: Seen
+    ) -> tuple[Verdict, Seen, bool]:
+        """The verdict on a part, and whether it is another one since no part of it may pass."""
+        is_stopped = not self._refuses and model.name in self.not_released
+        if is_stopped and verdict.unusable is None:
+            verdict, about = stopped(verdict, about)
+        return verdict, about, is_stopped
 
     def _see(
         self,
@@ -262,6 +268,44 @@ class Inspector:
         _, pixels, _ = await asyncio.to_thread(self._see, image, model)
         scores, _ = await self.in_a_gap(lambda: model.runtime.infer(pixels[None]))
         return judge(float(scores[0]), model.scale)
+
+    async def try_out(
+        self, image: Image, name: str | None, drawing: Drawing | None = None
+    ) -> Inspection:
+        """What `inspect` would say of a picture, in a gap of the line. It counts nowhere.
+
+        Raises:
+            BadImage, RuntimeFailed, NotReady, UnknownModel, NotReleased: as `inspect`.
+        """
+        with self.residents.use(name) as model:
+            if self._refuses and model.name in self.not_released:
+                raise NotReleased(self.not_released[model.name])
+            began = time.perf_counter()
+            measure = bool(self.usable.asked)
+            picture, pixels, about = await asyncio.to_thread(
+                self._see, image, model, drawing, measure
+            )
+            seen, size = time.perf_counter(), model.runtime.image_size
+
+            def run() -> tuple[float, NDArray[np.float32], float]:
+                begun = time.perf_counter()
+                scores, maps = model.runtime.infer(pixels[None])
+                return float(scores[0]), maps[0], (time.perf_counter() - begun) * 1000
+
+            raw_score, anomaly_map, infer_ms = await self.in_a_gap(run)
+            ran = time.perf_counter()
+            verdict = judge(raw_score, model.scale)
+            if about.measured is not None:
+                verdict = verdict.on_unusable(self.usable.look(model, about.measured))
+            verdict, about, is_stopped = self._as_released(model, verdict, about)
+            drawn = None
+            if drawing is not None:
+                drawn = await asyncio.to_thread(draw, anomaly_map, model.scale, size, picture)
+            timing = Timing(
+                queue_ms=(ran - seen) * 1000 - infer_ms, decode_ms=(seen - began) * 1000,
+                infer_ms=infer_ms, total_ms=(time.perf_counter() - began) * 1000,
+            )  # fmt: skip
+            return Inspection(model, about, verdict, anomaly_map, drawn, timing, is_stopped)
 
     async def draw_again(self, image: Image, name: str | None, drawing: Drawing) -> bytes:
         """The drawing of a picture that has its verdict already. It counts nowhere.

@@ -66,6 +66,15 @@ class Usable:
             faults.append(Fault("camera_frozen", reason))
         return next((fault for fault in faults if fault.code in self.asked), None)
 
+    def look(self, model: Resident, seen: Measured) -> Fault | None:
+        """The same of a picture that is no part of the line: it is not remembered."""
+        last = self._last.get(model.name)
+        if seen.values is None or model.camera is None:
+            return None
+        before = last.values if last is not None and last.version == model.version else ()
+        faults = model.camera.faults(seen.values, list(before))
+        return next((fault for fault in faults if fault.code in self.asked), None)
+
     def forget(self, name: str) -> None:
         """Give back what is known of a model's last parts."""
         self._last.pop(name, None)
