@@ -176,7 +176,9 @@ def test_the_docs_page_has_both_ways_to_send_a_key(keyed: Server) -> None:
     ]
 
 
-@pytest.mark.parametrize("path", sorted(PUBLIC | PAGES | {"/static-offline-docs/favicon.png", "/web/app.js"}))
+@pytest.mark.parametrize(
+    "path", sorted(PUBLIC | PAGES | {"/static-offline-docs/favicon.png", "/web/app.js"})
+)
 def test_health_and_documentation_need_no_key(keyed: Server, path: str) -> None:
     assert keyed.client.get(path).status_code in (200, 307, 503)
 
