@@ -43,6 +43,8 @@ from app.routes import (
     infer,
     line,
     marked_parts,
+    model_scores,
+    model_versions,
     models,
     open_inference,
     regions,
@@ -83,8 +85,8 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTERS = (
     # `views` before `decisions`, whose /parts/{part} takes whatever follows.
     infer.router, line.router, views.router, decisions.router, trail.router, marked_parts.router,
-    statistics.router, threshold_preview.router, models.router, regions.router,
-    jobs_routes.router, datasets.router,
+    statistics.router, threshold_preview.router, models.router, model_versions.router,
+    model_scores.router, regions.router, jobs_routes.router, datasets.router,
     system.router, open_inference.router, open_inference.control, open_inference.health,
     challenges.router, access.router, setup.router, web.router,
 )  # fmt: skip

@@ -206,9 +206,14 @@ def _normalised(scale: Scale, raw: float) -> float:
     return min(max(limit, 0.0), 1.0) if is_end else limit
 
 
-def _raw_range(scale: Scale) -> str:
+def raw_range(scale: Scale) -> tuple[float, float]:
+    """Between which raw scores a limit may lie."""
     half = (scale.raw_max - scale.raw_min) / 2
-    low, high = scale.threshold_auto - half, scale.threshold_auto + half
+    return scale.threshold_auto - half, scale.threshold_auto + half
+
+
+def _raw_range(scale: Scale) -> str:
+    low, high = raw_range(scale)
     return f"a number from {low:.6g} to {high:.6g}"
 
 

@@ -118,10 +118,8 @@ def overlay_png(image: NDArray[np.uint8], heat: NDArray[np.float32], threshold: 
         heat: (size, size) in [0, 1], from `heatmap`.
         threshold: normalised; the outline stands where `heat` crosses it.
     """
-    scale = min(1.0, OVERLAY_SIDE / max(image.shape[:2]))
-    width, height = (max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
-    part = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    heat = cv2.resize(heat, (width, height), interpolation=cv2.INTER_LINEAR)
+    part = within(image, OVERLAY_SIDE)
+    heat = cv2.resize(heat, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     colour = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)  # BGR
     opacity = np.clip(2 * heat - 0.8, 0, 0.6)[..., None]  # the part stays visible below
     picture = (part[..., ::-1] * (1 - opacity) + colour * opacity).astype(np.uint8)
@@ -130,6 +128,20 @@ def overlay_png(image: NDArray[np.uint8], heat: NDArray[np.float32], threshold: 
     )
     cv2.drawContours(picture, outlines, -1, (255, 255, 255), 2, cv2.LINE_AA)
     return png(picture)
+
+
+def within(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """A picture (H, W, 3), made smaller where its longer side has more pixels than `side`."""
+    scale = min(1.0, side / max(image.shape[:2]))
+    width, height = (max(1, round(one * scale)) for one in (image.shape[1], image.shape[0]))
+    small: NDArray[np.uint8] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return small
+
+
+def jpeg(picture: NDArray[np.uint8], quality: int) -> bytes:
+    """Encode (H, W, 3) RGB for a browser."""
+    _, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return data.tobytes()
 
 
 def png(picture: NDArray[np.uint8]) -> bytes:

@@ -76,7 +76,8 @@ TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "deci
 CHALLENGED = ("challenge_passed", "challenge_failed")
 NOT_NORMAL = ("anomaly", "unusable", "none")
 OF_MODELS = (  # lines whose subject is a model
-    "threshold", "regions", "live", "rollback", "held", *CHALLENGED, "challenges", "release",
+    "threshold", "regions", "live", "rollback", "held", "discard", *CHALLENGED, "challenges",
+    "release",
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO decisions (number, {', '.join(COLUMNS)}, hash, picture_bytes)"
@@ -431,6 +432,16 @@ class DecisionDatabase:
             [*values, scorer, raw, limit],
         )
         return [Kept.of(row) for row in rows]
+
+    def scores(self, asked: Filter, scorer: str, limit: int) -> list[tuple[float, str]]:
+        """Raw score and label of the last decisions of the same scorer, newest first."""
+        where, values = asked.where()
+        return self._connection.execute(
+            f"SELECT raw_score, label FROM decisions INDEXED BY decisions_by_model WHERE {where}"
+            " AND scorer = ? AND verdict IN ('normal', 'anomaly') AND code = ''"
+            " ORDER BY at DESC, number DESC LIMIT ?",
+            [*values, scorer, limit],
+        ).fetchall()
 
     def quarters(
         self, since: int, until: int, model: str | None = None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from app.serving.inspection import draw
 from engines.errors import UnknownDecision
 from engines.image import ImageLimits, decode
-from engines.verdict import Scale
+from engines.verdict import Scale, jpeg, within
 
 FOLDER = "pictures"
 PER_FOLDER = 1000
@@ -73,16 +73,35 @@ class Pictures:
             UnknownDecision: the map is damaged, as a power cut may leave one.
             BadImage: and its kinds, as `engines.image.decode`: the limits are others now.
         """
+        seen = self._seen(number, view)
+        picture = decode(self.image(number, view), limits, seen.bit_depth) if over_picture else None
+        return draw(seen.raw, seen.scale, seen.size, picture)
+
+    def shown(
+        self, number: int, limits: ImageLimits, side: int, quality: int, view: str = ""
+    ) -> bytes:
+        """A JPEG of the picture, upright, its longer side up to so many pixels.
+
+        Raises:
+            FileNotFoundError: it is not kept.
+            BadImage: and its kinds, as `engines.image.decode`; such a one had no verdict.
+        """
+        data = self.image(number, view)
+        try:
+            bit_depth = self._seen(number, view).bit_depth
+        except (FileNotFoundError, UnknownDecision):  # nobody judged it, or nobody knows
+            bit_depth = None
+        return jpeg(within(decode(data, limits, bit_depth), side), quality)
+
+    def _seen(self, number: int, view: str) -> Map:
         packed = self._path(number, view).with_suffix(".map").read_bytes()
         try:
-            seen = _unpack(packed)
+            return _unpack(packed)
         except Exception as error:  # NumPy, zipfile and zlib have many
             raise UnknownDecision(
                 f"What was found in the picture of decision {number} cannot be drawn: its map is"
                 " damaged."
             ) from error
-        picture = decode(self.image(number, view), limits, seen.bit_depth) if over_picture else None
-        return draw(seen.raw, seen.scale, seen.size, picture)
 
     def delete(self, number: int) -> None:
         """All of a decision's, also where there is none."""

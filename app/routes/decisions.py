@@ -44,6 +44,7 @@ from app.serving.model_manager import ModelManager
 from engines.errors import BadRequest, UnknownDecision
 from engines.serving.resident import Resident
 from engines.store.versions import Store
+from engines.verdict import OVERLAY_SIDE
 
 MOST_KIND = 100  # characters
 SPOOL_BYTES = 8 * 1024**2  # of a zip that are held in memory
@@ -175,6 +176,25 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": _BINARY}},
     404: _UNKNOWN,
     409: OFF,
+}
+JPEG = "image/jpeg"
+THUMBNAIL_SIDE = 256  # pixels
+_SMALL, _FINE = 80, 92  # quality
+_SHOWN: dict[int | str, dict[str, Any]] = {
+    200: {"content": {JPEG: _BINARY}},
+    400: error_response(
+        "Its picture is damaged: so it had no verdict.", bad_image="The PNG image is cut short."
+    ),
+    404: _UNKNOWN,
+    409: OFF,
+    413: error_response(
+        "It is larger than pictures may be by now.",
+        image_too_large="The image has 20 million pixels, more than the 16 million allowed by ...",
+    ),
+    415: error_response(
+        "It was none that Kensa reads, and had no verdict.",
+        unsupported_image="WebP is not read: save it as PNG or JPEG.",
+    ),
 }
 Id = Annotated[
     str, InPath(description="As in the answer of the inspection.", examples=["line-3.part_17"])
@@ -406,16 +426,44 @@ async def delete_image(
     dependencies=[needs("line")],
     summary="See what was strange about it",
     response_class=Response,
-    responses=_PICTURE,
+    responses={
+        **_SHOWN,
+        200: {"content": {"image/png": _BINARY, JPEG: _BINARY}},
+    },
 )
 async def overlay(
     request: Request,
     id: Id,  # noqa: A002
     number: Which = None,
     view: OfView = "",
+    paint: Annotated[
+        bool, Query(description="`false`: the same picture as large, a JPEG, with nothing on it.")
+    ] = True,
 ) -> Response:
     """Its picture with what is anomalous painted over it, as `Accept: image/png` draws it."""
+    if not paint:
+        return await _shown(request, id, number, view, OVERLAY_SIDE, _FINE)
     return await _drawn(request, id, number, view, over_picture=True)
+
+
+@router.get(
+    "/decisions/{id}/thumbnail",
+    dependencies=[needs("line")],
+    summary="See its picture, small",
+    response_class=Response,
+    responses=_SHOWN,
+)
+async def thumbnail(
+    request: Request,
+    id: Id,  # noqa: A002
+    number: Which = None,
+    view: OfView = "",
+) -> Response:
+    """A JPEG whose longer side has up to 256 pixels. A browser may keep it for ten minutes."""
+    answer = await _shown(request, id, number, view, THUMBNAIL_SIDE, _SMALL)
+    if number is not None:  # without, the id may be another decision's by then
+        answer.headers["Cache-Control"] = "private, max-age=600"
+    return answer
 
 
 @router.get(
@@ -433,6 +481,23 @@ async def heatmap(
 ) -> Response:
     """A grey PNG, where a pixel's value / 255 is the normalised score of its place."""
     return await _drawn(request, id, number, view, over_picture=False)
+
+
+async def _shown(
+    request: Request, id_: str, number: int | None, view: str, side: int, quality: int
+) -> Response:
+    recorder, limits = recorder_of(request), request.app.state.inspector.limits
+
+    def look() -> bytes:
+        kept = recorder.read(lambda it: _kept(it, id_, number))
+        place, _ = _view(kept, view)
+        try:
+            return recorder.pictures.shown(kept.number, limits, side, quality, place)
+        except FileNotFoundError:
+            _image(recorder, kept, place)  # raises where it is not kept
+            raise
+
+    return Response(await ask(look), media_type=JPEG)
 
 
 async def _drawn(

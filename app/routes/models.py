@@ -11,17 +11,16 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from app.http.access import KeyFirst, needs
 from app.http.base_body import MOST_REASON, Body, error_response, given_reason
-from app.http.model_zip import pack_model, unpack_model
+from app.http.model_zip import unpack_model
 from app.http.uploads import receive, upload_folder
 from app.routes.record import time_of
 from app.routes.statistics import DriftBody, drifting
@@ -35,10 +34,9 @@ from engines.limits import KEYS, in_force
 from engines.meta import Meta
 from engines.promise import drawn_found, promise
 from engines.queue.job_requests import few_keys
-from engines.store.bundle import ONNX, PLAN, read_strange
+from engines.store.bundle import ONNX
 from engines.store.challenges import Outcome
 from engines.store.datasets import Datasets, room
-from engines.store.plan_record import PLAN_RECORD
 from engines.store.regions import never_counts
 from engines.store.versions import GATE, MANIFEST, META, NAME, Store, stamp
 from engines.verdict import Label, Scale
@@ -367,26 +365,21 @@ Name = Annotated[str, InPath(description="The model's name.", examples=["bracket
 Version = Annotated[
     str, InPath(description="As in the model's `versions`.", examples=["0001-3f9a0c41d2e8"])
 ]
-Number = Annotated[int, InPath(ge=0, le=999_999, description="As in `gate.flips`.", examples=[0])]
 
 ZIP = "application/zip"
-_FILE = {"schema": {"type": "string", "format": "binary"}}
+FILE = {"schema": {"type": "string", "format": "binary"}}
 
-_UNKNOWN = error_response(
+UNKNOWN = error_response(
     "No such model or version.",
     unknown_model="There is no model 'bolt'; there is 'bracket'.",
     unknown_version="bracket has no version '0009-aaaaaaaaaaaa'; there is '0001-3f9a0c41d2e8'.",
 )
-_PICTURE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "A JPEG.", "content": {"image/jpeg": _FILE}},
-    404: _UNKNOWN,
-}
-_UNUSABLE = error_response(
+UNUSABLE = error_response(
     "The version's files are damaged, or do not fit together. It is put aside.",
     bad_bundle="model.onnx is not the file that was written with the meta.json beside it ...",
     bad_meta="meta.json has no image_threshold_auto ...",
 )
-_FULL = error_response(
+FULL = error_response(
     "There is no room, on the disk or in memory; nothing was changed.",
     disk_full="Nothing was changed: No space left on device. Free some space.",
     read_only="Nothing was changed, because the data folder cannot be written (...): ...",
@@ -397,20 +390,20 @@ _NO_PLAN = error_response(
     stale_plan="model.plan was built for TensorRT 10.3.0 (here 10.16.1.11). Build it again ...",
     no_tensorrt="The CUDA driver is not to be found ...",
 )
-_NONE_LIVE = error_response(
+NONE_LIVE = error_response(
     "No version of it is live, or that one cannot be used.",
     conflict="There is no threshold to speak of: bracket has no live version.",
 )
 CHANGE: dict[int | str, dict[str, Any]] = {
-    404: _UNKNOWN, 422: _UNUSABLE, 503: _NO_PLAN, 507: _FULL,
+    404: UNKNOWN, 422: UNUSABLE, 503: _NO_PLAN, 507: FULL,
 }  # fmt: skip
 
 
 @router.get("/models", dependencies=[needs("line")], summary="Which models are there?")
 async def models(request: Request, limit: Limit = PAGE) -> ModelsBody:
     """Every model of this server, its live version and whether it is in memory."""
-    names = await _look(_store(request).names)
-    return ModelsBody(models=[await _described(request, name, limit) for name in names])
+    names = await aside(store_of(request).names)
+    return ModelsBody(models=[await described(request, name, limit) for name in names])
 
 
 @router.post(
@@ -426,16 +419,16 @@ async def models(request: Request, limit: Limit = PAGE) -> ModelsBody:
             bad_bundle="The zip has no meta.json.",
             bad_request="The zip cannot be read: ...",
         ),
-        507: _FULL,
+        507: FULL,
     },
     openapi_extra={
         "requestBody": {
             "required": True,
             "description": "A zip of the folder that convtrt.py or retrain.py left.",
             "content": {
-                "application/zip": _FILE,
-                "application/x-zip-compressed": _FILE,
-                "application/octet-stream": _FILE,
+                "application/zip": FILE,
+                "application/x-zip-compressed": FILE,
+                "application/octet-stream": FILE,
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
@@ -465,7 +458,7 @@ async def take_in(
 
     A plan is not taken: it holds machine code. It is made on the device that runs it.
     """
-    store, settings = _store(request), _settings(request)
+    store, settings = store_of(request), _settings(request)
 
     def publish(zipped: Path) -> str:
         with store.staging() as folder:
@@ -490,111 +483,14 @@ async def take_in(
     "/models/{name}",
     dependencies=[needs("line")],
     summary="What is this model?",
-    responses={404: _UNKNOWN},
+    responses={404: UNKNOWN},
 )
 async def model(
     request: Request, name: Name, limit: Limit = PAGE, offset: Offset = 0
 ) -> StoredModelBody:
     """Its versions, newest first, and which one judges."""
-    await _look(_store(request).must_know, name)
-    return await _described(request, name, limit, offset)
-
-
-@router.get(
-    "/models/{name}/versions/{version}",
-    dependencies=[needs("line")],
-    summary="What is this version?",
-    responses={404: _UNKNOWN},
-)
-async def version(request: Request, name: Name, version: Version) -> VersionBody:
-    """Where it came from, its meta.json, its report, and what the gate found."""
-    return await _look(lambda: _versions(request, name, [version])[0])
-
-
-@router.get(
-    "/models/{name}/versions/{version}/flips/{number}",
-    dependencies=[needs("line")],
-    summary="See a part whose verdict changes",
-    response_class=Response,
-    responses=_PICTURE,
-)
-async def flip(request: Request, name: Name, version: Version, number: Number) -> Response:
-    """The picture of a part that the new version judges otherwise, as the model sees it."""
-    store = _store(request)
-    await _look(store.folder, name, version)
-    path = store.gate_folder(name, version) / f"{number}.jpg"
-    try:
-        data = await _look(path.read_bytes)  # whole: no ranges, which FileResponse has
-    except FileNotFoundError:
-        raise UnknownVersion(f"The gate found no flip {number} of {name} {version}.") from None
-    return Response(data, media_type="image/jpeg")
-
-
-@router.get(
-    "/models/{name}/versions/{version}/strange",
-    dependencies=[needs("line")],
-    summary="See the pictures that were not learned",
-    response_class=Response,
-    responses=_PICTURE,
-)
-async def strange(request: Request, name: Name, version: Version) -> Response:
-    """Those that are unlike the others, and beside each what is strange about it; up to 20."""
-    store = _store(request)
-
-    def look() -> bytes | None:
-        folder = store.folder(name, version)
-        return read_strange(folder, Meta.read(folder / META))
-
-    if (picture := await _look(look)) is None:
-        raise UnknownVersion(f"No picture was left out of {name} {version} as strange.")
-    return Response(picture, media_type="image/jpeg")
-
-
-@router.get(
-    "/models/{name}/versions/{version}/archive",
-    dependencies=[needs("admin")],
-    summary="Download a version",
-    response_class=StreamingResponse,
-    responses={
-        200: {"description": "A zip that POST /models takes.", "content": {ZIP: _FILE}},
-        404: _UNKNOWN,
-        422: _UNUSABLE,
-    },
-)
-async def archive(request: Request, name: Name, version: Version) -> StreamingResponse:
-    """A zip of its files, for a backup or another server; without the plan, which is this one's."""
-    store = _store(request)
-
-    def opened() -> dict[str, BinaryIO]:
-        folder, known = store.folder(name, version), store.manifest(name, version).files
-        with contextlib.ExitStack() as stack:
-            files: dict[str, BinaryIO] = {
-                file: stack.enter_context((folder / file).open("rb"))
-                for file in known
-                if file not in (PLAN, PLAN_RECORD)
-            }
-            stack.pop_all()  # who packs them closes them
-            return files
-
-    try:
-        files = await _look(opened)
-    except FileNotFoundError as error:
-        raise BadBundle(f"{name} {version} is not whole: {error.filename} is gone.") from error
-    saved_as = f"attachment; filename*=UTF-8''{quote(f'{name}-{version}.zip')}"
-    headers = {"Content-Disposition": saved_as}
-    return StreamingResponse(pack_model(files), media_type=ZIP, headers=headers)
-
-
-@router.post(
-    "/models/{name}/versions/{version}/activate",
-    dependencies=[needs("operator")],
-    summary="Make a version live",
-    responses=CHANGE,
-)
-async def activate(request: Request, name: Name, version: Version) -> StoredModelBody:
-    """Whatever the gate said of it. Parts keep coming; no request is lost."""
-    await _rollout(request).activate(name, version)
-    return await _described(request, name)
+    await aside(store_of(request).must_know, name)
+    return await described(request, name, limit, offset)
 
 
 @router.post(
@@ -611,30 +507,30 @@ async def activate(request: Request, name: Name, version: Version) -> StoredMode
 )
 async def rollback(request: Request, name: Name) -> StoredModelBody:
     """At once. A second call goes forward again."""
-    await _rollout(request).roll_back(name)
-    return await _described(request, name)
+    await rollout_of(request).roll_back(name)
+    return await described(request, name)
 
 
 @router.get(
     "/models/{name}/threshold",
     dependencies=[needs("line")],
     summary="What is the threshold?",
-    responses={404: _UNKNOWN, 409: _NONE_LIVE, 422: _UNUSABLE},
+    responses={404: UNKNOWN, 409: NONE_LIVE, 422: UNUSABLE},
 )
 async def threshold(request: Request, name: Name) -> ThresholdBody:
     """That of the version that judges, in all its forms."""
 
     def look() -> ThresholdBody:
-        return _threshold(request, name, _rollout(request).that_judges(name, "threshold"))
+        return _threshold(request, name, rollout_of(request).that_judges(name, "threshold"))
 
-    return await _look(look)
+    return await aside(look)
 
 
 @router.put(
     "/models/{name}/threshold",
     dependencies=[needs("operator")],
     summary="Change the threshold",
-    responses={**CHANGE, 409: _NONE_LIVE},
+    responses={**CHANGE, 409: NONE_LIVE},
 )
 async def change_threshold(
     request: Request, name: Name, body: ChangeThresholdBody
@@ -644,14 +540,14 @@ async def change_threshold(
     Its large files are those of the version before; POST /models/{name}/rollback undoes it.
     """
     wanted = {key: value for key in KEYS if (value := getattr(body, key)) is not None}
-    version = await _rollout(request).change_threshold(
+    version = await rollout_of(request).change_threshold(
         name, wanted, given_reason(body.reason), gate=body.gate
     )
-    return await _look(_threshold, request, name, version)
+    return await aside(_threshold, request, name, version)
 
 
 def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
-    meta = Meta.read(_store(request).folder(name, version) / META)
+    meta = Meta.read(store_of(request).folder(name, version) / META)
     found, (drawn, seen) = in_force(meta), drawn_found(meta)
     return ThresholdBody(
         model=name,
@@ -669,15 +565,15 @@ def _threshold(request: Request, name: str, version: str) -> ThresholdBody:
 
 def state_of(request: Request, name: str, version: str) -> str:
     """As it stands in the model's `versions`. Blocks."""
-    return _versions(request, name, [version])[0].state
+    return versions_of(request, name, [version])[0].state
 
 
-async def _look(work: Callable[..., Result], *arguments: Any) -> Result:
+async def aside(work: Callable[..., Result], *arguments: Any) -> Result:
     """Look at the disk, in threads that no part needs."""
     return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)
 
 
-async def _described(
+async def described(
     request: Request, name: str, limit: int = PAGE, offset: int = 0
 ) -> StoredModelBody:
     inspector: Inspector = request.app.state.inspector
@@ -691,7 +587,7 @@ async def _described(
     drift = drifting(request, name)
 
     def look() -> StoredModelBody:
-        store = _store(request)
+        store = store_of(request)
         body = StoredModelBody(
             name=name,
             live=live,
@@ -709,13 +605,13 @@ async def _described(
         try:
             pointer, known = store.pointer(name), store.versions(name)[::-1]
             body.previous = pointer.previous if pointer else None
-            body.versions = _versions(request, name, known[offset : offset + limit], among=True)
+            body.versions = versions_of(request, name, known[offset : offset + limit], among=True)
             body.refused = store.refused(name)
         except OSError as error:  # the others are listed all the same
             body.problem = body.problem or f"{name} cannot be read: {error}."
         return body
 
-    return await _look(look)
+    return await aside(look)
 
 
 def last_challenge(one: Outcome) -> LastChallengeBody:
@@ -734,7 +630,7 @@ class _Record(NamedTuple):
     gate: dict[str, Any] | None
 
 
-def _versions(
+def versions_of(
     request: Request, name: str, versions: list[str], *, among: bool = False
 ) -> list[VersionBody]:
     """Versions and their states: what is on the disk is looked at first, then what is in memory.
@@ -743,7 +639,7 @@ def _versions(
         among: they are a list, where one that was deleted just now keeps its place, since a short
             page is the last one; else that raises UnknownVersion.
     """
-    store, rollout = _store(request), _rollout(request)
+    store, rollout = store_of(request), rollout_of(request)
     live = rollout.answering(name)
     records = [_record(store, name, one, among=among) for one in versions]
     pointer, coming = store.pointer(name), rollout.coming(name)
@@ -878,12 +774,12 @@ def _gate_body(found: dict[str, Any] | None) -> tuple[GateBody | None, str | Non
         return None, f"What the gate found cannot be read: {where}: {problem['msg']}."
 
 
-def _store(request: Request) -> Store:
+def store_of(request: Request) -> Store:
     store: Store = request.app.state.store
     return store
 
 
-def _rollout(request: Request) -> Rollout:
+def rollout_of(request: Request) -> Rollout:
     rollout: Rollout = request.app.state.rollout
     return rollout
 

@@ -405,6 +405,21 @@ class Rollout:
                 found = found or {"ok": True, "reasons": []}
                 await self._go_live(model, {**found, "by_hand": True})
 
+    async def discard(self, name: str, version: str, reason: str) -> None:
+        """Delete a version because a person says so; also one that is at the gate just now.
+
+        Raises:
+            UnknownModel, UnknownVersion, Conflict, OSError: as `Store.discard`.
+        """
+        async with self._at_once(name):
+            if version == self._residents.version(name):  # also one that only stands in
+                raise Conflict(
+                    f"{name} {version} judges, so it is not discarded: activate another one first."
+                )
+            await self._loader.write(lambda: self._store.discard(name, version))
+            self.on_change("discard", name, version, reason, {})
+            log.info("%s %s is discarded: %s", name, version, reason)
+
     async def change_threshold(
         self, name: str, wanted: dict[str, Any], reason: str, *, gate: bool
     ) -> str:

@@ -6,6 +6,7 @@
     models/<name>/gates/0007-…/         what the gate found before it went live, and the flips; and
                                         marks: that it was live, is being opened, was opened once
     models/<name>/refused/0007-…/       a version that cannot be used, and why
+    models/<name>/discarded             the highest number of a version that a person discarded
 
 A version never changes once it is there. It appears in one rename, with everything flushed to the
 disk before, so a kill or a power cut at any moment leaves a whole version or none. Its name is a
@@ -63,6 +64,7 @@ _REFUSED = "refused"
 _REASON = "reason.txt"
 _REFUSED_KEPT = 5
 _FOLDER = "folder"
+_DISCARDED = "discarded"
 _THRESHOLD_OF, _REGIONS_OF = "threshold_of", "regions_of"  # in an origin
 _STAGING = ".staging"
 _OPENING = "opening"  # there while a version is being opened
@@ -490,7 +492,7 @@ class Store:
                 return same[-1]
             places = (model, model / _REFUSED, model / _GATES)
             ever = [version for place in places for version in _versions_in(place)]
-            serial = max((_serial(version) for version in ever), default=0) + 1
+            serial = max([self._discarded(name), *map(_serial, ever)]) + 1
             version = f"{serial:04d}-{digest}"
             created = datetime.now(timezone.utc).isoformat(timespec="seconds")
             content = {"version": version, "created": created, "files": files, "origin": origin}
@@ -648,6 +650,53 @@ class Store:
                     shutil.rmtree(hidden, ignore_errors=True)
                     shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
 
+    def discard(self, name: str, version: str) -> None:
+        """Delete a version for good, because a person says so; its number is never given again.
+
+        Files that other versions have too are theirs as well: they stay.
+
+        Raises:
+            UnknownModel, UnknownVersion: there is no such thing.
+            Conflict: it is the live one or the one before, or nobody knows which one is live.
+            OSError: the disk cannot be written; the version is as it was.
+        """
+        with self._locked(name):
+            folder = self.folder(name, version)
+            self._must_be_spare(name, version)
+            if _serial(version) > self._discarded(name):  # first: what is killed here wastes one
+                write_atomically(self._model(name) / _DISCARDED, str(_serial(version)).encode())
+            hidden = folder.with_name(f".{version}")  # who prunes finds what a kill leaves
+            folder.rename(hidden)
+            try:
+                sync_folder(hidden.parent)
+            except OSError:
+                hidden.rename(folder)
+                raise
+            shutil.rmtree(hidden, ignore_errors=True)
+            shutil.rmtree(self.gate_folder(name, version), ignore_errors=True)
+
+    def _must_be_spare(self, name: str, version: str) -> None:
+        if self._is_in_doubt(name):
+            raise Conflict(
+                f"Nobody knows which version of {name} is to judge, so none is discarded: activate"
+                " one first."
+            )
+        live, *before = [*self._named(name), None]
+        if version == live:
+            raise Conflict(
+                f"{name} {version} judges, so it is not discarded: activate another one first."
+            )
+        if version in before:
+            raise Conflict(
+                f"{name} {version} is what a rollback goes to, so it is not discarded: it may be"
+                " once another version went live."
+            )
+
+    def _discarded(self, name: str) -> int:
+        """The highest number that a person discarded; 0 for none."""
+        text = _text(self._model(name) / _DISCARDED) or ""
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
     def is_news(self, name: str, version: str, *, is_there: bool) -> bool:
         """Whether a folder that was taken in as `version` is to go live, because it has changed.
 
@@ -746,7 +795,7 @@ class Store:
         """
         roots = {version: self._trained(name, version) for version in known}
         trained = [version for version in known if roots[version] is None][-keep:]
-        trained += [one for one in known if one in {roots.get(version) for version in named}]
+        trained += [root for version in named if (root := roots.get(version))]  # also discarded
         return trained + [one for one in known if roots[one] in trained][-keep:]
 
     def _trained(self, name: str, version: str) -> str | None:

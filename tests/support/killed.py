@@ -8,6 +8,7 @@
     killed.py activate STORE [KILLS]     the same of Store.activate
     killed.py roll_back STORE [KILLS]    the same of Store.roll_back
     killed.py prune STORE [KILLS]        the same of Store.prune
+    killed.py discard STORE [KILLS]      the same of Store.discard
     killed.py together STORE KILLS   one of several that change a model at the same time
 
 Prints one JSON value per kill: what a reader finds afterwards.
@@ -209,11 +210,20 @@ def prune(store: Store, name: str) -> None:
     store.prune(name, 1)
 
 
+def discard(store: Store, name: str) -> None:
+    """The newest, whose number must not be given again; where there are few, make some first."""
+    if len(store.versions(name)) <= 3:
+        for _ in range(3):
+            store.record_gate(name, publish(store, name), {"ok": True})
+    store.discard(name, store.versions(name)[-1])
+
+
 CHANGES: dict[str, Callable[[Store, str], object]] = {
     "publish": publish,
     "activate": activate,
     "roll_back": lambda store, name: store.roll_back(name),
     "prune": prune,
+    "discard": discard,
 }
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score
 from engines.errors import BadDataset
 from engines.limits import share
 from engines.meta import Meta
-from engines.store.known_scores import KnownScores
+from engines.store.known_scores import MOST, KnownScores
 from workers.learning.normal_scores import (
     BUDGETS,
     NOT_FINITE,
@@ -72,6 +72,7 @@ class Calibration:
         limits: the threshold for other budgets: false_rejects, raw and at_most of each.
         auroc, best_f1: of the model on these images; None where there are no defects.
         misses: defects at or below the threshold.
+        defect_scores: theirs, for who changes the threshold later; of very many the lowest.
         drawn: how many drawn defects are found, see `eyesight`.
         weights: `untrained` where those of the backbone, or of the teacher, are random.
         before, moved: the threshold before an update, and how far it moved, in standard deviations
@@ -95,6 +96,7 @@ class Calibration:
     auroc: float | None = None
     best_f1: float | None = None
     misses: int | None = None
+    defect_scores: list[float] = field(default_factory=list)
     drawn: dict[str, Any] | None = None
     weights: str | None = None
     before: float | None = None
@@ -214,4 +216,5 @@ def _found(normal: KnownScores, defective: NDArray[np.float32], threshold: float
         "auroc": float(roc_auc_score(truth, scores)),
         "best_f1": float(f1.max()),
         "misses": misses,
+        "defect_scores": [float(f"{one:.7g}") for one in np.sort(defective)[:MOST]],
     }

@@ -48,6 +48,7 @@ CALLS: dict[str, Callable[[Store, str], object]] = {
     "pointer_back": lambda store, name: store.pointer_back(name),
     "record_gate": lambda store, name: store.record_gate(name, ABSENT, {"ok": True}),
     "refuse": lambda store, name: store.refuse(name, ABSENT, "damaged"),
+    "discard": lambda store, name: store.discard(name, ABSENT),
     "prune": lambda store, name: store.prune(name, 1),
 }
 LOOKS: dict[str, Callable[[Store, str], object]] = {
@@ -802,6 +803,96 @@ def test_nothing_is_pruned_where_nobody_knows_which_one_is_live(store: Store) ->
     assert store.versions(BOLT) == versions
 
 
+# Discarding
+
+
+def test_a_discarded_version_is_gone_and_so_is_what_the_gate_found_of_it(store: Store) -> None:
+    versions = activated(store, 3)
+    store.record_gate(BOLT, versions[0], {"ok": True})
+    store.discard(BOLT, versions[0])
+    assert store.versions(BOLT) == versions[1:]
+    assert not store.gate_folder(BOLT, versions[0]).exists()
+    assert not list((store.root / BOLT).glob(".*-*"))
+    with pytest.raises(UnknownVersion):
+        store.discard(BOLT, versions[0])
+
+
+def test_neither_the_live_one_nor_the_one_before_is_discarded(store: Store) -> None:
+    versions = activated(store, 3)
+    for version, why in ((versions[2], "judges"), (versions[1], "a rollback goes to")):
+        with pytest.raises(Conflict, match=why):
+            store.discard(BOLT, version)
+    assert store.versions(BOLT) == versions
+    store.roll_back(BOLT)
+    with pytest.raises(Conflict, match="a rollback goes to"):
+        store.discard(BOLT, versions[2])
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged", "names one that is gone"])
+def test_nothing_is_discarded_where_nobody_knows_which_one_is_live(store: Store, what: str) -> None:
+    versions = activated(store, 3)
+    if what == "missing":
+        pointer_file(store).unlink()
+    else:
+        pointer_file(store).write_text("x" if what == "damaged" else f"{ABSENT}\n\n")
+    for version in versions:
+        with pytest.raises(Conflict, match="Nobody knows"):
+            store.discard(BOLT, version)
+    assert store.versions(BOLT) == versions
+
+
+def test_before_a_version_was_live_any_may_be_discarded(store: Store) -> None:
+    first, second = published(store, 2)
+    store.discard(BOLT, first)
+    assert store.versions(BOLT) == [second]
+    store.discard(BOLT, second)
+    assert store.names() == []
+
+
+def test_the_number_of_a_discarded_version_is_never_given_again(store: Store) -> None:
+    """Decisions and the audit trail name versions for years."""
+    first, second, third = published(store, 3)
+    store.activate(BOLT, first)
+    store.discard(BOLT, third)
+    assert publish(store, "version 2") == f"0004-{third[5:]}"
+    store.discard(BOLT, second)  # an older one does not bring numbers back
+    store.discard(BOLT, f"0004-{third[5:]}")
+    assert publish(store, "version 2").startswith("0005-")
+
+
+def test_files_that_a_discarded_version_shares_stay_with_the_others(store: Store) -> None:
+    """Its thresholds are versions of their own, whose large files are its files."""
+    trained = publish(store, "a")
+    store.activate(BOLT, trained)
+    changed = [store.publish_again(BOLT, trained, {"threshold_of": trained}) for _ in range(3)]
+    for version in changed:
+        store.activate(BOLT, version)
+    one, other = (store.folder(BOLT, version) / "model.onnx" for version in (trained, changed[0]))
+    assert one.stat().st_ino == other.stat().st_ino
+    store.discard(BOLT, trained)
+    for version in changed:
+        store.check(BOLT, version)
+    store.prune(BOLT, 5)  # what is left of it counts as before
+    assert store.versions(BOLT) == changed
+
+
+def test_a_disk_that_cannot_be_written_leaves_the_version(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = activated(store, 3)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for step in ("write_atomically", "sync_folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"engines.store.versions.{step}", full)
+            with pytest.raises(OSError, match="space"):
+                store.discard(BOLT, versions[0])
+        assert store.versions(BOLT) == versions
+        store.check(BOLT, versions[0])
+
+
 def test_pruning_removes_what_a_killed_one_left(store: Store) -> None:
     activated(store, 2)
     hidden = store.root / BOLT / f".{ABSENT}"
@@ -1154,6 +1245,12 @@ def test_a_pruning_killed_at_any_step_takes_only_what_is_old_and_whole(store: St
     assert left == {(0, 1, 2, 3, 4), (0, 1, 3, 4), (0, 1, 4)}
 
 
+def test_a_discarding_killed_at_any_step_is_done_or_is_not(store: Store) -> None:
+    found = killed(store, "discard")
+    assert pairs(found) == {(1, 0)}
+    assert {tuple(one["versions"]) for one in found} == {(0, 1, 2, 3, 4), (0, 1, 2, 3)}
+
+
 def check_random_kills(store: Store, what: str, kills: int) -> None:
     for one in killed(store, what, kills):
         assert one["live"] in one["versions"]
@@ -1163,13 +1260,13 @@ def check_random_kills(store: Store, what: str, kills: int) -> None:
         assert one["without pointer"]
 
 
-@pytest.mark.parametrize("what", ["publish", "activate", "roll_back", "prune"])
+@pytest.mark.parametrize("what", ["publish", "activate", "roll_back", "prune", "discard"])
 def test_a_process_killed_at_any_moment_leaves_a_store_that_works(store: Store, what: str) -> None:
     check_random_kills(store, what, 10)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("what", ["publish", "activate", "roll_back", "prune"])
+@pytest.mark.parametrize("what", ["publish", "activate", "roll_back", "prune", "discard"])
 def test_a_process_killed_at_hundreds_of_moments_leaves_a_store_that_works(
     store: Store, what: str
 ) -> None:
