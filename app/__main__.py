@@ -169,7 +169,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
             self.lifespan.startup = open_models_first
             await super().startup(sockets)
-            log.info("Kensa %s listens on %s: the screen is /, its documentation /docs", version(), url)
+            log.info("Kensa %s listens on %s: / is the screen, /docs for programs", version(), url)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.stopping.set()  # for answers that would never end by themselves
