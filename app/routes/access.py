@@ -87,7 +87,7 @@ _LOCKED_OUT = {
 _CANNOT_WRITE = error_response(
     "The file of keys cannot be written.", read_only="Cannot write keys.json: Read-only file ..."
 )
-OnName = Annotated[str, InPath(pattern=NAME, examples=["line-3"])]
+OnName = Annotated[str, InPath(pattern=NAME, description="Of the key.", examples=["line-3"])]
 
 router = APIRouter(tags=["access"], route_class=KeyFirst)
 

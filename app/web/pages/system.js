@@ -39,7 +39,7 @@ function Now() {
   if (now === null) return error ? html`<${Problem} error=${error} again=${again} />` : html`<${Waiting} />`;
   return html`
     ${error && error.body !== now && html`<${Problem} error=${error} />`}
-    ${now.error && html`<div class="problem" role="alert"><p>${t('codes.not_ready')} ${now.error}</p></div>`}
+    ${now.error && html`<div class="warn" role="status"><p>${t('codes.not_ready')} ${now.error}</p></div>`}
     <section aria-label=${t('system.wrong_now')}>
       ${now.degraded.length === 0 && !now.error
         ? html`<p class="well">${t('system.all_well')}</p>`

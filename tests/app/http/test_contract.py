@@ -34,6 +34,7 @@ from schemathesis.specs.openapi.checks import (
 
 from app.http.openapi import operations
 from app.main import create_app
+from app.routes.access import KeyRequest, SessionRequest
 from app.routes.challenges import ReleaseBody
 from app.routes.decisions import LabelBody
 from app.routes.jobs import RetrainBody, ScheduleRequest
@@ -602,7 +603,7 @@ def test_the_ids_of_operations_come_from_what_clients_rely_on() -> None:
 
 def test_every_example_of_a_request_is_one_that_is_read() -> None:
     known = (RetrainBody, ConvertRequest, ScheduleRequest, TeacherRequest, ChangeThresholdBody,
-             LabelBody, TeachBody, ReleaseBody)  # fmt: skip
+             LabelBody, TeachBody, ReleaseBody, SessionRequest, KeyRequest)  # fmt: skip
     models: dict[str, type[BaseModel]] = {model.__name__: model for model in known}
     schemas = document()["components"]["schemas"]
     for operation in operations(document()).values():
