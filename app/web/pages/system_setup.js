@@ -1,7 +1,7 @@
 // How the server is set up, and what is wrong with it or its machine.
 
-import { t } from '../words.js';
-import { Button, Field, Problem, Waiting, count, html, useData, useState } from '../parts.js';
+import { language, t } from '../words.js';
+import { Button, Field, Problem, Waiting, count, html, useData, useEffect, useState } from '../parts.js';
 
 export function Doctor() {
   const { data, error, again } = useData('/doctor');
@@ -25,7 +25,11 @@ export function Doctor() {
 }
 
 export function Settings() {
-  const { data, error, again } = useData('/settings');
+  const { data: known, error, again } = useData('/settings');
+  const [japanese, setJapanese] = useState(null);
+  const isJapanese = language() === 'ja';
+  useEffect(() => { if (isJapanese) import('./system_settings_ja.js').then(setJapanese); }, [isJapanese]);
+  const data = known && { settings: isJapanese && japanese ? known.settings.map((one) => inJapanese(one, japanese)) : known.settings };
   const [wanted, setWanted] = useState('');
   const [isChangedOnly, setChangedOnly] = useState(false);
   if (data === null) return error ? html`<${Problem} error=${error} again=${again} />` : html`<${Waiting} />`;
@@ -43,8 +47,14 @@ export function Settings() {
         <span class="value"><b>${value(one)}</b> <span class="soft">${one.unit}</span>
           ${one.changed && html` <span class="mark">${t('system.changed')}</span>`}
           ${one.changed && one.default !== null && html` <small class="soft">${t('system.default', { value: one.default })}</small>`}</span>
-        <span class="meaning soft" lang="en">${one.meaning}</span></li>`)}</ul></section>`)}`;
+        <span class="meaning soft">${one.meaning}</span></li>`)}</ul></section>`)}`;
 }
+
+const inJapanese = (one, { MEANINGS, UNITS }) => ({
+  ...one,
+  meaning: MEANINGS[one.variable.replace('KENSA_', '')] ?? one.meaning,
+  unit: UNITS[one.unit] ?? one.unit,
+});
 
 /** Its words begin with its first: `Models and their versions` is `group_models`. */
 const groupOf = ({ group }) => {
