@@ -5,20 +5,23 @@ import { t } from './words.js';
 
 const place = document.getElementById('report');
 
-/** The page that the server drew, as nodes of this one.
+/** The page that the server drew, as nodes of this one. It has no code.
  *
- * Its styles are put in by script, as the policy of these pages wants it; of code it has none.
+ * The policy of these pages takes no styles from markup, but from script; so they go this way.
  */
 function put(text) {
-  const page = new DOMParser().parseFromString(text, 'text/html');
-  for (const script of page.querySelectorAll('script')) script.remove();
+  const styles = [];
+  const markup = text
+    .replace(/<style>(.*?)<\/style>/gs, (_, style) => { styles.push(style); return ''; })
+    .replaceAll(' style="', ' data-style="'); // in what came from outside " is &quot;
+  const page = new DOMParser().parseFromString(markup, 'text/html');
   const sheet = new CSSStyleSheet();
-  sheet.replaceSync([...page.querySelectorAll('style')].map((one) => one.textContent).join('\n'));
+  sheet.replaceSync(styles.join('\n'));
   document.adoptedStyleSheets = [sheet];
   document.documentElement.lang = page.documentElement.lang;
   document.title = page.title;
   place.replaceChildren(printer(), ...page.body.childNodes);
-  for (const one of place.querySelectorAll('[style]')) one.style.cssText = one.getAttribute('style');
+  for (const one of place.querySelectorAll('[data-style]')) one.style.cssText = one.dataset.style;
 }
 
 function printer() {
