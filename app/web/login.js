@@ -9,20 +9,21 @@ export default function Login({ onsession }) {
   const [stays, setStays] = useState(false);
   const [shows, setShows] = useState(false);
   const [busy, setBusy] = useState(false);
-  const [problem, setProblem] = useState('');
+  const [error, setError] = useState(null);
   const enter = async (event) => {
     event.preventDefault();
     setBusy(true);
-    setProblem('');
+    setError(null);
     try {
       const session = await logIn(key.trim(), stays);
-      if (session.role === null) setProblem(t('login.unknown'));
+      if (session.role === null) setError({ code: 'unauthorized' });
       else onsession(session);
-    } catch (error) {
-      setProblem(error.code === 'unauthorized' ? t('login.unknown') : sentence(error));
+    } catch (refused) {
+      setError(refused);
     }
     setBusy(false);
   };
+  const problem = error && (error.code === 'unauthorized' ? t('login.unknown') : sentence(error));
   return html`<main class="login">
     <form class="card" onsubmit=${enter}>
       <div class="row apart">

@@ -25,7 +25,7 @@ function put(text) {
 }
 
 function printer() {
-  const bar = Object.assign(document.createElement('div'), { className: 'over' });
+  const bar = Object.assign(document.createElement('div'), { className: 'printing' });
   const button = Object.assign(document.createElement('button'), { type: 'button', textContent: t('system.print') });
   button.onclick = () => print();
   bar.append(button);

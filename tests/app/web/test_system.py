@@ -130,6 +130,7 @@ def test_a_wrong_key_is_told_in_the_language_of_the_screen(
         it.must_be_accessible()
         it.page.get_by_role("button", name="日本語").click()
         it.expect("このサーバーの利用にはキーが必要です。")
+        it.expect("このキーは登録されていません。")
         it.keep(screenshots, "login-desktop-ja-light")
         assert it.page.context.cookies() == []
         assert it.page.evaluate("sessionStorage.length") == 0
@@ -381,4 +382,4 @@ def test_the_report_of_a_shift_opens_with_the_key_in_a_tab_to_print(
         report.evaluate("window.print = () => { document.title = 'printed'; }")
         report.get_by_role("button", name="印刷").click()
         assert report.title() == "printed"
-        report.screenshot(path=it.keep(screenshots, "report").with_name("report-ja.png"))
+        report.screenshot(path=screenshots / f"report-{stays}.png")
