@@ -131,9 +131,17 @@ function Trail() {
         <time datetime=${one.time}>${moment(one.time)}</time>
         <span><b>${changed(one.what)}</b> <span class="name">${one.subject}</span>${one.reason && html` <q>${one.reason}</q>`}
           <small class="soft">${details(one.details)}</small></span>
-        <span class="by soft">${one.key ?? t(one.details.by === 'command' ? 'system.by_command' : 'system.by_nobody')}</span></li>`)}
+        <span class="by soft">${one.key ?? by(one)}</span></li>`)}
     </ol>
     ${data.next !== null && limit < MOST && html`<${Button} onclick=${() => setLimit((now) => Math.min(MOST, 2 * now))}>${t('system.more')}<//>`}`}`;
+}
+
+const OF_ITSELF = ['held', 'prune', 'lost', 'repair'];
+
+/** Who did it, where it was nobody with a key. */
+function by(line) {
+  if (line.details.by === 'command') return t('system.by_command');
+  return OF_ITSELF.includes(line.what) ? 'Kensa' : '–';
 }
 
 /** What was done, in words; as the record has it where there are none. */

@@ -40,7 +40,7 @@ function Job({ job, session, again }) {
         ${is_under_way && html`<${Button} icon="close" busy=${cancelling} why=${whyNot(session, 'operator')} onclick=${cancel}>${t('system.cancel')}<//>`}</span>
     </div>
     ${is_under_way && job.progress && html`<${Progress} value=${job.progress.fraction}
-      label=${job.progress.seconds_left == null ? job.progress.phase : t('system.left', { phase: job.progress.phase, time: lasting(job.progress.seconds_left) })} />`}
+      label=${job.progress.seconds_left == null ? '' : t('system.left', { time: lasting(job.progress.seconds_left) })} />`}
     ${came && html`<small class="soft">${came}</small>`}
     ${job.error && html`<p class="warn"><span>${job.error}</span></p>`}
     ${isOpen && html`<${Log} job=${job} onclose=${() => setOpen(false)} />`}</li>`;
@@ -63,7 +63,7 @@ function Schedules({ session }) {
   const { data, error, again } = useData('/schedules', 10_000);
   const [isOpen, setOpen] = useState(false);
   const why = whyNot(session, 'operator');
-  return html`<div class="row apart"><h2>${t('system.schedules')}</h2>
+  return html`<div class="row apart head"><h2>${t('system.schedules')}</h2>
       <${Button} icon="add" why=${why} onclick=${() => setOpen(true)}>${t('system.add_schedule')}<//></div>
     ${error && html`<${Problem} error=${error} again=${again} />`}
     ${data?.schedules.length === 0 && html`<p class="soft">${t('system.schedules_none')}</p>`}

@@ -17,7 +17,7 @@ export function Keys({ session, onsession }) {
   return html`
     ${isFirst && html`<div class="warn"><p>${t('system.keys_none')}</p></div>`}
     ${!isFirst && !session.keys && html`<div class="warn"><p>${t('system.keys_unused')}</p></div>`}
-    <div class="row apart"><h2>${t('system.part_keys')}</h2>
+    <div class="row apart head"><h2>${t('system.part_keys')}</h2>
       <${Button} kind="main" icon="add" onclick=${() => setOpen(true)}>${t('system.add_key')}<//></div>
     <dl class="roles">${ROLES.map((role) => html`<div key=${role}><dt>${role}</dt><dd>${t(`system.role_${role}`)}</dd></div>`)}</dl>
     <ul class="jobs">${data.keys.map((one) => html`<${Key} key=${one.name} one=${one} known=${data} session=${session} again=${again} />`)}</ul>

@@ -7,7 +7,7 @@ export function Doctor() {
   const { data, error, again } = useData('/doctor');
   const [turn, setTurn] = useState(0);
   const lookAgain = () => { setTurn(turn + 1); again(); };
-  return html`<div class="row apart"><h2>${t('system.findings')}</h2>
+  return html`<div class="row apart head"><h2>${t('system.findings')}</h2>
       <${Button} onclick=${lookAgain}>${t('system.look_again')}<//></div>
     ${error && html`<${Problem} error=${error} />`}
     ${data === null && !error && html`<${Waiting}>${t('system.looking')}<//>`}

@@ -228,8 +228,8 @@ def test_the_first_key_is_made_on_the_screen_without_locking_its_maker_out(
         it.go("#/system?part=keys")
         it.expect("There is no key")
         it.page.get_by_role("button", name="Make a key").click()
-        assert it.page.get_by_role("radio").all_inner_texts() == ["admin"]
         it.page.get_by_label("Whose is it?").fill("anna")
+        assert it.page.get_by_role("radio").all_inner_texts() == ["admin"]
         accept(it, "Make it")
         it.expect("It is shown only now.")
         it.must_be_accessible()
