@@ -114,7 +114,9 @@ def _frame(axes: Axes, say: Words, shares: bool) -> str:
         px, _ = axes.at(value, 0)
         parts.append(f'<text x="{px:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
     parts.append(axes.levels(value for value in ticks(*axes.y, about=4) if value == int(value)))
-    parts.append(f'<text x="{end}" y="{bottom + 33}" text-anchor="end">{say.axis}</text>')
+    parts.append(
+        f'<text class="axis" x="{end}" y="{bottom + 33}" text-anchor="end">{say.axis}</text>'
+    )
     if shares:
         parts.append(f'<text x="{axes.left}" y="{axes.top - 8}">{say.share}</text>')
     return "".join(parts)
