@@ -7,7 +7,8 @@ import {
   moment, number, percent, toast, useAction, useData, useEffect, useRef, useState, whyNot,
 } from '../parts.js';
 
-const WIDTH = 1010; // px, of the drawing as the server makes it
+const WIDE = 1010; // px, of the drawing; on a phone less, so that its words can be read
+const NARROW = 460;
 const SMALL = 200; const LARGE = 20; // so many steps of the arrow keys, and of the page keys, are all of the range
 const GOALS = [0.001, 0.005, 0.01, 0.02, 0.05];
 const FIRST = 24; // flips that are shown at once
@@ -31,8 +32,8 @@ export function Limit({ of, session, changed, undo }) {
     <${Fields} scores=${scores} now=${now} raw=${raw} wanted=${wanted} want=${setWanted} set=${set} />
     <${Promises} scores=${scores} now=${now} raw=${raw} moved=${wanted !== null} />
     ${problem && html`<${Problem} error=${problem} />`}
-    ${wanted !== null && html`<${Preview} preview=${preview} looking=${looking} />
-      <${Apply} of=${of} wanted=${wanted} raw=${raw} preview=${preview} session=${session} leave=${() => setWanted(null)} changed=${changed} undo=${undo} />`}
+    ${wanted !== null && html`<${Preview} preview=${preview} looking=${looking}>
+      <${Apply} of=${of} wanted=${wanted} raw=${raw} preview=${preview} looking=${looking} session=${session} leave=${() => setWanted(null)} changed=${changed} undo=${undo} /><//>`}
   </section>`;
 }
 
@@ -67,6 +68,12 @@ function Histogram({ of, scores, raw, moved, set, leave }) {
   const [problem, setProblem] = useState(null);
   const box = useRef(null);
   const drawing = useRef(null);
+  const [wide, setWide] = useState(WIDE);
+  useEffect(() => {
+    const watch = new ResizeObserver(([seenBox]) => setWide(seenBox.contentRect.width < 600 ? NARROW : WIDE));
+    watch.observe(box.current);
+    return () => watch.disconnect();
+  }, []);
   const seen = LEGEND.map(([group]) => scores[group].length).join();
   useEffect(() => {
     let gone = false;
@@ -75,16 +82,16 @@ function Histogram({ of, scores, raw, moved, set, leave }) {
       const svg = document.importNode(new DOMParser().parseFromString(text, 'image/svg+xml').documentElement, true);
       drawing.current.replaceChildren(svg);
       const { left, width, low, high } = svg.dataset;
-      setScale({ left: Number(left), width: Number(width), low: Number(low), high: Number(high) });
+      setScale({ left: Number(left), width: Number(width), low: Number(low), high: Number(high), of: wide });
     };
-    ask(`${of}/scores.svg${inQuery({ lang: language() })}`).then((answer) => answer.text()).then(show, setProblem);
+    ask(`${of}/scores.svg${inQuery({ lang: language(), width: wide })}`).then((answer) => answer.text()).then(show, setProblem);
     return () => { gone = true; };
-  }, [of, seen, scores.raw_threshold, language()]);
+  }, [of, seen, scores.raw_threshold, wide, language()]);
 
-  const place = (score) => `${(100 * (scale.left + ((score - scale.low) / (scale.high - scale.low)) * scale.width)) / WIDTH}%`;
+  const place = (score) => `${(100 * (scale.left + ((score - scale.low) / (scale.high - scale.low)) * scale.width)) / scale.of}%`;
   const follow = (event) => {
     const { left, width } = box.current.getBoundingClientRect();
-    const across = ((event.clientX - left) / width) * WIDTH;
+    const across = ((event.clientX - left) / width) * scale.of;
     set(scale.low + ((across - scale.left) / scale.width) * (scale.high - scale.low));
   };
   const dragged = useRef(false);
@@ -167,10 +174,10 @@ function Promises({ scores, now, raw, moved }) {
 
 // ---- which parts would be judged otherwise ---------------------------------------------------------
 
-function Preview({ preview, looking }) {
+function Preview({ preview, looking, children }) {
   const [most, setMost] = useState(FIRST);
   const [open, setOpen] = useState(null);
-  if (preview === null) return looking ? html`<${Waiting}>${t('model.looking')}<//>` : null;
+  if (preview === null) return html`${looking && html`<${Waiting}>${t('model.looking')}<//>`}${children}`;
   const flips = preview.flips;
   return html`<section class=${`preview ${looking ? 'looking' : ''}`} aria-label=${t('model.preview')} aria-busy=${looking ? 'true' : undefined}>
     <h3>${t('model.preview')}</h3>
@@ -180,6 +187,7 @@ function Preview({ preview, looking }) {
       ${preview.good > 0 && html`<${Change} name="good_rejected" was=${preview.good_rejected} becomes=${preview.good_would_reject} of=${preview.good} bound=${preview.good_at_most} />`}
       ${preview.defects > 0 && html`<${Change} name="defects_missed" was=${preview.defects_missed} becomes=${preview.defects_would_miss} of=${preview.defects} bound=${preview.defects_at_most} />`}
     </div>`}
+    ${children}
     ${flips.length > 0 && html`<ul class="flips">${flips.slice(0, most).map((one) => html`<li key=${one.number}><${Flip} decision=${one} open=${() => setOpen(one)} /></li>`)}</ul>`}
     ${flips.length > most && html`<${Button} onclick=${() => setMost((now) => now * 3)}>${t('model.more')}<//>`}
     ${open && html`<${Dialog} title=${open.part ?? t('model.part_without_name')} wide onclose=${() => setOpen(null)}>
@@ -197,7 +205,7 @@ const Flip = ({ decision: one, open }) => html`<button type="button" class="flip
 
 const Becomes = ({ verdict }) => html`<span class="becomes"><${Verdict} verdict=${verdict} /> → <${Verdict} verdict=${verdict === 'anomaly' ? 'normal' : 'anomaly'} /></span>`;
 
-function Apply({ of, wanted, raw, preview, session, leave, changed, undo }) {
+function Apply({ of, wanted, raw, preview, looking, session, leave, changed, undo }) {
   const [apply, busy] = useAction(async () => {
     const body = html`<p>${t('model.apply_why', { raw: number(raw, 4) })}</p>${preview && html`<p><b>${t('model.flips', { flips: count(preview.flips.length), parts: count(preview.parts) })}</b></p>`}`;
     const reason = await confirm({ title: t('model.ask_apply'), body, yes: t('model.apply'), reason: 'must' });
@@ -206,6 +214,6 @@ function Apply({ of, wanted, raw, preview, session, leave, changed, undo }) {
     toast(t('model.applied', { raw: number(made.raw, 4) }), '', [t('model.undo'), undo]);
     changed();
   });
-  return html`<div class="row apply"><${Button} kind="main" busy=${busy} why=${whyNot(session, 'operator')} onclick=${apply}>${t('model.apply')}<//>
+  return html`<div class="row apply"><${Button} kind="main" busy=${busy || looking} why=${whyNot(session, 'operator')} onclick=${apply}>${t('model.apply')}<//>
     <${Button} icon="undo" onclick=${leave}>${t('model.leave')}<//></div>`;
 }

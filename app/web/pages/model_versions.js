@@ -44,7 +44,7 @@ function Row({ one, model, of, session, changed, isOpen, open }) {
     </div>
     <p class="in-short">${inShort(one).map((words, place) => html`<span key=${place}>${words}</span>`)}</p>
     ${one.problem && html`<div class="problem"><p>${one.problem}</p></div>`}
-    ${one.state === 'held' && one.gate && html`<${Reasons} of=${one.gate.reasons} />`}
+    ${one.state === 'held' && one.gate && !isOpen && html`<${Reasons} of=${one.gate.reasons} />`}
     ${isOpen && html`<${Details} one=${one} folder=${folder} model=${model} session=${session} changed=${changed} />`}`;
 }
 
