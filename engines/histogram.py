@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.page import DASHED, DOTTED, Axes, ticks
 
 BARS = 28
-WIDTH = 1010  # px, of the whole drawing
+WIDTH = 1010  # px, as a page has it
 LANE = 18  # px, of one group's ticks below the bars
 
 
@@ -57,6 +57,7 @@ def histogram(
     *,
     shares: bool = False,
     within: Sequence[float] = (),
+    width: int = WIDTH,
 ) -> str:
     """SVG of how many pictures of each group have which raw score, with a tick for every picture.
 
@@ -68,18 +69,19 @@ def histogram(
         limits: more of them by what is said of each, as far as they are in sight.
         shares: bars are % of their group, for groups of which one has far more pictures.
         within: scores that are in sight whatever is there.
+        width: of the whole drawing, px; its height does not depend on it.
     """
     low, high, line = _sight(groups, threshold, limits, within)
     counts = np.array([np.histogram(group.scores, BARS, (low, high))[0] for group in groups])
     of = np.array([len(group.scores) / 100 if shares else 1 for group in groups])
     tall = counts / np.maximum(of, 0.01)[:, None]
-    axes = Axes(52, 24, 940, 210, (low, high), (0, max(1.0, float(tall.max())) * 1.05))
+    axes = Axes(52, 24, width - 70, 210, (low, high), (0, max(1.0, float(tall.max())) * 1.05))
     height = round(axes.top + axes.height) + 64 + LANE * len(groups)
     parts = [_frame(axes, say, shares), *_bars(axes, groups, counts, tall), *_lanes(axes, groups)]
     parts.append(_threshold_line(axes, line, threshold, height - 20, say))
     parts += _limit_lines(axes, limits, height, say)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{say.label}"'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{say.label}"'
         f' data-left="{axes.left}" data-width="{axes.width}" data-low="{low!r}"'
         f' data-high="{high!r}">{"".join(parts)}</svg>'
     )
@@ -110,7 +112,7 @@ def _frame(axes: Axes, say: Words, shares: bool) -> str:
     """Whole pictures only at its side."""
     bottom, end = axes.top + axes.height, axes.left + axes.width
     parts = []
-    for value in ticks(*axes.x, about=8):
+    for value in ticks(*axes.x, about=round(axes.width / 118)):
         px, _ = axes.at(value, 0)
         parts.append(f'<text x="{px:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
     parts.append(axes.levels(value for value in ticks(*axes.y, about=4) if value == int(value)))

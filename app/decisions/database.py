@@ -76,7 +76,7 @@ TRAIL = ("at", "who", "what", "subject", "reason", "details", "decisions", "deci
 CHALLENGED = ("challenge_passed", "challenge_failed")
 NOT_NORMAL = ("anomaly", "unusable", "none")
 OF_MODELS = (  # lines whose subject is a model
-    "threshold", "regions", "live", "rollback", "held", "discard", *CHALLENGED, "challenges",
+    "threshold", "regions", "live", "rollback", "held", "discarded", *CHALLENGED, "challenges",
     "release",
 )  # fmt: skip
 _INSERT = (

@@ -142,7 +142,7 @@ CHANGES: dict[str, tuple[str, str]] = {
     "regions": ("regions changed", "判定しない領域の変更"),
     "live": ("version went live", "バージョンの稼働開始"),
     "rollback": ("rolled back", "以前のバージョンに復帰"),
-    "discard": ("version discarded", "バージョンの破棄"),
+    "discarded": ("version discarded", "バージョンの破棄"),
     "held": ("version held back by the gate", "ゲートがバージョンを保留"),
     "challenge_passed": ("challenge passed", "既知画像による確認検査に合格"),
     "challenge_failed": ("challenge failed: closed", "既知画像による確認検査に不合格(停止)"),

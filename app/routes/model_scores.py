@@ -17,7 +17,7 @@ from app.routes.models import UNUSABLE, Name, aside, store_of
 from app.routes.record import recorder_of
 from app.serving.inspection import Inspector
 from engines.errors import Conflict, DiskFull
-from engines.histogram import ENGLISH, JAPANESE, Group, histogram
+from engines.histogram import ENGLISH, JAPANESE, WIDTH, Group, histogram
 from engines.limits import is_number, raw_range
 from engines.serving.resident import Resident
 from engines.store.known_scores import KnownScores
@@ -96,6 +96,9 @@ async def drawing(
     request: Request,
     name: Name,
     lang: Annotated[Literal["en", "ja"], Query(description="Of its words.")] = "en",
+    width: Annotated[
+        int, Query(ge=320, le=2000, description="How wide it is, px; it is about 400 px high.")
+    ] = WIDTH,
 ) -> Response:
     """A histogram, as % of each group; below a tick for each part.
 
@@ -105,10 +108,12 @@ async def drawing(
     """
     model = _inspector(request).residents.get(name)
     groups = await aside(_groups, request, model)
-    return Response(await aside(_drawn, model, groups, lang), media_type="image/svg+xml")
+    return Response(await aside(_drawn, model, groups, lang, width), media_type="image/svg+xml")
 
 
-def _drawn(model: Resident, groups: dict[str, list[float]], lang: Literal["en", "ja"]) -> str:
+def _drawn(
+    model: Resident, groups: dict[str, list[float]], lang: Literal["en", "ja"], width: int
+) -> str:
     low, high = raw_range(model.scale)
     far = FAR * (high - low)
     shown = [
@@ -119,7 +124,7 @@ def _drawn(model: Resident, groups: dict[str, list[float]], lang: Literal["en", 
     limit = model.scale.raw_threshold
     if not shown:  # a model of another tool, and no part yet: the limit alone
         shown = [Group("", "soft", np.empty(0))]
-    svg = histogram(shown, limit, {}, _WORDS[lang], shares=True, within=(low, high))
+    svg = histogram(shown, limit, {}, _WORDS[lang], shares=True, within=(low, high), width=width)
     # Opened by itself it has the common colours; what takes it into a page drops this line.
     return f'<?xml-stylesheet href="/web/page.css"?>\n{_standing_alone(svg)}'
 

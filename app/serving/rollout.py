@@ -417,7 +417,7 @@ class Rollout:
                     f"{name} {version} judges, so it is not discarded: activate another one first."
                 )
             await self._loader.write(lambda: self._store.discard(name, version))
-            self.on_change("discard", name, version, reason, {})
+            self.on_change("discarded", name, version, reason, {})
             log.info("%s %s is discarded: %s", name, version, reason)
 
     async def change_threshold(

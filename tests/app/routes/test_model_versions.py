@@ -94,8 +94,8 @@ def test_a_discarded_version_is_gone_and_the_trail_says_why(running: Line, good:
     assert versions(running) == newer
     gone = discard(running, oldest)
     assert (gone.status_code, agreed(gone)) == (404, "unknown_version")
-    until(lambda: bool(trail(running, "discard")))
-    (told,) = trail(running, "discard")
+    until(lambda: bool(trail(running, "discarded")))
+    (told,) = trail(running, "discarded")
     assert (told["subject"], told["reason"]) == (NAME, WHY)
     assert told["details"]["version"] == oldest
     assert running.score(good)[0] == newer[0]

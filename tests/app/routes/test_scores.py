@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 import httpx
 import pytest
 
+from app.decisions.database import Filter, open_or_make
 from engines.meta import Meta
 from engines.store.known_scores import KnownScores
+from support.decisions import decision
 from support.line import NAME, Line, line, variant
 from support.server import agreed
 from support.waiting import until
@@ -177,14 +179,11 @@ def test_a_model_that_is_not_in_memory_or_not_there_is_told_so(
 def test_of_very_many_parts_the_last_are_told_and_quickly(
     kensa_model: Path, pictures: list[bytes], tmp_path: Path
 ) -> None:
-    from app.decisions.database import open_or_make
-    from support.decisions import decision
-
     with line(tmp_path, kensa_model) as running:
         running.score(pictures[0])
         until(lambda: len(decisions(running)) == 1)
-    with open_or_make(tmp_path / "data") as database:
-        one = next(iter(database.find(_everything(), 1))).decision
+    with open_or_make(tmp_path / "data" / "decisions") as database:
+        one = database.find(Filter(), 1)[0].decision
         many = [
             decision(**{**one.values(), "at": one.at + n, "id": f"p{n}", "raw_score": float(n)})
             for n in range(1, 5001)
@@ -195,9 +194,3 @@ def test_of_very_many_parts_the_last_are_told_and_quickly(
         found = scores(running)["parts"]
         assert time.perf_counter() - began < 1
         assert found == [float(n) for n in range(5000, 3000, -1)]
-
-
-def _everything() -> Any:
-    from app.decisions.database import Filter
-
-    return Filter()
