@@ -103,7 +103,7 @@ export function picture(from) {
     known = ask(from)
       .then((answer) => answer.blob())
       .then((data) => URL.createObjectURL(data));
-    known.catch(() => pictures.delete(from));
+    known.then((url) => { known.url = url; }, () => pictures.delete(from));
   }
   pictures.delete(from);
   pictures.set(from, known);
@@ -114,6 +114,9 @@ export function picture(from) {
   }
   return known;
 }
+
+/** The same where it is here already, else null: so that what was asked for before stands at once. */
+export const pictureHere = (from) => pictures.get(from)?.url ?? null;
 
 /** Forget a picture that is another one now. */
 export function forgetPicture(from) {
