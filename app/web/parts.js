@@ -119,7 +119,7 @@ export function useAction(work) {
 export function useKeys(keys) {
   const latest = useRef(keys);
   latest.current = keys;
-  useEffect(() => {
+  useLayoutEffect(() => {
     const pressed = (event) => {
       const isLetter = event.key.length === 1;
       if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
@@ -157,7 +157,7 @@ export function bytes(value) {
 export function moment(iso, seconds = true) {
   if (!iso) return '–';
   const at = new Date(iso);
-  const clock = { hour: '2-digit', minute: '2-digit', ...(seconds && { second: '2-digit' }) };
+  const clock = { hourCycle: 'h23', hour: '2-digit', minute: '2-digit', ...(seconds && { second: '2-digit' }) };
   const isToday = at.toDateString() === new Date().toDateString();
   return at.toLocaleString(language(), isToday ? clock : { year: 'numeric', month: 'short', day: 'numeric', ...clock });
 }
