@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from app.decisions.decision import COLUMNS, FIRST_HASH, Decision, Label, hash_after
 from app.decisions.quarters import Quarter, of_batch
@@ -282,8 +282,14 @@ class DecisionDatabase:
         }  # fmt: skip
         self._connection.execute(_INSERT_TRAIL, kept | {"hash": hash_after(before, kept)})
 
-    def mark(self, kept: Kept, label: Label, defect: str, who: str, reason: str) -> None:
-        """Label a decision; what others said of it stays in the trail."""
+    def mark(
+        self, kept: Kept, label: Label | Literal[""], defect: str, who: str, reason: str
+    ) -> None:
+        """Label a decision; what others said of it stays in the trail.
+
+        Args:
+            label: empty to withdraw the last one, as if nobody had looked.
+        """
         with self.writing():
             self._connection.execute(
                 "UPDATE decisions SET label = ?, defect = ? WHERE number = ?",
@@ -514,6 +520,7 @@ class DecisionDatabase:
         """
         return self._connection.execute(
             "SELECT who, COUNT(*) FROM trail WHERE at >= ? AND at < ? AND what = 'label'"
+            " AND json_extract(details, '$.label') IS NOT ''"  # one that was withdrawn is no mark
             " AND (? IS NULL OR EXISTS"
             " (SELECT 1 FROM decisions WHERE id = subject AND model = ?))"
             " GROUP BY who ORDER BY COUNT(*) DESC, who",

@@ -105,7 +105,8 @@ def _along_decisions(
 def _of_labels(
     database: DecisionDatabase, said: dict[int, tuple[str, str]], pruned: int
 ) -> str | None:
-    said = {number: label for number, label in said.items() if number > pruned}
+    # One that was withdrawn has an empty label in the trail, and none in the table.
+    said = {number: label for number, label in said.items() if number > pruned and label[0]}
     found = {number: (label, defect) for number, label, defect in database.labels()}
     for number in sorted(said.keys() | found.keys()):
         if said.get(number) != found.get(number):

@@ -545,6 +545,35 @@ async def label(
     return await decision(request, id, number)
 
 
+@router.delete(
+    "/decisions/{id}/label",
+    dependencies=[needs("operator")],
+    summary="Withdraw what was said of it",
+    responses={404: _UNKNOWN, 409: OFF},
+)
+async def withdraw(
+    request: Request,
+    id: Id,  # noqa: A002
+    number: Which = None,
+    reason: Annotated[
+        str, Query(max_length=MOST_REASON, description="Why.", examples=["The wrong key."])
+    ] = "",
+) -> WholeDecisionBody:
+    """It has no label then, as if nobody had looked; the audit trail keeps that somebody had.
+
+    To set back the label before, post it again. Of a part that has none, nothing changes.
+    """
+    name, why = who(request), visible(reason, "reason", MOST_REASON)
+
+    def take_off(it: DecisionDatabase) -> None:
+        kept = _kept(it, id, number)
+        if kept.label:
+            it.mark(kept, "", "", name, why)
+
+    await ask(recorder_of(request).read, take_off)
+    return await decision(request, id, number)
+
+
 @router.post(
     "/decisions/{id}/replay",
     dependencies=[needs("operator")],

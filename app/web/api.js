@@ -94,26 +94,35 @@ export async function download(from, name) {
 // Pictures. An <img> sends no key, so they come like everything else; the last ones stay.
 
 const MOST_PICTURES = 240;
+const MOST_BYTES = 96 * 1024 ** 2; // a painted picture has one or two MiB
 const pictures = new Map(); // path -> promise of a blob: URL, the one used last at the end
 
 /** A blob: URL of a picture; throws `Refused`. */
 export function picture(from) {
   let known = pictures.get(from);
   if (known === undefined) {
-    known = ask(from)
-      .then((answer) => answer.blob())
-      .then((data) => URL.createObjectURL(data));
-    known.catch(() => pictures.delete(from));
+    const answer = ask(from).then((given) => given.blob());
+    known = answer.then((data) => URL.createObjectURL(data));
+    Promise.all([known, answer]).then(
+      ([url, { size }]) => Object.assign(known, { url, size }),
+      () => pictures.delete(from),
+    );
   }
   pictures.delete(from);
   pictures.set(from, known);
+  let bytes = 0;
+  for (const { size = 0 } of pictures.values()) bytes += size;
   for (const [oldest, url] of pictures) {
-    if (pictures.size <= MOST_PICTURES) break;
+    if (pictures.size <= MOST_PICTURES && bytes <= MOST_BYTES) break;
+    bytes -= url.size ?? 0;
     pictures.delete(oldest);
     url.then(URL.revokeObjectURL, () => {});
   }
   return known;
 }
+
+/** The same where it is here already, else null: so that what was asked for before stands at once. */
+export const pictureHere = (from) => pictures.get(from)?.url ?? null;
 
 /** Forget a picture that is another one now. */
 export function forgetPicture(from) {

@@ -1,7 +1,7 @@
 // What pages are made of: small parts that look and behave the same everywhere.
 
 import { Component, createContext, h, html, render, useCallback, useContext, useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from './lib/preact.js';
-import { Refused, get, keepInTab, path, picture, query, send } from './api.js';
+import { Refused, get, keepInTab, path, picture, pictureHere, query, send } from './api.js';
 import { language, t } from './words.js';
 
 export { Component, createContext, h, html, render, useCallback, useContext, useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState };
@@ -112,6 +112,28 @@ export function useAction(work) {
   return [run, busy];
 }
 
+/** Do at a key what `keys` says (`{ g: ..., ArrowLeft: ... }`), unless it is typed into something.
+ *
+ * A letter that is held down counts once.
+ */
+export function useKeys(keys) {
+  const latest = useRef(keys);
+  latest.current = keys;
+  useLayoutEffect(() => {
+    const pressed = (event) => {
+      const isLetter = event.key.length === 1;
+      if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+      if (event.target.closest?.('dialog, select, textarea, input:not([type=checkbox])')) return;
+      const act = latest.current[isLetter ? event.key.toLowerCase() : event.key];
+      if (!act || (isLetter && event.repeat)) return;
+      event.preventDefault();
+      act();
+    };
+    addEventListener('keydown', pressed);
+    return () => removeEventListener('keydown', pressed);
+  }, []);
+}
+
 // ---- words and numbers --------------------------------------------------------------------------
 
 /** What a person reads of an error: in their language what kind it is, then the server's sentence. */
@@ -135,7 +157,7 @@ export function bytes(value) {
 export function moment(iso, seconds = true) {
   if (!iso) return '–';
   const at = new Date(iso);
-  const clock = { hour: '2-digit', minute: '2-digit', ...(seconds && { second: '2-digit' }) };
+  const clock = { hourCycle: 'h23', hour: '2-digit', minute: '2-digit', ...(seconds && { second: '2-digit' }) };
   const isToday = at.toDateString() === new Date().toDateString();
   return at.toLocaleString(language(), isToday ? clock : { year: 'numeric', month: 'short', day: 'numeric', ...clock });
 }
@@ -245,19 +267,21 @@ export function Photo({ src, alt, ...given }) {
     if (src) watch.observe(frame.current);
     return () => { gone = true; watch.disconnect(); };
   }, [src]);
-  const shown = state.src === src ? state : { url: null, error: null };
+  const shown = state.src === src ? state : { url: pictureHere(src), error: null };
   return html`<span ...${given} ref=${frame} class=${`photo ${given.class ?? ''} ${shown.url ? '' : 'away'}`}>
     ${shown.url && html`<img src=${shown.url} alt=${alt} />`}
     ${(shown.error || !src) && html`<span class="none" title=${shown.error ? sentence(shown.error) : undefined}>${t('shell.no_picture')}</span>`}
   </span>`;
 }
 
+/** Where the picture of a decision lies, with what is anomalous painted over it or as it was sent. */
+export const pictureOf = (decision, view, painted) => `${path('decisions', decision.id)}/overlay${query({ number: decision.number, view, paint: painted ? null : 'false' })}`;
+
 /** Of a decision: its picture, and over it what is anomalous, as strong as `opacity` (0 to 1). */
 export function Layers({ decision, view, opacity = 1, alt }) {
-  const of = (more) => `${path('decisions', decision.id)}/overlay${query({ number: decision.number, view, ...more })}`;
   if (!decision.has_picture) return html`<${Photo} src=${null} alt="" class="layers" />`;
-  return html`<span class="layers"><${Photo} src=${of({ paint: 'false' })} alt=${alt} />
-    <span class="over" style=${{ opacity }}><${Photo} src=${of({})} alt="" /></span></span>`;
+  return html`<span class="layers"><${Photo} src=${pictureOf(decision, view, false)} alt=${alt} />
+    <span class="over" style=${{ opacity }}><${Photo} src=${pictureOf(decision, view, true)} alt="" /></span></span>`;
 }
 
 /** A small picture of a decision. */

@@ -395,6 +395,37 @@ def test_the_last_label_counts_and_all_that_was_said_is_kept(running: Line, good
     assert (missing.status_code, agreed(missing)) == (404, "unknown_decision")
 
 
+def test_a_label_that_is_withdrawn_is_as_if_nobody_had_looked_but_for_the_trail(
+    kensa_model: Path, good: bytes, tmp_path: Path
+) -> None:
+    with line(tmp_path, kensa_model) as running:
+        client = running.server.client
+        for id_ in ("slipped", "kept"):
+            running.server.infer(good, **{"X-Request-ID": id_})
+            body = {"label": "defect", "defect": "scratch"}
+            assert client.post(f"/decisions/{id_}/label", json=body).status_code == 200
+
+        def withdrawn(**query: Any) -> Any:
+            answer = client.delete("/decisions/slipped/label", params=query)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        found = withdrawn(reason="the wrong key")
+        assert (found["label"], found["defect"]) == (None, None)
+        said = [(one["details"]["label"], one["reason"]) for one in found["history"]]
+        assert said == [("", "the wrong key"), ("defect", None)]
+        assert withdrawn() == found  # there is nothing left to withdraw
+        labels = {one["id"]: one["label"] for one in get(running.server, "/decisions")["decisions"]}
+        assert labels == {"slipped": None, "kept": "defect"}
+        unmarked = get(running.server, "/decisions", label="none")["decisions"]
+        assert [one["id"] for one in unmarked] == ["slipped"]
+        missing = client.delete("/decisions/nobody/label")
+        assert (missing.status_code, agreed(missing)) == (404, "unknown_decision")
+        unseen = client.delete("/decisions/kept/label", params={"reason": "a\0b"})
+        assert (unseen.status_code, agreed(unseen)) == (422, "bad_request")
+    assert verify(tmp_path).returncode == 0
+
+
 @pytest.mark.parametrize("count", [20, pytest.param(1_000, marks=pytest.mark.soak)])
 def test_a_preview_is_what_a_replay_says_part_by_part(
     running: Line, sample_data: Path, count: int

@@ -300,6 +300,8 @@ def test_marks_are_counted_by_who_gave_them_and_a_long_trail_is_cut_in_words(
 ) -> None:
     many = [Note(ms(n / 60), "", "live", "part", "", {}) for n in range(MOST_LINES + 1)]
     labels = [Note(ms(3), who, "label", "d0-1", "", {"number": 1}) for who in ("taro", "", "taro")]
+    withdrawn = {"number": 1, "label": "", "defect": ""}
+    labels.append(Note(ms(3), "taro", "label", "d0-1", "", withdrawn))
     record.append([*parts(2), *many, *labels])
     page = drawn(record)
     assert len(rows(page, "What was changed")) == MOST_LINES
