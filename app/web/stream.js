@@ -5,6 +5,7 @@ import { get, keyOfTab } from './api.js';
 
 const MOST = 200; // parts that are known; the server tells no more after a gap
 const SILENT_MS = 40_000; // the server says something every 15 s, or the connection is dead
+const UNANSWERED_MS = 8000; // a connection from before a sleep may be tried first
 const LOOK_MS = 4000;
 const FIRST_MS = 400;
 const LAST_MS = 5000; // between two tries
@@ -26,7 +27,8 @@ export class Stream {
     this.last = 0; // the number of the last part
     this.newest = null; // the last that there was when the stream began; later ones came before our eyes
     this.ended = false;
-    this.heard = 0;
+    this.heard = 0; // when the server last said something, or was asked
+    this.most = 0; // how long it may be silent
     this.abort = null;
     this.wake = () => {};
   }
@@ -66,7 +68,7 @@ export class Stream {
 
   /** Whether it is alive still: a computer that slept finds a connection that nobody ended. */
   look() {
-    if (this.heard && Date.now() - this.heard > SILENT_MS) this.abort?.abort();
+    if (this.heard && Date.now() - this.heard > this.most) this.abort?.abort();
     this.wake();
   }
 
@@ -87,11 +89,12 @@ export class Stream {
 
   async read() {
     this.abort = new AbortController();
-    this.heard = Date.now();
+    [this.heard, this.most] = [Date.now(), UNANSWERED_MS];
     const headers = { 'X-Kensa-Page': '1', ...(this.key && { 'X-API-Key': this.key }) };
     try {
       const answer = await fetch(`/line/events?after=${this.last}`, { headers, signal: this.abort.signal, cache: 'no-store' });
       if (!answer.ok) throw Object.assign(new Error(), { status: answer.status });
+      [this.heard, this.most] = [Date.now(), SILENT_MS];
       this.newest = null;
       this.parts = this.parts.map((one) => ({ ...one, live: false })); // the server has no more of them
       this.becomes('open');

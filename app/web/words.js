@@ -161,7 +161,7 @@ const WORDS = {
     judges_not: ['does not judge', '停止中'],
     no_version: ['no version in memory', '読み込まれていません'],
     closed: ['not released', '未リリース'],
-    closed_long: ['{model} is not released: no part passes.', '{model} は未リリースのため、全数 NG になります。'],
+    closed_long: ['{model} is not released: no part passes.', '{model} は未リリースのため、部品は通過しません。'],
     stands_in: ['{model} does not judge as it should.', '{model} は本来の状態で検査していません。'],
     drifts: ['{model}: the pictures drift.', '{model}：画像の傾向が変化しています。'],
     camera: ['Camera: {times} of the last {of} pictures were not usable.', 'カメラ：直近 {of} 枚のうち {times} 枚が判定不可です。'],

@@ -10,7 +10,7 @@ import { language, t } from '../words.js';
 
 const MOST = 200; // parts that are known
 const STRIP = 60; // of them, that are to be touched
-const OTHERS_MS = 400; // no other part is large any sooner: nobody could read it
+const OTHERS_MS = 600; // no other part is large any sooner: nobody could read it
 const REJECT_MS = 1500; // and after one that did not pass
 const LOOKED_AT_MS = 20_000; // then it goes on by itself
 const IN_MEMORY = 8; // of a model, pictures that the server has though nobody keeps them
