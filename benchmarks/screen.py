@@ -4,7 +4,7 @@
 
 A camera sends parts at a steady rate to a server with a PatchCore model; by turns nobody watches,
 and so many devices have the page of the line open: each reads the stream of events and asks for
-the picture of the part that it shows, as often as the page does. They run in a process of their own.
+the picture of the part that it shows, as often as the page does, in a process of their own.
 All in one run, because machines differ from one minute to the next.
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from app.http.keys import add_key
 from engines.store.versions import Store
 from support.browser import Shown, shown
 from support.proxy import proxy
@@ -235,6 +236,7 @@ def test_a_tab_that_slept_for_an_hour_over_a_dead_connection_catches_up(
         open_line(it)
         send(server, good, "before it slept")
         see(it, "before it slept")
+        it.page.locator(".picture:not(.before) img").wait_for()
         between.fall_silent()
         for number in range(3):
             send(server, good, f"asleep {number}")
@@ -285,6 +287,23 @@ def test_a_server_without_a_record_is_followed_through_its_restart(
             it.page.wait_for_selector(".link.open", timeout=15_000)
             send(again, good, "after")
             see(it, "after")
+
+
+def test_the_key_of_a_tab_opens_its_stream(
+    browser: Any, kensa_model: Path, tmp_path: Path, good: bytes
+) -> None:
+    key = add_key(tmp_path / "data" / "keys.json", "tablet", "line")
+    with (
+        serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model)) as server,
+        shown(browser, server.url) as it,
+    ):
+        it.page.add_init_script(f"sessionStorage.setItem('kensa.key', '{key}')")
+        server.client.headers["X-API-Key"] = key
+        open_line(it)
+        send(server, good, "with a key")
+        see(it, "with a key")
+        it.page.locator(".picture:not(.before) img").wait_for()
+        assert it.page.locator(".problem").count() == 0
 
 
 # ---- on the wall ---------------------------------------------------------------------------------
