@@ -117,7 +117,7 @@ class Watched:
         self._challenger, self._health = challenger, health
         self._keep, self._stopping = background.keep, stopping
         self._newest: Newest = recorder.newest
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # while somebody watches
         self._news: deque[_News] = deque(maxlen=MOST_BEHIND)
         self._told = 0  # pieces of news
         self._seen = 0  # the last decision among them
@@ -125,7 +125,6 @@ class Watched:
         self._state, self._state_due = b"", 0.0
         self._degraded: list[str] = []
         self._drift: dict[str, list[str]] = {}  # by model
-        self._degraded_due = 0.0
         self._silent_since = 0.0
         self._drawn: dict[tuple[str, bool], asyncio.Task[bytes]] = {}
 
@@ -140,7 +139,6 @@ class Watched:
         self._come()
         try:
             told = self._told
-            await self._look_at_health()
             yield _event("state", self._state_now())
             sent = 0
             if after is not None:
@@ -163,16 +161,19 @@ class Watched:
 
     def _come(self) -> None:
         self._newest.watch(1)
-        if self._task is None:
+        if not self._tasks:
             self._seen = self._newest.number
-            look = self._keep("shows the line", self._look_out)
-            self._task = asyncio.get_running_loop().create_task(look)
+            self._degraded, self._drift, self._state = [], {}, b""
+            looks = (self._keep("shows the line", self._look_out),
+                     self._keep("shows what the line needs", self._look_at_health))  # fmt: skip
+            self._tasks = [asyncio.get_running_loop().create_task(one) for one in looks]
 
     def _leave(self) -> None:
         self._newest.watch(-1)
-        if not self._newest.watchers and self._task is not None:
-            self._task.cancel()
-            self._task = None
+        if not self._newest.watchers:
+            for task in self._tasks:
+                task.cancel()
+            self._tasks = []
             self._drawn.clear()
 
     async def _missed(self, after: int) -> list[Kept]:
@@ -197,7 +198,6 @@ class Watched:
             events = self._decisions()
             if now >= self._state_due:
                 self._state_due = now + STATE_EVERY_S
-                await self._look_at_health()
                 if (state := self._state_now()) != self._state:
                     self._state = state
                     events.append(_Event(0, _event("state", state)))
@@ -224,9 +224,8 @@ class Watched:
         woken.set()
 
     async def _look_at_health(self) -> None:
-        now = time.monotonic()
-        if now >= self._degraded_due:
-            self._degraded_due = now + HEALTH_EVERY_S
+        """What takes longer, so that no part waits for it to be told."""
+        while not self._stopping.is_set():
             state, drift = await self._health.look(), self._inspector.drift
             self._degraded = state.degraded
             if drift.parts:
@@ -234,6 +233,7 @@ class Watched:
                     model.name: [one.sentence for one in drift.changes(model)]
                     for model in state.models
                 }
+            await asyncio.sleep(HEALTH_EVERY_S)
 
     def _state_now(self) -> bytes:
         residents = self._inspector.residents
