@@ -192,6 +192,7 @@ const WORDS = {
     last: ['On the last parts', '最近の部品で確認'],
     draw_on: ['Draw on this one', 'この画像に描く'],
     would_pass: ['Of the last {of} rejects, {count} show nothing outside of the mask: they would probably pass.', '最近の不良 {of} 件のうち {count} 件は、マスクの外に異常がありません。良品になる見込みです。'],
+    none_pass: ['All of the last {of} rejects would be seen as before, or in part.', '最近の不良 {of} 件は、すべて引き続き（または一部）検出されます。'],
     no_rejects: ['None of the last parts with a picture was rejected.', '画像のある最近の部品に不良はありません。'],
     hidden_all: ['all of it hidden', 'すべて除外内'],
     hidden_some: ['partly hidden', '一部が除外内'],

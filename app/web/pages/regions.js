@@ -161,8 +161,8 @@ function Drawing({ name, session, draft, change, isUnsaved, live, shown, mask: b
   };
   const whole = { name, session, draft, change, isUnsaved, live, shown, width, height, mask, reach, newest, model, again };
   return html`<div class="regions-page">
+    <${Tools} ...${{ tool, setTool, value, setValue, wide, setWide, radius, draft, sketch }} />
     <section class="draw" aria-label=${t('regions.stage')}>
-      <${Tools} ...${{ tool, setTool, value, setValue, wide, setWide, radius, draft, sketch }} />
       ${reference.error && html`<${Problem} error=${reference.error} />`}
       ${has ? html`<${Stage} picture=${reference.url} width=${width} height=${height} mask=${mask} reach=${withReach ? reach : null} size=${shown.image_size}
           log=${draft.log} open=${draft.open} tool=${tool} value=${value} radius=${radius} onadd=${sketch.add}
@@ -198,11 +198,11 @@ function Tools({ tool, setTool, value, setValue, wide, setWide, radius, draft, s
       <input type="range" min="0.2" max="25" step="0.2" value=${wide} oninput=${(event) => setWide(Number(event.target.value))} /></label>`}
     ${tool === 'polygon' && draft.open.length > 0 && html`<${Button} icon="good" kind="main" why=${draft.open.length < 3 ? t('regions.three') : ''}
       onclick=${() => sketch.add({ kind: 'shape', points: draft.open, value })}>${t('regions.close_shape')}<//>`}
-    <span class="grow"></span>
+    <div class="row steps">
     <${Button} icon="undo" aria-label=${t('regions.undo')} title=${t('regions.undo')} disabled=${draft.log.length + draft.open.length === 0} onclick=${sketch.undo} />
     <${Button} kind="redo" icon="undo" aria-label=${t('regions.redo')} title=${t('regions.redo')} disabled=${draft.undone.length === 0} onclick=${sketch.redo} />
     <${Button} onclick=${() => sketch.add({ kind: 'invert' })} title=${t('regions.invert_why')}>${t('regions.invert')}<//>
-    <${Button} onclick=${() => { sketch.open([]); sketch.add({ kind: 'clear' }); }}>${t('regions.clear')}<//>
+    <${Button} onclick=${() => { sketch.open([]); sketch.add({ kind: 'clear' }); }}>${t('regions.clear')}<//></div>
   </div>`;
 }
 
@@ -391,13 +391,14 @@ function LastParts({ kept, reach, veil, size, onchoose }) {
   const rejects = last.filter((one) => one.verdict === 'anomaly');
   const how = useHidden(rejects, reach, size);
   const passing = Object.values(how).filter((one) => one === 'all').length;
+  const hides = reach.some(Boolean);
   return html`<section class="last"><h2>${t('regions.last')}</h2>
     ${last.length === 0 ? html`<p class="soft">${t('regions.no_parts')}</p>` : html`
-      <p class="soft" role="status">${rejects.length ? t('regions.would_pass', { count: passing, of: rejects.length }) : t('regions.no_rejects')}</p>
+      <p class="soft" role="status">${rejects.length ? t(passing ? 'regions.would_pass' : 'regions.none_pass', { count: passing, of: rejects.length }) : t('regions.no_rejects')}</p>
       <ul class="strip">${last.map((one) => html`<li key=${one.number}><button type="button" onclick=${() => onchoose(ofDecision(one))} title=${t('regions.draw_on')}>
         <span class="veiled"><${Thumbnail} decision=${one} alt="" /><img src=${veil} alt="" /></span>
         <${Verdict} verdict=${one.verdict} />
-        ${how[one.number] && html`<small class=${`hidden-${how[one.number]}`}>${t(`regions.hidden_${how[one.number]}`)}</small>`}
+        ${hides && how[one.number] && html`<small class=${`hidden-${how[one.number]}`}>${t(`regions.hidden_${how[one.number]}`)}</small>`}
         <span class="part">${one.part ?? moment(one.time)}</span></button></li>`)}</ul>`}
   </section>`;
 }
