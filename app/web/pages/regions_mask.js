@@ -171,7 +171,7 @@ export async function readMask(blob, width, height) {
   return Uint8Array.from(await greyOf(blob, width, height), (grey) => (grey > 127 ? 1 : 0));
 }
 
-/** A grey PNG of a mask: 255 where it is set, 0 elsewhere. */
+/** The bytes of a grey PNG of a mask: 255 where it is set, 0 elsewhere. */
 export async function asPng(mask, width, height) {
   const rows = new Uint8Array((width + 1) * height); // each begins with its filter: none
   for (let row = 0; row < height; row += 1) {
@@ -185,7 +185,8 @@ export async function asPng(mask, width, height) {
   head.set([8, 0, 0, 0, 0], 8); // 8 bits, grey
   const data = new Uint8Array(await new Response(packed).arrayBuffer());
   const signature = Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a);
-  return new Blob([signature, chunk('IHDR', head), chunk('IDAT', data), chunk('IEND', new Uint8Array())], { type: 'image/png' });
+  const whole = new Blob([signature, chunk('IHDR', head), chunk('IDAT', data), chunk('IEND', new Uint8Array())]);
+  return whole.arrayBuffer();
 }
 
 function chunk(name, data) {
