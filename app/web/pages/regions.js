@@ -7,7 +7,7 @@ import {
   useModels, useState, whyNot,
 } from '../parts.js';
 import { t } from '../words.js';
-import { asPng, drawn, greyOf, hidden, reached, readMask, share } from './regions_mask.js';
+import { asPng, drawer, greyOf, hidden, reached, readMask, share } from './regions_mask.js';
 import { Stage } from './regions_stage.js';
 
 const LAST = 12; // parts on which a mask is tried
@@ -137,8 +137,10 @@ function Drawing({ name, session, draft, change, isUnsaved, live, shown, mask: b
   const reference = useReference({ name, draft, kept, size, model, found });
   const [width, height] = size ?? [reference.width, reference.height];
   const has = Boolean(width);
-  const mask = useMemo(() => (has ? drawn(draft.log, width, height, base) : null), [draft.log, width, height, base]);
+  const draw = useMemo(() => drawer(width, height, base), [width, height, base]);
+  const mask = useMemo(() => (has ? draw(draft.log) : null), [draft.log, draw]);
   const reach = useMemo(() => (has ? reached(mask, width, height, shown.image_size, shown.reach) : null), [mask, shown]);
+  const shares = useMemo(() => (has ? { never: share(mask), reach: share(reach) } : null), [mask, reach]);
   const veil = useMemo(() => (has ? veilOf(mask, width, height, reach, shown.image_size) : null), [mask, reach]);
   const radius = Math.max(0.5, Math.round((wide / 100) * Math.max(width, height)) / 2);
   const on = (now) => ({ base: now.base ?? shown.version, size: [width, height] });
@@ -159,7 +161,7 @@ function Drawing({ name, session, draft, change, isUnsaved, live, shown, mask: b
       change({ reference: one });
     } else toast(t('regions.other_size', { width: one.width, height: one.height, wide: size[0], high: size[1] }), 'bad');
   };
-  const whole = { name, session, draft, change, isUnsaved, live, shown, width, height, mask, reach, newest, model, again };
+  const whole = { name, session, draft, change, isUnsaved, live, shown, width, height, mask, shares, newest, model, again };
   return html`<div class="regions-page">
     <${Tools} ...${{ tool, setTool, value, setValue, wide, setWide, radius, draft, sketch }} />
     <section class="draw" aria-label=${t('regions.stage')}>
@@ -175,8 +177,8 @@ function Drawing({ name, session, draft, change, isUnsaved, live, shown, mask: b
       <p id="regions-help" class="soft help">${t(`regions.help_${tool}`)}</p>
     </section>
     <aside aria-label=${t('regions.mask')}>
-      ${has && html`<div class="tiles two"><${Tile} name=${t('regions.never')} value=${percent(share(mask))} />
-        <${Tile} name=${t('regions.with_reach')} value=${percent(share(reach))} look=${share(reach) > 0.5 ? 'bad' : ''} /></div>`}
+      ${has && html`<div class="tiles two"><${Tile} name=${t('regions.never')} value=${percent(shares.never)} />
+        <${Tile} name=${t('regions.with_reach')} value=${percent(shares.reach)} look=${shares.reach > 0.5 ? 'bad' : ''} /></div>`}
       <p class="soft small">${t('regions.reach_why', { reach: percent(shown.reach / shown.image_size, 0) })}</p>
       <label class="check"><input type="checkbox" checked=${withReach} onchange=${(event) => setWithReach(event.target.checked)} />${t('regions.show_reach')}</label>
       <label class="check"><input type="checkbox" checked=${found} disabled=${reference.kind !== 'decision'} onchange=${(event) => setFound(event.target.checked)} />${t('regions.show_found')}</label>
@@ -421,14 +423,14 @@ async function askHow(title, yes, more, danger = false) {
   return reason === null ? null : { gate, reason };
 }
 
-function Apply({ name, session, draft, change, isUnsaved, live, width, height, mask, reach, newest, again, startOver }) {
+function Apply({ name, session, draft, change, isUnsaved, live, width, height, mask, shares, newest, again, startOver }) {
   const after = (made) => {
     change({ ...EMPTY, reference: draft.reference, base: made.version });
     toast(t(made.state === 'live' ? 'regions.is_live' : 'regions.is_looked_at', { version: made.version }));
     again();
   };
   const [apply, applying] = useAction(async () => {
-    const how = await askHow(t('regions.apply_title', { name }), t('regions.apply'), html`<p>${t('regions.apply_body', { share: percent(share(mask)), reach: percent(share(reach)) })}</p>`);
+    const how = await askHow(t('regions.apply_title', { name }), t('regions.apply'), html`<p>${t('regions.apply_body', { share: percent(shares.never), reach: percent(shares.reach) })}</p>`);
     if (how === null) return;
     const to = `${regionsOf(name)}${query(how)}`;
     const body = await asPng(mask, width, height);
@@ -443,7 +445,7 @@ function Apply({ name, session, draft, change, isUnsaved, live, width, height, m
     if (!mask || draft.log.length === 0) return t('regions.nothing_drawn');
     if (draft.open.length) return t('regions.not_closed');
     if (newest?.state === 'at the gate') return t('regions.gate_first');
-    return reach.every(Boolean) ? t('regions.nothing_left') : '';
+    return shares.reach === 1 ? t('regions.nothing_left') : '';
   };
   const why = whyNot(session, 'operator') || missing();
   return html`<div class="actions">

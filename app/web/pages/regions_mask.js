@@ -32,6 +32,22 @@ export function drawn(log, width, height, base) {
   return mask;
 }
 
+/** `drawn` for one list after the other, each of which is mostly the one before and a line more. */
+export function drawer(width, height, base) {
+  let made = []; // the last lists and their masks: an undo has its own there
+  return (log) => {
+    const known = made.filter((one) => begins(one.log, log)).sort((one, other) => other.log.length - one.log.length)[0];
+    const mask = known ? known.mask.slice() : drawn(log, width, height, base);
+    if (known) for (const one of log.slice(known.log.length)) draw(mask, width, height, one);
+    made = [...made.slice(-KEPT + 1), { log, mask }];
+    return mask;
+  };
+}
+
+const KEPT = 5;
+const ADDS = ['shape', 'brush', 'invert'];
+const begins = (before, log) => before.every((one, place) => one === log[place]) && log.slice(before.length).every((one) => ADDS.includes(one.kind));
+
 function draw(mask, width, height, one) {
   if (one.kind === 'invert') for (let at = 0; at < mask.length; at += 1) mask[at] ^= 1;
   else if (one.kind === 'shape') fill(mask, width, height, one.points, one.value);

@@ -21,7 +21,7 @@ from PIL import Image
 from app.routes.regions import PolygonsBody
 from engines.image import decode
 from engines.meta import Meta
-from engines.regions import Regions
+from engines.regions import REACH, Regions
 from engines.store.golden import Golden
 from engines.store.regions import REGIONS, as_png, of_polygons
 from engines.store.versions import Store
@@ -102,6 +102,9 @@ def test_a_mask_is_given_back_as_it_was_drawn_and_judges_at_once(
         assert after == get(running)
         assert (after["model"], after["state"]) == (NAME, "live")
         assert (after["width"], after["height"], after["never_counts"]) == (WIDTH, HEIGHT, 0.25)
+        for one in (before, after):  # what a page needs that draws one
+            assert (one["image_size"], one["reach"]) == (SIDE, REACH["patchcore"])
+            assert one["sizes"] == [[WIDTH, HEIGHT]]
         assert after["version"] == running.score(photo)[0] != before["version"]
         shown = png(running)
         assert shown.headers["content-type"] == "image/png"
