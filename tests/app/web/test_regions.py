@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.http.keys import add_key
 from engines.image import decode
 from engines.regions import Regions
 from engines.store.regions import of_png, of_polygons
@@ -453,6 +454,38 @@ def test_what_a_part_is_called_is_text(browser: Any, line: Server, printed: byte
         open_page(it)
         it.expect(f"Part {name}")
         assert it.page.locator("main b", has_text="KB").count() == 0
+
+
+def test_who_draws_is_told_that_other_regions_went_live_meanwhile(
+    browser: Any, line: Server, printed: bytes
+) -> None:
+    with shown(browser, line.url) as it:
+        open_page(it)
+        tool(it, "Rectangle")
+        drag(it, (40, 40), (120, 120))
+        wait_for_share(it, 6.25)
+        body = {"width": SIDE, "height": SIDE, "polygons": [corners(*LABEL)], "reason": WHY}
+        assert line.client.put(PATH, json=body).is_success
+        it.expect("You began to draw on version", within_s=20)
+        wait_for_share(it, 6.25)  # nothing moves under the hand
+        it.page.get_by_role("button", name="Discard the drawing").click()
+        it.page.locator("dialog").get_by_role("button", name="Discard the drawing").click()
+        wait_for_share(it, 1.6)
+
+
+def test_a_key_that_may_only_look_draws_and_is_told_why_it_cannot_apply(
+    browser: Any, kensa_model: Path, tmp_path: Path
+) -> None:
+    key = add_key(tmp_path / "data" / "keys.json", "the-line", "line")
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "bracket"}
+    with serving(tmp_path, **settings) as server, shown(browser, server.url) as it:
+        it.page.add_init_script(f"sessionStorage.setItem('kensa.key', '{key}')")
+        it.go("#/regions")
+        it.expect("No picture fits")
+        tool(it, "Rectangle")
+        drag(it, (0, 0), (320, 40))
+        it.expect("This needs a key with the role operator.")
+        assert it.page.get_by_role("button", name="Apply …").is_disabled()
 
 
 def test_without_any_picture_there_is_a_sheet_of_the_size_that_was_learned(
