@@ -39,7 +39,7 @@ from engines.errors import (
 )
 from engines.image import MAX_SIDE, ImageLimits, decode
 from engines.meta import Meta
-from engines.regions import Regions
+from engines.regions import REACH, Regions
 from engines.store.golden import Golden
 from engines.store.regions import (
     MOST_CORNERS,
@@ -47,6 +47,7 @@ from engines.store.regions import (
     Size,
     as_png,
     drawn_over,
+    learned_sizes,
     of_png,
     of_polygons,
     read_regions,
@@ -65,6 +66,11 @@ class RegionsBody(Body):
     width: int | None = Field(description="Of the mask, pixels; null where every pixel counts.")
     height: int | None = Field(description="The same.")
     never_counts: float = Field(description="The share of these pixels that never count, 0 to 1.")
+    image_size: int = Field(description="The side of the model's input, pixels.")
+    reach: int = Field(description="How far a region reaches beyond its edge, pixels of that side.")
+    sizes: list[tuple[int, int]] = Field(
+        description="Width and height that a mask may have; empty where any will do."
+    )
 
 
 Coordinate = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -142,6 +148,7 @@ _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _EXAMPLE = {
     "model": "bracket", "version": "0003-51e2d0c8aa17", "state": "live",
     "width": 1280, "height": 1024, "never_counts": 0.0879,
+    "image_size": 256, "reach": 24, "sizes": [[1280, 1024]],
 }  # fmt: skip
 _NONE_LIVE = error_response(
     "No version of it is live, or that one cannot be used; or there are no regions to delete.",
@@ -273,6 +280,7 @@ async def _changed(
 
 
 def _body(request: Request, name: str, version: str) -> RegionsBody:
+    meta = Meta.read(_store(request).folder(name, version) / META)
     mask = _read(request, name, version)
     height, width = (None, None) if mask is None else mask.mask.shape
     return RegionsBody(
@@ -282,6 +290,9 @@ def _body(request: Request, name: str, version: str) -> RegionsBody:
         width=width,
         height=height,
         never_counts=0.0 if mask is None else mask.share,
+        image_size=meta.image_size,
+        reach=REACH[meta.model],
+        sizes=sorted(learned_sizes(meta) or _sizes(request, name)),
     )
 
 

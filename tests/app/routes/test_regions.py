@@ -21,7 +21,7 @@ from PIL import Image
 from app.routes.regions import PolygonsBody
 from engines.image import decode
 from engines.meta import Meta
-from engines.regions import Regions
+from engines.regions import REACH, Regions
 from engines.store.golden import Golden
 from engines.store.regions import REGIONS, as_png, of_polygons
 from engines.store.versions import Store
@@ -102,6 +102,9 @@ def test_a_mask_is_given_back_as_it_was_drawn_and_judges_at_once(
         assert after == get(running)
         assert (after["model"], after["state"]) == (NAME, "live")
         assert (after["width"], after["height"], after["never_counts"]) == (WIDTH, HEIGHT, 0.25)
+        for one in (before, after):  # what a page needs that draws one
+            assert (one["image_size"], one["reach"]) == (SIDE, REACH["vae"])
+            assert one["sizes"] == [[WIDTH, HEIGHT]]
         assert after["version"] == running.score(photo)[0] != before["version"]
         shown = png(running)
         assert shown.headers["content-type"] == "image/png"
@@ -543,15 +546,16 @@ def test_a_server_that_is_killed_meanwhile_comes_back_with_the_old_or_the_new_wh
 ) -> None:
     chance = random.Random(0)
     store = Store(tmp_path / "data" / "models")
-    store.activate(NAME, store.take_in(NAME, model, {}))
+    first = store.take_in(NAME, model, {})
+    store.activate(NAME, first)
     masks = [mask(rows) for rows in range(1, 17)]
-    for kill in range(4):
+    for _ in range(4):
         with line(tmp_path) as running:
             version = running.score(photo)[0]
             assert get(running)["version"] == version
             store.check(NAME, version)
             shown = png(running)
-            assert shown.content in masks or (kill == 0 and shown.status_code == 404)
+            assert shown.content in masks or (version == first and shown.status_code == 404)
             assert running.model()["refused"] == {}
 
             def change(url: str = running.server.url) -> None:
