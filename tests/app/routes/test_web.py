@@ -15,7 +15,7 @@ from support.project import ROOT
 from support.server import Server, agreed, serving
 
 MOST_BYTES = 300_000  # all of the screen, as it goes over the wire
-ELSEWHERE = re.compile(r"(?:src|href|url\(|import\(|from|fetch\()\s*[=('\"]*\s*(?:https?:)?//")
+ELSEWHERE = re.compile(r"(?:src|href|url\(|import\(|from|fetch\()[ ]*[=('\"]*[ ]*(?:https?:)?//")
 
 
 @pytest.fixture(scope="module")
