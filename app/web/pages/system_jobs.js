@@ -40,7 +40,7 @@ function Job({ job, session, again }) {
         ${is_under_way && html`<${Button} icon="close" busy=${cancelling} why=${whyNot(session, 'operator')} onclick=${cancel}>${t('system.cancel')}<//>`}</span>
     </div>
     ${is_under_way && job.progress && html`<${Progress} value=${job.progress.fraction}
-      label=${job.progress.seconds_left == null ? '' : t('system.left', { time: lasting(job.progress.seconds_left) })} />`}
+      label=${job.progress.seconds_left == null ? t(`system.state_${job.state}`) : t('system.left', { time: lasting(job.progress.seconds_left) })} />`}
     ${came && html`<small class="soft">${came}</small>`}
     ${job.error && html`<p class="warn"><span>${job.error}</span></p>`}
     ${isOpen && html`<${Log} job=${job} onclose=${() => setOpen(false)} />`}</li>`;
