@@ -20,7 +20,7 @@ from app.decisions.newest import MOST, Newest, Shown
 from app.decisions.recorder import Recorder
 from app.http.access import needs
 from app.http.base_body import Body, error_response
-from app.routes.decisions import decision_body
+from app.routes.decisions import DecisionBody, decision_body
 from app.routes.record import ask
 from app.serving.challenges import Challenger
 from app.serving.inspection import Inspector, draw
@@ -73,6 +73,12 @@ class LineStateBody(Body):
     )
     models: list[LineModelBody]
     degraded: list[str] = Field(description="As GET /healthz says it.")
+
+
+class LineDecisionBody(DecisionBody):
+    """A part as it comes: the data of an event `decision`."""
+
+    in_memory: bool = Field(description="Whether GET /line/picture has its picture.")
 
 
 class _Event(NamedTuple):
@@ -145,7 +151,7 @@ class Watched:
                 missed = await self._missed(after)
                 sent = missed[-1].number if missed else 0
                 if missed:
-                    yield b"".join(_decision(one).text for one in missed)
+                    yield b"".join(self._decision(one).text for one in missed)
             while not self._stopping.is_set():
                 if told == self._told:
                     await self._woken.wait()
@@ -215,7 +221,14 @@ class Watched:
             return []
         found = self._newest.since(self._seen)
         self._seen = found[-1].number if found else self._newest.number
-        return [_decision(one) for one in found]
+        return [self._decision(one) for one in found]
+
+    def _decision(self, kept: Kept) -> _Event:
+        one = kept.decision
+        in_memory = self._newest.picture(one.model, one.id) is not None
+        body = LineDecisionBody(**vars(decision_body(kept)), in_memory=in_memory)
+        data = _event("decision", body.model_dump_json().encode())
+        return _Event(kept.number, b"id: %d\n%s" % (kept.number, data))
 
     def _tell(self, events: list[_Event]) -> None:
         self._news.append(_News.of(events))
@@ -274,11 +287,6 @@ class Watched:
         if not task.done():
             await asyncio.wait([task])  # it goes on where one who asks leaves
         return task.result()
-
-
-def _decision(kept: Kept) -> _Event:
-    data = decision_body(kept).model_dump_json().encode()
-    return _Event(kept.number, b"id: %d\n%s" % (kept.number, _event("decision", data)))
 
 
 def _event(name: str, data: bytes) -> bytes:

@@ -96,7 +96,7 @@ export class Stream {
       if (!answer.ok) throw Object.assign(new Error(), { status: answer.status });
       [this.heard, this.most] = [Date.now(), SILENT_MS];
       this.newest = null;
-      this.parts = this.parts.map((one) => ({ ...one, live: false })); // the server has no more of them
+      this.parts = this.parts.map((one) => ({ ...one, live: false, in_memory: false })); // of the stream before
       this.becomes('open');
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let rest = '';
@@ -156,17 +156,23 @@ function shared(hear) {
   // Of another key another one: what one key may see is not shown to another. The name has its id.
   const name = `kensa line ${keyOfTab().slice(6, 14)}`;
   let port = null;
+  let alone = null; // what ends a stream of our own
   const join = () => {
-    port = new SharedWorker('/web/stream_worker.js', { type: 'module', name }).port;
+    const worker = new SharedWorker('/web/stream_worker.js', { type: 'module', name });
+    port = worker.port;
     port.onmessage = ({ data }) => hear(data);
     port.postMessage({ key: keyOfTab() });
+    worker.onerror = () => { // its file did not come, or the browser knows no such workers
+      leave();
+      alone ??= own(hear);
+    };
   };
   const leave = () => {
     port?.postMessage({ leaves: true });
     port?.close();
     port = null;
   };
-  const back = (event) => { if (event.persisted) join(); };
+  const back = (event) => { if (event.persisted && !alone) join(); };
   const look = () => { if (!document.hidden) port?.postMessage({ looks: true }); };
   join();
   addEventListener('pagehide', leave);
@@ -174,6 +180,7 @@ function shared(hear) {
   document.addEventListener('visibilitychange', look);
   return () => {
     leave();
+    alone?.();
     removeEventListener('pagehide', leave);
     removeEventListener('pageshow', back);
     document.removeEventListener('visibilitychange', look);

@@ -173,18 +173,29 @@ const paints = (part) => part.score != null && (part.verdict === 'anomaly' || pa
 
 const fetched = new Set(); // pictures that came while the server had them
 
-/** Where a part's picture comes from, and the painted one; null where nobody has it. */
+/** Where a part's picture may come from, and the painted one: each a list, the first comes first. */
 function sources(part, parts) {
-  if (part.verdict === 'none') return null;
+  const found = { plain: [], painted: [] };
+  if (part.verdict === 'none') return found;
+  const add = (url) => {
+    found.plain.push(url({ paint: 'false' }));
+    if (paints(part)) found.painted.push(url({}));
+  };
   const ofMemory = (more) => `/line/picture${query({ model: part.model, id: part.id, ...more })}`;
-  const plain = ofMemory({ paint: 'false' });
   const last = parts.filter((one) => one.model === part.model && one.verdict !== 'none').slice(-IN_MEMORY);
-  if (part.live && (last.includes(part) || fetched.has(plain))) {
-    return { plain, painted: paints(part) ? ofMemory({}) : null };
+  if (part.in_memory && (last.includes(part) || fetched.has(ofMemory({ paint: 'false' })))) add(ofMemory);
+  if (part.has_picture) add((more) => `${path('decisions', part.id)}/overlay${query({ number: part.number, ...more })}`);
+  return found;
+}
+
+/** The first of these that there is: `[its address, a blob: URL]`. */
+async function firstOf([first, ...others]) {
+  try {
+    return [first, await picture(first)];
+  } catch (error) {
+    if (!others.length) throw error;
+    return firstOf(others);
   }
-  if (!part.has_picture) return null;
-  const kept = (more) => `${path('decisions', part.id)}/overlay${query({ number: part.number, ...more })}`;
-  return { plain: kept({ paint: 'false' }), painted: paints(part) ? kept({}) : null };
 }
 
 /** The picture of a part, and over it what is anomalous. The one before fades until it is there. */
@@ -194,15 +205,15 @@ function Picture({ part, parts, opacity }) {
     let gone = false;
     const from = sources(part, parts);
     const is = (more) => gone || setShown((now) => ({ ...(now.part === part ? now : { plain: null, painted: null, error: null }), part, ...more }));
-    if (from === null) {
+    if (!from.plain.length) {
       is({ error: t('shell.no_picture') });
       return undefined;
     }
-    picture(from.plain).then(
-      (plain) => { fetched.add(from.plain); is({ plain }); },
+    firstOf(from.plain).then(
+      ([url, plain]) => { fetched.add(url); is({ plain }); },
       () => is({ error: t('shell.no_picture') }),
     );
-    if (from.painted) picture(from.painted).then((painted) => is({ painted }), () => {});
+    if (from.painted.length) firstOf(from.painted).then(([, painted]) => is({ painted }), () => {});
     return () => { gone = true; };
   }, [part.id, part.number]);
   const isOurs = shown.part?.id === part.id && shown.part.number === part.number;

@@ -66,6 +66,7 @@ def test_a_part_is_told_within_a_second_as_the_record_has_it(running: Line, good
         told = stream.next()
         assert time.monotonic() - began < 1
     kept = running.server.client.get(f"/decisions/{said['id']}").json()
+    assert told.pop("in_memory") is True
     assert told == {key: kept[key] for key in told}
     assert told["part"] == "KB-2046/A 17 検査 <b>"
 
@@ -76,6 +77,7 @@ def test_what_had_no_verdict_is_told_with_its_reason(running: Line, good: bytes)
         assert running.server.infer(good[:99]).status_code == 400
         told = stream.next()
     assert (told["verdict"], told["code"]) == ("none", "bad_image")
+    assert told["in_memory"] is False
 
 
 def test_who_comes_again_gets_what_was_missed_and_nothing_twice(running: Line, good: bytes) -> None:
@@ -91,6 +93,7 @@ def test_who_comes_again_gets_what_was_missed_and_nothing_twice(running: Line, g
     ):
         with watching(running.server.url, **asked) as stream:
             found = stream.decisions(len(missed))
+            assert found[0]["in_memory"] is False
             assert [one["id"] for one in found] == missed
             missed.append(send(running.server, good, "new")["id"])
             assert stream.next()["id"] == missed[-1]
