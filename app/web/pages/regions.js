@@ -117,12 +117,22 @@ function useShown(name, version) {
   return { ...state, again: () => setTurn((one) => one + 1) };
 }
 
+const looked = new Map(); // version -> {data, mask}: it never changes, and a large mask takes its time
+
+function remember(found) {
+  looked.set(`${found.data.model} ${found.data.version}`, found);
+  if (looked.size > 4) looked.delete(looked.keys().next().value);
+  return found;
+}
+
 async function look(name, version) {
+  const known = looked.get(`${name} ${version}`);
+  if (known) return known;
   const from = `${regionsOf(name)}${query({ version })}`;
   const data = await get(from);
-  if (data.width === null) return { data, mask: null };
+  if (data.width === null) return remember({ data, mask: null });
   const answer = await ask(from, { headers: { Accept: 'image/png' } });
-  return { data, mask: await readMask(await answer.blob(), data.width, data.height) };
+  return remember({ data, mask: await readMask(await answer.blob(), data.width, data.height) });
 }
 
 // ---- the page -----------------------------------------------------------------------------------
@@ -197,7 +207,7 @@ function Tools({ tool, setTool, value, setValue, wide, setWide, radius, draft, s
       options=${['polygon', 'rectangle', 'brush', 'move'].map((one) => [one, t(`regions.tool_${one}`)])} />
     <${Choice} label=${t('regions.does')} value=${value} onchange=${setValue} options=${[[1, t('regions.hide')], [0, t('regions.erase')]]} />
     ${tool === 'brush' && html`<label class="brush-size"><span>${t('regions.brush', { size: radius * 2 })}</span>
-      <input type="range" min="0.2" max="25" step="0.2" value=${wide} oninput=${(event) => setWide(Number(event.target.value))} /></label>`}
+      <input type="range" aria-label=${t('regions.brush_size')} min="0.2" max="25" step="0.2" value=${wide} oninput=${(event) => setWide(Number(event.target.value))} /></label>`}
     ${tool === 'polygon' && draft.open.length > 0 && html`<${Button} icon="good" kind="main" why=${draft.open.length < 3 ? t('regions.three') : ''}
       onclick=${() => sketch.add({ kind: 'shape', points: draft.open, value })}>${t('regions.close_shape')}<//>`}
     <div class="row steps">
@@ -424,7 +434,8 @@ async function askHow(title, yes, more, danger = false) {
 }
 
 function Apply({ name, session, draft, change, isUnsaved, live, width, height, mask, shares, newest, again, startOver }) {
-  const after = (made) => {
+  const after = (made, drawnMask) => {
+    remember({ data: made, mask: drawnMask });
     change({ ...EMPTY, reference: draft.reference, base: made.version });
     toast(t(made.state === 'live' ? 'regions.is_live' : 'regions.is_looked_at', { version: made.version }));
     again();
@@ -435,11 +446,11 @@ function Apply({ name, session, draft, change, isUnsaved, live, width, height, m
     const to = `${regionsOf(name)}${query(how)}`;
     const body = await asPng(mask, width, height);
     const answer = await ask(to, { method: 'PUT', headers: { 'Content-Type': 'image/png' }, body });
-    after(await answer.json());
+    after(await answer.json(), mask);
   });
   const [remove, removing] = useAction(async () => {
     const how = await askHow(t('regions.remove_title'), t('regions.remove'), html`<p>${t('regions.remove_body')}${isUnsaved && html` ${t('regions.discard_body')}`}</p>`, true);
-    if (how !== null) after(await send('DELETE', `${regionsOf(name)}${query(how)}`));
+    if (how !== null) after(await send('DELETE', `${regionsOf(name)}${query(how)}`), null);
   });
   const missing = () => {
     if (!mask || draft.log.length === 0) return t('regions.nothing_drawn');

@@ -99,7 +99,11 @@ function stroke(mask, width, height, [x0, y0], [x1, y1], radius, value) {
 }
 
 /** The share of a mask that is set. */
-export const share = (mask) => mask.reduce((sum, one) => sum + one, 0) / mask.length;
+export function share(mask) {
+  let sum = 0;
+  for (let at = 0; at < mask.length; at += 1) sum += mask[at];
+  return sum / mask.length;
+}
 
 // ---- its reach ----------------------------------------------------------------------------------
 
@@ -179,12 +183,15 @@ export async function greyOf(blob, width, height) {
   const context = Object.assign(document.createElement('canvas'), { width, height }).getContext('2d', { willReadFrequently: true });
   context.drawImage(picture, 0, 0, width, height);
   picture.close();
-  return context.getImageData(0, 0, width, height).data.filter((_, at) => at % 4 === 0);
+  const pixels = context.getImageData(0, 0, width, height).data;
+  const grey = new Uint8Array(width * height);
+  for (let at = 0; at < grey.length; at += 1) grey[at] = pixels[4 * at]; // they have been equal, red, green and blue
+  return grey;
 }
 
 /** The mask that a PNG holds. */
 export async function readMask(blob, width, height) {
-  return Uint8Array.from(await greyOf(blob, width, height), (grey) => (grey > 127 ? 1 : 0));
+  return (await greyOf(blob, width, height)).map((grey) => (grey > 127 ? 1 : 0));
 }
 
 /** The bytes of a grey PNG of a mask: 255 where it is set, 0 elsewhere. */

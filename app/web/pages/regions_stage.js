@@ -10,7 +10,8 @@ const NEAR = { mouse: 12, pen: 16, touch: 26 }; // of a corner, pixels of the sc
 const MOVED = 8; // less is a tap, pixels of the screen
 const TWICE_MS = 400; // between the taps of a double tap
 const MOST_ZOOM = 24; // pixels of the screen for one of the picture
-const FINE = { hide: [230, 40, 40], edge: [255, 255, 255] };
+const MOST_PAINTED = 2048; // pixels of a side
+const COLOURS = { hide: [230, 40, 40], edge: [255, 255, 255] };
 
 /** Draw on a picture of `width` x `height`.
  *
@@ -43,10 +44,10 @@ export function Stage({ picture, width, height, mask, reach, size, log, open, to
   return html`<div class="stage-box">
     <div ref=${stage} class=${`stage ${tool}`} tabindex="0" role="application" aria-label=${t('regions.stage')} aria-describedby="regions-help"
         onkeydown=${keys} ...${hand} onblur=${() => setCursor(null)} oncontextmenu=${(event) => event.preventDefault()}>
-      <div class="sheet" style=${{ width: `${width}px`, height: `${height}px`, transform: `translate(${view.x}px, ${view.y}px) scale(${view.scale})` }}>
+      <div class="ground" style=${{ width: `${width}px`, height: `${height}px`, transform: `translate(${view.x}px, ${view.y}px) scale(${view.scale})` }}>
         ${picture ? html`<img src=${picture} alt="" draggable="false" />` : null}
-        ${reach && html`<${Painted} kind="reach" pixels=${reach} width=${size} height=${size} strength=${50} edge=${FINE.hide} />`}
-        <${Painted} kind="mask" pixels=${mask} width=${width} height=${height} strength=${112} edge=${FINE.edge} fine=${view.scale > 2} />
+        ${reach && html`<${Painted} kind="reach" pixels=${reach} width=${size} height=${size} strength=${50} edge=${COLOURS.hide} />`}
+        <${Painted} kind="mask" pixels=${mask} width=${width} height=${height} strength=${112} edge=${COLOURS.edge} fine=${view.scale > 2} />
       </div>
       <${Lines} ...${{ view, log, open, tool, value, radius, doing, cursor, over }} />
     </div>
@@ -61,24 +62,38 @@ export function Stage({ picture, width, height, mask, reach, size, log, open, to
 
 // ---- what is seen -------------------------------------------------------------------------------
 
-/** Pixels that are set, in red, with an edge. */
+/** Pixels that are set, in red, with an edge; of a large picture not every one is painted. */
 function Painted({ kind, pixels, width, height, strength, edge, fine }) {
   const canvas = useRef(null);
+  const scale = Math.min(1, MOST_PAINTED / Math.max(width, height));
+  const [wide, high] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
   useLayoutEffect(() => {
+    const shown = scale === 1 ? pixels : sampled(pixels, width, height, wide, high);
     const context = canvas.current.getContext('2d');
-    const image = context.createImageData(width, height);
+    const image = context.createImageData(wide, high);
     const whole = new Uint32Array(image.data.buffer);
-    const [inside, rim] = [[...FINE.hide, strength], [...edge, 255]].map((one) => new Uint32Array(Uint8Array.from(one).buffer)[0]);
-    for (let at = 0; at < pixels.length; at += 1) {
-      if (pixels[at] === 0) continue;
-      const column = at % width;
-      const isRim = (column > 0 && !pixels[at - 1]) || (column < width - 1 && !pixels[at + 1])
-        || (at >= width && !pixels[at - width]) || (at + width < pixels.length && !pixels[at + width]);
+    const [inside, rim] = [[...COLOURS.hide, strength], [...edge, 255]].map((one) => new Uint32Array(Uint8Array.from(one).buffer)[0]);
+    for (let at = 0; at < shown.length; at += 1) {
+      if (shown[at] === 0) continue;
+      const column = at % wide;
+      const isRim = (column > 0 && !shown[at - 1]) || (column < wide - 1 && !shown[at + 1])
+        || (at >= wide && !shown[at - wide]) || (at + wide < shown.length && !shown[at + wide]);
       whole[at] = isRim ? rim : inside;
     }
     context.putImageData(image, 0, 0);
-  }, [pixels, width, height]);
-  return html`<canvas ref=${canvas} class=${`${kind} ${fine ? 'fine' : ''}`} width=${width} height=${height}></canvas>`;
+  }, [pixels, wide, high]);
+  return html`<canvas ref=${canvas} class=${`${kind} ${fine ? 'fine' : ''}`} width=${wide} height=${high}></canvas>`;
+}
+
+/** Those of (width * height) pixels that lie in the middle of (wide * high) equal parts. */
+function sampled(pixels, width, height, wide, high) {
+  const columns = Uint32Array.from({ length: wide }, (_, at) => Math.floor(((at + 0.5) * width) / wide));
+  const found = new Uint8Array(wide * high);
+  for (let row = 0; row < high; row += 1) {
+    const from = Math.floor(((row + 0.5) * height) / high) * width;
+    for (let column = 0; column < wide; column += 1) found[row * wide + column] = pixels[from + columns[column]];
+  }
+  return found;
 }
 
 const through = (points) => points.map((point) => point.join(' ')).join('L');

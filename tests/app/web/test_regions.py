@@ -79,12 +79,12 @@ def send(line: Server, picture: bytes, part: str) -> str:
 def open_page(it: Shown) -> None:
     """The page, with its picture to draw on."""
     it.go("#/regions?name=bracket")
-    it.page.wait_for_selector(".stage .sheet > img")
+    it.page.wait_for_selector(".stage .ground > img")
 
 
 def at(it: Shown, x: float, y: float) -> Point:
     """Where a pixel of the picture is on the screen."""
-    sheet = it.page.locator(".sheet").bounding_box()
+    sheet = it.page.locator(".ground").bounding_box()
     return sheet["x"] + x * sheet["width"] / SIDE, sheet["y"] + y * sheet["height"] / SIDE
 
 
@@ -269,7 +269,7 @@ def test_brush_eraser_undo_and_redo_set_the_pixels_that_they_should(
         undo, redo = (it.page.get_by_role("button", name=name) for name in ("Undo", "Redo"))
         tool(it, "Brush")
         it.page.get_by_role("slider").fill("6.2")
-        it.expect("Brush: 20 px")
+        it.expect("⌀ 20 px")
         drag(it, (100, 100), (200, 100))
         tool(it, "Erase")
         drag(it, (150, 60), (150, 140))
@@ -357,14 +357,14 @@ def test_a_finger_draws_and_two_of_them_zoom(browser: Any, line: Server, printed
             touch("touchMove", at(it, x, 100))
         touch("touchEnd")
         assert it.page.evaluate("scrollY") == scrolled
-        wide = it.page.locator(".sheet").bounding_box()["width"]
+        wide = it.page.locator(".ground").bounding_box()["width"]
         one, other = at(it, 120, 200), at(it, 200, 200)
         touch("touchStart", one)
         touch("touchStart", one, other)
         for by in range(0, 60, 10):
             touch("touchMove", (one[0] - by, one[1]), (other[0] + by, other[1]))
         touch("touchEnd")
-        assert it.page.locator(".sheet").bounding_box()["width"] > 1.5 * wide
+        assert it.page.locator(".ground").bounding_box()["width"] > 1.5 * wide
         mask = drawn(apply(it)) > 0
         assert mask[100, 100:199].all()
         assert not mask[120:].any()  # of the two fingers nothing is drawn
