@@ -24,8 +24,8 @@ class LineBody(Body):
     )
     what: str = Field(
         description="label, taught, threshold, regions, live, rollback, held, challenge_passed,"
-        " challenge_failed, challenges, release, key_added, key_removed, deleted, prune, lost or"
-        " repair."
+        " challenge_failed, challenges, release, discarded, key_added, key_removed, deleted, prune,"
+        " lost or repair."
     )
     subject: str = Field(description="A decision's id, or a model's, a category's or a key's name.")
     reason: str | None
