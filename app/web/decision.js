@@ -99,8 +99,10 @@ function Marking({ decision, session, onchange }) {
     setKind('');
     setReason('');
   });
+  const [withdraw, withdrawing] = useAction(async () => onchange(await send('DELETE', `${path('decisions', decision.id, 'label')}${query({ number: decision.number })}`)));
   const why = whyNot(session, 'operator');
-  return html`<section class="marking"><h3>${t('decision.marked')} ${decision.label ? html`<${Mark} label=${decision.label} defect=${decision.defect} />` : html`<span class="soft">${t('decision.not_marked')}</span>`}</h3>
+  return html`<section class="marking"><h3>${t('decision.marked')} ${decision.label ? html`<${Mark} label=${decision.label} defect=${decision.defect} />` : html`<span class="soft">${t('decision.not_marked')}</span>`}
+      ${decision.label && !why && html`<${Button} kind="plain" icon="undo" busy=${withdrawing} onclick=${withdraw}>${t('decision.withdraw')}<//>`}</h3>
     <div class="marks">${LABELS.map((label) => html`<${Button} key=${label} icon=${label} kind=${{ good: 'good', defect: 'bad' }[label] ?? ''} busy=${busy} why=${why}
       aria-pressed=${decision.label === label ? 'true' : 'false'} onclick=${() => mark(label)}>${t(`label.${label}`)}<//>`)}</div>
     ${!why && html`<details><summary>${t('decision.more_to_say')}</summary>
@@ -153,9 +155,14 @@ function History({ lines }) {
   if (!lines?.length) return null;
   return html`<section><h3>${t('decision.history')}</h3><ol class="history">
     ${lines.map((line) => html`<li key=${line.number}><span class="soft">${moment(line.time)} · ${line.key ?? t('decision.nobody')}</span>
-      ${line.what === 'label' ? html`<${Mark} label=${line.details.label} defect=${line.details.defect} />` : t(line.what === 'deleted' ? 'decision.deleted' : 'decision.changed')}
+      <${Said} line=${line} />
       ${line.reason && html`<q>${line.reason}</q>`}</li>`)}
   </ol></section>`;
+}
+
+function Said({ line }) {
+  if (line.what === 'label' && line.details.label) return html`<${Mark} label=${line.details.label} defect=${line.details.defect} />`;
+  return html`<span>${t({ label: 'decision.withdrawn', deleted: 'decision.deleted' }[line.what] ?? 'decision.changed')}</span>`;
 }
 
 function SamePart({ decision, onopen }) {

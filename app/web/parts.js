@@ -296,9 +296,11 @@ export function Layers({ decision, view, opacity = 1, alt }) {
     <span class="over" style=${{ opacity }}><${Photo} src=${pictureOf(decision, view, true)} alt="" /></span></span>`;
 }
 
+/** Where the small picture of a decision lies; null where none is kept. */
+export const thumbnailOf = (decision, view) => (decision.has_picture ? `${path('decisions', decision.id)}/thumbnail${query({ number: decision.number, view })}` : null);
+
 /** A small picture of a decision. */
-export const Thumbnail = ({ decision, view, alt }) => html`<${Photo} class="thumbnail" alt=${alt ?? ''}
-  src=${decision.has_picture ? `${path('decisions', decision.id)}/thumbnail${query({ number: decision.number, view })}` : null} />`;
+export const Thumbnail = ({ decision, view, alt }) => html`<${Photo} class="thumbnail" alt=${alt ?? ''} src=${thumbnailOf(decision, view)} />`;
 
 /** Which model, of those that there are. `all`: or of every one. */
 export function ModelPicker({ models, value, onchange, all = false }) {

@@ -322,6 +322,8 @@ const WORDS = {
     raw: ['Raw', '生の値'],
     marked: ['What was it really?', '実際は？'],
     not_marked: ['nobody has looked', '未確認'],
+    withdraw: ['Withdraw', '取り消す'],
+    withdrawn: ['withdrawn', '取り消し'],
     more_to_say: ['Kind of defect, reason', '不良の種類・理由'],
     kind: ['Kind of defect, such as scratch', '不良の種類（例：キズ）'],
     facts: ['Details', '詳細'],

@@ -1,12 +1,12 @@
 // Find: decisions by part, time, verdict, score and label, as a list or in pictures.
 
-import { download, get, query } from '../api.js';
+import { download, get, pictureHere, query } from '../api.js';
 import { DecisionDialog } from '../decision.js';
 import { language, t } from '../words.js';
 import {
   Button, Choice, Component, Empty, Field, Mark, Problem, ScoreBar, Thumbnail, Verdict,
   Waiting, count, go, html, moment, number as digits, useAction, useCallback, useData, useEffect,
-  useLayoutEffect, useMemo, useReducer, useRef, useState, useModels,
+  thumbnailOf, useLayoutEffect, useMemo, useModels, useReducer, useRef, useState,
 } from '../parts.js';
 
 const FILTERS = ['part', 'since', 'until', 'verdict', 'label', 'min_score', 'max_score', 'model', 'version'];
@@ -19,6 +19,7 @@ const BEYOND = 6; // rows above and below what is in sight
 const NARROW = matchMedia('(max-width: 899px)');
 const LOOKS = { list: { wide: 68, narrow: 88 }, grid: { wide: 252, narrow: 236 } }; // px of a row
 const TILE = { wide: 200, narrow: 158 }; // px, at least
+const STILL_MS = 120;
 const MINUTE_MS = 60_000;
 const DAY_MS = 86_400_000;
 
@@ -248,7 +249,8 @@ function useWidth(box) {
 function useSight(box, height) {
   const [sight, setSight] = useState([0, Math.ceil(innerHeight / height)]);
   useLayoutEffect(() => {
-    const look = () => {
+    const look = (event) => {
+      if (event?.type === 'scroll') wait();
       const { top } = box.current.getBoundingClientRect();
       const now = [Math.max(0, Math.floor(-top / height)), Math.max(0, Math.ceil((innerHeight - top) / height))];
       setSight((before) => (before[0] === now[0] && before[1] === now[1] ? before : now));
@@ -259,6 +261,21 @@ function useSight(box, height) {
     return () => { removeEventListener('scroll', look); removeEventListener('resize', look); };
   }, [height]);
   return sight;
+}
+
+const waiting = new Set();
+let still = 0;
+
+function wait() {
+  clearTimeout(still);
+  still = setTimeout(() => { for (const show of waiting) show(); waiting.clear(); still = 0; }, STILL_MS);
+}
+
+/** Do it once nothing is scrolled: no picture is asked for of what flies by. Returns what ends that. */
+function whenStill(show) {
+  waiting.add(show);
+  if (!still) wait();
+  return () => waiting.delete(show);
 }
 
 /** Which row the Tab key stops at, and the arrows that move on from there. */
@@ -302,12 +319,17 @@ function intoSight(top, height) {
 
 /** One decision of the list. It is drawn again only where it changes: a list is scrolled fast. */
 class Row extends Component {
+  constructor({ one }) {
+    super();
+    this.state = { isHere: pictureHere(thumbnailOf(one)) !== null };
+  }
+
   componentDidMount() {
-    this.soon = setTimeout(() => this.setState({ isHere: true }), 120); // no pictures of what flies by
+    this.away = whenStill(() => this.setState({ isHere: true }));
   }
 
   componentWillUnmount() {
-    clearTimeout(this.soon);
+    this.away();
   }
 
   shouldComponentUpdate(next, state) {
