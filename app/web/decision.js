@@ -4,7 +4,8 @@ import { download, forgetPictures, get, path, query, send } from './api.js';
 import { t } from './words.js';
 import {
   Button, Dialog, Field, Mark, Problem, ScoreBar, Thumbnail, Verdict, Waiting, confirm, html,
-  loadStyle, may, moment, number as digits, toast, useAction, useData, useState, whyNot,
+  loadStyle, may, moment, number as digits, toast, useAction, useData, useEffect, useModels,
+  useRef, useState, whyNot,
 } from './parts.js';
 import { Viewer } from './viewer.js';
 
@@ -27,14 +28,10 @@ export function DecisionDialog({ id, number, known = null, session, onclose, onc
   const isOf = (one) => one?.id === id && (number == null || one.number === Number(number));
   const decision = [changed, data, known].find(isOf) ?? null;
   const change = (next) => { setChanged(next); onchange?.(next); };
-  const step = (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest('input, select, textarea, [data-keys]')) return;
-    const to = { ArrowLeft: newer, ArrowRight: older }[event.key];
-    if (to) { event.preventDefault(); to(); }
-  };
+  useArrows({ ArrowLeft: newer, ArrowRight: older });
   const title = decision === null ? t('decision.title') : decision.part ?? t('decision.unnamed');
   return html`<${Dialog} wide title=${title} onclose=${onclose}>
-    <div class="decision" onkeydown=${step}>
+    <div class="decision">
       <div class="row apart beside">
         ${decision && html`<div class="row"><${Verdict} verdict=${decision.verdict} code=${decision.code} size="big" /><span class="soft">${moment(decision.time)}</span></div>`}
         ${(newer || older) && html`<div class="row">
@@ -45,6 +42,22 @@ export function DecisionDialog({ id, number, known = null, session, onclose, onc
       ${decision === null && !error && html`<${Waiting} />`}
       ${decision && html`<${DecisionView} key=${decision.number} decision=${decision} session=${session} onchange=${change} onopen=${onopen} />`}
     </div><//>`;
+}
+
+/** Do at an arrow what `keys` says, while no other window lies over the decision's. */
+function useArrows(keys) {
+  const latest = useRef(keys);
+  latest.current = keys;
+  useEffect(() => {
+    const pressed = (event) => {
+      const isOurs = [...document.querySelectorAll('dialog[open]')].at(-1)?.querySelector('.decision');
+      if (!isOurs || event.altKey || event.ctrlKey || event.metaKey || event.target.closest?.('input, select, textarea, [data-keys]')) return;
+      const act = latest.current[event.key];
+      if (act) { event.preventDefault(); act(); }
+    };
+    addEventListener('keydown', pressed);
+    return () => removeEventListener('keydown', pressed);
+  }, []);
 }
 
 /** All of a decision, without a window around it: as `GET /decisions/{id}` says it, or less. */
@@ -129,7 +142,9 @@ function Facts({ decision, of }) {
 
 /** Its picture judged again, by the version that judged it or by another one; it counts nowhere. */
 function Replay({ decision, of, view, session }) {
-  const { data } = useData(of.model && decision.has_picture ? `${path('models', of.model)}?limit=200` : null);
+  const { models } = useModels(0);
+  const isThere = models?.some((one) => one.name === of.model);
+  const { data } = useData(isThere ? `${path('models', of.model)}?limit=200` : null);
   const versions = (data?.versions ?? []).filter((one) => one.state !== 'damaged');
   const [version, setVersion] = useState(of.version ?? '');
   const [found, setFound] = useState(null);
@@ -137,11 +152,11 @@ function Replay({ decision, of, view, session }) {
     setFound(null);
     setFound(await send('POST', `${path('decisions', decision.id, 'replay')}${query({ number: decision.number, version, view })}`));
   });
-  if (!decision.has_picture || !of.model) return null;
-  const isThere = versions.some((one) => one.version === version);
+  if (!decision.has_picture || !isThere) return null;
+  const isListed = versions.some((one) => one.version === version);
   return html`<section><h3>${t('decision.replay')}</h3>
     <div class="row"><select class="grow" aria-label=${t('decision.version')} value=${version} onchange=${(event) => { setVersion(event.target.value); setFound(null); }}>
-        ${!isThere && html`<option value=${version}>${version || t('decision.choose')}</option>`}
+        ${!isListed && html`<option value=${version}>${version || t('decision.choose')}</option>`}
         ${versions.map((one) => html`<option key=${one.version} value=${one.version}>${one.version}${one.version === of.version ? ` · ${t('decision.this_one')}` : ''}${one.state === 'live' ? ` · ${t('decision.live')}` : ''}</option>`)}
       </select>
       <${Button} icon="play" busy=${busy} disabled=${!version} why=${whyNot(session, 'operator')} onclick=${replay}>${t('decision.judge')}<//></div>

@@ -379,7 +379,12 @@ function Question({ title, body, yes, reason, danger, end }) {
 /** A window over the page; Escape, and a touch beside it, close it. */
 export function Dialog({ title, onclose, children, wide = false }) {
   const box = useRef(null);
-  useEffect(() => { box.current.showModal(); }, []);
+  useLayoutEffect(() => { box.current.showModal(); }, []);
+  useLayoutEffect(() => { // one that was moved in the page lies no more over it
+    if (!box.current.open || box.current.matches(':modal')) return;
+    box.current.open = false;
+    box.current.showModal();
+  });
   return html`<dialog ref=${box} class=${wide ? 'wide' : ''} aria-label=${title} onclose=${onclose}
     onclick=${(event) => { if (event.target === box.current) box.current.close(); }}>
     <div class="inside"><header><h2>${title}</h2><${Button} kind="plain" icon="close" aria-label=${t('shell.close')} onclick=${() => box.current.close()} /></header>

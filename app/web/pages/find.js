@@ -15,7 +15,7 @@ const LABELS = ['good', 'defect', 'unusable', 'none'];
 const PAGE = 500; // decisions that are asked for at once
 const AHEAD = 1000; // so many are known beyond what is in sight
 const MOST = 50_000; // in the list: who wants to see more of them narrows the filter
-const BEYOND = 6; // rows above and below what is in sight
+const BEYOND = { list: 6, grid: 2 }; // lines above and below what is in sight
 const NARROW = matchMedia('(max-width: 899px)');
 const LOOKS = { list: { wide: 68, narrow: 88 }, grid: { wide: 252, narrow: 236 } }; // px of a row
 const TILE = { wide: 200, narrow: 158 }; // px, at least
@@ -189,9 +189,9 @@ function Results({ found, place, filter, look, choose, open, last }) {
   const isMost = rows.length >= MOST;
   const [save, saving] = useAction(() => download(`/decisions.csv${query(filter)}`, 'decisions.csv'));
   if (error?.code === 'conflict' && rows.length === 0) {
-    return html`<${Empty} title=${t('find.off')}><p>${error.message}</p><${Button} onclick=${found.again}>${t('shell.again')}<//><//>`;
+    return html`<section class="results"><${Empty} title=${t('find.off')}><p>${error.message}</p><${Button} onclick=${found.again}>${t('shell.again')}<//><//></section>`;
   }
-  return html`
+  return html`<section class="results">
     <div class="head row apart">
       <b role="status">${!isWaiting && !error && t(isWhole ? 'find.found' : 'find.found_more', { count: count(rows.length) })}</b>
       <div class="row">
@@ -202,7 +202,8 @@ function Results({ found, place, filter, look, choose, open, last }) {
     ${rows.length > 0 && html`<${List} key=${look} rows=${rows} isWhole=${isWhole} isOld=${isWaiting} reach=${found.reach} look=${look} place=${place} open=${open} last=${last} />`}
     ${rows.length === 0 && isWhole && !isWaiting && html`<${Nothing} filter=${filter} choose=${choose} />`}
     ${error && html`<${Problem} error=${error} again=${found.again} />`}
-    ${!error && (isMost ? html`<p class="soft">${t('find.most', { count: count(MOST) })}</p>` : !isWhole && html`<${Waiting} />`)}`;
+    ${!error && (isMost ? html`<p class="soft">${t('find.most', { count: count(MOST) })}</p>` : !isWhole && html`<${Waiting} />`)}
+  </section>`;
 }
 
 function Nothing({ filter, choose }) {
@@ -221,7 +222,7 @@ function List({ rows, isWhole, isOld, reach, look, place, open, last }) {
   const columns = look === 'grid' ? Math.max(1, Math.floor(width / TILE[kind])) : 1;
   const lines = Math.ceil(rows.length / columns);
   const [above, below] = useSight(box, height);
-  const [from, to] = [Math.max(0, above - BEYOND) * columns, Math.min(lines, below + BEYOND) * columns];
+  const [from, to] = [Math.max(0, above - BEYOND[look]) * columns, Math.min(lines, below + BEYOND[look]) * columns];
   const { stop, keys, onfocusin } = useStop({ box, rows, height, columns, lines: below - above, last });
   const shown = rows.slice(from, to);
   const stopHere = stop >= from && stop < to ? stop : above * columns;
