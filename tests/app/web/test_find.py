@@ -33,12 +33,13 @@ VERSION = "0007-3f9a0c41d2e8"
 MOST_ROWS = 40  # in the page at once, however many there are
 MOST_CPU_MS = 30  # of a frame while the list is scrolled fast; other tests run beside it
 
-# Scrolls down until the end: how long frames took, and whether ever a part of the list was not drawn.
+# Scrolls down until the end: how long frames took, and whether a part of the list was not drawn.
 SCROLL = """async ([step, most]) => {
   const list = document.querySelector('.found');
+  const isMore = () => document.querySelector('.head [role=status]').innerText.includes('+');
   const frames = [], places = new Set();
   let [rows, gaps, before, at] = [0, 0, performance.now(), -1];
-  while (frames.length < most && (scrollY > at || !document.querySelector('[role=status]').innerText.endsWith(' found') || document.querySelector('.head [role=status]').innerText.includes('+'))) {
+  while (frames.length < most && (scrollY > at || isMore())) {
     at = scrollY;
     scrollBy(0, step);
     await new Promise(requestAnimationFrame);
@@ -46,15 +47,16 @@ SCROLL = """async ([step, most]) => {
     before = performance.now();
     const drawn = [...list.children].map((row) => row.getBoundingClientRect());
     const box = list.getBoundingClientRect();
-    const isCovered = Math.min(...drawn.map((row) => row.top)) <= Math.max(0, box.top) + 1
-      && Math.max(...drawn.map((row) => row.bottom)) >= Math.min(innerHeight, box.bottom) - 1;
-    if (!isCovered) gaps += 1;
+    const above = Math.min(...drawn.map((row) => row.top)) <= Math.max(0, box.top) + 1;
+    const below = Math.max(...drawn.map((row) => row.bottom));
+    if (!above || below < Math.min(innerHeight, box.bottom) - 1) gaps += 1;
     rows = Math.max(rows, drawn.length);
     for (const row of list.children) places.add(Number(row.dataset.at));
   }
   frames.sort((one, other) => one - other);
-  return { frames: frames.length, p50: frames[Math.floor(frames.length * 0.5)], p95: frames[Math.floor(frames.length * 0.95)],
-    rows, gaps, places: places.size, last: Math.max(...places) };
+  const of = (share) => frames[Math.floor(frames.length * share)];
+  const last = Math.max(...places);
+  return { frames: frames.length, p50: of(0.5), p95: of(0.95), rows, gaps, places: places.size, last };
 }"""
 
 
@@ -123,7 +125,10 @@ def line(
     names = {"markup", "dark", "views", *(one.id for one in day[9_000:9_990:33])}
     write_record(folder / "data", day, lambda one: picture(one.at) if one.id in names else None)
     with serving(
-        folder, KENSA_MODEL_DIR=str(kensa_model), KENSA_MODEL_NAME="bracket", KENSA_RECORD_SAMPLE="1"
+        folder,
+        KENSA_MODEL_DIR=str(kensa_model),
+        KENSA_MODEL_NAME="bracket",
+        KENSA_RECORD_SAMPLE="1",
     ) as found:
         images = sorted((sample_data / "test").rglob("*.png"))[:3]
         for path in images:
@@ -165,7 +170,7 @@ def asked(it: Shown) -> dict[str, str]:
 
 
 def until(it: Shown, claim: str, within_s: float = 20) -> None:
-    """Wait until a claim in JavaScript holds; Playwright's own way needs eval, which is forbidden."""
+    """Wait until a claim in JavaScript holds; Playwright's own way needs eval, which is barred."""
     end = time.monotonic() + within_s
     while not it.page.evaluate(claim):
         assert time.monotonic() < end, claim
@@ -255,9 +260,7 @@ def test_without_a_verdict_it_is_said_why(page: Shown) -> None:
     page.expect("There is no such model.")
 
 
-def test_an_address_that_asks_for_nonsense_is_answered_in_words(
-    browser: Any, line: Server
-) -> None:
+def test_an_address_that_asks_for_nonsense_is_answered_in_words(browser: Any, line: Server) -> None:
     with shown(browser, line.url, refused=True) as it:
         it.go("#/find?verdict=perhaps&since=yesterday")
         it.page.locator("main .problem").wait_for()
@@ -291,7 +294,7 @@ def test_ten_thousand_scroll_by_without_a_gap(
     fast = scrolled(page, 100, 200)  # 6,000 pixels a second
     for name, value in fast.items():
         record_property(f"{look} {name}", value)
-    print(f"{look}: {fast}")  # noqa: T201 (make test shows it at a failure)
+    print(f"{look}: {fast}")
     assert fast["cpu"] < MOST_CPU_MS
     page.page.evaluate("scrollTo(0, 0)")
     whole = scrolled(page, 1000)
@@ -410,7 +413,10 @@ def test_a_picture_is_looked_into(page: Shown) -> None:
     assert scale() == 1
     box.hover()
     page.page.mouse.wheel(0, -300)
-    until(page, "new DOMMatrix(getComputedStyle(document.querySelector('.viewer .moved')).transform).a > 1")
+    until(
+        page,
+        "new DOMMatrix(getComputedStyle(document.querySelector('.viewer .moved')).transform).a > 1",
+    )
     dialog.get_by_role("button", name="Whole picture").click()
     assert scale() == 1
     over = dialog.locator(".viewer .moved > div")
