@@ -55,8 +55,8 @@ SCROLL = """async ([step, most]) => {
   }
   frames.sort((one, other) => one - other);
   const of = (share) => frames[Math.floor(frames.length * share)];
-  const last = Math.max(...places);
-  return { frames: frames.length, p50: of(0.5), p95: of(0.95), rows, gaps, places: places.size, last };
+  return { frames: frames.length, p50: of(0.5), p95: of(0.95), rows, gaps,
+    places: places.size, last: Math.max(...places) };
 }"""
 
 
