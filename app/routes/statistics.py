@@ -83,6 +83,13 @@ class DriftBody(Body):
     sentence: str
 
 
+class ShiftBody(Body):
+    """When a shift begins and ends, by KENSA_SHIFTS."""
+
+    since: datetime = Field(description="In the zone of KENSA_TIMEZONE.")
+    until: datetime
+
+
 class SpansBody(Body):
     """What was decided, span by span."""
 
@@ -92,6 +99,7 @@ class SpansBody(Body):
     drift: list[DriftBody] = Field(
         description="What drifts at this moment, where KENSA_DRIFT_PARTS asks; else empty."
     )
+    shift: ShiftBody = Field(description="The shift of this moment.")
 
 
 router = APIRouter(tags=["record"], route_class=KeyFirst)
@@ -123,7 +131,7 @@ async def statistics(
     5 %.
     """
     spans = await ask(_spans, request, per, model, since, until)
-    return SpansBody(spans=spans, drift=drifting(request, model))
+    return SpansBody(spans=spans, drift=drifting(request, model), shift=_running_shift(request))
 
 
 @router.get(
@@ -186,6 +194,13 @@ def drifting(request: Request, name: str | None) -> list[DriftBody]:
         if name in (None, model.name)
         for one in inspector.drift.changes(model)
     ]
+
+
+def _running_shift(request: Request) -> ShiftBody:
+    settings: Settings = request.app.state.settings
+    now = milliseconds(datetime.now(timezone.utc))
+    since, until = Spans(settings.zone, settings.shift_times).around(now)
+    return ShiftBody(since=since, until=until)
 
 
 def _report(

@@ -129,3 +129,8 @@ export function forgetPicture(from) {
   pictures.get(from)?.then(URL.revokeObjectURL, () => {});
   pictures.delete(from);
 }
+
+/** Forget all pictures below a path, such as a decision's that were deleted. */
+export function forgetPictures(below) {
+  for (const from of [...pictures.keys()]) if (from.startsWith(`${below}/`)) forgetPicture(from);
+}

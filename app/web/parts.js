@@ -143,9 +143,19 @@ export function sentence(error) {
   return error.message ? `${kind} ${error.message}` : kind;
 }
 
-export const number = (value, digits = 2) => (value == null ? '–' : value.toLocaleString(language(), { minimumFractionDigits: digits, maximumFractionDigits: digits }));
-export const count = (value) => (value == null ? '–' : value.toLocaleString(language()));
-export const percent = (share, digits = 1) => (share == null ? '–' : share.toLocaleString(language(), { style: 'percent', minimumFractionDigits: digits, maximumFractionDigits: digits }));
+const formats = new Map();
+
+/** What writes a number or a time in the language of now. To make one takes longer than a row of a table. */
+function format(Kind, options) {
+  const key = `${language()} ${Kind.name} ${JSON.stringify(options)}`;
+  if (!formats.has(key)) formats.set(key, new Kind(language(), options));
+  return formats.get(key);
+}
+
+const digitsOf = (digits) => ({ minimumFractionDigits: digits, maximumFractionDigits: digits });
+export const number = (value, digits = 2) => (value == null ? '–' : format(Intl.NumberFormat, digitsOf(digits)).format(value));
+export const count = (value) => (value == null ? '–' : format(Intl.NumberFormat).format(value));
+export const percent = (share, digits = 1) => (share == null ? '–' : format(Intl.NumberFormat, { style: 'percent', ...digitsOf(digits) }).format(share));
 
 /** Bytes as MiB or GiB. */
 export function bytes(value) {
@@ -159,7 +169,7 @@ export function moment(iso, seconds = true) {
   const at = new Date(iso);
   const clock = { hourCycle: 'h23', hour: '2-digit', minute: '2-digit', ...(seconds && { second: '2-digit' }) };
   const isToday = at.toDateString() === new Date().toDateString();
-  return at.toLocaleString(language(), isToday ? clock : { year: 'numeric', month: 'short', day: 'numeric', ...clock });
+  return format(Intl.DateTimeFormat, isToday ? clock : { year: 'numeric', month: 'short', day: 'numeric', ...clock }).format(at);
 }
 
 // ---- drawn --------------------------------------------------------------------------------------
@@ -174,6 +184,7 @@ const STROKES = {
   regions: 'M4 6l9-2 7 6-4 9-11 1zM4 6h.01M13 4h.01M20 10h.01M16 19h.01M5 20h.01',
   system: 'M12 15a3 3 0 1 0 0-6 3 3 0 0 0 0 6zM12 2v3M12 19v3M4.9 4.9 7 7M17 17l2.1 2.1M2 12h3M19 12h3M4.9 19.1 7 17M17 7l2.1-2.1',
   leave: 'M10 4H4v16h6M15 8l5 4-5 4M20 12H9',
+  again: 'M20 5v5h-5M20 10a8 8 0 1 0 0 5',
   undo: 'M8 5 4 9l4 4M4 9h10a6 6 0 0 1 0 12h-4',
   close: 'M5 5l14 14M19 5 5 19',
   add: 'M12 4v16M4 12h16',
@@ -268,9 +279,10 @@ export function Photo({ src, alt, ...given }) {
     return () => { gone = true; watch.disconnect(); };
   }, [src]);
   const shown = state.src === src ? state : { url: pictureHere(src), error: null };
+  const isKept = shown.error && shown.error.code !== 'unknown_decision';
   return html`<span ...${given} ref=${frame} class=${`photo ${given.class ?? ''} ${shown.url ? '' : 'away'}`}>
     ${shown.url && html`<img src=${shown.url} alt=${alt} />`}
-    ${(shown.error || !src) && html`<span class="none" title=${shown.error ? sentence(shown.error) : undefined}>${t('shell.no_picture')}</span>`}
+    ${(shown.error || !src) && html`<span class="none" title=${shown.error ? sentence(shown.error) : undefined}>${isKept ? t(`codes.${shown.error.code}`) : t('shell.no_picture')}</span>`}
   </span>`;
 }
 
@@ -284,9 +296,11 @@ export function Layers({ decision, view, opacity = 1, alt }) {
     <span class="over" style=${{ opacity }}><${Photo} src=${pictureOf(decision, view, true)} alt="" /></span></span>`;
 }
 
+/** Where the small picture of a decision lies; null where none is kept. */
+export const thumbnailOf = (decision, view) => (decision.has_picture ? `${path('decisions', decision.id)}/thumbnail${query({ number: decision.number, view })}` : null);
+
 /** A small picture of a decision. */
-export const Thumbnail = ({ decision, view, alt }) => html`<${Photo} class="thumbnail" alt=${alt ?? ''}
-  src=${decision.has_picture ? `${path('decisions', decision.id)}/thumbnail${query({ number: decision.number, view })}` : null} />`;
+export const Thumbnail = ({ decision, view, alt }) => html`<${Photo} class="thumbnail" alt=${alt ?? ''} src=${thumbnailOf(decision, view)} />`;
 
 /** Which model, of those that there are. `all`: or of every one. */
 export function ModelPicker({ models, value, onchange, all = false }) {
@@ -303,28 +317,35 @@ export function useModels(every = 5000) {
 
 // ---- said and asked -----------------------------------------------------------------------------
 
-const told = new Set();
+let said = []; // what is shown of it
+const tellers = []; // those that show it: the last one, as what lies under an open window is not seen
 const asked = new Set();
+
+function say(next) {
+  said = next;
+  for (const again of tellers) again();
+}
 
 /** Say something for some seconds. `kind`: '' or 'bad'; `action` is `[words, do]`, such as an undo. */
 export function toast(words, kind = '', action = null) {
-  for (const hear of told) hear({ id: crypto.getRandomValues(new Uint32Array(1))[0], words, kind, action });
+  const one = { id: crypto.getRandomValues(new Uint32Array(1))[0], words, kind, action };
+  say([...said.slice(-2), one]);
+  setTimeout(() => unsay(one), kind === 'bad' ? 12_000 : 6000);
 }
 
+const unsay = (one) => say(said.filter((other) => other.id !== one.id));
+
 export function Toasts() {
-  const [shown, setShown] = useState([]);
+  const [, again] = useReducer((turn) => turn + 1, 0);
   useEffect(() => {
-    const hear = (one) => {
-      setShown((now) => [...now.slice(-2), one]);
-      setTimeout(() => setShown((now) => now.filter((other) => other.id !== one.id)), one.kind === 'bad' ? 12_000 : 6000);
-    };
-    told.add(hear);
-    return () => told.delete(hear);
+    tellers.push(again);
+    say(said);
+    return () => { tellers.splice(tellers.indexOf(again), 1); say(said); };
   }, []);
-  const close = (one) => setShown((now) => now.filter((other) => other.id !== one.id));
+  const shown = tellers.at(-1) === again ? said : [];
   return html`<div class="toasts" role="status" aria-live="polite">${shown.map((one) => html`<div key=${one.id} class=${`toast ${one.kind}`}>
-    <p>${one.words}</p>${one.action && html`<${Button} onclick=${() => { close(one); one.action[1](); }}>${one.action[0]}<//>`}
-    <${Button} kind="plain" icon="close" aria-label=${t('shell.close')} onclick=${() => close(one)} /></div>`)}</div>`;
+    <p>${one.words}</p>${one.action && html`<${Button} onclick=${() => { unsay(one); one.action[1](); }}>${one.action[0]}<//>`}
+    <${Button} kind="plain" icon="close" aria-label=${t('shell.close')} onclick=${() => unsay(one)} /></div>`)}</div>`;
 }
 
 /** Ask before something is done. Resolves to the reason given ('' where none is wanted), null for no.
@@ -358,9 +379,14 @@ function Question({ title, body, yes, reason, danger, end }) {
 /** A window over the page; Escape, and a touch beside it, close it. */
 export function Dialog({ title, onclose, children, wide = false }) {
   const box = useRef(null);
-  useEffect(() => { box.current.showModal(); }, []);
+  useLayoutEffect(() => { box.current.showModal(); }, []);
+  useLayoutEffect(() => { // one that was moved in the page lies no more over it
+    if (!box.current.open || box.current.matches(':modal')) return;
+    box.current.open = false;
+    box.current.showModal();
+  });
   return html`<dialog ref=${box} class=${wide ? 'wide' : ''} aria-label=${title} onclose=${onclose}
     onclick=${(event) => { if (event.target === box.current) box.current.close(); }}>
     <div class="inside"><header><h2>${title}</h2><${Button} kind="plain" icon="close" aria-label=${t('shell.close')} onclick=${() => box.current.close()} /></header>
-    ${children}</div></dialog>`;
+    ${children}</div><${Toasts} /></dialog>`;
 }
