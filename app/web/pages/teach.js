@@ -5,10 +5,10 @@ import { t } from '../words.js';
 import {
   Button, Empty, Icon, Photo, Problem, Waiting, confirm, count, go, html, useAction, useCallback, useData, useModels, useState, whyNot,
 } from '../parts.js';
-import { Guide } from './teach/guide.js';
-import { Job, Jobs, hasEnded } from './teach/job.js';
-import { Learn, Marked, NoWorker } from './teach/learn.js';
-import { Pictures, SPLITS } from './teach/pictures.js';
+import { Guide } from './teach_guide.js';
+import { Job, Jobs, hasEnded } from './teach_job.js';
+import { Learn, Marked, NoWorker } from './teach_learn.js';
+import { Pictures, SPLITS } from './teach_pictures.js';
 
 export default function Teach({ query, session }) {
   const { models, error, again: lookAtModels } = useModels();

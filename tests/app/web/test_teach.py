@@ -501,7 +501,7 @@ def test_who_may_only_look_is_told_so(browser: Any, tmp_path: Path) -> None:
 
 def test_each_reason_of_the_gate_has_words_of_its_own() -> None:
     """The page knows a reason by a few words of its sentence, which somebody may write anew."""
-    source = (FOLDER / "pages" / "teach" / "findings.js").read_text()
+    source = (FOLDER / "pages" / "teach_findings.js").read_text()
     known = re.findall(r"\[/(.+)/, '(\w+)',", source)
     assert len(known) > 10
     sentences = [

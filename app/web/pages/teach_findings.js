@@ -1,10 +1,10 @@
 // What the gate found of a version: why it is held, which parts get another verdict, and yes or no to it.
 
-import { path, query, send } from '../../api.js';
-import { t } from '../../words.js';
+import { path, query, send } from '../api.js';
+import { t } from '../words.js';
 import {
   Button, Mark, Photo, ScoreBar, Thumbnail, Verdict, confirm, count, html, number, percent, toast, useAction, useState, whyNot,
-} from '../../parts.js';
+} from '../parts.js';
 
 const FIRST = 12; // parts of which the verdict changes, before more are asked for
 const LABELS = { Normal: 'normal', Anomaly: 'anomaly', Unusable: 'unusable' };

@@ -1,10 +1,10 @@
 // What a training is asked for: a model, a category, and all else only where somebody wants it.
 
-import { path, query, send } from '../../api.js';
-import { t } from '../../words.js';
+import { path, query, send } from '../api.js';
+import { t } from '../words.js';
 import {
   Button, Field, Problem, Thumbnail, Waiting, confirm, count, html, sentence, useAction, useData, useState, whyNot,
-} from '../../parts.js';
+} from '../parts.js';
 
 const LITE = ['tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2'];
 const BACKBONES = [...LITE, 'resnet18', 'wide_resnet50_2'];

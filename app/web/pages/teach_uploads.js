@@ -1,7 +1,7 @@
 // Many pictures on their way: found in folders, sent a few at a time, whichever page is open.
 
-import { path, query, sendForm } from '../../api.js';
-import { useEffect, useReducer } from '../../parts.js';
+import { path, query, sendForm } from '../api.js';
+import { useEffect, useReducer } from '../parts.js';
 
 const FILES_AT_ONCE = 20;
 const BYTES_AT_ONCE = 32 * 1024 ** 2;

@@ -1,10 +1,10 @@
 // The first model from nothing, in five steps.
 
-import { t } from '../../words.js';
-import { Button, Field, Icon, count, go, html, percent, useEffect, useRef, useState, whyNot } from '../../parts.js';
-import { Job, hasEnded, useJob } from './job.js';
-import { Learn, isName } from './learn.js';
-import { Sending } from './pictures.js';
+import { t } from '../words.js';
+import { Button, Field, Icon, count, go, html, percent, useEffect, useRef, useState, whyNot } from '../parts.js';
+import { Job, hasEnded, useJob } from './teach_job.js';
+import { Learn, isName } from './teach_learn.js';
+import { Sending } from './teach_pictures.js';
 
 const STEPS = ['name', 'good', 'defects', 'learn', 'try'];
 const LEAST = 4; // pictures of which a threshold can be made

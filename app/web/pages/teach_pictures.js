@@ -1,13 +1,13 @@
 // A category: what it has, what is sent into it, and its pictures, a page at a time.
 
-import { path, query, send } from '../../api.js';
-import { t } from '../../words.js';
+import { path, query, send } from '../api.js';
+import { t } from '../words.js';
 import {
   Button, Choice, Dialog, Photo, Problem, Progress, Waiting, bytes, confirm, count, html, toast, useAction,
   useData, useEffect, useRef, useState, whyNot,
-} from '../../parts.js';
-import { Advice } from './learn.js';
-import { chosen, dropped, forget, upload, useUpload } from './uploads.js';
+} from '../parts.js';
+import { Advice } from './teach_learn.js';
+import { chosen, dropped, forget, upload, useUpload } from './teach_uploads.js';
 
 export const SPLITS = ['train', 'normal', 'anomaly'];
 const PAGE = 48;

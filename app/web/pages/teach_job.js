@@ -1,12 +1,12 @@
 // A job: how far it is, what it says, and what came of it.
 
-import { ask, get, path, send } from '../../api.js';
-import { t } from '../../words.js';
+import { ask, get, path, send } from '../api.js';
+import { t } from '../words.js';
 import {
   Button, Icon, Problem, Progress, Waiting, confirm, count, go, html, moment, number, percent, toast, useAction,
   useData, useEffect, useRef, useState, whyNot, Photo, sentence,
-} from '../../parts.js';
-import { Findings } from './findings.js';
+} from '../parts.js';
+import { Findings } from './teach_findings.js';
 
 const ENDED = ['succeeded', 'failed', 'cancelled', 'interrupted'];
 const LINES = 400; // of a log that are shown
