@@ -44,8 +44,8 @@ class ProgressBody(Body):
     """How far a job is."""
 
     phase: str = Field(
-        description="images, coreset, epochs, verify, convert, publish, gate ..., or what it waits"
-        " for."
+        description="starting, images, coreset, epochs, verify, convert, publish, gate ..., or"
+        " what it waits for."
     )
     done: int = Field(0, description="Images or epochs of this phase.")
     total: int = 0
@@ -104,6 +104,10 @@ class JobsBody(Body):
     """Jobs, newest first."""
 
     jobs: list[JobBody]
+    no_worker: str | None = Field(
+        description="Why nothing beside this server takes a job; null where something does, or"
+        " where several machines share the queue."
+    )
 
 
 class RetrainBody(RetrainRequest):
@@ -261,8 +265,8 @@ async def jobs(
     """Newest first."""
 
     def written() -> str:  # in the thread: 500 jobs are 300 KB, and parts need the loop
-        found = _jobs(request).newest(limit)
-        return JobsBody(jobs=[_body(request, one) for one in found]).model_dump_json()
+        bodies = [_body(request, one) for one in _jobs(request).newest(limit)]
+        return JobsBody(jobs=bodies, no_worker=_no_worker(request)).model_dump_json()
 
     return Response(await _ask(written), media_type="application/json")
 
@@ -307,11 +311,9 @@ async def log(request: Request, job_id: JobId) -> Response:
 )
 async def events(request: Request, job_id: JobId) -> StreamingResponse:
     """Server-sent events until it ends: `log` with a line, `job` with all of GET /jobs/{id}."""
-    found = _jobs(request)
-    await _ask(lambda: found.get(job_id))
-    stopping = request.app.state.stopping
+    await _ask(lambda: _jobs(request).get(job_id))
     return StreamingResponse(
-        _follow(request.app.state.looks, found, job_id, stopping),
+        _follow(request, job_id),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
@@ -327,12 +329,14 @@ class _Look:
     has_ended: bool
 
 
-def _look(found: JobQueue, job_id: str, after: int) -> _Look:
-    now = found.get(job_id)
-    lines, after = found.lines(job_id, after)
-    job = f"event: job\ndata: {JobBody(**now).model_dump_json()}\n\n"
+def _look(request: Request, job_id: str, after: int) -> _Look:
+    now = _body(request, _jobs(request).get(job_id))
+    if now.progress is not None:  # in tenths: else every look were news to all who watch
+        now.progress.held_back = round(now.progress.held_back, 1)
+    lines, after = _jobs(request).lines(job_id, after)
+    job = f"event: job\ndata: {now.model_dump_json()}\n\n"
     said = "".join(f"event: log\ndata: {json.dumps(line)}\n\n" for line in lines)
-    return _Look(job.encode(), said.encode(), after, now["state"] in ENDED)
+    return _Look(job.encode(), said.encode(), after, now.state in ENDED)
 
 
 class Looks:
@@ -341,12 +345,12 @@ class Looks:
     def __init__(self) -> None:
         self._under_way: dict[tuple[str, int], asyncio.Task[_Look]] = {}
 
-    async def ask(self, found: JobQueue, job_id: str, after: int) -> _Look:
+    async def ask(self, request: Request, job_id: str, after: int) -> _Look:
         """A look that is under way, or was for `LOOK_EVERY_S`."""
         key, loop = (job_id, after), asyncio.get_running_loop()
         task = self._under_way.get(key)
         if task is None:
-            task = loop.create_task(_ask(partial(_look, found, job_id, after)))
+            task = loop.create_task(_ask(partial(_look, request, job_id, after)))
             self._under_way[key] = task
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             loop.call_later(LOOK_EVERY_S, self._under_way.pop, key, None)
@@ -355,14 +359,14 @@ class Looks:
         return task.result()
 
 
-async def _follow(
-    looks: Looks, found: JobQueue, job_id: str, stopping: asyncio.Event
-) -> AsyncIterator[bytes]:
+async def _follow(request: Request, job_id: str) -> AsyncIterator[bytes]:
     """The events of one who watches. 400 may: a round without news must cost the loop nothing."""
+    looks: Looks = request.app.state.looks
+    stopping: asyncio.Event = request.app.state.stopping
     after, before, silent = 0, b"", 0.0
     while not stopping.is_set():
         try:
-            now = await looks.ask(found, job_id, after)
+            now = await looks.ask(request, job_id, after)
         except KensaError as error:  # it was forgotten, or the queue does not answer any more
             yield f"event: error\ndata: {json.dumps(str(error))}\n\n".encode()
             return
@@ -543,9 +547,21 @@ async def _ask(work: Callable[[], Result]) -> Result:
 
 def _body(request: Request, found: dict[str, Any]) -> JobBody:
     body = JobBody(**found)
-    if body.state == "running" and body.progress is not None:
+    if body.state == "running":  # also while its process begins, which a busy line holds up, too
+        body.progress = body.progress or ProgressBody.model_validate({"phase": "starting"})
         body.progress.held_back = round(request.app.state.worker.held_back, 2)
     return body
+
+
+def _no_worker(request: Request) -> str | None:
+    if request.app.state.settings.fleet is not None:
+        return None  # another machine may learn
+    state = request.app.state.worker.state
+    if state == "off":
+        return "KENSA_WORKER is off: jobs wait for a worker that somebody starts."
+    if state.startswith("not installed"):
+        return "What learns is not installed: pip install '.[train]', and start Kensa again."
+    return None
 
 
 def _jobs(request: Request) -> JobQueue:

@@ -28,11 +28,17 @@ export function whenUnknown(left) {
   return () => leavers.delete(left);
 }
 
-/** The answer to a request, whatever it is; throws `Refused` where it is no success. */
-export async function ask(path, options = {}) {
-  const headers = new Headers(options.headers);
+/** What each request says of who asks. */
+function ours(given) {
+  const headers = new Headers(given);
   headers.set('X-Kensa-Page', '1'); // no page of another server can send it unasked
   if (keyOfTab()) headers.set('X-API-Key', keyOfTab());
+  return headers;
+}
+
+/** The answer to a request, whatever it is; throws `Refused` where it is no success. */
+export async function ask(path, options = {}) {
+  const headers = ours(options.headers);
   let answer;
   try {
     answer = await fetch(path, { ...options, headers });
@@ -41,19 +47,20 @@ export async function ask(path, options = {}) {
     throw new Refused(0, 'unreachable', '');
   }
   if (answer.ok) return answer;
-  const refused = await refusal(answer);
-  if (answer.status === 401) for (const left of leavers) left(refused);
-  throw refused;
+  throw refusal(answer.status, await answer.text());
 }
 
-async function refusal(answer) {
-  const text = await answer.text();
+/** What an answer says that is no success. */
+function refusal(status, text) {
+  let refused;
   try {
     const body = JSON.parse(text);
-    return Object.assign(new Refused(answer.status, body.code ?? 'http_error', body.error ?? text), { body });
+    refused = Object.assign(new Refused(status, body.code ?? 'http_error', body.error ?? text), { body });
   } catch {
-    return new Refused(answer.status, 'http_error', text.slice(0, 300));
+    refused = new Refused(status, 'http_error', text.slice(0, 300));
   }
+  if (status === 401) for (const left of leavers) left(refused);
+  return refused;
 }
 
 /** GET: what the JSON says. */
@@ -69,6 +76,27 @@ export async function send(method, path, body) {
   const answer = await ask(path, options);
   const text = await answer.text();
   return text ? JSON.parse(text) : null;
+}
+
+/** POST a form with files; `onprogress` hears how many bytes have left, which fetch does not say. */
+export function sendForm(to, form, { signal, onprogress } = {}) {
+  return new Promise((done, failed) => {
+    const request = new XMLHttpRequest();
+    const stop = () => { request.abort(); failed(new DOMException('', 'AbortError')); };
+    if (signal?.aborted) { stop(); return; }
+    signal?.addEventListener('abort', stop);
+    request.open('POST', to);
+    for (const [name, value] of ours()) request.setRequestHeader(name, value);
+    request.upload.onprogress = (event) => onprogress?.(event.loaded);
+    request.onerror = () => failed(new Refused(0, 'unreachable', ''));
+    request.onload = () => {
+      const { status, responseText } = request;
+      if (status >= 200 && status < 300) done(JSON.parse(responseText));
+      else failed(refusal(status, responseText));
+    };
+    request.onloadend = () => signal?.removeEventListener('abort', stop);
+    request.send(form);
+  });
 }
 
 /** `?a=1&b=2` of those that are neither null nor empty. */

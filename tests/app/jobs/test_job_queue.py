@@ -458,7 +458,12 @@ def test_a_second_job_of_a_model_is_refused_or_waits(idle: Line) -> None:
 def test_a_cancel_kills_the_job_and_leaves_nothing_behind(idle: Line) -> None:
     before = idle.store.versions("part")
     job = ask(idle, {**AGAIN, "update": False})
-    until(lambda: job_of(idle, job)["progress"], idle.server.log.read_text, 120)
+
+    def is_at_work() -> bool:
+        progress = job_of(idle, job)["progress"]
+        return progress is not None and progress["phase"] != "starting"
+
+    until(is_at_work, idle.server.log.read_text, 120)
     child = child_of(idle)
     assert child is not None
     assert idle.server.client.post(f"/jobs/{job}/cancel").json()["state"] == "cancelled"
