@@ -38,7 +38,7 @@ function OfModel({ name, chosen, session }) {
   return html`
     ${error && html`<${Problem} error=${error} again=${again} />`}
     <${State} model=${model} of=${of} session=${session} changed=${changed} undo=${undo} />
-    ${model.live !== null && html`<${Limit} key=${`${model.live} ${turn}`} of=${of} session=${session} changed=${changed} undo=${undo} />`}
+    ${model.live !== null && html`<${Limit} of=${of} version=${`${model.live} ${turn}`} session=${session} changed=${changed} undo=${undo} />`}
     <${Versions} model=${model} of=${of} chosen=${chosen} session=${session} changed=${changed} more=${more} />
     <${Known} model=${model} of=${of} session=${session} changed=${changed} />`;
 }

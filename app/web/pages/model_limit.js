@@ -17,10 +17,11 @@ const LEGEND = [ // group of scores -> its colour
   ['marked_good', 'good'], ['marked_defect', 'anomaly'],
 ];
 
-export function Limit({ of, session, changed, undo }) {
+export function Limit({ of, version, session, changed, undo }) {
   const { data: scores, error, again } = useData(`${of}/scores`, 15_000);
-  const { data: now } = useData(`${of}/threshold`);
+  const { data: now, again: askAgain } = useData(`${of}/threshold`);
   const [wanted, setWanted] = useState(null); // {raw} or {false_rejects}; null: that in force
+  useEffect(() => { setWanted(null); again(); askAgain(); }, [version]);
   const { preview, problem, looking } = usePreview(of, wanted);
   if (scores === null || now === null) return html`<h2>${t('model.limit')}</h2>${error ? html`<${Problem} error=${error} again=${again} />` : html`<${Waiting} />`}`;
   const raw = wanted?.raw ?? preview?.raw ?? scores.raw_threshold;
