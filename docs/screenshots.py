@@ -47,11 +47,11 @@ def main() -> None:
                 send(url, path, number)
                 time.sleep(EVERY_S)
             page.wait_for_timeout(1500)
-            page.screenshot(path=IMAGES / "line.png")
+            page.screenshot(path=IMAGES / "line.jpg", type="jpeg", quality=85)
             page.goto(f"{url}/#/model")
             page.wait_for_selector("main.model h1")
             page.wait_for_timeout(2500)
-            page.screenshot(path=IMAGES / "model.png")
+            page.screenshot(path=IMAGES / "model.jpg", type="jpeg", quality=85)
             browser.close()
 
 
