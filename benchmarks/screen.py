@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from benchmarks.lists import figures, send
 from benchmarks.load import CATEGORY, WEIGHTS, learned, percentile, server
 
 SIDE = 512  # pixels: 20 parts a second are to fit into two cores
-SHOWN_EVERY_S = 0.6  # as OTHERS_MS in app/web/pages/line.js
+SHOWN_EVERY_S, SPREAD_S = 1.0, 0.4  # as FAST_MS and SPREAD_MS in app/web/pages/line.js
 
 
 def main() -> None:
@@ -140,6 +141,7 @@ def tab(url: str, seen: dict[str, int], watching: threading.Barrier) -> None:
             seen["parts"] += 1
             if time.monotonic() - shown > SHOWN_EVERY_S:
                 shown = time.monotonic()
+                time.sleep(random.uniform(0, SPREAD_S))
                 show(client, json.loads(line.removeprefix("data: ")))
                 seen["pictures"] += 1
 

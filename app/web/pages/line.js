@@ -10,7 +10,9 @@ import { language, t } from '../words.js';
 
 const MOST = 200; // parts that are known
 const STRIP = 60; // of them, that are to be touched
-const OTHERS_MS = 600; // no other part is large any sooner: nobody could read it
+const OTHERS_MS = 400; // no other part is large any sooner: nobody could read it
+const FAST_MS = 1000; // the same of a line that is fast
+const SPREAD_MS = 400; // within which tabs ask for a picture there, so that they do not at once
 const REJECT_MS = 1500; // and after one that did not pass
 const LOOKED_AT_MS = 20_000; // then it goes on by itself
 const IN_MEMORY = 8; // of a model, pictures that the server has though nobody keeps them
@@ -82,8 +84,12 @@ function following(part, parts) {
 
 function held(part, next, parts) {
   if (!parts.includes(part)) return 0;
-  return part.verdict !== 'normal' && next.verdict === 'normal' ? REJECT_MS : OTHERS_MS;
+  if (part.verdict !== 'normal' && next.verdict === 'normal') return REJECT_MS;
+  return isFast(parts) ? FAST_MS : OTHERS_MS;
 }
+
+/** Whether more than a part a second came just now. */
+const isFast = (parts) => parts.length > 3 && Date.parse(parts.at(-1).time) - Date.parse(parts.at(-4).time) < 3000;
 
 const called = (part) => part.part ?? part.id.slice(0, 8);
 
@@ -209,12 +215,14 @@ function Picture({ part, parts, opacity }) {
       is({ error: t('shell.no_picture') });
       return undefined;
     }
-    firstOf(from.plain).then(
-      ([url, plain]) => { fetched.add(url); is({ plain }); },
-      () => is({ error: t('shell.no_picture') }),
-    );
-    if (from.painted.length) firstOf(from.painted).then(([, painted]) => is({ painted }), () => {});
-    return () => { gone = true; };
+    const timer = setTimeout(() => {
+      firstOf(from.plain).then(
+        ([url, plain]) => { fetched.add(url); is({ plain }); },
+        () => is({ error: t('shell.no_picture') }),
+      );
+      if (from.painted.length) firstOf(from.painted).then(([, painted]) => is({ painted }), () => {});
+    }, isFast(parts) && part.verdict === 'normal' ? Math.random() * SPREAD_MS : 0);
+    return () => { gone = true; clearTimeout(timer); };
   }, [part.id, part.number]);
   const isOurs = shown.part?.id === part.id && shown.part.number === part.number;
   return html`<div class=${`picture ${isOurs ? '' : 'before'}`}>
