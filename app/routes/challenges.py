@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, Field, model_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -126,6 +127,15 @@ class ChallengesRequest(Body):
         description="True: the server challenges the model by itself when a shift begins"
         " (KENSA_SHIFTS).",
     )
+
+
+class BesideFiles(Body):
+    """Pictures that the server has, beside the files of a form."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
+
+    good: list[PictureBody] = Field([], max_length=MOST)
+    bad: list[PictureBody] = Field([], max_length=MOST)
 
 
 class ReleaseBody(Body):
@@ -279,10 +289,15 @@ _PUT: dict[int | str, dict[str, Any]] = {
 
 _FORM = {
     "type": "object",
-    "required": ["good", "bad", "reason"],
+    "required": ["reason"],
     "properties": {
         "good": {"type": "array", "items": _BINARY, "description": "Pictures of good parts."},
         "bad": {"type": "array", "items": _BINARY, "description": "Pictures of defects."},
+        "pictures": {
+            "type": "string",
+            "description": "Those that the server has, as JSON: its `good` and `bad` as in a body"
+            " of JSON.",
+        },
         "reason": {"type": "string", "description": "Why."},
         "at_shifts": {"type": "string", "enum": ["true", "false"], "default": "false"},
     },
@@ -323,7 +338,11 @@ async def put(request: Request, name: Name) -> ChallengesBody:
         elif media_type == "multipart/form-data":
             form = await _form(request)
             stack.push_async_callback(form.close)
-            offered, reason, at_shifts = _sent(form)
+            offered, fields = _sent(form)
+            reason, at_shifts = fields["reason"], fields["at_shifts"] == "true"
+            known = _beside(fields["pictures"])
+            offered = [*_offered(request, name, known.good, "good"),
+                       *_offered(request, name, known.bad, "bad"), *offered]  # fmt: skip
         else:
             raise UnsupportedBody(
                 f"Kensa does not read a body of type {media_type[:100] or 'unknown'} here: send"
@@ -548,9 +567,9 @@ async def _form(request: Request) -> FormData:
             raise BadRequest(f"The form cannot be read: {error.message}") from None
 
 
-def _sent(form: FormData) -> tuple[list[Offered], str, bool]:
-    """The pictures in a form, its reason, and whether shifts begin with a challenge."""
-    offered, fields = list[Offered](), {"reason": "", "at_shifts": "false"}
+def _sent(form: FormData) -> tuple[list[Offered], dict[str, str]]:
+    """The files in a form, and its fields."""
+    offered, fields = list[Offered](), {"reason": "", "at_shifts": "false", "pictures": "{}"}
     for key, value in form.multi_items():
         if isinstance(value, UploadFile) and key == "good":
             offered.append(Offered(_name(value), "good", {}, _reader(value)))
@@ -563,11 +582,20 @@ def _sent(form: FormData) -> tuple[list[Offered], str, bool]:
         else:
             raise BadRequest(
                 f"The form has a part {key[:100]!r}: it may have files named good and bad, and the"
-                " fields reason and at_shifts."
+                " fields reason, at_shifts and pictures."
             )
     if fields["at_shifts"] not in ("true", "false"):
         raise BadRequest("The field at_shifts is wrong: say true or false.")
-    return offered, fields["reason"], fields["at_shifts"] == "true"
+    return offered, fields
+
+
+def _beside(text: str) -> BesideFiles:
+    """What the field `pictures` says. Raises as `read_json`, and names the field."""
+    try:
+        return read_json(BesideFiles, text.encode(errors="replace"))
+    except RequestValidationError as error:
+        problems = [{**one, "loc": ("body", "pictures", *one["loc"][1:])} for one in error.errors()]
+        raise RequestValidationError(problems) from None
 
 
 def _name(file: UploadFile) -> str:

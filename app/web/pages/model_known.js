@@ -78,7 +78,7 @@ async function stored(of, draft, data) {
     yes: t('model.save_known'), reason: 'must', danger: isNone });
   if (reason === null) return false;
   if (isNone) await send('DELETE', `${of}/challenges${inQuery({ reason })}`);
-  else if (draft.items.some((one) => one.file)) await ask(`${of}/challenges`, { method: 'PUT', body: await asForm(of, draft, reason) });
+  else if (draft.items.some((one) => one.file)) await ask(`${of}/challenges`, { method: 'PUT', body: asForm(draft, reason) });
   else await send('PUT', `${of}/challenges`, { ...asReferences(draft), reason, at_shifts: draft.shifts });
   toast(t('model.known_saved'));
   return true;
@@ -87,19 +87,15 @@ async function stored(of, draft, data) {
 const asReferences = ({ items }) => Object.fromEntries(SIDES.map((side) => [side, items.filter((one) => one.side === side)
   .map((one) => (one.decision ? { decision: one.decision.id, number: one.decision.number } : { sha256: one.sha256 }))]));
 
-/** A form holds files alone, so what the server has goes there once more. */
-async function asForm(of, { items, shifts }, reason) {
+/** The files themselves, and beside them what the server has already. */
+function asForm({ items, shifts }, reason) {
   const form = new FormData();
   form.append('reason', reason);
   form.append('at_shifts', String(shifts));
-  for (const one of items) {
-    const from = one.decision ? `${path('decisions', one.decision.id)}/image${inQuery({ number: one.decision.number })}` : `${of}${path('challenges', one.sha256)}`;
-    form.append(one.side, one.file ?? await (await ask(from)).blob(), one.file ? one.name : nameOf(one));
-  }
+  form.append('pictures', JSON.stringify(asReferences({ items: items.filter((one) => !one.file) })));
+  for (const one of items.filter((other) => other.file)) form.append(one.side, one.file, one.name);
   return form;
 }
-
-const nameOf = (one) => one.name.split('/').at(-1);
 
 /** Parts of the record whose pictures are kept, to be chosen: those that a person has marked so come first. */
 function FromRecord({ model, side, has, onclose, add }) {

@@ -350,6 +350,31 @@ def test_known_pictures_outlive_what_they_were_copied_from(sees: Path, tmp_path:
         ]  # fmt: skip
 
 
+def test_files_come_to_pictures_that_the_server_has(sees: Path, tmp_path: Path) -> None:
+    """Whoever adds one sends that one, and the others keep where they come from."""
+    with line(tmp_path, sees) as running:
+        client, path = running.server.client, f"/models/{NAME}/challenges"
+        for name, shade in (("pass-1", GOOD), ("reject-1", BAD)):
+            running.server.infer(grey(shade), **{"X-Request-ID": name})
+        body = {**WHY, "good": [{"decision": "pass-1"}], "bad": [{"decision": "reject-1"}]}
+        assert client.put(path, json=body).status_code == 200
+        before = shown(running.server)["pictures"]
+        known = {side: [{"sha256": one["sha256"]}] for side, one in
+                 zip(("good", "bad"), before, strict=True)}  # fmt: skip
+        files = [("bad", ("new.png", grey(BAD + 1)))]
+        fields = {**WHY, "pictures": json.dumps(known)}
+        assert client.put(path, files=files, data=fields).status_code == 200
+        after = {one["name"]: one["origin"] for one in shown(running.server)["pictures"]}
+        assert after == {**{one["name"]: one["origin"] for one in before}, "bad/new.png": {}}
+        for wrong in ("", "{", "[]", "null", '{"ugly": []}', '{"good": [{}]}', "[" * 5000):
+            answer = client.put(path, files=files, data={**WHY, "pictures": wrong})
+            assert (answer.status_code, agreed(answer)) == (422, "bad_request")
+        unknown = json.dumps({"good": [{"sha256": "0" * 64}]})
+        answer = client.put(path, files=files, data={**WHY, "pictures": unknown})
+        assert (answer.status_code, agreed(answer)) == (404, "unknown_dataset")
+        assert len(shown(running.server)["pictures"]) == 3
+
+
 def test_what_is_wrong_with_a_request_is_said_and_changes_nothing(
     sees: Path, tmp_path: Path
 ) -> None:
