@@ -82,14 +82,18 @@ function usePile(model, what, order) {
   return {
     waiting, marks, told, hasMore, error: error ?? noLimit, again, isHere: data !== null,
     mark: (decision, label, defect = '') => {
-      const mark = { decision, label, defect };
+      const mark = { decision, label, defect, before: null };
       put(mark);
-      tell(() => send('POST', of(mark), { label, defect }), () => drop(mark));
+      tell(async () => {
+        const { history } = await send('POST', of(mark), { label, defect });
+        mark.before = history[1]?.details; // somebody else may have said something meanwhile
+      }, () => drop(mark));
     },
     takeBack: (mark) => {
-      const { label, defect } = mark.decision; // what others had said before
       drop(mark);
-      tell(() => (label ? send('POST', of(mark), { label, defect: defect ?? '' }) : send('DELETE', of(mark))), () => put(mark));
+      tell(() => (mark.before?.label
+        ? send('POST', of(mark), { label: mark.before.label, defect: mark.before.defect })
+        : send('DELETE', of(mark))), () => put(mark));
     },
   };
 }
