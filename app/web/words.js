@@ -396,6 +396,7 @@ const WORDS = {
     goal: ['Goal: % of good parts rejected', '目標：過検出率（%）'],
     goals: ['Usual goals for good parts rejected', '過検出率のよく使う目標'],
     at_most: ['Good parts rejected', '良品の過検出'],
+    not_measured: ['not known this far from where training measured', '学習時の測定範囲外のため不明'],
     sure: ['at most, 95 % sure', '上限（信頼度 95 %）'],
     known_found: ['Known defects found', '既知の不良の検出'],
     drawn_found: ['Drawn defects found', '模擬欠陥の検出'],

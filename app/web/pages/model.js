@@ -4,7 +4,7 @@ import { path, query as inQuery, send } from '../api.js';
 import { t } from '../words.js';
 import {
   Button, Empty, ModelPicker, Problem, Waiting, confirm, go, html, moment, toast, useAction, useCallback,
-  useData, useModels, useState, whyNot,
+  useData, useModels, useRef, useState, whyNot,
 } from '../parts.js';
 import { Known } from './model_known.js';
 import { Limit } from './model_limit.js';
@@ -29,7 +29,10 @@ const PAGE = 20; // versions
 function OfModel({ name, chosen, session }) {
   const [limit, setLimit] = useState(PAGE);
   const of = path('models', name);
-  const { data: model, error, again } = useData(`${of}${inQuery({ limit })}`, 4000);
+  const { data, error, again } = useData(`${of}${inQuery({ limit })}`, 4000);
+  const last = useRef(null); // what is there stays while more of it is asked for
+  if (data !== null) last.current = data;
+  const model = last.current;
   const [turn, setTurn] = useState(0); // of what hangs on the live version
   const changed = useCallback(() => { again(); setTurn((now) => now + 1); }, [again]);
   const undo = useCallback(async () => { await rollBack(name, changed); }, [name, changed]);

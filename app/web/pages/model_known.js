@@ -3,9 +3,10 @@
 import { ask, get, path, query as inQuery, send } from '../api.js';
 import { t } from '../words.js';
 import {
-  Button, Dialog, Photo, Problem, Thumbnail, Waiting, confirm, html, moment, toast, useAction, useData,
+  Button, Dialog, Icon, Photo, Problem, Thumbnail, Waiting, confirm, html, moment, toast, useAction, useData,
   useEffect, useState, whyNot,
 } from '../parts.js';
+import { shortly } from './model_versions.js';
 
 const SIDES = ['good', 'bad'];
 const MOST = 64;
@@ -31,7 +32,7 @@ export function Known({ model, of, session, changed }) {
     <div class="row apart"><h2>${t('model.known_pictures')}</h2>
       ${data.pictures.length > 0 && draft === null && html`<${Button} icon="play" busy=${trying} onclick=${challenge}>${t('model.challenge')}<//>`}</div>
     <p class="soft">${t('model.known_why')}</p>
-    ${data.last && html`<p>${t(data.last.passed ? 'model.passed' : 'model.failed', { right: data.last.right, of: data.last.of })} <span class="soft">${moment(data.last.time)} · ${shortVersion(data.last.version)}</span></p>`}
+    ${data.last && html`<p>${t(data.last.passed ? 'model.passed' : 'model.failed', { right: data.last.right, of: data.last.of })} <span class="soft">${moment(data.last.time)} · ${shortly(data.last.version)}</span></p>`}
     ${SIDES.map((side) => html`<div key=${side} class="side" role="group" aria-label=${t(`model.side_${side}`)}><h3>${t(`model.side_${side}`)}</h3><ul class="flips">
       ${shown.items.filter((one) => one.side === side).map((one) => html`<li key=${one.id}><div class=${`flip ${one.last ? (one.last.right ? 'right' : 'wrong') : ''}`}>
         <${Picture} one=${one} of=${of} /><span class="part">${one.name}</span>
@@ -45,8 +46,6 @@ export function Known({ model, of, session, changed }) {
     ${picking && html`<${FromRecord} model=${model.name} side=${picking} has=${shown.items} onclose=${() => setPicking(null)} add=${(items) => { setPicking(null); add(items); }} />`}
   </section>`;
 }
-
-const shortVersion = (version) => version.slice(0, version.indexOf('-') + 7);
 
 const asKnown = (one) => ({ id: one.sha256, side: one.expected, name: one.name, sha256: one.sha256, last: one.last });
 
@@ -68,7 +67,7 @@ function Files({ side, why, add }) {
     add([...event.target.files].map((file) => ({ id: crypto.getRandomValues(new Uint32Array(2)).join(), side, name: file.name, file, url: URL.createObjectURL(file) })));
     event.target.value = '';
   };
-  return html`<label class=${`button upload ${why ? 'off' : ''}`} title=${why || undefined}><input type="file" multiple accept="image/jpeg,image/png,image/bmp,image/tiff" disabled=${Boolean(why)} onchange=${taken} /><span>${t('model.from_files')}</span></label>`;
+  return html`<label class=${`button upload ${why ? 'off' : ''}`} title=${why || undefined}><input type="file" multiple accept="image/jpeg,image/png,image/bmp,image/tiff" disabled=${Boolean(why)} onchange=${taken} /><${Icon} name="upload" /><span>${t('model.from_files')}</span></label>`;
 }
 
 /** Write down which pictures there are; false where somebody thought better of it. */

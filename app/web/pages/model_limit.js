@@ -168,7 +168,7 @@ function Promises({ scores, now, raw, moved }) {
   const found = (list, name) => list.length > 0 && html`<${Tile} name=${t(`model.${name}`)} value=${t('model.of', { part: count(above(list, raw)), of: count(list.length) })}>
     ${moved && above(list, raw) !== above(list, scores.raw_threshold) && t('model.before', { value: count(above(list, scores.raw_threshold)) })}<//>`;
   return html`<div class="tiles">
-    <${Tile} name=${t('model.at_most')} value=${bound == null ? '–' : `≤ ${percent(bound)}`}>${t('model.sure')}<//>
+    <${Tile} name=${t('model.at_most')} value=${bound == null ? '–' : `≤ ${percent(bound)}`}>${t(bound == null ? 'model.not_measured' : 'model.sure')}<//>
     ${found(scores.defects, 'known_found')}${found(scores.drawn, 'drawn_found')}
   </div>`;
 }
