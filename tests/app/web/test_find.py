@@ -40,8 +40,7 @@ SCROLL = """async ([step, most]) => {
   const frames = [], places = new Set();
   let [rows, gaps, before, at] = [0, 0, performance.now(), -1];
   while (frames.length < most && (scrollY > at || isMore())) {
-    at = scrollY;
-    scrollBy(0, step);
+    if (frames.length) [at] = [scrollY, scrollBy(0, step)];
     await new Promise(requestAnimationFrame);
     frames.push(performance.now() - before);
     before = performance.now();
