@@ -556,7 +556,13 @@ async def withdraw(
     id: Id,  # noqa: A002
     number: Which = None,
     reason: Annotated[
-        str, Query(max_length=MOST_REASON, description="Why.", examples=["The wrong key."])
+        str,
+        Query(
+            max_length=MOST_REASON,
+            description="Why.",
+            examples=["The wrong key."],
+            json_schema_extra={"pattern": SCHEMA["pattern"]},
+        ),
     ] = "",
 ) -> WholeDecisionBody:
     """It has no label then, as if nobody had looked; the audit trail keeps that somebody had.

@@ -68,8 +68,8 @@ class RegionsBody(Body):
     never_counts: float = Field(description="The share of these pixels that never count, 0 to 1.")
     image_size: int = Field(description="The side of the model's input, pixels.")
     reach: int = Field(description="How far a region reaches beyond its edge, pixels of that side.")
-    sizes: list[tuple[int, int]] = Field(
-        description="Width and height that a mask may have; empty where any will do."
+    sizes: list[list[int]] = Field(
+        description="Which [width, height] a mask may have; empty where any will do."
     )
 
 
@@ -292,7 +292,7 @@ def _body(request: Request, name: str, version: str) -> RegionsBody:
         never_counts=0.0 if mask is None else mask.share,
         image_size=meta.image_size,
         reach=REACH[meta.model],
-        sizes=sorted(learned_sizes(meta) or _sizes(request, name)),
+        sizes=[list(one) for one in sorted(learned_sizes(meta) or _sizes(request, name))],
     )
 
 
