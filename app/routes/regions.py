@@ -27,6 +27,7 @@ from app.http.base_body import (
 )
 from app.http.body_limit import body_of
 from app.routes.models import CHANGE, state_of
+from app.routes.record import Why
 from app.serving.rollout import Rollout
 from engines.errors import (
     BadBundle,
@@ -132,13 +133,6 @@ Reason = Annotated[
     Query(
         max_length=MOST_REASON, examples=["The clamp above the part."],
         description="Why, in a sentence; it is needed, for JSON here or in the body.",
-    ),
-]  # fmt: skip
-Why = Annotated[
-    str,
-    Query(
-        min_length=1, max_length=MOST_REASON, examples=["The clamp is gone."],
-        description="Why, in a sentence.", json_schema_extra={"pattern": r"\S"},
     ),
 ]  # fmt: skip
 Gate = Annotated[bool, Query(description="True: it goes through the gate; false: live at once.")]
