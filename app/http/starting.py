@@ -18,6 +18,13 @@ LINGER_S = 3.0  # quiet for so long, a client is closed; a busy machine pauses i
 READ_ON_S = 10.0  # and by then in any case
 MAX_HEAD = 64 * 1024  # bytes
 SENTENCE = "Kensa is starting: it loads its models. Try again in a few seconds."
+# What a person sees who opens the screen early: it looks again by itself.
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Kensa</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<h1>Kensa is starting …</h1><p>It loads its models. This page looks again by itself.</p>
+<p lang="ja">起動中です。モデルを読み込んでいます。このページは自動的に更新されます。</p></html>
+"""
 
 
 class Starting:
@@ -118,7 +125,7 @@ class _Refused(asyncio.Protocol):
 
 
 def answer(head: bytes) -> bytes:
-    """What a request gets: in the agreed form, as one line of text where it wants that."""
+    """What a request gets: in the agreed form, as a line of text or a page where it wants that."""
     first, *lines = head.partition(b"\r\n\r\n")[0].split(b"\r\n")
     pairs = (line.partition(b":") for line in lines)
     headers = [(name.strip().lower(), value.strip()) for name, _, value in pairs]
@@ -129,11 +136,14 @@ def answer(head: bytes) -> bytes:
     if b"text/plain" in accepts and b"json" not in accepts:
         media_type, body = "text/plain; charset=utf-8", "ERR not_ready\n"
         more = f"x-kensa-error: {SENTENCE}\r\n"
+    elif b"text/html" in accepts:
+        media_type, body = "text/html; charset=utf-8", PAGE
+        more = f"refresh: {RETRY_AFTER_S}\r\n"
     for name, value in given_back_at_once(query, headers):
         more += f"{name.decode()}: {value.decode()}\r\n"
     said = (
         "HTTP/1.1 503 Service Unavailable\r\n"
-        f"{more}content-type: {media_type}\r\ncontent-length: {len(body)}\r\n"
+        f"{more}content-type: {media_type}\r\ncontent-length: {len(body.encode())}\r\n"
         f"retry-after: {RETRY_AFTER_S}\r\n"
         f"connection: close\r\n\r\n{'' if head.startswith(b'HEAD ') else body}"
     )

@@ -122,6 +122,16 @@ def test_the_early_answer_is_a_line_for_who_wants_text_and_no_body_for_head(tmp_
         assert (answer.status, body) == (503, b"")
 
 
+def test_a_browser_that_comes_early_sees_a_page_that_looks_again(tmp_path: Path) -> None:
+    with starting(tmp_path) as (_, port):
+        until_open(port)
+        answer, body = ask(port, "GET", Accept="text/html,application/xhtml+xml,*/*;q=0.8")
+        assert (answer.status, answer.headers["Refresh"]) == (503, "2")
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert "起動中" in body.decode()
+        assert body.endswith(b"</html>\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_starts_hears_that_it_should_stop(
     tmp_path: Path, number: signal.Signals
