@@ -266,7 +266,7 @@ function Minutes({ models }) {
   const [wide, high, top] = [20, 90, 8];
   const y = (value) => top + high - (value / most) * high;
   const said = t('line.rate_said', { parts: count(all), rejects: count(bad), minutes: parts.length });
-  const clock = (minute) => new Date((first.minutes.first + minute) * 60_000).toLocaleTimeString(language(), { hour: '2-digit', minute: '2-digit' });
+  const clock = (minute) => new Date((first.minutes.first + minute) * 60_000).toLocaleTimeString(language(), { hour: '2-digit', minute: '2-digit', hourCycle: 'h23' });
   return html`<section class="card minutes"><div class="row apart"><h2>${t('line.rate', { minutes: parts.length })}</h2>
       <p class="rate"><b>${all ? percent(bad / all) : '–'}</b></p></div>
     <p class="soft">${said}${total(unusable) > 0 && ` · ${t('line.unusable', { count: count(total(unusable)) })}`}</p>
