@@ -11,6 +11,7 @@ All in one run, because machines differ from one minute to the next.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import random
 import subprocess
@@ -20,13 +21,13 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import cv2
-import httpx
 import numpy as np
 
 from benchmarks.common import ASSETS, ROOT, begin, phase, print_load, print_machine, print_table
-from benchmarks.lists import figures, send
+from benchmarks.lists import connect, figures, send
 from benchmarks.load import CATEGORY, WEIGHTS, learned, percentile, server
 
 SIDE = 512  # pixels: 20 parts a second are to fit into two cores
@@ -62,7 +63,7 @@ def measure(port: int, flags: argparse.Namespace) -> None:
     """Turns alternate; the first of each is not counted."""
     photo = small(next((ASSETS / "data" / "test" / CATEGORY / "normal").iterdir()))
     waits: dict[str, list[float]] = {"alone": [], "watched": []}
-    seen = {"parts": 0, "pictures": 0}
+    seen = {"parts": 0, "pictures": 0, "gone": 0}
     for turn in range(flags.turns + 1):
         for name in ("alone", "watched") if turn % 2 else ("watched", "alone"):
             tabs = begun(port, flags.tabs) if name == "watched" else None
@@ -75,7 +76,8 @@ def measure(port: int, flags: argparse.Namespace) -> None:
     rows = [[name, *figures(some)] for name, some in waits.items()]
     print_table(title, ["", "p50 ms", "p99 ms", "worst ms", "asked"], rows)
     print(
-        f"\nThe tabs were told of {seen['parts']} parts, and asked for {seen['pictures']} pictures"
+        f"\nThe tabs were told of {seen['parts']} parts, and took {seen['pictures']} pictures;"
+        f" {seen['gone']} were gone"
     )
     ratios = {p: percentile(waits["watched"], p) / percentile(waits["alone"], p) for p in (50, 99)}
     print("/infer, watched / alone: " + ", ".join(f"p{p} {r:.2f}" for p, r in ratios.items()))
@@ -113,7 +115,7 @@ def ended(process: subprocess.Popen[bytes]) -> dict[str, int]:
 
 def watch(url: str, tabs: int) -> None:
     """Show the line in so many tabs until a line comes from stdin."""
-    seen = {"parts": 0, "pictures": 0}
+    seen = {"parts": 0, "pictures": 0, "gone": 0}
     watching = threading.Barrier(tabs + 1)
     for _ in range(tabs):
         threading.Thread(target=tab, args=[url, seen, watching], daemon=True).start()
@@ -128,28 +130,30 @@ def watch(url: str, tabs: int) -> None:
 def tab(url: str, seen: dict[str, int], watching: threading.Barrier) -> None:
     """What the page asks of the server, without a browser's own work."""
     shown = 0.0
-    with (
-        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
-        client.stream("GET", "/line/events") as answer,
-    ):
-        lines = answer.iter_lines()
-        assert next(lines) == "event: state"
-        watching.wait()
-        for line in lines:
-            if not line.startswith('data: {"number"'):
-                continue
-            seen["parts"] += 1
-            if time.monotonic() - shown > SHOWN_EVERY_S:
-                shown = time.monotonic()
-                time.sleep(random.uniform(0, SPREAD_S))
-                show(client, json.loads(line.removeprefix("data: ")))
-                seen["pictures"] += 1
+    port = int(url.rpartition(":")[2])
+    stream, asking = connect(port), connect(port)
+    stream.request("GET", "/line/events")
+    lines = iter(stream.getresponse().readline, b"")
+    assert next(lines) == b"event: state\n"
+    watching.wait()
+    for line in lines:
+        if not line.startswith(b'data: {"number"'):
+            continue
+        seen["parts"] += 1
+        if time.monotonic() - shown > SHOWN_EVERY_S:
+            shown = time.monotonic()
+            time.sleep(random.uniform(0, SPREAD_S))
+            is_there = show(asking, json.loads(line.removeprefix(b"data: ")))
+            seen["pictures" if is_there else "gone"] += 1
 
 
-def show(client: httpx.Client, part: dict[str, Any]) -> None:
-    asked = {"model": part["model"], "id": part["id"], "paint": "false"}
-    answer = client.get("/line/picture", params=asked)
-    assert answer.status_code == 200, answer.text
+def show(asking: http.client.HTTPConnection, part: dict[str, Any]) -> bool:
+    asked = urlencode({"model": part["model"], "id": part["id"], "paint": "false"})
+    asking.request("GET", f"/line/picture?{asked}")
+    answer = asking.getresponse()
+    body = answer.read()
+    assert answer.status in (200, 404), body
+    return answer.status == 200
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from app.decisions.pictures import Map
 MOST = 200  # decisions, of all models
 MINUTES = 30  # that are counted
 MINUTE_MS = 60_000
-MOST_PICTURES = 8  # of a model: one is asked for a moment after it came
+MOST_PICTURES = 32  # of a model: one is asked for up to a second after it came
 MOST_BYTES = 32 * 1024**2  # of pictures, of all models; there is always room for one
 _COUNTED = ("normal", "anomaly", "unusable")  # the model of others may be any text
 

@@ -15,7 +15,7 @@ const FAST_MS = 1000; // the same of a line that is fast
 const SPREAD_MS = 400; // within which tabs ask for a picture there, so that they do not at once
 const REJECT_MS = 1500; // and after one that did not pass
 const LOOKED_AT_MS = 20_000; // then it goes on by itself
-const IN_MEMORY = 8; // of a model, pictures that the server has though nobody keeps them
+const IN_MEMORY = 32; // of a model, pictures that the server has though nobody keeps them
 const PAINTED_FROM = 0.4; // of a score; below, an overlay paints nothing
 const OPACITY = 'kensa.opacity';
 
