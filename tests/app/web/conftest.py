@@ -12,7 +12,7 @@ from support.browser import running_browser
 from support.server import Server, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright's loop runs as long, and no asyncio.run beside it
 def browser() -> Iterator[Any]:
     with running_browser() as found:
         yield found
