@@ -40,6 +40,7 @@ for _name, _side in {"bolt": 32, "part": 64, "press": 64}.items():
         _one |= {"never_counts": None, "camera": None}
         if _one.get("gate"):  # which has shown no decisions: there was no record
             _one["gate"] |= {"record": None, "regions": None}
+SAID["/jobs"]["no_worker"] = "KENSA_WORKER is off: jobs wait for a worker that somebody starts."
 JOBS: dict[str, dict[str, Any]] = {one["id"]: one for one in SAID["/jobs"]["jobs"]}
 CUT, WAITED = (
     next(job_id for job_id, one in JOBS.items() if one["state"] == state)

@@ -113,14 +113,13 @@ def test_every_answer_carries_an_id(json_server: Server, photo: bytes) -> None:
     asked: dict[int, list[Callable[[dict[str, str]], httpx.Response]]] = {
         200: [
             *(lambda h, path=path: client.get(path, headers=h) for path in (
-                "/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json", "/models",
+                "/", "/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json", "/models",
                 "/static-offline-docs/swagger-ui.css", "/datasets",
             )),
             lambda h: client.post("/infer", content=photo, headers={**RAW, **h}),
             lambda h: client.post("/infer", content=photo,
                                   headers={**RAW, **h, "Accept": "image/png"}),
         ],
-        307: [lambda h: client.get("/", headers=h)],
         400: [lambda h: client.post("/infer", headers={**RAW, **h})],
         404: [lambda h: client.get("/nope", headers=h),
               lambda h: client.get("/static-offline-docs/nope", headers=h),
