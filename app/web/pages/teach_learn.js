@@ -89,7 +89,7 @@ export function Learn({ category, counts, models, only, noWorker, session, onsta
     <${More} model=${model} isFirst=${isFirst} more=${more} onchange=${(change) => setMore((now) => ({ ...now, ...change }))} />
     ${problem && html`<${Problem} error=${problem} /><${Advice} code=${problem.code} />`}
     <div class="row"><button class="button main large" disabled=${busy || Boolean(why)} title=${why} data-why=${why || undefined} aria-busy=${busy ? 'true' : undefined}>${t('teach.start')}</button>
-      <span class="soft">${why || t('teach.start_hint')}</span></div>
+      <span class="soft">${why || (isFirst ? '' : t('teach.start_hint'))}</span></div>
   </form>`;
 }
 
