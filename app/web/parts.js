@@ -209,7 +209,7 @@ export const Icon = ({ name }) => html`<svg class="icon" viewBox="0 0 24 24" ari
 /** A button; `why` is why it cannot be pressed now, and `busy` that it is at work. */
 export function Button({ kind = '', icon, busy, why, children, ...given }) {
   return html`<button type="button" class=${`button ${kind}`} ...${given} disabled=${given.disabled || busy || Boolean(why)}
-    title=${why || given.title} aria-busy=${busy ? 'true' : undefined}>${icon && html`<${Icon} name=${icon} />`}${children && html`<span>${children}</span>`}</button>`;
+    title=${why || given.title} data-why=${why || undefined} aria-busy=${busy ? 'true' : undefined}>${icon && html`<${Icon} name=${icon} />`}${children && html`<span>${children}</span>`}</button>`;
 }
 
 /** Choices of which one counts: `options` are `[value, words]`. */
@@ -332,6 +332,14 @@ export function toast(words, kind = '', action = null) {
   say([...said.slice(-2), one]);
   setTimeout(() => unsay(one), kind === 'bad' ? 12_000 : 6000);
 }
+
+/** A finger sees no title: where it touches a button that cannot be pressed, why is said. */
+function sayWhy({ pointerType, clientX, clientY }) {
+  if (pointerType === 'mouse') return;
+  const why = document.elementFromPoint(clientX, clientY)?.closest('[data-why]')?.dataset.why;
+  if (why && !said.some((one) => one.words === why)) toast(why);
+}
+document.addEventListener('pointerup', sayWhy, true);
 
 const unsay = (one) => say(said.filter((other) => other.id !== one.id));
 

@@ -171,7 +171,7 @@ const WORDS = {
     release_yes: ['Release', 'リリースする'],
     challenge: ['Challenge', '確認テスト'],
     challenge_of: ['Challenge of {model}', '{model} の確認テスト'],
-    no_challenge: ['No known pictures are named for this model.', 'このモデルには確認用の画像が登録されていません。'],
+    no_challenge: ['No known pictures are named for this model yet. That is done on the page Model.', 'このモデルには確認用の画像がまだありません。「モデル」の画面で登録してください。'],
     judging_known: ['The known pictures are judged …', '確認用の画像を判定しています…'],
     judging_of: ['{count} known pictures are judged …', '確認用の画像 {count} 枚を判定しています…'],
     passed: ['Passed', '合格'],
@@ -242,7 +242,7 @@ const WORDS = {
     defect: ['Defect', '不良'],
     unusable: ['Unusable', '使用不可'],
     kinds: ['Defect of a kind: one touch', '不良の種類（ワンタッチ）'],
-    new_kind: ['Another kind …', '別の種類…'],
+    new_kind: ['New kind of defect …', '不良の種類を追加…'],
     new_kind_hint: ['Such as: scratch. Enter marks the part.', '例：傷。Enter で確定します。'],
     mark_it: ['Mark', '確定'],
     undo: ['Undo', '取り消す'],
@@ -645,7 +645,7 @@ const WORDS = {
 
     // a job
     job: ['Training', '学習ジョブ'],
-    jobs: ['Trainings of before', 'これまでの学習'],
+    jobs: ['Earlier trainings', 'これまでの学習'],
     jobs_running: ['At work now', '学習中'],
     no_jobs: ['Nothing was learned yet.', 'まだ学習していません。'],
     kind_retrain: ['learning', '学習'],
@@ -741,6 +741,7 @@ const WORDS = {
     promise_needed: ['{needed} good parts without a reject would prove {goal}.', '{goal} を示すには、NG なしの良品が {needed} 個必要です。'],
     promise_defects: ['It finds {found} of {of} defects that you showed.', '登録した不良 {of} 個のうち {found} 個を見つけます。'],
     promise_no_defects: ['No defects were shown, so nobody knows how many it finds.', '不良品の画像がないため、検出率は分かりません。'],
+    promise_few: ['That is few: real ones may pass, too. More good parts, some defects or a larger picture (Advanced) may help.', '検出数が少なく、実際の不良も見逃すおそれがあります。良品や不良品の画像を増やすか、詳細設定で画像サイズを大きくしてください。'],
     promise_drawn: ['It finds {found} of {of} defects that were drawn onto good parts.', '良品に描き足した不良 {of} 個のうち {found} 個を見つけます。'],
     learned_title: ['The pictures', '学習した画像'],
     learned: ['learned', '枚を学習'],
@@ -801,7 +802,7 @@ const WORDS = {
     have_few: ['{more} more would be good: with few it rejects more good parts.', 'あと {more} 枚あると安心です。少ないと過検出が増えます。'],
     have_enough: ['Enough to begin with. More is better.', '始めるには十分です。多いほど精度が上がります。'],
     can_promise: ['{n} different parts can promise that at most {share} of good ones are rejected.', '別々の部品 {n} 個なら、過検出率は最大 {share} と言えます。'],
-    promises: ['What can be promised:', '枚数と保証できる過検出率:'],
+    promises: ['Good parts rejected, at most (95 % sure), after', '部品数ごとの過検出率の上限（信頼度 95 %）：'],
     promise_of: ['{n} parts: {share}', '{n} 個: {share}'],
     defects_about: ['They are not learned. They show whether the limit finds them, and move it where it can.', '不良品は学習しません。見つけられるかを確かめ、しきい値の調整に使います。'],
     defects_have: ['defects', '件の不良品'],
@@ -815,6 +816,7 @@ const WORDS = {
   },
 
   regions: {
+    about: ['What is drawn here never counts: a clamp, a label, what lies around the part.', '描いた範囲は検査しません（治具、ラベル、部品の周囲など）。'],
     no_model: ['There is no model yet: teach one first.', 'モデルがまだありません。先に学習してください。'],
     mask: ['Mask', 'マスク'],
     stage: ['Picture to draw on', '描画する画像'],

@@ -67,7 +67,7 @@ function Files({ side, why, add }) {
     add([...event.target.files].map((file) => ({ id: crypto.getRandomValues(new Uint32Array(2)).join(), side, name: file.name, file, url: URL.createObjectURL(file) })));
     event.target.value = '';
   };
-  return html`<label class=${`button upload ${why ? 'off' : ''}`} title=${why || undefined}><input type="file" multiple accept="image/jpeg,image/png,image/bmp,image/tiff" disabled=${Boolean(why)} onchange=${taken} /><${Icon} name="upload" /><span>${t('model.from_files')}</span></label>`;
+  return html`<label class=${`button upload ${why ? 'off' : ''}`} title=${why || undefined} data-why=${why || undefined}><input type="file" multiple accept="image/jpeg,image/png,image/bmp,image/tiff" disabled=${Boolean(why)} onchange=${taken} /><${Icon} name="upload" /><span>${t('model.from_files')}</span></label>`;
 }
 
 /** Write down which pictures there are; false where somebody thought better of it. */

@@ -23,6 +23,7 @@ export default function Regions({ query: asked, session }) {
   return html`
     <header class="regions-head"><h1>${t('pages.regions')}</h1>
       <${ModelPicker} models=${models} value=${name} onchange=${(one) => go('regions', { name: one }, true)} /></header>
+    <p class="soft">${t('regions.about')}</p>
     <${OfModel} key=${name} name=${name} session=${session} />`;
 }
 

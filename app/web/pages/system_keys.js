@@ -24,7 +24,7 @@ export function Keys({ session, onsession }) {
     ${isOpen && html`<${NewKey} isFirst=${isFirst} onclose=${async (key) => {
       setOpen(false);
       again();
-      if (key && isFirst) onsession(await get('/session')); // from now on a key is needed
+      if (key && !session.keys) onsession(await get('/session')); // from the first key on one is needed
     }} />`}`;
 }
 
@@ -46,7 +46,8 @@ function Key({ one, known, session, again }) {
     <${Button} icon="remove" busy=${removing} onclick=${remove}>${t('system.remove')}<//></li>`;
 }
 
-function NewKey({ isFirst, onclose }) {
+function NewKey({ onclose, ...given }) {
+  const [isFirst] = useState(given.isFirst); // as it was asked for: the list behind is asked for again meanwhile
   const [name, setName] = useState('');
   const [role, setRole] = useState(isFirst ? 'admin' : 'line');
   const [made, setMade] = useState(null);
@@ -89,6 +90,6 @@ function ToCopy({ text }) {
     else document.execCommand('copy');
     setDone(true);
   };
-  return html`<div class="row copy"><input ref=${box} class="grow" readonly value=${text} aria-label=${t('system.key')} onfocus=${(event) => event.target.select()} />
+  return html`<div class="row copy"><textarea ref=${box} class="grow" rows="3" readonly value=${text} aria-label=${t('system.key')} onfocus=${(event) => event.target.select()} />
     <${Button} icon=${done ? 'good' : undefined} onclick=${copy}>${t(done ? 'system.copied' : 'system.copy')}<//></div>`;
 }

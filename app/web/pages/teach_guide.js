@@ -88,10 +88,11 @@ function LearnIt({ name, counts, models, noWorker, session, job, to }) {
   const learns = Boolean(job);
   return html`<div class="card">
     <p class="row counts"><span><b>${count(counts.train)}</b> ${t('teach.good_parts')}</span><span><b>${count(counts.anomaly)}</b> ${t('teach.defect_parts')}</span>${counts.normal > 0 && html`<span><b>${count(counts.normal)}</b> ${t('teach.test_parts')}</span>`}</p>
+    <p>${t('teach.learn_about')}</p>
     ${learns
       ? html`<${Job} id=${job} session=${session} models=${models} onend=${(ended) => ended.state === 'succeeded' && go('teach', { new: name, step: 5, job }, true)} onagain=${(next) => to(4, { job: next })} />`
-      : html`<p>${t('teach.learn_about')}</p><${Learn} key=${name} only=${name} category=${name} counts=${counts} models=${models} noWorker=${noWorker} session=${session} onstart=${(begun) => to(4, { job: begun.id })} />`}
-    <${Feet} onback=${() => to(learns ? 2 : 3, { job: null })} onnext=${() => to(5)} why=${learns ? '' : t('teach.learn_first')} kind="" /></div>`;
+      : html`<${Learn} key=${name} only=${name} category=${name} counts=${counts} models=${models} noWorker=${noWorker} session=${session} onstart=${(begun) => to(4, { job: begun.id })} />`}
+    <${Feet} onback=${() => to(learns ? 2 : 3, { job: null })} onnext=${() => to(5)} why=${t('teach.learn_first')} kind="" /></div>`;
 }
 
 function TryIt({ name, models, session, job, onchange, to }) {

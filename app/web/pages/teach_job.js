@@ -11,6 +11,7 @@ import { Findings } from './teach_findings.js';
 const ENDED = ['succeeded', 'failed', 'cancelled', 'interrupted'];
 const LINES = 400; // of a log that are shown
 const AGAIN_MS = 2000;
+const FEW = 0.5; // share of drawn defects that are found, below which a newcomer is told what helps
 
 export const hasEnded = (job) => ENDED.includes(job.state);
 
@@ -175,7 +176,7 @@ export function Promised({ known }) {
     ${known.at_most != null && html`<li>${t('teach.promise_at_most', words)}${known.parts_needed > known.parts && html` <span class="soft">${t('teach.promise_needed', words)}</span>`}</li>`}
     ${known.defects > 0 && known.misses != null && html`<li>${t('teach.promise_defects', { found: count(known.defects - known.misses), of: count(known.defects) })}</li>`}
     ${known.defects === 0 && html`<li class="soft">${t('teach.promise_no_defects')}</li>`}
-    ${known.drawn > 0 && html`<li>${t('teach.promise_drawn', { found: count(known.found), of: count(known.drawn) })}</li>`}
+    ${known.drawn > 0 && html`<li>${t('teach.promise_drawn', { found: count(known.found), of: count(known.drawn) })}${known.found / known.drawn < FEW && html` <b>${t('teach.promise_few')}</b>`}</li>`}
   </ul></section>`;
 }
 

@@ -88,8 +88,8 @@ export function Learn({ category, counts, models, only, noWorker, session, onsta
     ${noWorker && html`<${NoWorker} why=${noWorker} />`}
     <${More} model=${model} isFirst=${isFirst} more=${more} onchange=${(change) => setMore((now) => ({ ...now, ...change }))} />
     ${problem && html`<${Problem} error=${problem} /><${Advice} code=${problem.code} />`}
-    <div class="row"><button class="button main large" disabled=${busy || Boolean(why)} title=${why} aria-busy=${busy ? 'true' : undefined}>${t('teach.start')}</button>
-      <span class="soft">${why || t('teach.start_hint')}</span></div>
+    <div class="row"><button class="button main large" disabled=${busy || Boolean(why)} title=${why} data-why=${why || undefined} aria-busy=${busy ? 'true' : undefined}>${t('teach.start')}</button>
+      <span class="soft">${why || (isFirst ? '' : t('teach.start_hint'))}</span></div>
   </form>`;
 }
 

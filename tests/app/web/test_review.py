@@ -138,7 +138,7 @@ def test_the_next_pictures_are_here_before_they_are_wanted(review: Shown, served
 def test_a_kind_of_defect_is_typed_once_and_then_one_touch(review: Shown, served: Server) -> None:
     first, second, third, *_ = rejects(served)
     page = review.page
-    page.get_by_role("button", name="Another kind").click()
+    page.get_by_role("button", name="New kind of defect").click()
     page.keyboard.type(f"gd {MARKUP}")  # what is typed is no command
     page.keyboard.press("Enter")
     kind = f"gd {MARKUP}"

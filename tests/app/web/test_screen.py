@@ -67,6 +67,16 @@ def test_the_language_is_chosen_at_a_touch_and_stays(browser: Any, line: Server)
         it.page.get_by_role("link", name="Find").wait_for()
 
 
+def test_a_finger_is_told_why_a_button_cannot_be_pressed(browser: Any, line: Server) -> None:
+    with shown(browser, line.url, size="tablet") as it:
+        it.go("#/line")
+        box = it.page.locator("button:disabled", has_text="Challenge").bounding_box()
+        for _ in range(2):
+            it.page.touchscreen.tap(box["x"] + 20, box["y"] + 20)
+        it.page.locator(".toast", has_text="No known pictures are named").wait_for()
+        assert it.page.locator(".toast").count() == 1
+
+
 def test_a_page_has_an_address_that_can_be_sent_on_and_gone_back_from(
     browser: Any, line: Server
 ) -> None:

@@ -238,8 +238,15 @@ def test_the_first_key_is_made_on_the_screen_without_locking_its_maker_out(
         assert key.startswith("kensa_")
         accept(it, "Copy")
         it.expect("Copied")
+        box = it.page.get_by_role("dialog").get_by_label("Key", exact=True)
+        assert box.evaluate("(it) => it.scrollWidth <= it.clientWidth")  # all of it is seen
+        assert box.evaluate("(it) => it.scrollHeight <= it.clientHeight")
+        with it.page.expect_response("**/keys"):  # written down slowly: the list is asked for again
+            pass
+        it.expect("From now on a key is needed here.")
         accept(it, "I have it")
         it.page.get_by_role("button", name="anna").wait_for()  # in the frame: known in this tab
+        assert it.page.get_by_text("KENSA_ACCESS=anyone").count() == 0
         it.expect("in use here")
         assert key not in it.page.content()
 

@@ -154,6 +154,8 @@ def test_a_first_model_is_made_in_five_steps_and_judges(
         it.page.get_by_label("Size that it sees, pixels").fill("96")
         press(it, "Start learning")
         it.page.locator(".going progress").wait_for()
+        it.expect("you may leave this page")
+        assert it.page.get_by_role("button", name="Next").is_disabled()
         it.keep(screenshots, "teach-learning")
         it.page.reload()  # the address knows where it was
         it.page.locator(".told.good").wait_for(timeout=LEARNED_MS)
