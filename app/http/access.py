@@ -223,6 +223,21 @@ async def given_to(request: Request) -> str | None:
     return _sent(await _BEARER(request), await _HEADER(request)) or cookie_of(request)
 
 
+async def may_still(request: Request, role: Role) -> Callable[[], bool]:
+    """Whether who asked would be let in now, too: of an answer that goes on for long."""
+    access: Access = request.app.state.access
+    given = await given_to(request)
+
+    def is_let_in() -> bool:
+        try:
+            access.check(given, role)
+        except (Unauthorized, Forbidden, BadKeys):
+            return False
+        return True
+
+    return is_let_in
+
+
 def _check(request: Request, sent: str | None, role: Role) -> None:
     access: Access = request.app.state.access
     kept = None if sent else cookie_of(request)

@@ -16,7 +16,8 @@ from engines.errors import BadRequest
 
 Headers = Sequence[tuple[bytes, bytes]]  # of a request, as ASGI has them: names in lower case
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# A path /decisions/.. is another one before it leaves a browser, and most other clients.
+REQUEST_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,128}")
 HEADER = "X-Part"
 ANSWERED = "X-Kensa-Part"
 MAX_PART = 200  # characters

@@ -102,10 +102,10 @@ async def session(request: Request, response: Response) -> SessionBody:
     response.headers["Cache-Control"] = "no-store"
     if access.is_open():
         return SessionBody(keys=False, key=None, role="admin")
-    key = access.known(given) if given else None
-    if key is None and COOKIE in request.cookies:
+    kept = request.cookies.get(COOKIE)
+    if kept is not None and access.known(kept) is None:  # whatever came in a header
         _forget(request, response)
-    return _of(key)
+    return _of(access.known(given) if given else None)
 
 
 @router.post(

@@ -18,7 +18,7 @@ from app.background import Background
 from app.decisions.database import Kept
 from app.decisions.newest import MOST, Newest, Shown
 from app.decisions.recorder import Recorder
-from app.http.access import needs
+from app.http.access import may_still, needs
 from app.http.base_body import Body, error_response
 from app.routes.decisions import DecisionBody, decision_body
 from app.routes.record import ask
@@ -136,11 +136,14 @@ class Watched:
 
     # ---- who watches ---------------------------------------------------------------------------
 
-    async def follow(self, after: int | None) -> AsyncGenerator[bytes, None]:
+    async def follow(
+        self, after: int | None, may_still: Callable[[], bool]
+    ) -> AsyncGenerator[bytes, None]:
         """What one who watches gets, until it leaves, falls behind, or the server stops.
 
         Args:
             after: the last decision that it knows; None: only those that come from now on.
+            may_still: whether its key is good still; it gets nothing more where it is not.
         """
         self._come()
         try:
@@ -157,7 +160,7 @@ class Watched:
                     await self._woken.wait()
                     continue
                 count = self._told - told
-                if count > len(self._news):
+                if count > len(self._news) or not may_still():
                     return
                 news = [one.after(sent) for one in list(self._news)[-count:]]
                 told = self._told
@@ -351,10 +354,12 @@ async def events(
     and `state` with how the models stand, at the beginning and when something changes.
 
     It ends when the server stops, and where somebody reads too slowly: come again, with `after`.
+    It ends as well when the key is removed.
     """
     if after is None and last_event_id.isascii() and last_event_id.isdigit():
         after = min(int(last_event_id[:19]), 2**62)
-    return _Stream(_watched(request).follow(after), headers={"Cache-Control": "no-store"})
+    may = await may_still(request, "line")
+    return _Stream(_watched(request).follow(after, may), headers={"Cache-Control": "no-store"})
 
 
 @router.get(

@@ -54,6 +54,7 @@ const other = () => (language() === 'ja' ? 'en' : 'ja');
 
 /** The session with this key, which is kept where it is one; a key for the tab goes to no cookie. */
 async function logIn(key, stays) {
+  if (!/^[!-~]+$/.test(key)) return { role: null }; // none is like that, and no header can carry it
   if (stays) {
     keepInTab('');
     return send('POST', '/session', { key });

@@ -902,6 +902,8 @@ const WORDS = {
     shows: ['You see version {version}, which is not live.', '稼働中ではないバージョン {version} を表示しています。'],
     show_live: ['Show what is live', '稼働中のものを表示'],
     is_live: ['Version {version} is live.', 'バージョン {version} が稼働中です。'],
+    base_gone: ['The version that you drew on was discarded. Your drawing now lies over the regions that are live.', '描画のもとにしたバージョンが削除されたため、稼働中の領域に重ねて表示しています。'],
+    base_gone_size: ['The version that you drew on was discarded, and the live one has pictures of another size: please draw anew.', '描画のもとにしたバージョンが削除され、稼働中のものは画像サイズが異なります。もう一度描いてください。'],
     is_looked_at: ['The gate looks at version {version}.', 'ゲートがバージョン {version} を確認中です。'],
     state_at_the_gate: ['At the gate', 'ゲートで確認中'],
     state_held: ['Held', '保留中'],

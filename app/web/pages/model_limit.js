@@ -19,11 +19,12 @@ const LEGEND = [ // group of scores -> its colour
 
 export function Limit({ of, version, session, changed, undo }) {
   const { data: scores, error, again } = useData(`${of}/scores`, 15_000);
-  const { data: now, again: askAgain } = useData(`${of}/threshold`);
+  const { data: now, error: noLimit, again: askAgain } = useData(`${of}/threshold`, 15_000);
   const [wanted, setWanted] = useState(null); // {raw} or {false_rejects}; null: that in force
   useEffect(() => { setWanted(null); again(); askAgain(); }, [version]);
   const { preview, problem, looking } = usePreview(of, wanted);
-  if (scores === null || now === null) return html`<h2>${t('model.limit')}</h2>${error ? html`<${Problem} error=${error} again=${again} />` : html`<${Waiting} />`}`;
+  const wrong = error ?? noLimit;
+  if (scores === null || now === null) return html`<h2>${t('model.limit')}</h2>${wrong ? html`<${Problem} error=${wrong} again=${() => { again(); askAgain(); }} />` : html`<${Waiting} />`}`;
   const raw = wanted?.raw ?? preview?.raw ?? scores.raw_threshold;
   const set = (to) => setWanted({ raw: Math.min(scores.high, Math.max(scores.low, to)) });
   return html`<section class="limit" aria-label=${t('model.limit')}>
@@ -75,19 +76,21 @@ function Histogram({ of, scores, raw, moved, set, leave }) {
     watch.observe(box.current);
     return () => watch.disconnect();
   }, []);
-  const seen = LEGEND.map(([group]) => scores[group].length).join();
+  const [turn, setTurn] = useState(0);
+  const seen = LEGEND.map(([group]) => scores[group].join()).join(';');
   useEffect(() => {
     let gone = false;
     const show = (text) => {
       if (gone) return;
       const svg = document.importNode(new DOMParser().parseFromString(text, 'image/svg+xml').documentElement, true);
       drawing.current.replaceChildren(svg);
+      setProblem(null);
       const { left, width, low, high } = svg.dataset;
       setScale({ left: Number(left), width: Number(width), low: Number(low), high: Number(high), of: wide });
     };
-    ask(`${of}/scores.svg${inQuery({ lang: language(), width: wide })}`).then((answer) => answer.text()).then(show, setProblem);
+    ask(`${of}/scores.svg${inQuery({ lang: language(), width: wide })}`).then((answer) => answer.text()).then(show, (error) => gone || setProblem(error));
     return () => { gone = true; };
-  }, [of, seen, scores.raw_threshold, wide, language()]);
+  }, [of, seen, scores.raw_threshold, wide, language(), turn]);
 
   const place = (score) => `${(100 * (scale.left + ((score - scale.low) / (scale.high - scale.low)) * scale.width)) / scale.of}%`;
   const follow = (event) => {
@@ -118,14 +121,13 @@ function Histogram({ of, scores, raw, moved, set, leave }) {
   };
   return html`<div class="histogram" ref=${box} onpointerdown=${down} onpointermove=${move} onpointerup=${up} onpointercancel=${up}>
     <div class="drawing" ref=${drawing}></div>
-    ${problem && html`<${Problem} error=${problem} />`}
     ${scale && html`
       <div class="in-force" style=${{ left: place(scores.raw_threshold) }} aria-hidden="true"><span>${t('model.in_force', { raw: number(scores.raw_threshold, 3) })}</span></div>
       <div class=${`handle ${moved ? 'moved' : ''} ${raw > (scale.low + scale.high) / 2 ? 'right' : ''}`} style=${{ left: place(raw) }}
         role="slider" tabindex="0" aria-label=${t('model.slider')} aria-valuemin=${scores.low} aria-valuemax=${scores.high} aria-valuenow=${raw}
         aria-valuetext=${number(raw, 3)} aria-orientation="horizontal" onkeydown=${key}>
         <i></i><b>◂ ${number(raw, 3)} ▸</b></div>`}
-  </div>`;
+  </div>${problem && html`<${Problem} error=${problem} again=${() => setTurn(turn + 1)} />`}`;
 }
 
 function Fields({ scores, now, raw, wanted, want, set }) {

@@ -80,6 +80,13 @@ function OfModel({ name, session }) {
     const isDecided = state === 'live' ? now.data?.version === draft.base : state && !WAITING.includes(state);
     if (isDecided || shown.error?.status === 404) change({ base: null, size: null });
   }, [state, now.data?.version, shown.error, draft.base, isUnsaved]);
+  const isGone = shown.error?.status === 404 && shown.version === draft.base && isUnsaved;
+  useEffect(() => { // somebody discarded what was drawn on: the drawing stays
+    if (!isGone || !now.data || now.data.version === draft.base) return;
+    const isOfSize = now.data.width === null || fits(now.data, draft.size);
+    change(isOfSize ? { base: now.data.version } : EMPTY);
+    toast(t(isOfSize ? 'regions.base_gone' : 'regions.base_gone_size'), 'bad');
+  }, [isGone, now.data?.version, draft.base]);
 
   if (now.error && now.data === null) return html`<${Problem} error=${now.error} again=${now.again} />`;
   if (shown.error) return html`<${Problem} error=${shown.error} again=${shown.again} />`;

@@ -42,11 +42,11 @@ export default function Review({ query: asked, session }) {
 
 /** What is asked of the record; null while the limit is not known yet. */
 function useAsked(model, what) {
-  const { data: limit, error } = useData(what === 'near' ? path('models', model, 'threshold') : null);
-  if (what === 'rejects') return { from: `/decisions${query({ model, verdict: 'anomaly', label: 'none', limit: AT_ONCE })}`, error: null };
-  if (limit === null) return { from: null, error };
+  const { data: limit, error, again } = useData(what === 'near' ? path('models', model, 'threshold') : null);
+  if (what === 'rejects') return { from: `/decisions${query({ model, verdict: 'anomaly', label: 'none', limit: AT_ONCE })}`, error: null, again };
+  if (limit === null) return { from: null, error, again };
   const lowest = Math.max(0, limit.threshold - NEAR);
-  return { from: `/decisions${query({ model, verdict: 'normal', label: 'none', min_score: lowest, limit: AT_ONCE })}`, error: null };
+  return { from: `/decisions${query({ model, verdict: 'normal', label: 'none', min_score: lowest, limit: AT_ONCE })}`, error: null, again };
 }
 
 /** The decisions that wait, in their order, and what marks them and takes that back.
@@ -54,7 +54,7 @@ function useAsked(model, what) {
  * A mark counts here at once, and is told to the server behind it: one after the other, in order.
  */
 function usePile(model, what, order) {
-  const { from, error: noLimit } = useAsked(model, what);
+  const { from, error: noLimit, again: askLimit } = useAsked(model, what);
   const { data, error, again } = useData(from, EVERY_MS);
   const [marks, setMarks] = useState([]); // {decision, label, defect}, the last one at the end
   const [back, setBack] = useState([]); // decisions whose marks were taken back
@@ -80,20 +80,23 @@ function usePile(model, what, order) {
   const put = (mark) => setMarks((now) => [...now, mark]);
   const of = ({ decision }) => `${path('decisions', decision.id, 'label')}${query({ number: decision.number })}`;
   return {
-    waiting, marks, told, hasMore, error: error ?? noLimit, again, isHere: data !== null,
+    waiting, marks, told, hasMore, error: error ?? noLimit, again: noLimit ? askLimit : again, isHere: data !== null,
     mark: (decision, label, defect = '') => {
-      const mark = { decision, label, defect, before: null };
+      const mark = { decision, label, defect, before: null, isKept: false };
       put(mark);
       tell(async () => {
         const { history } = await send('POST', of(mark), { label, defect });
+        mark.isKept = true;
         mark.before = history[1]?.details; // somebody else may have said something meanwhile
       }, () => drop(mark));
     },
     takeBack: (mark) => {
       drop(mark);
-      tell(() => (mark.before?.label
-        ? send('POST', of(mark), { label: mark.before.label, defect: mark.before.defect })
-        : send('DELETE', of(mark))), () => put(mark));
+      tell(async () => {
+        if (!mark.isKept) return; // the server did not take it
+        const { label, defect } = mark.before ?? {};
+        await (label ? send('POST', of(mark), { label, defect }) : send('DELETE', of(mark)));
+      }, () => put(mark));
     },
   };
 }

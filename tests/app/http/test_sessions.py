@@ -127,6 +127,17 @@ def test_a_cookie_whose_key_was_removed_is_refused_and_taken_back(
     assert not browser.cookies
 
 
+def test_a_cookie_stays_where_a_wrong_key_is_tried_in_another_tab(
+    browser: httpx.Client, keys: dict[str, str]
+) -> None:
+    log_in(browser, keys["line"])
+    answer = browser.get("/session", headers={"X-API-Key": keys["admin"][:-1], **PAGE})
+    assert answer.json()["role"] is None
+    assert browser.get("/session").json()["role"] == "line"
+    browser.get("/session", headers={"Origin": "http://localhost:3000"})
+    assert browser.get("/session").json()["role"] == "line"
+
+
 def test_who_is_known_by_a_cookie_alone_changes_nothing_but_from_the_servers_own_page(
     browser: httpx.Client, keys: dict[str, str]
 ) -> None:

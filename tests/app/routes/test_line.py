@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from app.decisions.newest import MINUTE_MS, MOST_BYTES, Newest
-from app.http.keys import add_key
+from app.http.keys import add_key, remove_key
 from support.decisions import decision
 from support.events import watching
 from support.line import NAME, Line, line
@@ -370,3 +370,24 @@ def test_only_an_operator_may_try(kensa_model: Path, tmp_path: Path, bad: bytes)
             )  # fmt: skip
             assert answer.status_code == status
         assert server.client.get("/line/events").status_code == 401
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["its key is removed", "a first key is made"])
+def test_who_is_not_let_in_any_more_hears_nothing_more(
+    kensa_model: Path, tmp_path: Path, good: bytes, first: bool
+) -> None:
+    file = tmp_path / "data" / "keys.json"
+    admin = {} if first else {"X-API-Key": add_key(file, "anna", "admin")}
+    tablet = {} if first else {"X-API-Key": add_key(file, "tablet", "line")}
+    with serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model)) as server:
+        with watching(server.url, headers=tablet) as stream:
+            send(server, good, "seen", **admin)
+            assert stream.next()["part"] == "seen"
+            if first:
+                admin = {"X-API-Key": add_key(file, "anna", "admin")}
+            else:
+                remove_key(file, "tablet")
+            send(server, good, "not for them", **admin)
+            with pytest.raises(StopIteration):  # it ends
+                stream.next()
+        assert httpx.get(f"{server.url}/line/events", headers=tablet).status_code == 401

@@ -111,6 +111,16 @@ def test_a_refusal_gives_the_id_and_the_part_back(
     assert unquote(answer.headers["X-Kensa-Part"]) == name
 
 
+@pytest.mark.parametrize("id_", [".", ".."])
+def test_an_id_that_no_path_can_hold_is_replaced(server: Server, id_: str) -> None:
+    answer = server.client.get("/livez", headers={"X-Request-ID": id_})
+    assert len(answer.headers["X-Request-ID"]) == 32
+    assert (
+        server.client.get("/livez", headers={"X-Request-ID": "..."}).headers["X-Request-ID"]
+        == "..."
+    )
+
+
 def test_the_line_of_a_refusal_has_both(server: Server) -> None:
     time.sleep(1.1)  # of refusals 20 a second have a line
     headers = {"Content-Type": "text/html", "X-Request-ID": "p.1"}

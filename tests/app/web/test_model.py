@@ -340,3 +340,18 @@ def test_markup_in_names_and_reasons_stays_text(
         assert it.page.evaluate("window.hacked") is None
         assert it.page.locator('img[src="/x"]').count() == 0
     assert running.server.client.post(f"/models/{NAME}/rollback").status_code == 200
+
+
+@pytest.mark.parametrize("what", ["threshold", "scores.svg*"])
+def test_what_did_not_come_of_the_limit_is_said_and_asked_for_again(
+    browser: Any, running: Line, what: str
+) -> None:
+    with shown(browser, running.server.url, refused=True) as it:
+        it.page.route(f"**/{NAME}/{what}", lambda route: route.abort())
+        it.go("#/model")
+        again = it.page.locator("main .problem").get_by_role("button", name="Try again")
+        again.wait_for()
+        it.page.unroute(f"**/{NAME}/{what}")
+        again.click()
+        it.page.wait_for_selector("[role=slider]")
+        again.wait_for(state="detached")

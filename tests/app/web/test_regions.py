@@ -473,6 +473,26 @@ def test_who_draws_is_told_that_other_regions_went_live_meanwhile(
         wait_for_share(it, 1.6)
 
 
+def test_a_drawing_outlives_the_version_that_it_was_drawn_on(
+    browser: Any, line: Server, printed: bytes
+) -> None:
+    with shown(browser, line.url, refused=True) as it:
+        open_page(it)
+        began_on = line.client.get(PATH).json()["version"]
+        tool(it, "Rectangle")
+        drag(it, (40, 40), (120, 120))
+        wait_for_share(it, 6.25)
+        for label in ((0, 0, 32, 32), LABEL):
+            body = {"width": SIDE, "height": SIDE, "polygons": [corners(*label)], "reason": WHY}
+            assert line.client.put(PATH, json=body).is_success
+        version = f"/models/bracket/versions/{began_on}"
+        assert line.client.delete(version, params={"reason": WHY}).is_success
+        it.page.on("dialog", lambda one: one.accept())
+        it.page.reload()
+        it.expect("The version that you drew on was discarded.")
+        wait_for_share(it, 6.25 + 1.56)
+
+
 def test_a_key_that_may_only_look_draws_and_is_told_why_it_cannot_apply(
     browser: Any, kensa_model: Path, tmp_path: Path
 ) -> None:

@@ -244,6 +244,36 @@ def test_a_mark_that_the_server_does_not_take_comes_back(browser: Any, served: S
         marked(served, {first: "good"})
 
 
+def test_a_mark_that_is_taken_back_before_the_server_refused_it_leaves_nothing(
+    browser: Any, served: Server
+) -> None:
+    with shown(browser, served.url, refused=True) as it:
+        it.go("#/review")
+        first, number = part(it), left(it)
+        asked: list[Any] = []
+        it.page.route("**/label*", lambda route: asked.append(route))
+        it.page.keyboard.press("g")
+        it.page.keyboard.press("z")
+        for _ in range(20):  # the mark, and what else is asked for behind it
+            it.page.wait_for_timeout(100)
+            while asked:
+                asked.pop().abort()
+        assert (part(it), left(it)) == (first, number)
+        assert it.page.locator(".lastly").count() == 0
+
+
+def test_a_limit_that_did_not_come_is_asked_for_again(browser: Any, served: Server) -> None:
+    with shown(browser, served.url, refused=True) as it:
+        it.page.route("**/threshold", lambda route: route.abort())
+        it.go("#/review?what=near")
+        again = it.page.get_by_role("button", name="Try again")
+        again.wait_for()
+        it.page.unroute("**/threshold")
+        again.click()
+        again.wait_for(state="detached")
+        it.page.locator(".left, .empty").first.wait_for()
+
+
 def test_keys_and_tab_are_enough(review: Shown, served: Server) -> None:
     first, second, *_ = rejects(served)
     page = review.page

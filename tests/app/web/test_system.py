@@ -124,9 +124,10 @@ def test_a_wrong_key_is_told_in_the_language_of_the_screen(
 ) -> None:
     with shown(browser, keyed.url, refused=True) as it:
         it.go("")
-        for stays in (False, True):
-            log_in(it, keys["admin"][:-1], stays)
-            it.expect("This key is not known")
+        for wrong in (keys["admin"][:-1], "ｋｅｎｓａ＿キー"):
+            for stays in (False, True):
+                log_in(it, wrong, stays)
+                it.expect("This key is not known")
         it.must_be_accessible()
         it.page.get_by_role("button", name="日本語").click()
         it.expect("このサーバーの利用にはキーが必要です。")
