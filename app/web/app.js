@@ -1,6 +1,6 @@
 // The frame around the pages: who is here, in which language, and what is shown.
 
-import { get, whenUnknown } from './api.js';
+import { ask, get, whenUnknown } from './api.js';
 import { LANGUAGES, language, setLanguage, t, useLanguage } from './words.js';
 import {
   Dialogs, Icon, Problem, Toasts, Waiting, html, leave, loadStyle, render, useCallback, useEffect,
@@ -60,6 +60,11 @@ function Lazy({ module, ...given }) {
     );
     return () => { gone = true; };
   }, [module]);
+  useEffect(() => {
+    if (!problem) return undefined;
+    const timer = setInterval(() => ask('/livez').then(() => location.reload(), () => {}), 2000);
+    return () => clearInterval(timer);
+  }, [problem]);
   if (problem) return html`<${Problem} error=${problem} again=${() => location.reload()} />`;
   return loaded ? html`<${loaded} ...${given} />` : html`<${Waiting} />`;
 }

@@ -113,8 +113,8 @@ def test_every_answer_carries_an_id(json_server: Server, photo: bytes) -> None:
     asked: dict[int, list[Callable[[dict[str, str]], httpx.Response]]] = {
         200: [
             *(lambda h, path=path: client.get(path, headers=h) for path in (
-                "/", "/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json", "/models",
-                "/static-offline-docs/swagger-ui.css", "/datasets",
+                "/", "/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json",
+                "/models", "/static-offline-docs/swagger-ui.css", "/datasets",
             )),
             lambda h: client.post("/infer", content=photo, headers={**RAW, **h}),
             lambda h: client.post("/infer", content=photo,

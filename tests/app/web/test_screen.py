@@ -114,6 +114,21 @@ def test_the_server_that_is_away_is_said_and_waited_for(browser: Any, tmp_path: 
         it.page.wait_for_selector("main.system h1", timeout=10_000)
 
 
+def test_a_page_that_could_not_come_comes_by_itself_once_the_server_is_back(
+    browser: Any, line: Server
+) -> None:
+    with shown(browser, line.url, refused=True) as it:
+        it.go("#/system")
+        it.page.wait_for_selector("main.system h1")
+        it.page.route("**/pages/find.js", lambda route: route.abort())
+        it.page.route("**/livez", lambda route: route.abort())
+        it.page.get_by_role("link", name="Find").click()
+        it.expect("The server does not answer.")
+        it.page.unroute("**/pages/find.js")
+        it.page.unroute("**/livez")
+        it.page.wait_for_selector("main.find h1", timeout=10_000)
+
+
 @pytest.fixture
 def nothing(tmp_path: Path) -> Iterator[Server]:
     """A server as it is after the installation: without a model."""
