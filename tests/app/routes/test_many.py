@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -56,23 +57,30 @@ class Counted:
         return (["begun"], 6) if after == 0 else ([], after)
 
 
+def asking(queue: Counted, stopping: asyncio.Event | None = None) -> Any:
+    """A request, as far as who watches a job looks at it."""
+    worker = SimpleNamespace(held_back=0.0, state="running")
+    state = SimpleNamespace(jobs=queue, worker=worker, looks=Looks(), stopping=stopping)
+    return SimpleNamespace(app=SimpleNamespace(state=state))
+
+
 def test_400_who_watch_a_job_look_once_together() -> None:
-    queue: Any = Counted()
+    queue = Counted()
 
     async def watch() -> None:
-        looks = Looks()
-        found = await asyncio.gather(*(looks.ask(queue, "train-1", 0) for _ in range(400)))
+        looks, request = Looks(), asking(queue)
+        found = await asyncio.gather(*(looks.ask(request, "train-1", 0) for _ in range(400)))
         assert queue.looks == 1
         assert {one.lines for one in found} == {b'event: log\ndata: "begun"\n\n'}
         assert b'"state":"running"' in found[0].job
         assert len({id(one.job) for one in found}) == 1  # written once for all
         queue.state = "succeeded"
         await asyncio.sleep(1.2 * LOOK_EVERY_S)
-        later = await asyncio.gather(*(looks.ask(queue, "train-1", 6) for _ in range(400)))
+        later = await asyncio.gather(*(looks.ask(request, "train-1", 6) for _ in range(400)))
         assert queue.looks == 2
         assert all(one.has_ended and not one.lines for one in later)
         with pytest.raises(UnknownJob):
-            await looks.ask(queue, "train-2", 0)
+            await looks.ask(request, "train-2", 0)
 
     asyncio.run(watch())
 
@@ -81,14 +89,14 @@ def test_a_round_without_news_makes_no_task_for_any_of_400_who_watch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each made two, and a future, twice a second: parts waited 1.4 times as long."""
-    queue: Any = Counted()
+    queue = Counted()
     monkeypatch.setattr("app.routes.jobs.LOOK_EVERY_S", 0.05)
 
     async def watch() -> None:
-        looks, stopping = Looks(), asyncio.Event()
+        request = asking(queue, asyncio.Event())
 
         async def one() -> list[bytes]:
-            return [event async for event in _follow(looks, queue, "train-1", stopping)]
+            return [event async for event in _follow(request, "train-1")]
 
         watching = [asyncio.create_task(one()) for _ in range(400)]
         await asyncio.sleep(0.3)
