@@ -12,8 +12,8 @@ from pydantic import Field
 from app.decisions.database import Filter
 from app.decisions.decision import short_sha256
 from app.http.access import KeyFirst, needs
-from app.http.base_body import Body, error_response
-from app.routes.models import UNUSABLE, Name, aside, store_of
+from app.http.base_body import Body
+from app.routes.models import RESIDENT, UNUSABLE, Name, aside, store_of
 from app.routes.record import recorder_of
 from app.serving.inspection import Inspector
 from engines.errors import Conflict, DiskFull
@@ -56,16 +56,7 @@ class ScoresBody(Body):
 
 router = APIRouter(tags=["models"], route_class=KeyFirst)
 
-_ANSWERS: dict[int | str, dict[str, Any]] = {
-    404: error_response(
-        "No such model.", unknown_model="There is no model 'bolt'; there is 'bracket'."
-    ),
-    422: UNUSABLE,
-    503: error_response(
-        "The model is not in memory, such as one that rests.",
-        not_ready="bracket was unloaded; POST /v2/repository/models/bracket/load brings it back.",
-    ),
-}
+_ANSWERS = {**RESIDENT, 422: UNUSABLE}
 
 
 @router.get(

@@ -374,6 +374,15 @@ UNKNOWN = error_response(
     unknown_model="There is no model 'bolt'; there is 'bracket'.",
     unknown_version="bracket has no version '0009-aaaaaaaaaaaa'; there is '0001-3f9a0c41d2e8'.",
 )
+RESIDENT: dict[int | str, dict[str, Any]] = {  # what is asked of the model that judges
+    404: error_response(
+        "No such model.", unknown_model="There is no model 'bolt'; there is 'bracket'."
+    ),
+    503: error_response(
+        "The model is not in memory, such as one that rests.",
+        not_ready="bracket was unloaded; POST /v2/repository/models/bracket/load brings it back.",
+    ),
+}
 UNUSABLE = error_response(
     "The version's files are damaged, or do not fit together. It is put aside.",
     bad_bundle="model.onnx is not the file that was written with the meta.json beside it ...",

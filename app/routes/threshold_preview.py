@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from fastapi import Path as InPath
 from pydantic import Field
 
 from app.decisions.database import Filter
 from app.decisions.decision import short_sha256
 from app.http.access import KeyFirst, needs
-from app.http.base_body import Body, error_response
+from app.http.base_body import Body
 from app.routes.decisions import DecisionBody, decision_body
+from app.routes.models import RESIDENT, Name
 from app.routes.record import OFF, Since, Until, ask, milliseconds, recorder_of
 from app.serving.inspection import Inspector
 from engines.limits import asked_for, share_at_most
@@ -54,27 +54,16 @@ class FlipsBody(Body):
 
 router = APIRouter(tags=["record"], route_class=KeyFirst)
 
-_MODEL: dict[int | str, dict[str, Any]] = {
-    404: error_response(
-        "No such model.", unknown_model="There is no model 'bolt'; there is 'bracket'."
-    ),
-    409: OFF,
-    503: error_response(
-        "The model is not in memory, such as one that rests.",
-        not_ready="bracket was unloaded; POST /v2/repository/models/bracket/load brings it back.",
-    ),
-}
-
 
 @router.get(
     "/models/{name}/threshold/preview",
     dependencies=[needs("line")],
     summary="What would another threshold have said?",
-    responses=_MODEL,
+    responses={**RESIDENT, 409: OFF},
 )
 async def preview(
     request: Request,
-    name: Annotated[str, InPath(description="The model's name.", examples=["bracket"])],
+    name: Name,
     raw: Annotated[
         float | None, Query(description="The limit for `raw_score`.", examples=[2.1])
     ] = None,

@@ -243,10 +243,12 @@ export const Empty = ({ title, children }) => html`<div class="empty"><h2>${titl
 
 const SIGNS = { normal: 'good', anomaly: 'defect', unusable: 'unusable', none: 'warning' };
 
+/** The drawn sign of a verdict. */
+export const Sign = ({ verdict }) => html`<${Icon} name=${SIGNS[verdict] ?? 'warning'} />`;
+
 /** OK, NG, or why neither. */
 export function Verdict({ verdict, code, size = '' }) {
-  const sign = SIGNS[verdict] ?? 'warning';
-  return html`<span class=${`verdict ${verdict} ${size}`}><${Icon} name=${sign} />${t(`verdict.${verdict}`)}${code && html`<small>${t(`codes.${code}`)}</small>`}</span>`;
+  return html`<span class=${`verdict ${verdict} ${size}`}><${Sign} verdict=${verdict} />${t(`verdict.${verdict}`)}${code && html`<small>${t(`codes.${code}`)}</small>`}</span>`;
 }
 
 /** What a person said of a part. */

@@ -31,6 +31,7 @@ const WORDS = {
     reason_may: ['Why? (if you like)', '理由（任意）'],
     model: ['Model', 'モデル'],
     all_models: ['All models', 'すべてのモデル'],
+    heat_map: ['Heat map', 'ヒートマップ'],
     no_picture: ['no picture kept', '画像の保存なし'],
     score: ['Score {score}, limit {limit}', 'スコア {score}、しきい値 {limit}'],
     needs_operator: ['This needs a key with the role operator.', 'operator 権限のキーが必要です。'],
@@ -150,7 +151,6 @@ const WORDS = {
     not_live: ['(not live any more)', '（現在は使用していません）'],
     views: ['Views', 'ビュー'],
     decided_by: ['{view} decided, of {of}', '全 {of} ビュー中、{view} で判定'],
-    opacity: ['Strength of the overlay', '異常箇所の表示の濃さ'],
     last: ['The last parts', '直近の部品'],
     go_on: ['Go on', '最新に戻る'],
     rate: ['Rejects of the last {minutes} minutes', '直近 {minutes} 分の不良率'],
@@ -202,7 +202,6 @@ const WORDS = {
     list: ['What was tried here', 'この画面で試した画像'],
     clear: ['Clear the list', '一覧を消す'],
     keys: ['↑ ↓ next · C choose · H heat map · Del remove', '↑ ↓ 移動・C 選択・H ヒートマップ・Del 削除'],
-    heat: ['Heat map', 'ヒートマップ'],
     painted: ['This browser does not show such files: the server has drawn it, with what is anomalous painted over it.', 'このブラウザでは表示できない形式のため、サーバーが異常箇所を重ねて描いた画像です。'],
     no_picture: ['No picture: this browser does not show such files.', '画像なし（このブラウザでは表示できない形式）'],
     not_shown: ['This browser does not show the file.', 'このブラウザでは表示できないファイルです。'],
@@ -248,7 +247,6 @@ const WORDS = {
     undo: ['Undo', '取り消す'],
     later: ['Later', '後で'],
     before: ['Back', '前へ'],
-    heat: ['Heat map', 'ヒートマップ'],
     views: ['Views', 'ビュー'],
     part: ['Part', '部品'],
     no_name: ['without a name', '名前なし'],
@@ -360,8 +358,7 @@ const WORDS = {
 
   // A picture to look into.
   viewer: {
-    picture: ['Picture, {times} times. Plus, minus and 0 zoom, arrows move it, O hides the overlay.', '画像 {times} 倍。＋・−・0 で拡大縮小、矢印で移動、O でオーバーレイ表示切替。'],
-    overlay: ['Overlay', 'オーバーレイ'],
+    picture: ['Picture, {times} times. Plus, minus and 0 zoom, arrows move it, O hides the heat map.', '画像 {times} 倍。＋・−・0 で拡大縮小、矢印で移動、O でヒートマップ表示切替。'],
     closer: ['Closer', '拡大'],
     farther: ['Farther', '縮小'],
     whole: ['Whole picture', '全体表示'],

@@ -2,8 +2,8 @@
 
 import { path, picture, query, send, get } from '../api.js';
 import {
-  Button, Dialog, Empty, Field, Icon, ModelPicker, Problem, ScoreBar, Thumbnail, Waiting, confirm,
-  count, go, html, may, moment, number, percent, useAction, useEffect, useMemo, useRef, useState,
+  Button, Dialog, Empty, Field, Icon, ModelPicker, Problem, ScoreBar, Sign, Thumbnail, Waiting,
+  confirm, count, go, html, may, moment, number, percent, useAction, useEffect, useMemo, useRef, useState,
 } from '../parts.js';
 import { watchLine } from '../stream.js';
 import { language, t } from '../words.js';
@@ -166,14 +166,10 @@ function Hero({ part, parts, models, away }) {
         ${part.version && html`<div><dt>${t('line.version')}</dt><dd>${part.version}${of?.version && of.version !== part.version && html` <span class="soft">${t('line.not_live')}</span>`}</dd></div>`}
         ${part.views && html`<div><dt>${t('line.views')}</dt><dd>${t('line.decided_by', { view: part.views.decided_by, of: part.views.of })}</dd></div>`}
       </dl>
-      ${isPainted && html`<${Field} label=${t('line.opacity')}><input type="range" min="0" max="100" value=${opacity * 100} oninput=${change} /><//>`}
+      ${isPainted && html`<${Field} label=${t('shell.heat_map')}><input type="range" min="0" max="100" value=${opacity * 100} oninput=${change} /><//>`}
     </div>
   </section>`;
 }
-
-const SIGNS = { normal: 'good', anomaly: 'defect', unusable: 'unusable', none: 'warning' };
-
-const Sign = ({ verdict }) => html`<${Icon} name=${SIGNS[verdict] ?? 'warning'} />`;
 
 const paints = (part) => part.score != null && (part.verdict === 'anomaly' || part.score >= PAINTED_FROM);
 

@@ -209,7 +209,7 @@ function One({ decision, step, place, count, words, mark, undo, kinds, why, canU
       <p class="brief" aria-hidden="true"><${Verdict} verdict=${of.verdict} /><span class="name">${nameOf(decision)}</span><span class="soft">${scoreOf(of)}</span></p>
       <div class="picture"><${Layers} decision=${decision} view=${view} opacity=${opacity} alt=${nameOf(decision)} /></div>
       ${decision.views && html`<${Views} decision=${decision} view=${view} setView=${setView} />`}
-      ${decision.has_picture && html`<label class="opacity"><span>${t('review.heat')}</span>
+      ${decision.has_picture && html`<label class="opacity"><span>${t('shell.heat_map')}</span>
         <input type="range" min="0" max="100" value=${Math.round(opacity * 100)} oninput=${(event) => setOpacity(event.target.value / 100)} /></label>`}
     </section>
     <section class="ruling">

@@ -302,7 +302,7 @@ function Look({ one, opacity, judgeAgain }) {
   return html`
     <div role="status"><${Said} one=${one} judgeAgain=${judgeAgain} /></div>
     <${Stage} one=${one} opacity=${opacity} />
-    ${answer && !one.painted && one.url && html`<label class="opacity"><span>${t('try.heat')}</span>
+    ${answer && !one.painted && one.url && html`<label class="opacity"><span>${t('shell.heat_map')}</span>
       <input type="range" min="0" max="100" value=${Math.round(opacity * 100)} oninput=${(event) => set({ opacity: event.target.value / 100 })} /></label>`}
     ${one.painted && html`<p class="soft">${t('try.painted')}</p>`}
     ${answer?.hint && html`<p class="warn"><${Icon} name="warning" /><span>${answer.hint}</span></p>`}

@@ -420,7 +420,7 @@ def test_a_picture_is_looked_into(page: Shown) -> None:
     assert scale() == 1
     over = dialog.locator(".viewer .moved > div")
     assert float(over.evaluate("(one) => getComputedStyle(one).opacity")) == pytest.approx(0.7)
-    dialog.get_by_role("slider", name="Overlay").fill("0.2")
+    dialog.get_by_role("slider", name="Heat map").fill("0.2")
     assert float(over.evaluate("(one) => getComputedStyle(one).opacity")) == pytest.approx(0.2)
 
 

@@ -87,7 +87,7 @@ def test_a_reject_is_seen_with_what_is_anomalous_and_said_to_who_listens(
         over = it.page.locator(".picture .over")
         over.wait_for()
         assert over.evaluate("one => one.naturalWidth") == 320
-        it.page.get_by_label("Strength of the overlay").fill("30")
+        it.page.get_by_label("Heat map").fill("30")
         assert over.evaluate("one => one.style.opacity") == "0.3"
         it.keep(screenshots, "line-ng")
         it.must_be_accessible()
