@@ -1,11 +1,12 @@
-"""Tabs that show the line, and what parts notice of them.
+"""The screen: how soon a page is there, and what parts notice of those who watch the line.
 
-    python -m benchmarks.screen [--turns N] [--seconds S] [--rate N] [--tabs N]
+    python -m benchmarks.screen [--turns N] [--seconds S] [--rate N] [--tabs N] [--opened N]
 
-A camera sends parts at a steady rate to a server with a PatchCore model; by turns nobody watches,
-and so many devices have the page of the line open: each reads the stream of events and asks for
-the picture of the part that it shows, as often as the page does, in a process of their own.
-All in one run, because machines differ from one minute to the next.
+A browser opens each page with nothing of it in its cache (where Chromium and playwright are there).
+Then a camera sends parts at a steady rate to a server with the model that `kensa learn` makes; by
+turns nobody watches, and so many devices have the page of the line open: each reads the stream of
+events and asks for the picture of the part that it shows, as often as the page does, in a process
+of their own. All in one run, because machines differ from one minute to the next.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,9 +32,10 @@ import numpy as np
 
 from benchmarks.common import ASSETS, ROOT, begin, phase, print_load, print_machine, print_table
 from benchmarks.lists import connect, figures, send
-from benchmarks.load import CATEGORY, WEIGHTS, learned, percentile, server
+from benchmarks.load import CATEGORY, percentile, server
 
 SIDE = 512  # pixels: 20 parts a second are to fit into two cores
+PAGES = ("line", "try", "review", "find", "model", "teach", "regions", "system")
 SHOWN_EVERY_S, SPREAD_S = 1.0, 0.4  # as FAST_MS and SPREAD_MS in app/web/pages/line.js
 
 
@@ -42,45 +47,140 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="for each turn (default 15)")
     parser.add_argument("--rate", type=float, default=20, help="parts a second (default 20)")
     parser.add_argument("--tabs", type=int, default=8, help="that show the line (default 8)")
+    parser.add_argument("--opened", type=int, default=20, help="times, each page (default 20)")
     parser.add_argument("--watch", metavar="URL", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.watch:
         watch(flags.watch, flags.tabs)
         return
     begin()
-    if not WEIGHTS.is_file():
-        sys.exit(f"This benchmark needs real photos and weights: {WEIGHTS} does not exist.")
+    photos = ASSETS / "data" / "train" / CATEGORY
+    if not photos.is_dir():
+        sys.exit(f"This benchmark needs real photos: {photos} does not exist.")
     print_machine(["openvino"])
     with tempfile.TemporaryDirectory() as folder:
         with phase("learning"):
-            engine = learned("patchcore", Path(folder) / "patchcore")
-        with server(engine, "off", KENSA_REPEAT_S="0") as (port, _):
-            measure(port, flags)
+            engine = learned(photos, Path(folder))
+        with server(engine, "off", KENSA_REPEAT_S="0", KENSA_MODEL_NAME="part") as (port, _):
+            (process,) = map(int, Path("/proc/thread-self/children").read_text().split())
+            photo = small(next((ASSETS / "data" / "test" / CATEGORY / "normal").iterdir()))
+            send(port, photo, 5, 5)
+            first_paint(port, flags.opened)
+            measure(port, process, photo, flags)
     print_load("after")
 
 
-def measure(port: int, flags: argparse.Namespace) -> None:
+def learned(photos: Path, folder: Path) -> Path:
+    """The model that a newcomer gets of these pictures."""
+    said = subprocess.run(
+        [sys.executable, "-m", "app", "learn", photos, "--name", "part", "--out_dir", folder / "m"],
+        cwd=ROOT, env={**os.environ, "KENSA_DATA_DIR": str(folder / "none")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if said.returncode:
+        sys.exit(said.stdout + said.stderr)
+    return folder / "m" / "engine"
+
+
+# ---- a browser opens it --------------------------------------------------------------------------
+
+
+def first_paint(port: int, opened: int) -> None:
+    """From asking for the page to its first text, and to its heading, which its own code draws."""
+    program = shutil.which("chromium") or shutil.which("google-chrome-stable")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        program = None
+    if program is None:
+        print("No Chromium or no playwright here: how soon a page is painted is not measured")
+        return
+    rows = []
+    with phase("opening pages"), sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        for page in PAGES:
+            found = [_opened(browser, f"http://127.0.0.1:{port}/#/{page}") for _ in range(opened)]
+            first, there, weight = zip(*found[1:], strict=True)
+            rows.append([page, *_spread(first), *_spread(there), f"{max(weight) / 1000:.0f}"])
+        browser.close()
+    head = ["page", "first paint, p50 ms", "worst", "its own content, p50 ms", "worst", "kB"]
+    print_table(f"Opened {opened - 1} times, nothing in the cache", head, rows)
+
+
+def _opened(browser: Any, url: str) -> tuple[float, float, float]:
+    """Milliseconds to the first paint, to the page's own heading, and bytes that were sent."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.add_init_script(THERE)
+    page.goto(url)
+    there: float = page.evaluate("window.isThere")
+    paint: float = page.evaluate(
+        "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    )
+    weight: float = page.evaluate(
+        "['resource', 'navigation'].flatMap((kind) => performance.getEntriesByType(kind))"
+        ".filter((one) => !/line.(events|picture)|thumbnail/.test(one.name))"
+        ".reduce((sum, one) => sum + one.transferSize, 0)"
+    )
+    context.close()
+    return paint, there, weight
+
+
+THERE = """
+window.isThere = new Promise((resolve) => {
+  new MutationObserver((_, observer) => {
+    if (!document.querySelector('main h1, main h2')) return;
+    observer.disconnect();
+    requestAnimationFrame(() => setTimeout(() => resolve(performance.now())));
+  }).observe(document, {childList: true, subtree: true});
+});
+"""
+
+
+def _spread(values: tuple[float, ...]) -> list[str]:
+    return [f"{statistics.median(values):.0f}", f"{max(values):.0f}"]
+
+
+# ---- parts beside tabs ---------------------------------------------------------------------------
+
+
+def measure(port: int, process: int, photo: bytes, flags: argparse.Namespace) -> None:
     """Turns alternate; the first of each is not counted."""
-    photo = small(next((ASSETS / "data" / "test" / CATEGORY / "normal").iterdir()))
     waits: dict[str, list[float]] = {"alone": [], "watched": []}
-    seen = {"parts": 0, "pictures": 0, "gone": 0}
+    busy: dict[str, float] = dict.fromkeys(waits, 0.0)
+    seen = {"parts": 0, "pictures": 0, "gone": 0, "cpu_ms": 0}
     for turn in range(flags.turns + 1):
         for name in ("alone", "watched") if turn % 2 else ("watched", "alone"):
             tabs = begun(port, flags.tabs) if name == "watched" else None
+            before = worked(process)
             taken = send(port, photo, flags.rate, flags.seconds if turn else 3)
+            after = worked(process)
             found = ended(tabs) if tabs else {}
             if turn:
                 waits[name] += taken
+                busy[name] += after - before
                 seen = {key: seen[key] + found.get(key, 0) for key in seen}
     title = f"/infer at {flags.rate:g} parts a second, photos of {SIDE} pixels, {flags.tabs} tabs"
-    rows = [[name, *figures(some)] for name, some in waits.items()]
-    print_table(title, ["", "p50 ms", "p99 ms", "worst ms", "asked"], rows)
+    rows = [
+        [name, *figures(some), f"{busy[name] * 1000 / len(some):.1f}"]
+        for name, some in waits.items()
+    ]
+    head = ["", "p50 ms", "p99 ms", "worst ms", "asked", "CPU of the server, ms a part"]
+    print_table(title, head, rows)
+    own = seen["cpu_ms"] / (flags.turns * flags.seconds * 10)
     print(
         f"\nThe tabs were told of {seen['parts']} parts, and took {seen['pictures']} pictures;"
-        f" {seen['gone']} were gone"
+        f" {seen['gone']} were gone. They took {own:.1f} % of a core themselves"
     )
     ratios = {p: percentile(waits["watched"], p) / percentile(waits["alone"], p) for p in (50, 99)}
     print("/infer, watched / alone: " + ", ".join(f"p{p} {r:.2f}" for p, r in ratios.items()))
+
+
+def worked(process: int) -> float:
+    """CPU seconds of a process until now."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def small(path: Path) -> bytes:
@@ -115,14 +215,16 @@ def ended(process: subprocess.Popen[bytes]) -> dict[str, int]:
 
 def watch(url: str, tabs: int) -> None:
     """Show the line in so many tabs until a line comes from stdin."""
-    seen = {"parts": 0, "pictures": 0, "gone": 0}
+    seen = {"parts": 0, "pictures": 0, "gone": 0, "cpu_ms": 0}
     watching = threading.Barrier(tabs + 1)
     for _ in range(tabs):
         threading.Thread(target=tab, args=[url, seen, watching], daemon=True).start()
     watching.wait()
+    began = time.process_time()
     sys.stdout.write("watching\n")
     sys.stdout.flush()
     sys.stdin.readline()
+    seen["cpu_ms"] = round((time.process_time() - began) * 1000)
     sys.stdout.write(json.dumps(seen))
     sys.stdout.flush()
 

@@ -32,7 +32,7 @@ from engines.verdict import overlay_png
 LOOK_EVERY_S = 0.1  # for new decisions, while somebody watches
 STATE_EVERY_S = 1.0  # no more often, and only where something is another
 HEALTH_EVERY_S = 5.0
-ALIVE_EVERY_S = 15.0  # a comment that keeps proxies from closing a stream
+ALIVE_EVERY_S = 2.0  # a comment keeps proxies from closing a stream, and finds who has left it
 MOST_BEHIND = 100  # pieces of news; who is further behind is dropped, comes again and catches up
 MOST_DRAWN = 8  # pictures that are drawn already
 MOST_AS_IT_IS = 2 * 1024**2  # bytes of a file that is shown as it was sent

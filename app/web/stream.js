@@ -4,7 +4,7 @@
 import { get, keyOfTab } from './api.js';
 
 const MOST = 200; // parts that are known; the server tells no more after a gap
-const SILENT_MS = 40_000; // the server says something every 15 s, or the connection is dead
+const SILENT_MS = 15_000; // the server says something every 2 s, or the connection is dead
 const UNANSWERED_MS = 8000; // a connection from before a sleep may be tried first
 const LOOK_MS = 4000;
 const FIRST_MS = 400;

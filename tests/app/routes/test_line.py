@@ -48,7 +48,8 @@ def send(server: Server, picture: bytes, part: str = "", **headers: str) -> dict
 
 
 def nobody_watches(server: Server) -> None:
-    for _ in range(100):
+    """A client that leaves is found by the next write to it, two seconds later at most."""
+    for _ in range(400):
         if server.client.get("/line/picture").status_code == 404:
             return
         time.sleep(0.05)
@@ -86,6 +87,7 @@ def test_who_comes_again_gets_what_was_missed_and_nothing_twice(running: Line, g
         last = send(running.server, good, "before")["id"]
         told = stream.next()
         assert told["id"] == last
+    nobody_watches(running.server)
     missed = [send(running.server, good, f"missed {number}")["id"] for number in range(3)]
     for asked in (
         {"params": {"after": told["number"]}},
@@ -248,13 +250,8 @@ def test_the_last_picture_is_seen_though_nobody_keeps_it(running: Line, good: by
         painted = client.get("/line/picture", params={"model": NAME, "id": first})
         assert painted.headers["x-kensa-id"] == first
         assert painted.headers["content-type"] == "image/png"
-    gone = client.get("/line/picture")
-    for _ in range(40):
-        if gone.status_code == 404:
-            break
-        time.sleep(0.05)
-        gone = client.get("/line/picture")
-    assert agreed(gone) == "unknown_decision"
+    nobody_watches(running.server)
+    assert agreed(client.get("/line/picture")) == "unknown_decision"
 
 
 def test_a_reject_is_painted_as_its_overlay(running: Line, bad: bytes) -> None:

@@ -197,7 +197,7 @@ def test_many_tabs_share_one_stream(browser: Any, kensa_model: Path, tmp_path: P
             for tab in tabs[:2]:
                 see(tab, "for two")
             assert streams(server) == 0
-        for _ in range(300):  # it is seen at the next word, 15 s later at most
+        for _ in range(300):  # it is seen at the next word, 2 s later at most
             if streams(server):
                 break
             time.sleep(0.1)
