@@ -19,6 +19,7 @@ Label = Literal["Normal", "Anomaly", "Unusable"]
 # anomalib blurs its maps with sigma 4 pixels of the model's input; ours come at that input's size.
 BLUR_SIGMA = 4.0
 OVERLAY_SIDE = 1024  # the longer side of an overlay, pixels: what a tablet shows
+RING = 0.04  # the radius of a ring, of that side
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,40 @@ def heatmap(anomaly_map: NDArray[np.float32], scale: Scale, size: int) -> NDArra
     return heat.astype(np.float32)
 
 
-def overlay_png(image: NDArray[np.uint8], heat: NDArray[np.float32], threshold: float) -> bytes:
+def overlay(
+    image: NDArray[np.uint8],
+    anomaly_map: NDArray[np.float32],
+    scale: Scale,
+    size: int,
+    threshold: float | None = None,
+) -> bytes:
+    """A PNG of the part with what is anomalous in its raw map (h, w) painted over it.
+
+    Args:
+        image: (H, W, 3) RGB, as uploaded.
+        size: the model's input side.
+        threshold: normalised; the scale's where it is not given.
+    """
+    limit = scale.threshold if threshold is None else threshold
+    is_hot = scale.normalise(float(anomaly_map.max())) > limit
+    return overlay_png(image, heatmap(anomaly_map, scale, size), limit, is_hot=is_hot)
+
+
+def overlay_png(
+    image: NDArray[np.uint8],
+    heat: NDArray[np.float32],
+    threshold: float,
+    *,
+    is_hot: bool = False,
+) -> bytes:
     """A PNG of the part with what is anomalous painted over it and outlined.
 
     Args:
         image: (H, W, 3) RGB, as uploaded.
         heat: (size, size) in [0, 1], from `heatmap`.
         threshold: normalised; the outline stands where `heat` crosses it.
+        is_hot: the map was above it before it was smoothed: a ring stands where `heat` is highest
+            if it crosses the threshold nowhere, so that no reject goes without a place to look at.
     """
     part = within(image, OVERLAY_SIDE)
     heat = cv2.resize(heat, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
@@ -127,6 +155,13 @@ def overlay_png(image: NDArray[np.uint8], heat: NDArray[np.float32], threshold: 
         (heat > threshold).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
     )
     cv2.drawContours(picture, outlines, -1, (255, 255, 255), 2, cv2.LINE_AA)
+    if is_hot and not outlines:
+        top, left = np.unravel_index(int(heat.argmax()), heat.shape)
+        radius = max(round(RING * max(heat.shape)), 4)
+        for tone, thick in ((0, 4), (255, 2)):  # to be seen on any part
+            cv2.circle(
+                picture, (int(left), int(top)), radius, (tone, tone, tone), thick, cv2.LINE_AA
+            )
     return png(picture)
 
 

@@ -34,7 +34,7 @@ from engines.meta import Meta
 from engines.runtimes import cuda
 from engines.serving.batching import Batcher, Done
 from engines.serving.resident import Resident, Residents
-from engines.verdict import Scale, Verdict, heatmap, judge, overlay_png, png
+from engines.verdict import Scale, Verdict, heatmap, judge, overlay, png
 
 LINE_SHARE = 100  # what is done in gaps takes one part in so many of a line that has none
 NOT_RELEASED = (
@@ -348,9 +348,9 @@ def draw(
     anomaly_map: NDArray[np.float32], scale: Scale, size: int, picture: NDArray[np.uint8] | None
 ) -> bytes:
     """A PNG of a raw anomaly map (h, w): over `picture` (H, W, 3) where there is one, else grey."""
-    heat = heatmap(anomaly_map, scale, size)  # (S, S) in [0, 1]
     if picture is not None:
-        return overlay_png(picture, heat, scale.threshold)
+        return overlay(picture, anomaly_map, scale, size)
+    heat = heatmap(anomaly_map, scale, size)  # (S, S) in [0, 1]
     return png((heat * 255).round().astype(np.uint8))
 
 

@@ -52,6 +52,14 @@ export function outline({ width, height, grey }, limit) {
   return parts.join('');
 }
 
+/** A ring where a heat map is highest, as a path over the same box. */
+export function ring({ width, height, grey }) {
+  const place = grey.indexOf(grey.reduce((most, one) => Math.max(most, one), 0));
+  const [x, y] = [(place % width) + 0.5, Math.floor(place / width) + 0.5];
+  const r = 0.04 * Math.max(width, height);
+  return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`;
+}
+
 const SIDES = [[0, 0, 1, 0], [1, 0, 0, 1], [1, 1, -1, 0], [0, 1, 0, -1]]; // from a corner to the next
 
 function crossing(corners, limit, x, y) {

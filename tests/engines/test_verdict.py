@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from engines.errors import BadMeta, RuntimeFailed
 from engines.meta import Meta
-from engines.verdict import OVERLAY_SIDE, Scale, decide, heatmap, judge, overlay_png, png
+from engines.verdict import (
+    OVERLAY_SIDE,
+    Scale,
+    decide,
+    heatmap,
+    judge,
+    overlay,
+    overlay_png,
+    png,
+)
 
 # The numbers of a real PatchCore file (SPEC.md), and scales that lie differently.
 SCALES = [
@@ -231,6 +240,30 @@ def test_a_cold_part_is_shown_as_it_is() -> None:
     image = part(300, 400)
     cold = np.zeros((SIZE, SIZE), np.float32)
     np.testing.assert_array_equal(decoded(overlay_png(image, cold, 0.5)), image)
+
+
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_reject_whose_hot_place_is_too_small_to_be_outlined_has_a_ring_there(shade: int) -> None:
+    plain = np.full((512, 512, 3), shade, np.uint8)
+    scale = Scale(20.0, 0.0, 100.0, 0.5)
+    places = np.full((64, 64), 5.0, np.float32)
+    places[48, 16] = 60.0  # one of 4 pixels, which smoothing levels
+    assert heatmap(places, scale, SIZE).max() < 0.5 < scale.normalise(60.0)
+    picture = decoded(overlay(plain, places, scale, SIZE))
+    rows, columns = np.nonzero((picture != plain).any(axis=2))
+    assert (rows.min() + rows.max()) / 2 == pytest.approx(48.5 * 8, abs=2)
+    assert (columns.min() + columns.max()) / 2 == pytest.approx(16.5 * 8, abs=2)
+    assert 30 < rows.max() - rows.min() < 60
+    without = np.nonzero((decoded(overlay(plain, places, scale, SIZE, 0.95)) != plain).any(axis=2))
+    assert max(np.ptp(where) for where in without) < 30  # a trace of colour, below the limit
+
+
+def test_what_is_outlined_has_no_ring() -> None:
+    image = part(512, 512)
+    outlined = decoded(overlay_png(image, hot_spot(), 0.5))
+    np.testing.assert_array_equal(
+        decoded(overlay_png(image, hot_spot(), 0.5, is_hot=True)), outlined
+    )
 
 
 def test_an_overlay_does_not_change_what_it_is_given() -> None:

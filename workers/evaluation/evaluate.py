@@ -28,7 +28,7 @@ from engines.regions import Regions
 from engines.runtimes import Runtime
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import ONNX, Bundle, check_hash, read_strange
-from engines.verdict import Scale, decide, heatmap, overlay_png
+from engines.verdict import Scale, decide, overlay
 from workers.evaluation.measures import (
     GROUPS,
     Group,
@@ -317,7 +317,7 @@ def _look_at(
     return seen, skipped
 
 
-def _look(test: _Test, model: _Model, limits: ImageLimits, threshold: float, overlay: Path) -> Seen:
+def _look(test: _Test, model: _Model, limits: ImageLimits, threshold: float, painted: Path) -> Seen:
     """From the bytes of a file to a verdict, as serving does it, and to the overlay on disk."""
     began = time.perf_counter()
     picture = image.decode(bytes_of(test.path), limits, model.meta.bit_depth)  # (H, W, 3)
@@ -327,8 +327,8 @@ def _look(test: _Test, model: _Model, limits: ImageLimits, threshold: float, ove
     inferred = time.perf_counter()
     raw = float(scores[0])
     label = decide(raw, threshold)
-    heat = heatmap(maps[0], model.scale, model.runtime.image_size)
-    overlay.write_bytes(overlay_png(picture, heat, model.scale.normalise(threshold)))
+    limit, size = model.scale.normalise(threshold), model.runtime.image_size
+    painted.write_bytes(overlay(picture, maps[0], model.scale, size, limit))
     return Seen(
         path=test.path,
         name=test.name,
@@ -338,7 +338,7 @@ def _look(test: _Test, model: _Model, limits: ImageLimits, threshold: float, ove
         score=model.scale.normalise(raw),
         anomaly_map=maps[0],
         size=(picture.shape[0], picture.shape[1]),
-        overlay=overlay.name,
+        overlay=painted.name,
         decode_ms=(decoded - began) * 1000,
         infer_ms=(inferred - decoded) * 1000,
     )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.store.known_scores import KnownScores
-from engines.verdict import Scale, heatmap, overlay_png
+from engines.verdict import Scale, overlay
 from workers.learning.normal_scores import USUAL_SCALE, NormalScores
 
 MOST = 0.15  # share of the pictures: what is more frequent is how parts vary
@@ -76,8 +76,7 @@ def sheet(
     """
     rows = []
     for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-        heat = heatmap(maps[number], scale, len(picture))
-        painted = np.frombuffer(overlay_png(picture, heat, scale.threshold), np.uint8)
+        painted = np.frombuffer(overlay(picture, maps[number], scale, len(picture)), np.uint8)
         pair = (picture[..., ::-1], cv2.imdecode(painted, cv2.IMREAD_COLOR))
         row = np.full((LABEL + SIDE + GAP, 2 * SIDE + GAP, 3), PAPER, np.uint8)
         for column, one in enumerate(pair):

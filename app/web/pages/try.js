@@ -1,7 +1,7 @@
 // Try: pictures from a file or a camera are judged at once; nothing is recorded unless wanted.
 
 import { ask, path, query } from '../api.js';
-import { outline, paintHeat, readHeat } from '../heat.js';
+import { outline, paintHeat, readHeat, ring } from '../heat.js';
 import { t } from '../words.js';
 import {
   Button, Dialog, Empty, Icon, ModelPicker, Problem, ScoreBar, Verdict, Waiting, count, go, html,
@@ -345,7 +345,9 @@ function Heat({ one, opacity }) {
     readHeat(answer.heatmap.png).then((heat) => {
       if (gone) return;
       paintHeat(canvas.current, heat);
-      setEdge({ answer, box: `0 0 ${heat.width} ${heat.height}`, d: outline(heat, answer.threshold) });
+      const isReject = answer.score > answer.threshold;
+      const d = outline(heat, answer.threshold) || (isReject ? ring(heat) : '');
+      setEdge({ answer, box: `0 0 ${heat.width} ${heat.height}`, d });
     });
     return () => { gone = true; };
   }, [answer]);

@@ -155,6 +155,20 @@ def test_the_heat_map_is_where_the_server_paints_it(
     assert np.allclose(ours, theirs, atol=4), (ours, theirs)
 
 
+def test_a_reject_whose_hot_place_is_not_outlined_has_a_ring_there(tried: Shown) -> None:
+    box = tried.page.evaluate(
+        """import('/web/heat.js').then(({ring}) => {
+          const grey = new Uint8Array(100 * 50).fill(40);
+          grey[100 * 20 + 70] = 90;
+          const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
+          path.setAttribute('d', ring({width: 100, height: 50, grey}));
+          const {x, y, width, height} = path.getBBox();
+          return [x, y, width, height];
+        })"""
+    )
+    assert np.allclose(box, [66.5, 16.5, 8, 8], atol=0.1)
+
+
 def test_what_is_wanted_is_recorded_under_the_files_name(
     tried: Shown, server: Server, pictures: dict[str, Path]
 ) -> None:
