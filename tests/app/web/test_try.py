@@ -160,8 +160,11 @@ def test_a_reject_whose_hot_place_is_not_outlined_has_a_ring_there(tried: Shown)
         """import('/web/heat.js').then(({ring}) => {
           const grey = new Uint8Array(100 * 50).fill(40);
           grey[100 * 20 + 70] = 90;
-          const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
+          const [svg, path] = ['svg', 'path'].map(
+            (name) => document.createElementNS('http://www.w3.org/2000/svg', name));
           path.setAttribute('d', ring({width: 100, height: 50, grey}));
+          svg.append(path);
+          document.body.append(svg);
           const {x, y, width, height} = path.getBBox();
           return [x, y, width, height];
         })"""
