@@ -23,7 +23,7 @@ demo: $(VENV)/train
 	$(BIN)/python -m workers.demo $(ARGS)
 
 test: $(VENV)/dev browser lint
-	$(BIN)/python -m pytest -m 'not soak' --numprocesses 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/dev browser
 	$(BIN)/python -m pytest -m soak $(ARGS)

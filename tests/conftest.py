@@ -25,6 +25,26 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
+LONGEST = (  # minutes each: begun last they would run alone, while the other processes are done
+    "product/test_kinds.py",
+    "app/jobs/test_job_queue.py",
+    "workers/test_learn.py",
+    "app/web/test_review.py",
+    "app/open_inference/test_model_repository.py",
+    "app/serving/test_drift.py",
+    "app/web/test_teach.py",
+    "app/web/test_line.py",
+    "app/serving/test_rollout.py",
+    "product/test_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; `make test` keeps this order."""
+    tests = Path(__file__).parent
+    order = {tests / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings() -> None:

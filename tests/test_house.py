@@ -289,3 +289,9 @@ def test_every_error_says_what_it_means() -> None:
         assert error.__module__ == "engines.errors", "the tree stands in one file"
         assert error.__doc__
         assert 400 <= error.status <= 599
+
+
+def test_the_files_that_are_begun_first_are_there() -> None:
+    from conftest import LONGEST
+
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []

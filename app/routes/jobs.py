@@ -17,7 +17,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ConfigDict, Field
 
-from app.http.access import KeyFirst, needs
+from app.http.access import KeyFirst, may_still, needs
 from app.http.base_body import Body
 from app.http.base_body import error_response as problem
 from app.jobs.job_queue import ENDED, JobQueue
@@ -310,10 +310,13 @@ async def log(request: Request, job_id: JobId) -> Response:
     responses={200: {"content": {"text/event-stream": {}}}, 404: _UNKNOWN, 503: _NO_WORKER},
 )
 async def events(request: Request, job_id: JobId) -> StreamingResponse:
-    """Server-sent events until it ends: `log` with a line, `job` with all of GET /jobs/{id}."""
+    """Server-sent events until it ends: `log` with a line, `job` with all of GET /jobs/{id}.
+
+    They end as well when the key is removed.
+    """
     await _ask(lambda: _jobs(request).get(job_id))
     return StreamingResponse(
-        _follow(request, job_id),
+        _follow(request, job_id, await may_still(request, "line")),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
@@ -359,7 +362,7 @@ class Looks:
         return task.result()
 
 
-async def _follow(request: Request, job_id: str) -> AsyncIterator[bytes]:
+async def _follow(request: Request, job_id: str, may: Callable[[], bool]) -> AsyncIterator[bytes]:
     """The events of one who watches. 400 may: a round without news must cost the loop nothing."""
     looks: Looks = request.app.state.looks
     stopping: asyncio.Event = request.app.state.stopping
@@ -372,6 +375,8 @@ async def _follow(request: Request, job_id: str) -> AsyncIterator[bytes]:
             return
         after = now.after
         if news := now.lines + (now.job if now.job != before else b""):
+            if not may():
+                return
             yield news
         if now.has_ended:
             return

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.http.keys import add_key
 from engines.meta import FIRST as USUAL
 from engines.meta import Meta
 from engines.store.versions import Store
@@ -337,6 +338,20 @@ def test_a_job_is_told_as_it_goes(own: Path, sample_data: Path) -> None:
         assert line.state(found["version"]) == "kept"
         newest = line.server.client.get("/jobs?limit=1").json()["jobs"]
         assert [one["id"] for one in newest] == [job]
+
+
+def test_who_is_not_let_in_any_more_hears_nothing_more_of_a_job(
+    own: Path, sample_data: Path
+) -> None:
+    with learning(own, sample_data) as line:
+        job = ask(line, {**AGAIN, "activate": False})
+        with line.server.client.stream("GET", f"/jobs/{job}/events", timeout=60) as stream:
+            heard = stream.iter_lines()
+            assert next(heard) == "event: job"
+            add_key(own / "data" / "keys.json", "anna", "admin")
+            rest = "".join(heard)  # it ends
+        assert '"state":"succeeded"' not in rest
+        assert line.server.client.get(f"/jobs/{job}").status_code == 401
 
 
 def test_weights_that_were_taken_in_are_converted_and_go_live(
