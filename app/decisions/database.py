@@ -20,10 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 from app.decisions.decision import COLUMNS, FIRST_HASH, Decision, Label, hash_after
 from app.decisions.quarters import Quarter, of_batch
+from engines.errors import Conflict
 
 FILE = "decisions.sqlite"
 WAIT_S = 10.0  # for another process that writes
 FEW = 20_000  # decisions that are looked at one by one, in 20 ms
+MOST_LINES = 500  # about one decision
 LAYOUT = 2  # of the tables; a later one is of a later Kensa
 
 _TYPES = {
@@ -283,14 +285,29 @@ class DecisionDatabase:
         self._connection.execute(_INSERT_TRAIL, kept | {"hash": hash_after(before, kept)})
 
     def mark(
-        self, kept: Kept, label: Label | Literal[""], defect: str, who: str, reason: str
+        self,
+        kept: Kept,
+        label: Label | Literal[""],
+        defect: str,
+        who: str,
+        reason: str,
+        after: int | None = None,
     ) -> None:
         """Label a decision; what others said of it stays in the trail.
 
         Args:
             label: empty to withdraw the last one, as if nobody had looked.
+            after: only where this line of the trail is what was said of it last.
+
+        Raises:
+            Conflict: another one is.
         """
         with self.writing():
+            labels = (one.number for one in self.lines_about(kept) if one.what == "label")
+            if after is not None and next(labels, None) != after:
+                raise Conflict(
+                    f"Somebody marked {kept.decision.id!r} meanwhile: its history says who."
+                )
             self._connection.execute(
                 "UPDATE decisions SET label = ?, defect = ? WHERE number = ?",
                 [label, defect, kept.number],
@@ -298,6 +315,11 @@ class DecisionDatabase:
             details = {"number": kept.number, "label": label, "defect": defect}
             note = Note.now("label", who, kept.decision.id, reason, details)
             self._note(note, *self.last("decisions"))
+
+    def lines_about(self, kept: Kept) -> list[Line]:
+        """What people did with a decision, and not with another of the same id; newest first."""
+        lines = self.lines(MOST_LINES, subject=kept.decision.id)
+        return [one for one in lines if one.details.get("number") == kept.number]
 
     def forget_pictures(self, numbers: Iterable[int], note: Note | None = None) -> None:
         """Say of decisions that their pictures are not kept any more; in the trail, who says so."""

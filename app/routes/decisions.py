@@ -127,6 +127,12 @@ class WholeDecisionBody(DecisionBody):
     history: list[LineBody] = Field(description="Who marked it how, newest first.")
 
 
+_AFTER = (
+    "Only where this line of its `history` is the last one with a label, else 409: so an undo takes"
+    " back nobody else's."
+)
+
+
 class LabelBody(Body):
     """What a person says of a part."""
 
@@ -142,6 +148,7 @@ class LabelBody(Body):
         "", max_length=MOST_KIND, description="Its kind, such as `scratch`; only with `defect`."
     )
     reason: str = Field("", max_length=MOST_REASON, description="Why, in a sentence.")
+    after: int | None = Field(None, ge=1, le=2**62, description=_AFTER)
 
 
 class DeletedBody(Body):
@@ -352,7 +359,7 @@ async def decision(request: Request, id: Id, number: Which = None) -> WholeDecis
     def look() -> WholeDecisionBody:
         def found(it: DecisionDatabase) -> tuple[Kept, list[Line]]:
             kept = _kept(it, id, number)
-            return kept, _lines(it, kept)
+            return kept, it.lines_about(kept)
 
         kept, lines = recorder_of(request).read(found)
         return WholeDecisionBody(
@@ -539,7 +546,7 @@ async def label(
 
     def mark(it: DecisionDatabase) -> None:
         kept = _kept(it, id, number)
-        it.mark(kept, body.label, defect, name, reason)
+        it.mark(kept, body.label, defect, name, reason, body.after)
 
     await ask(recorder_of(request).read, mark)
     return await decision(request, id, number)
@@ -564,6 +571,7 @@ async def withdraw(
             json_schema_extra={"pattern": SCHEMA["pattern"]},
         ),
     ] = "",
+    after: Annotated[int | None, Query(ge=1, le=2**62, description=_AFTER, examples=[17])] = None,
 ) -> WholeDecisionBody:
     """It has no label then, as if nobody had looked; the audit trail keeps that somebody had.
 
@@ -574,7 +582,7 @@ async def withdraw(
     def take_off(it: DecisionDatabase) -> None:
         kept = _kept(it, id, number)
         if kept.label:
-            it.mark(kept, "", "", name, why)
+            it.mark(kept, "", "", name, why, after)
 
     await ask(recorder_of(request).read, take_off)
     return await decision(request, id, number)
@@ -676,7 +684,7 @@ async def evidence(request: Request, part: PartPath) -> StreamingResponse:
         of_part = database.find(_of_part(part), MOST)
         if not of_part:
             raise _unknown(part)
-        return [(one, _lines(database, one)) for one in of_part]
+        return [(one, database.lines_about(one)) for one in of_part]
 
     def write() -> IO[bytes]:
         file = SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 (the answer closes it)
@@ -781,12 +789,6 @@ def _kept(database: DecisionDatabase, id_: str, number: int | None) -> Kept:
     return kept
 
 
-def _lines(database: DecisionDatabase, kept: Kept) -> list[Line]:
-    """What people said of a decision, and not of another one of the same id."""
-    lines = database.lines(MOST, subject=kept.decision.id)
-    return [one for one in lines if one.details.get("number") == kept.number]
-
-
 def _view(kept: Kept, name: str) -> tuple[str, View | None]:
     """Where the picture of a view lies, as `Pictures` knows it, and what was decided of it.
 
@@ -819,7 +821,7 @@ def _image(recorder: Recorder, kept: Kept, view: str = "") -> bytes:
     except FileNotFoundError:
         which = f"The picture of the decision {kept.decision.id!r}"
         which += f", view {view}," if view else ""
-        if any(one.what == "deleted" for one in recorder.read(lambda it: _lines(it, kept))):
+        if any(one.what == "deleted" for one in recorder.read(lambda it: it.lines_about(kept))):
             sentence = f"{which} was deleted: the decision's history says by whom and why."
         else:
             sentence = (

@@ -365,6 +365,10 @@ Name = Annotated[str, InPath(description="The model's name.", examples=["bracket
 Version = Annotated[
     str, InPath(description="As in the model's `versions`.", examples=["0001-3f9a0c41d2e8"])
 ]
+OnlyIf = Annotated[
+    str | None,
+    Query(max_length=64, description="Else 409.", examples=["0001-3f9a0c41d2e8"]),
+]
 
 ZIP = "application/zip"
 FILE = {"schema": {"type": "string", "format": "binary"}}
@@ -509,14 +513,19 @@ async def model(
     responses={
         **CHANGE,
         409: error_response(
-            "There is none before it.",
+            "There is none before it, or others than `live` and `to` are by now.",
             conflict="bracket has no version before the live one to go back to.",
         ),
     },
 )
-async def rollback(request: Request, name: Name) -> StoredModelBody:
-    """At once. A second call goes forward again."""
-    await rollout_of(request).roll_back(name)
+async def rollback(
+    request: Request, name: Name, live: OnlyIf = None, to: OnlyIf = None
+) -> StoredModelBody:
+    """At once. A second call goes forward again, unless it says what it wants.
+
+    With `live`, only where this version is live still; with `to`, only where that one takes over.
+    """
+    await rollout_of(request).roll_back(name, live, to)
     return await described(request, name)
 
 

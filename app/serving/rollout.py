@@ -538,13 +538,22 @@ class Rollout:
             raise Conflict(f"There {is_or_are} no {what} to speak of: {why}")
         return version
 
-    async def roll_back(self, name: str) -> None:
+    async def roll_back(self, name: str, live: str | None = None, to: str | None = None) -> None:
         """Let the version before the live one take over, at once.
+
+        Args:
+            live, to: only where this one is live still, and where that one takes over.
 
         Raises:
             UnknownModel, Conflict, BadBundle, BadMeta, OutOfMemory, DiskFull.
         """
         async with self._at_once(name):
+            back = await self._loader.do(lambda: self._store.pointer_back(name))
+            if live not in (None, back.previous) or to not in (None, back.live):
+                raise Conflict(
+                    f"{back.previous} is live by now, and {back.live} was before it: somebody"
+                    f" changed {name} meanwhile, so look again first."
+                )
             await self._roll_back(name, None)
 
     async def _roll_back(self, name: str, reason: str | None) -> None:

@@ -1,14 +1,14 @@
 // The model: which version judges, where its limit lies, what its versions promise, and known pictures.
 
-import { path, query as inQuery, send } from '../api.js';
+import { get, path, query as inQuery, send } from '../api.js';
 import { t } from '../words.js';
 import {
-  Button, Empty, ModelPicker, Problem, Waiting, confirm, go, html, moment, toast, useAction, useCallback,
+  Button, Empty, ModelPicker, Problem, Waiting, confirm, go, html, moment, sentence, toast, useAction, useCallback,
   useData, useModels, useRef, useState, whyNot,
 } from '../parts.js';
 import { Known } from './model_known.js';
 import { Limit } from './model_limit.js';
-import { Versions, shortly } from './model_versions.js';
+import { Versions } from './model_versions.js';
 
 export default function Model({ query, session }) {
   const { models, error, again } = useModels();
@@ -35,49 +35,50 @@ function OfModel({ name, chosen, session }) {
   const model = last.current;
   const [turn, setTurn] = useState(0); // of what hangs on the live version
   const changed = useCallback(() => { again(); setTurn((now) => now + 1); }, [again]);
-  const undo = useCallback(async () => { await rollBack(name, changed); }, [name, changed]);
+  const undo = useCallback((from, to) => rollBack(name, from, to).finally(changed), [name, changed]);
   if (model === null) return error ? html`<${Problem} error=${error} again=${again} />` : html`<${Waiting} />`;
   const more = model.versions.length === limit ? () => setLimit((now) => Math.min(200, now + PAGE)) : null;
   return html`
     ${error && html`<${Problem} error=${error} again=${again} />`}
     <${State} model=${model} of=${of} session=${session} changed=${changed} undo=${undo} />
-    ${model.live !== null && html`<${Limit} of=${of} version=${`${model.live} ${turn}`} session=${session} changed=${changed} undo=${undo} />`}
+    ${model.live !== null && html`<${Limit} of=${of} version=${`${model.live} ${turn}`} live=${model.live} session=${session} changed=${changed} undo=${undo} />`}
     <${Versions} model=${model} of=${of} chosen=${chosen} session=${session} changed=${changed} more=${more} />
     <${Known} model=${model} of=${of} session=${session} changed=${changed} />`;
 }
 
-/** Go back to the version before, once that is wanted. */
-async function rollBack(name, changed) {
+/** Go back, where wanted only from one version, and to one: else somebody changed the model meanwhile. */
+async function rollBack(name, from, to) {
   try {
-    const now = await send('POST', `${path('models', name)}/rollback`);
-    toast(t('model.rolled_back', { version: shortly(now.live) }));
+    const now = await send('POST', `${path('models', name)}/rollback${inQuery({ live: from, to })}`);
+    toast(t('model.rolled_back', { version: now.live }));
   } catch (error) {
-    toast(error.message, 'bad');
+    const now = error.code === 'conflict' ? await get(`${path('models', name)}?limit=1`).catch(() => null) : null;
+    const isOvertaken = now?.live && (now.previous !== to || (from && now.live !== from));
+    toast(isOvertaken ? t('model.overtaken', { live: now.live }) : sentence(error), 'bad');
   }
-  changed();
 }
 
 /** Which version judges, and whether parts pass. */
 function State({ model, of, session, changed, undo }) {
   const [back, going] = useAction(async () => {
-    const title = t('model.ask_rollback', { version: shortly(model.previous) });
-    if (await confirm({ title, body: html`<p>${t('model.rollback_why')}</p>`, yes: t('model.rollback') }) !== null) await undo();
+    const title = t('model.ask_rollback', { version: model.previous });
+    if (await confirm({ title, body: html`<p>${t('model.rollback_why')}</p>`, yes: t('model.rollback') }) !== null) await undo(null, model.previous);
   });
   const live = model.versions.find((one) => one.version === model.live);
   return html`<section class="now card" aria-label=${t('model.now')}>
     <div class="row apart">
       <div><span class="soft">${t('model.judges')}</span> ${model.live
-        ? html`<b class="version">${shortly(model.live)}</b>${live && html` <span class="soft">${moment(live.created, false)}</span>`}`
+        ? html`<b class="version">${model.live}</b>${live && html` <span class="soft">${moment(live.created, false)}</span>`}`
         : html`<b>${t('model.nobody')}</b>`}</div>
       ${model.previous && html`<${Button} icon="undo" busy=${going} why=${whyNot(session, 'operator')} onclick=${back}>
-        ${t('model.rollback_to', { version: shortly(model.previous) })}<//>`}
+        ${t('model.rollback_to', { version: model.previous })}<//>`}
     </div>
     ${model.problem && html`<div class="problem" role="alert"><p>${model.problem}</p></div>`}
     ${model.at_rest && html`<p class="warn">${t('model.at_rest')}</p>`}
     ${model.stale && html`<div class="warn"><p>${model.stale}</p></div>`}
     ${!model.released && html`<${Closed} model=${model} of=${of} session=${session} changed=${changed} />`}
     ${model.drift.map((one) => html`<div key=${one.statistic} class="warn"><p>${one.sentence}</p></div>`)}
-    ${Object.entries(model.refused).map(([version, why]) => html`<div key=${version} class="warn"><p><b class="version">${shortly(version)}</b> ${t('model.refused')} ${why}</p></div>`)}
+    ${Object.entries(model.refused).map(([version, why]) => html`<div key=${version} class="warn"><p><b class="version">${version}</b> ${t('model.refused')} ${why}</p></div>`)}
   </section>`;
 }
 

@@ -6,7 +6,6 @@ import {
   Button, Dialog, Icon, Photo, Problem, Thumbnail, Waiting, confirm, html, moment, toast, useAction, useData,
   useEffect, useState, whyNot,
 } from '../parts.js';
-import { shortly } from './model_versions.js';
 
 const SIDES = ['good', 'bad'];
 const MOST = 64;
@@ -32,7 +31,7 @@ export function Known({ model, of, session, changed }) {
     <div class="row apart"><h2>${t('model.known_pictures')}</h2>
       ${data.pictures.length > 0 && draft === null && html`<${Button} icon="play" busy=${trying} onclick=${challenge}>${t('model.challenge')}<//>`}</div>
     <p class="soft">${t('model.known_why')}</p>
-    ${data.last && html`<p>${t(data.last.passed ? 'model.passed' : 'model.failed', { right: data.last.right, of: data.last.of })} <span class="soft">${moment(data.last.time)} · ${shortly(data.last.version)}</span></p>`}
+    ${data.last && html`<p>${t(data.last.passed ? 'model.passed' : 'model.failed', { right: data.last.right, of: data.last.of })} <span class="soft">${moment(data.last.time)} · ${data.last.version}</span></p>`}
     ${SIDES.map((side) => html`<div key=${side} class="side" role="group" aria-label=${t(`model.side_${side}`)}><h3>${t(`model.side_${side}`)}</h3><ul class="flips">
       ${shown.items.filter((one) => one.side === side).map((one) => html`<li key=${one.id}><div class=${`flip ${one.last ? (one.last.right ? 'right' : 'wrong') : ''}`}>
         <${Picture} one=${one} of=${of} /><span class="part">${one.name}</span>

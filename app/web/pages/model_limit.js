@@ -7,8 +7,8 @@ import {
   moment, number, percent, toast, useAction, useData, useEffect, useRef, useState, whyNot,
 } from '../parts.js';
 
-const WIDE = 1010; // px, of the drawing; on a phone less, so that its words can be read
-const NARROW = 460;
+const [NARROWEST, WIDEST] = [320, 2000]; // px, of a drawing
+const STEP = 20; // so that not each px of a window that is resized is another drawing
 const SMALL = 200; const LARGE = 20; // so many steps of the arrow keys, and of the page keys, are all of the range
 const GOALS = [0.001, 0.005, 0.01, 0.02, 0.05];
 const FIRST = 24; // flips that are shown at once
@@ -17,7 +17,7 @@ const LEGEND = [ // group of scores -> its colour
   ['marked_good', 'good'], ['marked_defect', 'anomaly'],
 ];
 
-export function Limit({ of, version, session, changed, undo }) {
+export function Limit({ of, version, live, session, changed, undo }) {
   const { data: scores, error, again } = useData(`${of}/scores`, 15_000);
   const { data: now, error: noLimit, again: askAgain } = useData(`${of}/threshold`, 15_000);
   const [wanted, setWanted] = useState(null); // {raw} or {false_rejects}; null: that in force
@@ -35,7 +35,7 @@ export function Limit({ of, version, session, changed, undo }) {
     <${Promises} scores=${scores} now=${now} raw=${raw} moved=${wanted !== null} />
     ${problem && html`<${Problem} error=${problem} />`}
     ${wanted !== null && html`<${Preview} preview=${preview} looking=${looking}>
-      <${Apply} of=${of} wanted=${wanted} raw=${raw} preview=${preview} looking=${looking} session=${session} leave=${() => setWanted(null)} changed=${changed} undo=${undo} /><//>`}
+      <${Apply} of=${of} wanted=${wanted} raw=${raw} preview=${preview} looking=${looking} live=${live} session=${session} leave=${() => setWanted(null)} changed=${changed} undo=${undo} /><//>`}
   </section>`;
 }
 
@@ -70,15 +70,16 @@ function Histogram({ of, scores, raw, moved, set, leave }) {
   const [problem, setProblem] = useState(null);
   const box = useRef(null);
   const drawing = useRef(null);
-  const [wide, setWide] = useState(WIDE);
+  const [wide, setWide] = useState(null); // as wide as it is seen, so that its words are as large as any others
   useEffect(() => {
-    const watch = new ResizeObserver(([seenBox]) => setWide(seenBox.contentRect.width < 600 ? NARROW : WIDE));
+    const watch = new ResizeObserver(([seenBox]) => setWide(Math.min(WIDEST, Math.max(NARROWEST, Math.floor(seenBox.contentRect.width / STEP) * STEP))));
     watch.observe(box.current);
     return () => watch.disconnect();
   }, []);
   const [turn, setTurn] = useState(0);
   const seen = LEGEND.map(([group]) => scores[group].join()).join(';');
   useEffect(() => {
+    if (wide === null) return undefined;
     let gone = false;
     const show = (text) => {
       if (gone) return;
@@ -208,13 +209,13 @@ const Flip = ({ decision: one, open }) => html`<button type="button" class="flip
 
 const Becomes = ({ verdict }) => html`<span class="becomes"><${Verdict} verdict=${verdict} /> → <${Verdict} verdict=${verdict === 'anomaly' ? 'normal' : 'anomaly'} /></span>`;
 
-function Apply({ of, wanted, raw, preview, looking, session, leave, changed, undo }) {
+function Apply({ of, wanted, raw, preview, looking, live, session, leave, changed, undo }) {
   const [apply, busy] = useAction(async () => {
     const body = html`<p>${t('model.apply_why', { raw: number(raw, 4) })}</p>${preview && html`<p><b>${t('model.flips', { flips: count(preview.flips.length), parts: count(preview.parts) })}</b></p>`}`;
     const reason = await confirm({ title: t('model.ask_apply'), body, yes: t('model.apply'), reason: 'must' });
     if (reason === null) return;
     const made = await send('PUT', `${of}/threshold`, { ...wanted, reason });
-    toast(t('model.applied', { raw: number(made.raw, 4) }), '', [t('model.undo'), undo]);
+    toast(t('model.applied', { raw: number(made.raw, 4) }), '', [t('model.undo'), () => undo(made.version, live)]);
     changed();
   });
   return html`<div class="row apply"><${Button} kind="main" busy=${busy || looking} why=${whyNot(session, 'operator')} onclick=${apply}>${t('model.apply')}<//>

@@ -9,9 +9,6 @@ import {
 
 const BLIND = 0.2; // share of drawn defects below which a model may be blind, as the gate has it
 
-/** `0007-3f9a0c41d2e8` as people say it: the number, and enough of the hash to tell it from others. */
-export const shortly = (version) => (version ? `${Number(version.slice(0, version.indexOf('-')))}-${version.slice(version.indexOf('-') + 1).slice(0, 6)}` : '–');
-
 export function Versions({ model, of, chosen, session, changed, more }) {
   const open = (version) => go('model', { name: model.name, version: version === chosen ? null : version }, true);
   return html`<section aria-label=${t('model.versions')}><h2>${t('model.versions')}</h2>
@@ -28,17 +25,17 @@ function Row({ one, model, of, session, changed, isOpen, open }) {
   const folder = `${of}${path('versions', one.version)}`;
   const [activate, activating] = useAction(async () => {
     const body = html`<p>${t('model.activate_why')}</p>${one.gate?.reasons.length > 0 && html`<${Reasons} of=${one.gate.reasons} />`}`;
-    if (await confirm({ title: t('model.ask_activate', { version: shortly(one.version) }), body, yes: t('model.activate') }) === null) return;
+    if (await confirm({ title: t('model.ask_activate', { version: one.version }), body, yes: t('model.activate') }) === null) return;
     await send('POST', `${folder}/activate`);
-    toast(t('model.activated', { version: shortly(one.version) }));
+    toast(t('model.activated', { version: one.version }));
     changed();
   });
   const isLive = one.state === 'live';
   const label = t(isOpen ? 'model.less' : 'model.details');
   return html`<div class="row apart head">
-      <button type="button" class="opener" aria-expanded=${isOpen ? 'true' : 'false'} aria-label=${`${label}: ${shortly(one.version)}`} onclick=${open}>
+      <button type="button" class="opener" aria-expanded=${isOpen ? 'true' : 'false'} aria-label=${`${label}: ${one.version}`} onclick=${open}>
         <span class=${`version-state is-${stateOf(one)}`}>${t(`model.state_${stateOf(one)}`)}</span>
-        <b class="version">${shortly(one.version)}</b><span class="soft">${moment(one.created, false)}</span>
+        <b class="version">${one.version}</b><span class="soft">${moment(one.created, false)}</span>
         <span class="soft from">${origin(one.origin)}</span></button>
       ${!isLive && one.state !== 'damaged' && html`<${Button} busy=${activating} why=${whyNot(session, 'operator')} onclick=${activate}>${t('model.activate')}<//>`}
     </div>
@@ -79,11 +76,11 @@ function Details({ one, folder, model, session, changed }) {
   const report = data ?? {};
   const isWaiting = 'report.json' in one.files && !data && !error;
   const [discard, discarding] = useAction(async () => {
-    const title = t('model.ask_discard', { version: shortly(one.version) });
+    const title = t('model.ask_discard', { version: one.version });
     const reason = await confirm({ title, body: html`<p>${t('model.discard_why')}</p>`, yes: t('model.discard'), reason: 'must', danger: true });
     if (reason === null) return;
     await send('DELETE', `${folder}${inQuery({ reason })}`);
-    toast(t('model.discarded', { version: shortly(one.version) }));
+    toast(t('model.discarded', { version: one.version }));
     changed();
   });
   const [save, saving] = useAction(() => download(`${folder}/archive`, `${model.name}-${one.version}.zip`));
@@ -156,9 +153,8 @@ function Facts({ one, report, folder }) {
     ['camera_blind', one.camera && Object.keys(one.camera.blind).length > 0 && Object.keys(one.camera.blind).map((code) => t(`codes.${code}`)).join(' ')],
     ['asked', one.origin.asked && Object.entries(one.origin.asked).map(([key, value]) => `${key}: ${value}`).join(' ')],
     ['reason', one.origin.reason],
-    ['parent', one.origin.parent && shortly(one.origin.parent)],
+    ['parent', one.origin.parent],
     ['job', one.origin.job],
-    ['full_name', one.version],
   ].filter(([, value]) => value);
   const hasStrange = 'strange.jpg' in one.files;
   return html`<h3>${t('model.made_of')}</h3><table class="facts"><tbody>

@@ -488,7 +488,7 @@ function Newest({ name, session, newest, model, again }) {
   const [rollBack, rolling] = useAction(async () => {
     const sure = await confirm({ title: t('regions.roll_back_title'), body: html`<p>${t('regions.roll_back_body', { version: model.previous })}</p>`, yes: t('regions.roll_back') });
     if (sure === null) return;
-    await send('POST', `${path('models', name)}/rollback`);
+    await send('POST', `${path('models', name)}/rollback${query({ live: newest.version, to: model.previous })}`);
     toast(t('regions.rolled_back'));
     again();
   });

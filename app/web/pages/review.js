@@ -1,6 +1,6 @@
 // Review: rejects and parts near the limit, to be marked with one touch each.
 
-import { path, picture, query, send } from '../api.js';
+import { get, path, picture, query, send } from '../api.js';
 import { t } from '../words.js';
 import {
   Button, Choice, Empty, Icon, Layers, Mark, ModelPicker, Problem, ScoreBar, Thumbnail, Verdict,
@@ -49,6 +49,12 @@ function useAsked(model, what) {
   return { from: `/decisions${query({ model, verdict: 'normal', label: 'none', min_score: lowest, limit: AT_ONCE })}`, error: null, again };
 }
 
+/** Of the lines about a decision those that mark it, the last one first. */
+const labelsOf = ({ history }) => history.filter(({ what }) => what === 'label');
+
+/** The last one of them; null where the server does not say. */
+const lastOf = ({ id, number: which }) => get(`${path('decisions', id)}${query({ number: which })}`).then((one) => labelsOf(one)[0] ?? null, () => null);
+
 /** The decisions that wait, in their order, and what marks them and takes that back.
  *
  * A mark counts here at once, and is told to the server behind it: one after the other, in order.
@@ -70,7 +76,7 @@ function usePile(model, what, order) {
   useEffect(() => { if (hasMore && waiting.length < FEW_LEFT) telling.current.then(again); }, [hasMore, waiting.length < FEW_LEFT]);
 
   const tell = (work, otherwise) => {
-    telling.current = telling.current.then(work).catch((problem) => { otherwise(); toast(sentence(problem), 'bad'); })
+    telling.current = telling.current.then(work).catch(async (problem) => toast(await otherwise(problem) ?? sentence(problem), 'bad'))
       .then(() => setTold((now) => now + 1));
   };
   const drop = (mark) => {
@@ -78,25 +84,34 @@ function usePile(model, what, order) {
     setBack((now) => [mark.decision, ...now.filter(({ number: other }) => other !== mark.decision.number)]);
   };
   const put = (mark) => setMarks((now) => [...now, mark]);
-  const of = ({ decision }) => `${path('decisions', decision.id, 'label')}${query({ number: decision.number })}`;
+  const of = ({ decision }, more) => `${path('decisions', decision.id, 'label')}${query({ number: decision.number, ...more })}`;
+  const lost = ({ decision }, last) => { // somebody else has the last word
+    setBack((now) => now.filter(({ number: other }) => other !== decision.number));
+    again();
+    return t('review.meanwhile', { part: nameOf(decision), who: last.key ?? t('review.nobody'), label: last.details.label ? wordsOf(last.details.label, last.details.defect) : t('review.withdrawn') });
+  };
   return {
     waiting, marks, told, hasMore, error: error ?? noLimit, again: noLimit ? askLimit : again, isHere: data !== null,
     mark: (decision, label, defect = '') => {
-      const mark = { decision, label, defect, before: null, isKept: false };
+      const mark = { decision, label, defect, before: null, line: null }; // line: of the trail, once it is there
       put(mark);
       tell(async () => {
-        const { history } = await send('POST', of(mark), { label, defect });
-        mark.isKept = true;
-        mark.before = history[1]?.details; // somebody else may have said something meanwhile
+        const [own, before] = labelsOf(await send('POST', of(mark), { label, defect }));
+        mark.line = own.number;
+        mark.before = before?.details; // somebody else may have said something meanwhile
       }, () => drop(mark));
     },
     takeBack: (mark) => {
       drop(mark);
       tell(async () => {
-        if (!mark.isKept) return; // the server did not take it
+        if (mark.line === null) return; // the server did not take it
         const { label, defect } = mark.before ?? {};
-        await (label ? send('POST', of(mark), { label, defect }) : send('DELETE', of(mark)));
-      }, () => put(mark));
+        await (label ? send('POST', of(mark), { label, defect, after: mark.line }) : send('DELETE', of(mark, { after: mark.line })));
+      }, async (problem) => {
+        const last = problem.code === 'conflict' ? await lastOf(mark.decision) : null;
+        if (last && last.number !== mark.line) return lost(mark, last);
+        return put(mark);
+      });
     },
   };
 }
