@@ -35,8 +35,8 @@ export function DecisionDialog({ id, number, known = null, session, onclose, onc
       <div class="row apart beside">
         ${decision && html`<div class="row"><${Verdict} verdict=${decision.verdict} code=${decision.code} size="big" /><span class="soft">${moment(decision.time)}</span></div>`}
         ${(newer || older) && html`<div class="row">
-          <${Button} icon="back" disabled=${!newer} onclick=${newer} aria-label=${t('decision.newer')} title=${t('decision.newer')} />
-          <${Button} icon="next" disabled=${!older} onclick=${older} aria-label=${t('decision.older')} title=${t('decision.older')} /></div>`}
+          <${Button} data-repeats icon="back" disabled=${!newer} onclick=${newer} aria-label=${t('decision.newer')} title=${t('decision.newer')} />
+          <${Button} data-repeats icon="next" disabled=${!older} onclick=${older} aria-label=${t('decision.older')} title=${t('decision.older')} /></div>`}
       </div>
       ${error && html`<${Problem} error=${error} again=${again} />`}
       ${decision === null && !error && html`<${Waiting} />`}

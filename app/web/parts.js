@@ -96,9 +96,12 @@ export function useData(from, every = 0) {
 /** What runs one at a time at a touch: `[run, busy]`. A refusal becomes a toast. */
 export function useAction(work) {
   const [busy, setBusy] = useState(false);
+  const running = useRef(false);
   const latest = useRef(work);
   latest.current = work;
   const run = useCallback(async (...given) => {
+    if (running.current) return undefined;
+    running.current = true;
     setBusy(true);
     try {
       return await latest.current(...given);
@@ -106,6 +109,7 @@ export function useAction(work) {
       if (error.name !== 'AbortError') toast(sentence(error), 'bad');
       return undefined;
     } finally {
+      running.current = false;
       setBusy(false);
     }
   }, []);
@@ -206,7 +210,10 @@ const STROKES = {
 /** A drawn sign, of no meaning to who hears the page. */
 export const Icon = ({ name }) => html`<svg class="icon" viewBox="0 0 24 24" aria-hidden="true" focusable="false"><path d=${STROKES[name]} /></svg>`;
 
-/** A button; `why` is why it cannot be pressed now, and `busy` that it is at work. */
+/** A button; `why` is why it cannot be pressed now, and `busy` that it is at work.
+ *
+ * One that is pressed many times over, such as for the next picture, has `data-repeats`.
+ */
 export function Button({ kind = '', icon, busy, why, children, ...given }) {
   return html`<button type="button" class=${`button ${kind}`} ...${given} disabled=${given.disabled || busy || Boolean(why)}
     title=${why || given.title} data-why=${why || undefined} aria-busy=${busy ? 'true' : undefined}>${icon && html`<${Icon} name=${icon} />`}${children && html`<span>${children}</span>`}</button>`;
@@ -342,6 +349,21 @@ function sayWhy({ pointerType, clientX, clientY }) {
   if (why && !said.some((one) => one.words === why)) toast(why);
 }
 document.addEventListener('pointerup', sayWhy, true);
+
+const TWICE = { ms: 350, px: 30 }; // nobody sees what a touch did, and touches again, any sooner
+let touched = { at: -Infinity, x: 0, y: 0 };
+
+/** The second click of a double click counts for nothing: another part, or a window, lies there by then. */
+function onlyOnce(event) {
+  const { timeStamp: at, clientX: x, clientY: y, detail, target, pointerType } = event;
+  if (detail === 0 || target.closest('input')) return; // by keyboard, or by the label around it
+  const isSecond = (detail > 1 || pointerType === 'touch') && at - touched.at < TWICE.ms && Math.hypot(x - touched.x, y - touched.y) < TWICE.px;
+  touched = { at, x, y };
+  if (!isSecond || !(target.closest('.button:not([data-repeats])') || target.matches('dialog'))) return;
+  event.preventDefault();
+  event.stopPropagation();
+}
+document.addEventListener('click', onlyOnce, true);
 
 const unsay = (one) => say(said.filter((other) => other.id !== one.id));
 

@@ -45,9 +45,9 @@ export function Viewer({ decision, view, image, alt }) {
     ${decision.has_picture && html`<div class="row controls">
       ${hasMap && html`<label class="opacity grow"><span>${t('shell.heat_map')}</span><input type="range" min="0" max="1" step="0.05" value=${opacity} oninput=${(event) => over(Number(event.target.value))} /></label>`}
       <div class="row zoom">
-        <${Button} aria-label=${t('viewer.farther')} title=${t('viewer.farther')} disabled=${place.scale <= 1} onclick=${() => move.times(1 / STEP)}>−<//>
+        <${Button} data-repeats aria-label=${t('viewer.farther')} title=${t('viewer.farther')} disabled=${place.scale <= 1} onclick=${() => move.times(1 / STEP)}>−<//>
         <${Button} aria-label=${t('viewer.whole')} title=${t('viewer.whole')} onclick=${() => setPlace(WHOLE)}><${Icon} name="full" /><//>
-        <${Button} aria-label=${t('viewer.closer')} title=${t('viewer.closer')} disabled=${place.scale >= MOST} onclick=${() => move.times(STEP)}>+<//>
+        <${Button} data-repeats aria-label=${t('viewer.closer')} title=${t('viewer.closer')} disabled=${place.scale >= MOST} onclick=${() => move.times(STEP)}>+<//>
       </div></div>`}
   </div>`;
 }

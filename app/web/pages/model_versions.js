@@ -30,14 +30,14 @@ function Row({ one, model, of, session, changed, isOpen, open }) {
     toast(t('model.activated', { version: one.version }));
     changed();
   });
-  const isLive = one.state === 'live';
+  const isJudging = one.state === 'live' && (model.live !== null || model.at_rest); // not one that was unloaded
   const label = t(isOpen ? 'model.less' : 'model.details');
   return html`<div class="row apart head">
       <button type="button" class="opener" aria-expanded=${isOpen ? 'true' : 'false'} aria-label=${`${label}: ${one.version}`} onclick=${open}>
         <span class=${`version-state is-${stateOf(one)}`}>${t(`model.state_${stateOf(one)}`)}</span>
         <b class="version">${one.version}</b><span class="soft">${moment(one.created, false)}</span>
         <span class="soft from">${origin(one.origin)}</span></button>
-      ${!isLive && one.state !== 'damaged' && html`<${Button} busy=${activating} why=${whyNot(session, 'operator')} onclick=${activate}>${t('model.activate')}<//>`}
+      ${!isJudging && one.state !== 'damaged' && html`<${Button} busy=${activating} why=${whyNot(session, 'operator')} onclick=${activate}>${t('model.activate')}<//>`}
     </div>
     <p class="in-short">${inShort(one).map((words, place) => html`<span key=${place}>${words}</span>`)}</p>
     ${one.problem && html`<div class="problem"><p>${one.problem}</p></div>`}

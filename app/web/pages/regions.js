@@ -219,8 +219,8 @@ function Tools({ tool, setTool, value, setValue, wide, setWide, radius, draft, s
     ${tool === 'polygon' && draft.open.length > 0 && html`<${Button} icon="good" kind="main" why=${draft.open.length < 3 ? t('regions.three') : ''}
       onclick=${() => sketch.add({ kind: 'shape', points: draft.open, value })}>${t('regions.close_shape')}<//>`}
     <div class="row steps">
-    <${Button} icon="undo" aria-label=${t('regions.undo')} title=${t('regions.undo')} disabled=${draft.log.length + draft.open.length === 0} onclick=${sketch.undo} />
-    <${Button} kind="redo" icon="undo" aria-label=${t('regions.redo')} title=${t('regions.redo')} disabled=${draft.undone.length === 0} onclick=${sketch.redo} />
+    <${Button} data-repeats icon="undo" aria-label=${t('regions.undo')} title=${t('regions.undo')} disabled=${draft.log.length + draft.open.length === 0} onclick=${sketch.undo} />
+    <${Button} data-repeats kind="redo" icon="undo" aria-label=${t('regions.redo')} title=${t('regions.redo')} disabled=${draft.undone.length === 0} onclick=${sketch.redo} />
     <${Button} onclick=${() => sketch.add({ kind: 'invert' })} title=${t('regions.invert_why')}>${t('regions.invert')}<//>
     <${Button} onclick=${() => { sketch.open([]); sketch.add({ kind: 'clear' }); }}>${t('regions.clear')}<//></div>
   </div>`;

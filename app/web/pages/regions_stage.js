@@ -52,8 +52,8 @@ export function Stage({ picture, width, height, mask, reach, size, log, open, to
       <${Lines} ...${{ view, log, open, tool, value, radius, doing, cursor, over }} />
     </div>
     <div class="zoom">
-      <${Button} aria-label=${t('regions.zoom_in')} title=${t('regions.zoom_in')} onclick=${() => view.zoom(1.5)}>+<//>
-      <${Button} aria-label=${t('regions.zoom_out')} title=${t('regions.zoom_out')} onclick=${() => view.zoom(1 / 1.5)}>−<//>
+      <${Button} data-repeats aria-label=${t('regions.zoom_in')} title=${t('regions.zoom_in')} onclick=${() => view.zoom(1.5)}>+<//>
+      <${Button} data-repeats aria-label=${t('regions.zoom_out')} title=${t('regions.zoom_out')} onclick=${() => view.zoom(1 / 1.5)}>−<//>
       <${Button} icon="full" aria-label=${t('regions.fit')} title=${t('regions.fit')} onclick=${view.fit} />
     </div>
     <p class="unseen" role="status">${said}</p>

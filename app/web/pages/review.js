@@ -219,8 +219,8 @@ function One({ decision, step, place, count, words, mark, undo, kinds, why, canU
   return html`<section class="sight">
       <div class="row apart"><b class="left">${words}</b>
         <div class="row steps">
-          <${Button} icon="back" aria-label=${t('review.before')} disabled=${place === 0} onclick=${() => step(-1)} />
-          <${Button} icon="next" aria-label=${t('review.later')} disabled=${place === count - 1} onclick=${() => step(1)} /></div></div>
+          <${Button} data-repeats icon="back" aria-label=${t('review.before')} disabled=${place === 0} onclick=${() => step(-1)} />
+          <${Button} data-repeats icon="next" aria-label=${t('review.later')} disabled=${place === count - 1} onclick=${() => step(1)} /></div></div>
       <p class="brief" aria-hidden="true"><${Verdict} verdict=${of.verdict} /><span class="name">${nameOf(decision)}</span><span class="soft">${scoreOf(of)}</span></p>
       <div class="picture"><${Layers} decision=${decision} view=${view} opacity=${opacity} alt=${nameOf(decision)} /></div>
       ${decision.views && html`<${Views} decision=${decision} view=${view} setView=${setView} />`}

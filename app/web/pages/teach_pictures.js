@@ -130,9 +130,9 @@ function Shown({ category, split, total, session, onchange }) {
 
 function Pager({ offset, total, onchange }) {
   const words = { from: count(Math.min(offset + 1, total)), to: count(Math.min(offset + PAGE, total)), of: count(total) };
-  return html`<div class="row pager"><${Button} icon="back" aria-label=${t('teach.earlier')} disabled=${offset === 0} onclick=${() => onchange(offset - PAGE)} />
+  return html`<div class="row pager"><${Button} data-repeats icon="back" aria-label=${t('teach.earlier')} disabled=${offset === 0} onclick=${() => onchange(offset - PAGE)} />
     <span class="nowrap">${t('teach.page', words)}</span>
-    <${Button} icon="next" aria-label=${t('teach.later')} disabled=${offset + PAGE >= total} onclick=${() => onchange(offset + PAGE)} /></div>`;
+    <${Button} data-repeats icon="next" aria-label=${t('teach.later')} disabled=${offset + PAGE >= total} onclick=${() => onchange(offset + PAGE)} /></div>`;
 }
 
 const UNSHOWN = /\.tiff?$/i; // by browsers
@@ -159,8 +159,8 @@ function Large({ category, split, image, session, before, after, onopen, ongone 
   return html`<${Dialog} wide title=${image.name} onclose=${() => onopen((now) => (now === image ? null : now))}>
     <div class="large-picture">
       <${Photo} src=${UNSHOWN.test(image.name) ? `${file}/thumbnail` : file} alt=${image.name} />
-      <div class="row apart"><span class="row"><${Button} icon="back" aria-label=${t('teach.earlier')} disabled=${!before} onclick=${() => onopen(before)} />
-        <${Button} icon="next" aria-label=${t('teach.later')} disabled=${!after} onclick=${() => onopen(after)} /><span class="soft">${bytes(image.bytes)}</span></span>
+      <div class="row apart"><span class="row"><${Button} data-repeats icon="back" aria-label=${t('teach.earlier')} disabled=${!before} onclick=${() => onopen(before)} />
+        <${Button} data-repeats icon="next" aria-label=${t('teach.later')} disabled=${!after} onclick=${() => onopen(after)} /><span class="soft">${bytes(image.bytes)}</span></span>
         <${Button} icon="remove" kind="bad" busy=${busy} why=${whyNot(session, 'operator')} onclick=${remove}>${t('teach.delete')}<//></div>
     </div><//>`;
 }

@@ -166,7 +166,7 @@ export default function Try({ query: asked, session }) {
   const chooser = useRef(null);
   const mayTry = may(session, 'operator');
   const record = tried.record || !mayTry;
-  const model = (models ?? []).some((one) => one.name === asked.get('model')) ? asked.get('model') : models?.[0]?.name;
+  const model = (models ?? []).some((one) => one.name === asked.get('model')) ? asked.get('model') : ((models ?? []).find((one) => one.live) ?? models?.[0])?.name;
   const how = { model, record, mayTry };
   const isReady = Boolean(model);
   const take = (files) => (isReady ? add(files, how) : undefined);
