@@ -359,7 +359,7 @@ function onlyOnce(event) {
   if (detail === 0 || target.closest('input')) return; // by keyboard, or by the label around it
   const isSecond = (detail > 1 || pointerType === 'touch') && at - touched.at < TWICE.ms && Math.hypot(x - touched.x, y - touched.y) < TWICE.px;
   touched = { at, x, y };
-  if (!isSecond || !(target.closest('.button:not([data-repeats])') || target.matches('dialog'))) return;
+  if (!isSecond || !(target.closest('button:not([data-repeats]), a') || target.matches('dialog'))) return;
   event.preventDefault();
   event.stopPropagation();
 }
