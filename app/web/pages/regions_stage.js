@@ -139,17 +139,20 @@ function useView(stage, width, height) {
     fitted.current = true;
     setPlace({ scale, x: (clientWidth - width * scale) / 2, y: (clientHeight - height * scale) / 2 });
   }, [width, height]);
+  const inSight = ({ scale, x, y }) => { // some of it, at least
+    const { clientWidth, clientHeight } = stage.current;
+    const kept = (at, whole, side) => Math.min(Math.max(at, Math.min(60, whole) - side * scale), whole - Math.min(60, whole));
+    return { scale, x: kept(x, clientWidth, width), y: kept(y, clientHeight, height) };
+  };
   useLayoutEffect(() => {
     fit();
-    const watch = new ResizeObserver(() => fitted.current && fit());
+    const watch = new ResizeObserver(() => (fitted.current ? fit() : setPlace(inSight)));
     watch.observe(stage.current);
     return () => watch.disconnect();
   }, [fit]);
   const bounded = (next) => {
     fitted.current = false;
-    const { clientWidth, clientHeight } = stage.current;
-    const kept = (at, whole, side) => Math.min(Math.max(at, Math.min(60, whole) - side * next.scale), whole - Math.min(60, whole));
-    setPlace({ scale: next.scale, x: kept(next.x, clientWidth, width), y: kept(next.y, clientHeight, height) });
+    setPlace(inSight(next));
   };
   const least = () => Math.min(stage.current.clientWidth / width, stage.current.clientHeight / height) / 2;
   /** So much larger; what is at this place of the stage stays there. */

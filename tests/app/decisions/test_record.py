@@ -426,6 +426,27 @@ def test_a_label_that_is_withdrawn_is_as_if_nobody_had_looked_but_for_the_trail(
     assert verify(tmp_path).returncode == 0
 
 
+def test_an_undo_takes_back_nobody_elses_label(
+    kensa_model: Path, good: bytes, tmp_path: Path
+) -> None:
+    with line(tmp_path, kensa_model) as running:
+        client, at = running.server.client, "/decisions/seen/label"
+        running.server.infer(good, **{"X-Request-ID": "seen"})
+        mine = client.post(at, json={"label": "good"}).json()["history"][0]["number"]
+        theirs = client.post(at, json={"label": "defect"}).json()["history"][0]["number"]
+        refused = [
+            client.delete(at, params={"after": mine}),
+            client.post(at, json={"label": "unusable", "after": mine}),
+        ]
+        assert [(one.status_code, agreed(one)) for one in refused] == [(409, "conflict")] * 2
+        found = client.get("/decisions/seen").json()
+        assert (found["label"], found["history"][0]["number"]) == ("defect", theirs)
+        again = client.post(at, json={"label": "good", "after": theirs})
+        assert again.json()["label"] == "good"
+        last = again.json()["history"][0]["number"]
+        assert client.delete(at, params={"after": last}).json()["label"] is None
+
+
 @pytest.mark.parametrize("count", [20, pytest.param(1_000, marks=pytest.mark.soak)])
 def test_a_preview_is_what_a_replay_says_part_by_part(
     running: Line, sample_data: Path, count: int

@@ -122,7 +122,16 @@ def test_another_one_is_live_at_once_and_undone_by_a_rollback(
             "activate": False, "asked": {key: wanted}, "parent": before["version"],
             "threshold_of": before["version"], **WHY,
         }  # fmt: skip
-        assert running.server.client.post(f"/models/{NAME}/rollback").status_code == 200
+        back = f"/models/{NAME}/rollback"
+        made_since = {"live": before["version"]}, {"to": after["version"]}
+        for wrong in made_since:
+            answer = running.server.client.post(back, params=wrong)
+            assert (answer.status_code, agreed(answer)) == (409, "conflict")
+            assert get(running) == after
+        wanted_back = {"live": after["version"], "to": before["version"]}
+        assert running.server.client.post(back, params=wanted_back).status_code == 200
+        assert get(running) == before
+        assert running.server.client.post(back, params=wanted_back).status_code == 409
         assert get(running) == before
     with line(tmp_path) as again:
         assert get(again) == before

@@ -154,6 +154,38 @@ def test_a_limit_is_dragged_previewed_applied_and_rolled_back(
         assert it.page.locator(".preview").count() == 0
 
 
+def test_an_undo_rolls_back_nothing_that_somebody_else_made_live_meanwhile(
+    page: Shown, running: Line
+) -> None:
+    client = running.server.client
+    page.page.locator("[role=slider]").press("PageDown")
+    page.page.wait_for_selector(".preview:not(.looking)")
+    page.page.click(".apply .main")
+    confirm(page, "Mine.")
+    page.page.locator(".toast .button:not(.plain)").wait_for()
+    body = {"threshold": 0.52, "reason": "Somebody else's."}
+    theirs = client.put(f"/models/{NAME}/threshold", json=body).json()
+    page.page.locator(".toast .button:not(.plain)").click()
+    page.expect(f"{theirs['version']} judges by now.")
+    assert limit(running) == theirs
+
+
+@pytest.mark.parametrize("size", ["tablet", "phone"])
+def test_the_numbers_at_the_limits_drawing_can_be_read(
+    browser: Any, running: Line, size: str, screenshots: Path
+) -> None:
+    with shown(browser, running.server.url, size=size) as it:
+        opened(it)
+        it.page.wait_for_selector(".drawing svg text")
+        high = it.page.evaluate(
+            "[...document.querySelectorAll('.drawing svg text')].filter(one => one.checkVisibility())"
+            ".map(one => parseFloat(getComputedStyle(one).fontSize) * one.getScreenCTM().a)"
+        )
+        assert min(high) >= 12, high
+        it.page.locator(".histogram").scroll_into_view_if_needed()
+        it.keep(screenshots, f"model-limit-{size}")
+
+
 def test_the_keyboard_alone_moves_the_limit_and_applies_it(page: Shown, running: Line) -> None:
     before, scores = limit(running), get(running, f"/models/{NAME}/scores")
     span = scores["high"] - scores["low"]
@@ -206,8 +238,7 @@ def test_a_goal_for_false_rejects_is_a_limit_and_so_is_a_number(page: Shown, run
 
 
 def card(it: Shown, version: str) -> Any:
-    number, _, digest = version.partition("-")
-    return it.page.locator(".versions > li", has_text=f"{int(number)}-{digest[:6]}")
+    return it.page.locator(".versions > li", has_text=version)
 
 
 def test_a_held_version_shows_what_it_flips_and_is_let_judge_and_taken_back(
@@ -234,6 +265,32 @@ def test_a_held_version_shows_what_it_flips_and_is_let_judge_and_taken_back(
     page.page.get_by_role("button", name="Back to").click()
     confirm(page)
     until(lambda: running.model()["live"] == before)
+
+
+def test_a_double_click_asks_once_and_answers_nothing(page: Shown, running: Line) -> None:
+    live = running.model()["live"]
+    page.page.get_by_role("button", name="Back to").dblclick()
+    page.page.wait_for_timeout(500)
+    assert page.page.locator("dialog[open]").count() == 1
+    assert running.model()["live"] == live
+    page.page.locator("dialog[open] .row.end button").last.dblclick()
+    page.expect("judges again.")
+    page.page.wait_for_timeout(500)
+    after = running.model()
+    assert (after["live"] != live, after["previous"]) == (True, live)
+    assert page.page.locator("dialog[open]").count() == 0
+    back = {"live": after["live"], "to": live}
+    assert running.server.client.post(f"/models/{NAME}/rollback", params=back).is_success
+
+
+def test_a_model_that_was_unloaded_is_let_judge_again(page: Shown, running: Line) -> None:
+    live = running.model()["live"]
+    at = f"/v2/repository/models/{NAME}/unload"
+    assert running.server.client.post(at).status_code == 200
+    page.expect("no version")
+    card(page, live).get_by_role("button", name="Let it judge").click()
+    confirm(page)
+    until(lambda: running.model()["live"] == live)
 
 
 def test_a_version_is_discarded_with_a_reason_and_the_live_one_cannot_be(

@@ -183,6 +183,37 @@ def test_an_undo_sets_back_what_somebody_else_had_said_meanwhile(
     review.page.locator(".who-marked .mark", has_text="dent").first.wait_for()
 
 
+def test_an_undo_leaves_what_somebody_else_said_since(browser: Any, served: Server) -> None:
+    first, second, *_ = rejects(served)
+    with shown(browser, served.url, refused=True) as it:
+        it.go("#/review")
+        left(it)
+        it.page.keyboard.press("g")
+        marked(served, {first["part"]: "good"})
+        body = {"label": "defect", "defect": "dent"}
+        assert served.client.post(f"/decisions/{first['id']}/label", json=body).is_success
+        it.page.keyboard.press("z")
+        it.expect(f"{first['part']}: somebody has marked it meanwhile (defect: dent).")
+        assert labels(served) == {first["part"]: "defect dent"}
+        assert (part(it), left(it)) == (second["part"], f"{REJECTS - 1} left")
+        assert it.page.locator(".lastly").count() == 0
+
+
+def test_a_double_click_marks_one_part_and_takes_one_back(review: Shown, served: Server) -> None:
+    first, second, *_ = rejects(served)
+    review.page.locator(".marks .good").dblclick()
+    marked(served, {first["part"]: "good"})
+    review.page.wait_for_timeout(400)
+    assert part(review) == second["part"]
+    review.page.locator(".marks .good").click()
+    marked(served, {first["part"]: "good", second["part"]: "good"})
+    review.page.wait_for_timeout(400)
+    review.page.locator(".marks .button", has_text="Undo").dblclick()
+    marked(served, {first["part"]: "good"})
+    review.page.wait_for_timeout(400)
+    assert (part(review), labels(served)) == (second["part"], {first["part"]: "good"})
+
+
 def test_what_somebody_else_has_marked_waits_for_nobody(
     browser: Any, review: Shown, served: Server
 ) -> None:

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
+from app.http.keys import Role, add_key
 from support.browser import SIZES, shown
 from support.server import Server, serving
 
 PAGES = ("line", "try", "review", "find", "model", "teach", "regions", "system")
+BELOW = (
+    "line?wall=1", "find?id=seen", "teach?new=bolt&step=2", "teach?category=bolt",
+    "teach?from=decisions", "system?part=jobs", "system?part=keys", "system?part=doctor",
+    "system?part=settings", "system?part=trail",
+)  # fmt: skip
 LOOKS = {"en": False, "ja": True}  # language -> whether it is dark there
 OTHERS = {"en": True, "ja": False}
 
@@ -144,3 +150,24 @@ def test_with_no_model_each_page_says_what_to_do(browser: Any, nothing: Server) 
             it.page.wait_for_timeout(400)
             assert it.page.locator("main .problem").count() == 0, name
             it.must_be_accessible()
+
+
+@pytest.mark.parametrize("role", ["line", "operator"])
+def test_no_page_asks_for_what_the_key_may_not_see(
+    browser: Any, kensa_model: Path, sample_data: Path, tmp_path: Path, role: Role
+) -> None:
+    key = add_key(tmp_path / "data" / "keys.json", "somebody", role)
+    picture = next((sample_data / "test").rglob("*.png")).read_bytes()
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_RECORD_SAMPLE": "1"}
+    with serving(tmp_path, **settings) as server, shown(browser, server.url) as it:
+        sent = {"X-API-Key": key, "Content-Type": "image/png", "X-Request-ID": "seen"}
+        assert server.client.post("/infer", content=picture, headers=sent).is_success
+        it.page.add_init_script(f"sessionStorage.setItem('kensa.key', '{key}')")
+        refused: list[str] = []
+        it.page.on("response", lambda one: one.ok or refused.append(f"{one.status} {one.url}"))
+        for where in (*PAGES, *BELOW):
+            it.go(f"#/{where}")
+            it.page.wait_for_selector("main h1")
+            it.page.wait_for_timeout(500)  # what follows the first look
+            assert it.page.locator("main .problem, dialog .problem, .toast.bad").count() == 0, where
+        assert refused == []
