@@ -112,7 +112,7 @@ def _frame(axes: Axes, say: Words, shares: bool) -> str:
     """Whole pictures only at its side."""
     bottom, end = axes.top + axes.height, axes.left + axes.width
     parts = []
-    for value in ticks(*axes.x, about=round(axes.width / 118)):
+    for value in ticks(*axes.x, about=max(4, round(axes.width / 118))):
         px, _ = axes.at(value, 0)
         parts.append(f'<text x="{px:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
     parts.append(axes.levels(value for value in ticks(*axes.y, about=4) if value == int(value)))
