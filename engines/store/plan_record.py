@@ -89,6 +89,11 @@ class Machine:
         return tuple(capability(one) if "." in one else one for one in self.compute.split(","))
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether it stands for machines that are not this one."""
+        return not self.device
+
+    @property
     def spoken(self) -> str:
         """The library, and its version."""
         return f"{LIBRARIES[self.library].spoken} {self.tensorrt}"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 
-import tensorrt as trt
-
+from engines.nvidia.library import here
 from workers.progress import Tick
+
+trt = here().load()
 
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

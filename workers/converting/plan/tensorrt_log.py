@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 
-import tensorrt as trt
-
 from engines.errors import BuildFailed, KensaError, OutOfMemory
 from engines.machine.memory import MIB
+from engines.nvidia.library import TURING, here
+
+LIBRARY = here()
+trt = LIBRARY.load()
 
 LINES = 200  # of TensorRT's log that are kept
 
@@ -41,7 +43,12 @@ def failure(lines: list[str], free: int, total: int) -> KensaError:
         return OutOfMemory(memory_sentence(f"it found no kernel for {node[:200]}", free, total))
     if "OutOfMemory" in text or "out of memory" in text or "memory is insufficient" in text:
         return OutOfMemory(memory_sentence(last_line(lines), free, total))
-    return BuildFailed(f"TensorRT {trt.__version__} made no plan: {last_line(lines)}")
+    return BuildFailed(f"{LIBRARY.spoken} {trt.__version__} made no plan: {last_line(lines)}")
+
+
+def no_turing(lines: list[str]) -> bool:
+    """Whether there is no plan because it was to be for a Turing card, too."""
+    return any(TURING in line or "Turing" in line for line in lines)
 
 
 def memory_sentence(what: str, free: int, total: int) -> str:
