@@ -85,7 +85,7 @@ class Machine:
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """"SM86" for "8.6"; of several where it stands for other machines."""
+        """ "SM86" for "8.6"; of several where it stands for other machines."""
         return tuple(capability(one) if "." in one else one for one in self.compute.split(","))
 
     @property
@@ -103,10 +103,14 @@ class Machine:
         if self.library != here.library:
             return [f"{self.spoken} (here {here.spoken})"]
         if self.library == "tensorrt_rtx":  # knows GPUs by their capability, and no Jetson
-            version = [] if self.tensorrt == here.tensorrt else [f"{self.spoken} (here {here.tensorrt})"]
+            version = (
+                [] if self.tensorrt == here.tensorrt else [f"{self.spoken} (here {here.tensorrt})"]
+            )
             fits = set(here.capabilities) <= set(self.capabilities)
             gpus = f"GPUs of {' and '.join(self.capabilities)}"
-            there = f"here {here.device}, {' and '.join(here.capabilities)}".replace("here ,", "here")
+            there = f"here {here.device}, {' and '.join(here.capabilities)}".replace(
+                "here ,", "here"
+            )
             return version + ([] if fits else [f"{gpus} ({there})"])
         return [
             f"{spoken} {built or 'of no Jetson'} (here {other or 'no Jetson'})"

@@ -20,7 +20,7 @@ from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
 from engines.store.known_scores import KnownScores
 from workers import models
-from workers.converting.parity import FLOAT32_LIMIT
+from engines.serving.parity import FLOAT32_LIMIT
 from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate

@@ -355,6 +355,7 @@ def _convert(
         )
     source = store.check(request.model, version)
     how = {"workspace": request.workspace, "use_dla": request.use_dla, "cache": data / TIMING}
+    how |= {"target": request.target}
     if request.from_onnx:
         return _rebuild(source, work / "engine", progress, **how)
     meta = Meta.read(source / META)
@@ -393,29 +394,29 @@ def _make_teacher(
     return {"state": "succeeded"}
 
 
-def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+def _rebuild(source: Path, out_dir: Path, progress: JobProgress, **how: Any) -> Path:
     """Without torch: this may be a machine that only serves."""
     from workers.commands import summarise_plan
     from workers.converting.plan.rebuild import rebuild
 
     progress.phase("convert")
-    report = rebuild(source, target, progress, **how)
+    report = rebuild(source, out_dir, progress, **how)
     for line in summarise_plan(report["plan"]):
         progress.say(line)
-    return target
+    return out_dir
 
 
-def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+def _engine(source: Path, out_dir: Path, progress: JobProgress, **how: Any) -> Path:
     from workers.commands import summarise_conversion
     from workers.converting.convert import Convert, convert
 
     progress.phase("convert")
     meta = Meta.read(source / META)
     how["limits"] = ImageLimits.read(os.environ)
-    request = Convert(meta.model, source / meta.weights_pth, source / META, target, **how)
-    for line in summarise_conversion(convert(request, progress), target)[1:-1]:
+    request = Convert(meta.model, source / meta.weights_pth, source / META, out_dir, **how)
+    for line in summarise_conversion(convert(request, progress), out_dir)[1:-1]:
         progress.say(line)
-    return target
+    return out_dir
 
 
 def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from engines.store.golden import EACH, GOLDEN, Golden
 from support.project import PATCHCORE
 from workers.converting.convert import Convert, convert
 from workers.converting.export import export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
+from engines.serving.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.learning.retrain import Retrain, retrain
 from workers.models import patchcore
 from workers.progress import Progress

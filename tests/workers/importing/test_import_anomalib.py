@@ -37,7 +37,7 @@ from engines.verdict import Scale, judge
 from support.project import ROOT
 from workers import models
 from workers.converting.convert import Convert, convert
-from workers.converting.parity import FLOAT32_LIMIT
+from engines.serving.parity import FLOAT32_LIMIT
 from workers.importing import import_anomalib as worker
 from workers.importing.import_anomalib import Import, import_anomalib
 from workers.models import Training

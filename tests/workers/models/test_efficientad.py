@@ -21,7 +21,7 @@ from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from support.progress import Said
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT
+from engines.serving.parity import FLOAT32_LIMIT
 from workers.models import Training, efficientad, efficientad_weights
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd

@@ -20,7 +20,7 @@ from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
 from support.project import ROOT
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
+from engines.serving.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.models import Training, vae
 from workers.models.vae import KL_WARM_UP, Vae, kl_weight
 from workers.progress import Progress

@@ -36,7 +36,7 @@ from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import Fingerprint, Machine, Precision
 from workers.converting.graphs import difference
-from workers.converting.parity import compare_in
+from engines.serving.parity import compare_in
 from workers.converting.plan.build_progress import Monitor
 from workers.converting.plan.scores import Scores, score_images
 from workers.converting.plan.tensorrt_log import (
@@ -468,9 +468,13 @@ def _parse(network: Any, log: Log, onnx: Path) -> None:
     if parser.parse(onnx.read_bytes()):
         return
     if not parser.num_errors:
-        raise BadBundle(f"{LIBRARY.spoken} {trt.__version__} cannot read {onnx}: {last_line(log.lines)}")
+        raise BadBundle(
+            f"{LIBRARY.spoken} {trt.__version__} cannot read {onnx}: {last_line(log.lines)}"
+        )
     error = parser.get_error(0)
     where = ""
     if error.node() >= 0:
         where = f" at node {error.node()}, {error.node_operator()} {error.node_name()}".rstrip()
-    raise BadBundle(f"{LIBRARY.spoken} {trt.__version__} does not take {onnx}{where}: {error.desc()}")
+    raise BadBundle(
+        f"{LIBRARY.spoken} {trt.__version__} does not take {onnx}{where}: {error.desc()}"
+    )

@@ -31,18 +31,18 @@ DLA_IS_NOT_FOR_FLOAT32 = "--use_dla needs --fp16 or --int8: DLA does not compute
 
 def rebuild(
     source: Path,
-    target: Path,
+    out_dir: Path,
     progress: Progress,
     *,
     workspace: int,
     use_dla: bool,
     cache: Path | None,
-    target_gpus: str | None = None,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """Copy a version into a new folder, with a plan for this machine, or for others.
 
     Args:
-        target_gpus: as --target of convtrt.py; None for this machine.
+        target: as --target of convtrt.py; None for this machine.
 
     Returns:
         Its report.
@@ -54,12 +54,16 @@ def rebuild(
     bundle = Bundle.open(source)
     meta, report, bank = bundle.meta, bundle.report(), bundle.memory_bank()
     precision = _precision(report)
-    machine = builder_for(precision, use_dla, target_gpus)
+    machine = builder_for(precision, use_dla, target)
     from workers.converting.plan.build import Wanted, make_plan
 
     golden = Golden.read(source, meta.image_size)
     images = golden.images if golden else sample_parts(meta.image_size)
-    expected = None if machine.elsewhere else _expected(bundle.onnx, report if golden else {}, images, bank)
+    expected = (
+        None
+        if machine.elsewhere
+        else _expected(bundle.onnx, report if golden else {}, images, bank)
+    )
     if machine.elsewhere:
         progress.say(UNPROVED)
     elif expected is None:
@@ -67,16 +71,16 @@ def rebuild(
     began = time.perf_counter()
     names = [name for name in meta.files or {} if (source / name).is_file()]
     names = sorted({*names, ONNX} - {PLAN, PLAN_RECORD, REPORT})
-    target.mkdir(parents=True)
+    out_dir.mkdir(parents=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(source / name, out_dir / name)
     wanted = Wanted(meta, precision, workspace, use_dla, bank, images, expected, cache,
-                    any_gpu=target_gpus == ANY_RTX)  # fmt: skip
-    report["plan"] = make_plan(target, machine, wanted, None, progress)
+                    any_gpu=target == ANY_RTX)  # fmt: skip
+    report["plan"] = make_plan(out_dir, machine, wanted, None, progress)
     report["plan"]["seconds"] = round(time.perf_counter() - began, 2)
-    write_report(target, report)
-    hashes = {name: sha256(target / name) for name in (*names, PLAN, PLAN_RECORD, REPORT)}
-    meta.with_(files=hashes).write(target / "meta.json")
+    write_report(out_dir, report)
+    hashes = {name: sha256(out_dir / name) for name in (*names, PLAN, PLAN_RECORD, REPORT)}
+    meta.with_(files=hashes).write(out_dir / "meta.json")
     return report
 
 
