@@ -45,9 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
     add("--use_dla", action="store_true", help="build the plan for DLA, with --fp16 or --int8"
         " (default off; Orin Nano has none)")  # fmt: skip
-    add("--target", metavar="rtx[:SM86,SM120]", help="build the plan for GPUs of other machines, also"
-        " without one here: PCs with an RTX card of these compute capabilities, or of all that the"
-        " graph can run on (needs pip install 'kensa[rtx]')")  # fmt: skip
+    add("--target", metavar="rtx[:SM86,SM120]", help="build the plan for GPUs of other machines,"
+        " also without one here: PCs with an RTX card of these compute capabilities, or of all"
+        " that the graph can run on (needs pip install 'kensa[rtx]')")  # fmt: skip
     ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     for flag, model in (("memory_bank", "patchcore"), ("stats", "padim")):

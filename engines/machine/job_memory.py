@@ -13,6 +13,7 @@ from engines.machine.memory_needs import (
     Learning,
     size,
     to_build,
+    to_build_for_others,
     to_convert,
     to_distil,
     to_learn,
@@ -103,7 +104,7 @@ def _to_convert(folder: Path | None, request: ConvertRequest, free: Free) -> Nee
     bank = unpacked(folder / meta.memory_bank) if meta.memory_bank else 0
     made = BARE if request.from_onnx else to_convert(meta, bank)
     if request.target is not None:  # without the GPU, in the memory of the machine
-        return Need(made + to_build(size(folder / ONNX), request.workspace, free.host))
+        return Need(made + to_build_for_others(size(folder / ONNX)))
     built = 0
     if has_tensorrt():
         built = to_build(size(folder / ONNX), request.workspace, _least(free))

@@ -1,1 +1,1 @@
-"""What NVIDIA's libraries are called on this machine, and in what they differ. Loads none of them."""
+"""What NVIDIA's libraries are called on this machine, and how they differ. Loads none of them."""

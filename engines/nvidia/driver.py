@@ -1,4 +1,4 @@
-"""The one seam to CUDA: pycuda where it is, as on a Jetson, else cuda-bindings, which is a wheel."""
+"""The one seam to CUDA: pycuda where it is, as on a Jetson, else cuda-bindings, a wheel."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load() -> Any:
 
 
 def has_driver() -> bool:
-    """Whether a driver may be here. With pycuda only loading it would tell, and that is for later."""
+    """Whether a driver may be here. With pycuda only loading it would tell: that is for later."""
     if find_spec("pycuda") is not None:
         return True
     if not _has_bindings():

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from engines.errors import BadRequest, NoTensorRT
 
 TARGET = r"rtx(:SM\d{2,3}(,SM\d{2,3})*)?"  # what --target and POST /convert take
+Module = Literal["tensorrt", "tensorrt_rtx"]
 TURING = "SM75"  # multiplies no float32 matrices with TensorRT for RTX
 
 
@@ -20,7 +21,7 @@ TURING = "SM75"  # multiplies no float32 matrices with TensorRT for RTX
 class Library:
     """One of the two."""
 
-    module: str  # what Python imports
+    module: Module  # what Python imports
     spoken: str
     names_gpus: bool  # a plan is for the compute capabilities that it was built for, and is built
     # for those of other machines, too, without a GPU. Else: for the one GPU that built it.
@@ -32,16 +33,20 @@ class Library:
     def installed(self) -> bool:
         return find_spec(self.module) is not None
 
+    def must_be_installed(self) -> None:
+        """Raise NoTensorRT where it is not; loads nothing."""
+        if not self.installed:
+            raise NoTensorRT(_NOT_INSTALLED[self.module])
+
     def load(self) -> Any:
         """The module.
 
         Raises:
             NoTensorRT: it is not here, or does not load.
         """
+        self.must_be_installed()
         try:
             return importlib.import_module(self.module)
-        except ModuleNotFoundError:
-            raise NoTensorRT(_NOT_INSTALLED[self.module]) from None
         except (ImportError, OSError) as error:
             raise NoTensorRT(_DOES_NOT_LOAD[self.module].format(error)) from None
 
@@ -57,7 +62,7 @@ RTX = Library(
     times_kernels=False,
     compiles_when_opened=True,
 )
-LIBRARIES = {one.module: one for one in (FULL, RTX)}
+LIBRARIES: dict[Module, Library] = {one.module: one for one in (FULL, RTX)}
 
 _NOT_INSTALLED = {
     FULL.module: "TensorRT's Python bindings are not in this environment: on a Jetson, sudo apt"

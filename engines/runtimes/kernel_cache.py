@@ -1,8 +1,8 @@
 """What TensorRT for RTX makes of a plan for the GPU that is here: kept, so that the next start is
 faster.
 
-It stands in the folder of compiled networks, sealed and pruned with them, and not beside the plan: a
-version never changes, and this belongs to one machine.
+It stands in the folder of compiled networks, sealed and pruned with them, and not in that of the
+version: a version never changes, and this belongs to one machine.
 """
 
 from __future__ import annotations

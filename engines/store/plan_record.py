@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as checked
 from engines.errors import BadBundle, NoTensorRT, Unreadable
 from engines.files import sha256, write_atomically
 from engines.nvidia import driver
-from engines.nvidia.library import FULL, LIBRARIES, RTX, capability, here
+from engines.nvidia.library import FULL, LIBRARIES, RTX, Module, capability, here
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 
 L4T_RELEASE = Path("/etc/nv_tegra_release")  # "# R36 (release), REVISION: 4.0, GCID: ..."
@@ -51,7 +51,7 @@ class Machine:
     compute: str  # "8.7", the compute capability; of a plan for others, all that it is for
     device: str  # "Orin"
     l4t: str | None  # "36.4.0", the release of Jetson Linux; None on other machines
-    library: Literal["tensorrt", "tensorrt_rtx"] = "tensorrt"
+    library: Module = "tensorrt"
 
     @classmethod
     def read(cls) -> Machine:
@@ -61,7 +61,8 @@ class Machine:
             NoTensorRT: the bindings, a library, the driver or a device is missing.
         """
         library = here()
-        trt, cuda = library.load(), driver.load()
+        library.must_be_installed()
+        cuda, trt = driver.load(), library.load()
         try:
             cuda.init()
             device = cuda.Device(0)
@@ -71,7 +72,7 @@ class Machine:
             raise NoTensorRT(
                 f"CUDA finds no GPU to use ({error}): {_NO_GPU[library.module]}"
             ) from None
-        return cls(trt.__version__, f"{major}.{minor}", name, _l4t(), _module(library.module))
+        return cls(trt.__version__, f"{major}.{minor}", name, _l4t(), library.module)
 
     @classmethod
     def of_others(cls, capabilities: tuple[str, ...]) -> Machine:
@@ -81,11 +82,11 @@ class Machine:
             NoTensorRT: TensorRT for RTX is not here.
         """
         version = RTX.load().__version__
-        return cls(version, ",".join(capabilities), "", None, _module(RTX.module))
+        return cls(version, ",".join(capabilities), "", None, RTX.module)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """ "SM86" for "8.6"; of several where it stands for other machines."""
+        """SM86 for 8.6; several where it stands for other machines."""
         return tuple(capability(one) if "." in one else one for one in self.compute.split(","))
 
     @property
@@ -98,29 +99,27 @@ class Machine:
         """The library, and its version."""
         return f"{LIBRARIES[self.library].spoken} {self.tensorrt}"
 
+    @property
+    def _gpus(self) -> str:
+        all_of = " and ".join(self.capabilities)
+        return f"{self.device}, {all_of}" if self.device else f"GPUs of {all_of}"
+
     def differences(self, here: Machine) -> list[str]:
         """In what another machine differs from this one, for which there is a plan."""
         if self.library != here.library:
             return [f"{self.spoken} (here {here.spoken})"]
-        if self.library == "tensorrt_rtx":  # knows GPUs by their capability, and no Jetson
-            version = (
-                [] if self.tensorrt == here.tensorrt else [f"{self.spoken} (here {here.tensorrt})"]
-            )
-            fits = set(here.capabilities) <= set(self.capabilities)
-            gpus = f"GPUs of {' and '.join(self.capabilities)}"
-            there = f"here {here.device}, {' and '.join(here.capabilities)}".replace(
-                "here ,", "here"
-            )
-            return version + ([] if fits else [f"{gpus} ({there})"])
+        if LIBRARIES[self.library].names_gpus:
+            found = []
+            if self.tensorrt != here.tensorrt:
+                found.append(f"{self.spoken} (here {here.tensorrt})")
+            if not set(here.capabilities) <= set(self.capabilities):
+                found.append(f"{self._gpus} (here {here._gpus})")
+            return found
         return [
             f"{spoken} {built or 'of no Jetson'} (here {other or 'no Jetson'})"
             for name, spoken in _SPOKEN.items()
             if (built := getattr(self, name)) != (other := getattr(here, name))
         ]
-
-
-def _module(name: str) -> Literal["tensorrt", "tensorrt_rtx"]:
-    return "tensorrt_rtx" if name == RTX.module else "tensorrt"
 
 
 _NO_GPU = {
@@ -197,9 +196,7 @@ class Fingerprint:
 
     def unused(self, folder: Path, why: str) -> str:
         """That a machine without a GPU has no use for the plan, as a sentence."""
-        made_for = f"{self.machine.spoken}"
-        if self.machine.library == "tensorrt_rtx":
-            made_for += f" and GPUs of {' and '.join(self.machine.capabilities)}"
+        made_for = f"{self.machine.spoken} and {self.machine._gpus}"
         return f"{folder / PLAN} is for {made_for}, and not used here: {why} OpenVINO runs {ONNX}."
 
     def _written(self) -> dict[str, Any]:

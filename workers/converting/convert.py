@@ -319,8 +319,8 @@ def _about_no_plan() -> str:
     how = "OpenVINO runs model.onnx as it is; the same command on the Jetson makes the plan."
     if here() is RTX:
         return (
-            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as it"
-            " is; --target rtx makes a plan for PCs with an RTX card."
+            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as"
+            " it is; --target rtx makes a plan for PCs with an RTX card."
         )
     if not FULL.installed and not L4T_RELEASE.exists():
         return f"no model.plan: TensorRT is not on this machine. {how}"

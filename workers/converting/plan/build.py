@@ -1,10 +1,11 @@
 """model.onnx -> model.plan, on the machine that will serve it, or for others. No torch in here.
 
-One way for TensorRT 10.3 to 11.4 and for TensorRT for RTX: a strongly typed network, so half precision and int8 stand in the
-graph and nowhere else. TF32 is off: it would round the distances in a memory bank, which must stay
-in float32. A plan is refittable, so that a retraining need not build it again, and no plan is kept
-whose scores of real images are not those of the graph: where there is no GPU to score them with, the
-record says so, and the machine that serves compares them.
+One way for TensorRT 10.3 to 11.4 and for TensorRT for RTX: a strongly typed network, so half
+precision and int8 stand in the graph and nowhere else. TF32 is off: it would round the distances in
+a memory bank, which must stay in float32. A plan is refittable, where the library can refit one, so
+that a retraining need not build it again, and no plan is kept whose scores of real images are not
+those of the graph: where there is no GPU to score them with, the record says so, and the machine
+that serves compares them.
 
 Only loaded where TensorRT is: see `engines.store.plan_record.Machine`.
 """
@@ -32,11 +33,11 @@ from engines.machine.memory import MIB, free_bytes, total_bytes
 from engines.meta import Meta
 from engines.nvidia import driver
 from engines.nvidia.library import TURING, here
+from engines.serving.parity import compare_in
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import Fingerprint, Machine, Precision
 from workers.converting.graphs import difference
-from engines.serving.parity import compare_in
 from workers.converting.plan.build_progress import Monitor
 from workers.converting.plan.scores import Scores, score_images
 from workers.converting.plan.tensorrt_log import (

@@ -6,13 +6,14 @@ Only loaded where TensorRT is, by `workers.converting.plan.build`.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from engines.errors import BuildFailed, KensaError, OutOfMemory
 from engines.machine.memory import MIB
 from engines.nvidia.library import TURING, here
 
 LIBRARY = here()
-trt = LIBRARY.load()
+trt: Any = LIBRARY.load()
 
 LINES = 200  # of TensorRT's log that are kept
 
@@ -24,7 +25,7 @@ class Log(trt.ILogger):  # type: ignore[misc]  # a class of bindings without typ
         trt.ILogger.__init__(self)
         self.lines: list[str] = []
 
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+    def log(self, severity: Any, msg: str) -> None:
         if severity <= trt.ILogger.WARNING and len(self.lines) < LINES:
             self.lines.append(msg)
 
