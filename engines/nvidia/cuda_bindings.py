@@ -46,8 +46,10 @@ def no_driver() -> str | None:
     """Why there is no driver, None where there is one. Begins nothing."""
     try:
         _call("cuDriverGetVersion")
-    except (Error, RuntimeError) as error:  # the package's own, where it finds no libcuda
-        return str(error).rstrip(".")
+    except RuntimeError:  # the package's own, where it finds no library
+        return "there is no libcuda.so.1"
+    except Error as error:
+        return str(error)
     return None
 
 

@@ -12,6 +12,10 @@ _NO_DRIVER = (
     "The CUDA driver is not to be found ({}): a container must be started with --runtime nvidia;"
     " outside of one, install the driver (a Jetson comes with it)."
 )
+_NO_DRIVER_OF_A_PC = (
+    "NVIDIA's driver is not to be found ({}): on a PC with an RTX card install it, and start a"
+    " container with --gpus all."
+)
 
 
 def is_installed() -> bool:
@@ -41,7 +45,7 @@ def load() -> Any:
     from engines.nvidia import cuda_bindings
 
     if problem := cuda_bindings.no_driver():
-        raise NoTensorRT(_NO_DRIVER.format(problem))
+        raise NoTensorRT((_NO_DRIVER if here() is FULL else _NO_DRIVER_OF_A_PC).format(problem))
     return cuda_bindings
 
 

@@ -100,8 +100,13 @@ class Machine:
         return f"{LIBRARIES[self.library].spoken} {self.tensorrt}"
 
     @property
+    def made_for(self) -> str:
+        """What its plans need: the library and the GPU."""
+        return f"{self.spoken} and {self._gpus}"
+
+    @property
     def _gpus(self) -> str:
-        all_of = " and ".join(self.capabilities)
+        all_of = ", ".join(self.capabilities)
         return f"{self.device}, {all_of}" if self.device else f"GPUs of {all_of}"
 
     def differences(self, here: Machine) -> list[str]:
@@ -196,7 +201,7 @@ class Fingerprint:
 
     def unused(self, folder: Path, why: str) -> str:
         """That a machine without a GPU has no use for the plan, as a sentence."""
-        made_for = f"{self.machine.spoken} and {self.machine._gpus}"
+        made_for = self.machine.made_for
         return f"{folder / PLAN} is for {made_for}, and not used here: {why} OpenVINO runs {ONNX}."
 
     def _written(self) -> dict[str, Any]:

@@ -228,7 +228,8 @@ class _Making:
         if found is None:
             return f"{before / PLAN} has no record of what it was built for."
         if (stale := found.stale(before, self.machine)) is not None:
-            return stale
+            elsewhere = f"the one before was built for {found.machine.made_for}."
+            return elsewhere if self.machine.elsewhere else stale
         wanted = self.wanted
         if found.precision != wanted.precision:
             return f"the one before is in {found.precision}, not {wanted.precision}."
