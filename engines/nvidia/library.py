@@ -47,6 +47,8 @@ class Library:
         self.must_be_installed()
         try:
             return importlib.import_module(self.module)
+        except ModuleNotFoundError:
+            raise NoTensorRT(_NOT_INSTALLED[self.module]) from None
         except (ImportError, OSError) as error:
             raise NoTensorRT(_DOES_NOT_LOAD[self.module].format(error)) from None
 
