@@ -1,8 +1,8 @@
 """A double of TensorRT for RTX, made of that of TensorRT 11.4: what differs is added here.
 
-A plan is for the capabilities that its configuration names; kernels are made when a context first
-executes a shape, unless its runtime cache has them, and `gpu.counts["kernels"]` counts those. A cache
-is read only where a context is current, as the real docstring says.
+A plan is for the capabilities that its configuration names. Kernels are made when a context first
+executes a shape, unless its runtime cache has them; `gpu.counts["kernels"]` counts them. A cache is
+read only where a context is current, as the real docstring says.
 """
 
 import os
@@ -14,12 +14,12 @@ _OF = Path(__file__).parents[2] / "tensorrt"
 __path__ = [str(_OF)]
 exec(compile((_OF / "__init__.py").read_text(), str(_OF / "__init__.py"), "exec"), globals())
 
-from double_gpu import gpu
+from double_gpu import gpu  # noqa: E402
 
-from ._build import Builder, IBuilderConfig
-from ._core import IHostMemory
-from ._names import enum
-from ._run import ICudaEngine, IExecutionContext
+from ._build import Builder, IBuilderConfig  # noqa: E402
+from ._core import IHostMemory  # noqa: E402
+from ._names import enum  # noqa: E402
+from ._run import ICudaEngine, IExecutionContext  # noqa: E402
 
 __version__ = "1.7.1.116"
 ComputeCapability = enum(
@@ -59,7 +59,9 @@ _build = Builder._build
 
 def _for_capabilities(self, net, config, *rest):
     made = _build(self, net, config, *rest)
-    named = [one for one in getattr(config, "_capabilities", []) if one != ComputeCapability.CURRENT]
+    named = [
+        one for one in getattr(config, "_capabilities", []) if one != ComputeCapability.CURRENT
+    ]
     here = ComputeCapability(int("{}{}".format(*gpu.model.compute)))
     if not named or here in named:
         return made

@@ -1,6 +1,6 @@
 """A double of cuda.bindings.driver (13.5): functions of the driver that give (CUresult, ...).
 
-Names, arguments and their order are those of the package; tests/engines/nvidia compares them with it
+Names and arguments are those of the package; tests/engines/nvidia compares them with it
 where it is installed. What they do is done by `double_gpu`, as for pycuda's double. Here nothing
 belongs to a thread: what wants a context wants one that is current.
 """
@@ -68,7 +68,9 @@ def _result(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*arguments: Any) -> tuple[Any, ...]:
         if missing("libcuda"):
-            raise RuntimeError('"cuda" is an NVIDIA driver library and can only be found via system')
+            raise RuntimeError(
+                '"cuda" is an NVIDIA driver library and can only be found via system'
+            )
         try:
             found = function(*arguments)
         except Fault as fault:
