@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from engines.errors import BadRequest, NoTensorRT
 
+ANY_RTX = "rtx"  # the target that names no GPU
 TARGET = r"rtx(:SM\d{2,3}(,SM\d{2,3})*)?"  # what --target and POST /convert take
 Module = Literal["tensorrt", "tensorrt_rtx"]
 TURING = "SM75"  # multiplies no float32 matrices with TensorRT for RTX
@@ -91,6 +92,11 @@ def here() -> Library:
     return RTX if RTX.installed and not FULL.installed else FULL
 
 
+def builds_for_others() -> bool:
+    """Whether plans for GPUs of other machines can be built in this environment."""
+    return here() is RTX
+
+
 def why() -> str:
     """Which of the two is taken, and why, as a sentence."""
     if not FULL.installed and not RTX.installed:
@@ -120,6 +126,11 @@ def possible() -> tuple[str, ...]:
     return tuple(name for name in members if name.startswith("SM"))
 
 
+def target_of(gpus: list[str] | None) -> str | None:
+    """The target that names these capabilities."""
+    return f"{ANY_RTX}:{','.join(gpus)}" if gpus else None
+
+
 def capabilities_of(target: str) -> tuple[str, ...] | None:
     """Those that a target names, rising and each once; None where it names none.
 
@@ -128,7 +139,7 @@ def capabilities_of(target: str) -> tuple[str, ...] | None:
         BadRequest: the target is none, or the library does not know one of them.
     """
     kind, _, named = target.partition(":")
-    if kind != "rtx" or (not named and ":" in target):
+    if kind != ANY_RTX or (not named and ":" in target):
         raise BadRequest(f"{target} is no target: rtx, or rtx:SM86, or rtx:SM86,SM120.")
     if FULL.installed:
         raise NoTensorRT(

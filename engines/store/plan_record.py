@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as checked
 from engines.errors import BadBundle, NoTensorRT, Unreadable
 from engines.files import sha256, write_atomically
 from engines.nvidia import driver
-from engines.nvidia.library import FULL, LIBRARIES, RTX, Module, capability, here
+from engines.nvidia.library import FULL, LIBRARIES, RTX, Module, builds_for_others, capability, here
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 
 L4T_RELEASE = Path("/etc/nv_tegra_release")  # "# R36 (release), REVISION: 4.0, GCID: ..."
@@ -40,7 +40,7 @@ def has_tensorrt() -> bool:
 
 def builds_plans() -> bool:
     """Whether this machine may build plans, be it for GPUs of other machines alone."""
-    return has_tensorrt() or (RTX.installed and not FULL.installed)
+    return has_tensorrt() or builds_for_others()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
-from engines.nvidia.library import FULL, RTX, here
+from engines.nvidia.library import ANY_RTX, FULL, RTX, here
 from engines.regions import Regions
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import (
@@ -39,7 +39,6 @@ from engines.store.regions import REGIONS, read_regions, write_regions
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
 from workers.converting.plan.rebuild import (
-    ANY_RTX,
     DLA_IS_NOT_FOR_FLOAT32,
     UNPROVED,
     builder_for,

@@ -20,6 +20,7 @@ from engines.image import ImageLimits
 from engines.logs import FORMAT, set_up
 from engines.machine import job_memory
 from engines.meta import Meta
+from engines.nvidia.library import builds_for_others, target_of
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import (
@@ -30,6 +31,7 @@ from engines.queue.job_requests import (
 )
 from engines.queue.protocol import RUNNING, job_of, training_of
 from engines.store.bundle import ONNX, PLAN, read_report, read_strange
+from engines.store.plan_record import has_tensorrt
 from engines.store.shared import Shared
 from engines.store.versions import META, Store
 from workers.commands import hush_libraries
@@ -431,6 +433,8 @@ def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]
         how |= {"int8": True, "data_root": data / "datasets", "category": category}
     if plan:
         how |= {"workspace": plan["workspace_mib"], "use_dla": plan["dla"]}
+        if not has_tensorrt() and builds_for_others():  # which serves nobody with it
+            how["target"] = target_of(plan.get("gpus"))
     return how
 
 

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, BadRequest
 from engines.files import sha256
 from engines.image import resize
-from engines.nvidia.library import RTX, capabilities_of, here, possible
+from engines.nvidia.library import ANY_RTX, RTX, capabilities_of, here, possible
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle, write_report
 from engines.store.golden import Golden
 from engines.store.plan_record import Machine, Precision
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
-ANY_RTX = "rtx"  # the target that names no GPU
 UNPROVED = (
     "the plan is for GPUs of other machines: the one that serves compares its scores with the"
     " golden images before it counts"
