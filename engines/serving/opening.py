@@ -18,8 +18,8 @@ from engines.machine.memory import MIB, Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs, unpacked
 from engines.meta import Meta
 from engines.runtimes import Runtime, look_past_regions
+from engines.runtimes.plan_proof import prove
 from engines.serving.batch_trial import choose_batches
-from engines.serving.plan_proof import prove
 from engines.serving.resident import Resident
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
 from engines.store.onnx_weights import check_weights

@@ -18,7 +18,7 @@ from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.runtimes import openvino
 from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
-from engines.serving.parity import HALF_LIMIT, compare, compare_in
+from engines.runtimes.parity import HALF_LIMIT, compare, compare_in
 from engines.store.plan_record import Precision
 from workers.converting.graphs import FLOATS
 

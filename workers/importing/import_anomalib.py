@@ -16,7 +16,7 @@ from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Kind, Meta
-from engines.serving.parity import FLOAT32_LIMIT
+from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
 from engines.store.known_scores import KnownScores

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.runtimes.openvino import choose_precision, cpu_has_bf16
-from engines.serving.parity import FLOAT32_LIMIT, HALF_LIMIT
+from engines.runtimes.parity import FLOAT32_LIMIT, HALF_LIMIT
 from engines.store.bundle import Bundle, read_bank
 from engines.store.golden import EACH, GOLDEN, Golden
 from support.project import PATCHCORE

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle
 from engines.meta import Meta
-from engines.serving.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
+from engines.runtimes.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
 from engines.store.plan_record import Machine
 from support.double import BUILDING, doubled
 from support.progress import Heard

@@ -32,7 +32,7 @@ from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.serving.parity import FLOAT32_LIMIT
+from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import Bundle
 from engines.verdict import Scale, judge
 from support.project import ROOT

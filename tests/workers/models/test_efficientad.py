@@ -19,7 +19,7 @@ from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.serving.parity import FLOAT32_LIMIT
+from engines.runtimes.parity import FLOAT32_LIMIT
 from support.progress import Said
 from workers.converting.export import Opset, export_onnx, parity
 from workers.models import Training, efficientad, efficientad_weights

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.image import resize
 from engines.meta import Meta
-from engines.serving.parity import FLOAT32_LIMIT
+from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import write_bank
 from support.project import PATCHCORE
 from workers.converting.export import Opset, export_onnx, parity

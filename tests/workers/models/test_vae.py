@@ -18,7 +18,7 @@ from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.image import resize
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.serving.parity import FLOAT32_LIMIT, HALF_LIMIT
+from engines.runtimes.parity import FLOAT32_LIMIT, HALF_LIMIT
 from support.project import ROOT
 from workers.converting.export import Opset, export_onnx, parity
 from workers.models import Training, vae

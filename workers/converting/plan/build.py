@@ -33,7 +33,7 @@ from engines.machine.memory import MIB, free_bytes, total_bytes
 from engines.meta import Meta
 from engines.nvidia import driver
 from engines.nvidia.library import TURING, here
-from engines.serving.parity import compare_in
+from engines.runtimes.parity import compare_in
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import Fingerprint, Machine, Precision

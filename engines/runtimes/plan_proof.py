@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.errors import StalePlan
 from engines.image import resize
 from engines.runtimes import Runtime
-from engines.serving.parity import compare_in
+from engines.runtimes.parity import compare_in
 from engines.store.bundle import Bundle
 from engines.store.golden import Golden
 from engines.store.plan_record import Precision

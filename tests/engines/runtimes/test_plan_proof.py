@@ -117,7 +117,7 @@ def test_where_nobody_knows_the_scores_it_is_said(
     folder = for_others(tmp_path, "rtx:SM89")
     (folder / "golden.npz").unlink()
     seal(folder)
-    monkeypatch.setattr("engines.serving.plan_proof.find_spec", lambda name: None)
+    monkeypatch.setattr("engines.runtimes.plan_proof.find_spec", lambda name: None)
     model = opened(folder)
     assert "Nobody knows the scores" in caplog.text
     model.runtime.close()
