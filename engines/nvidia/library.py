@@ -98,9 +98,9 @@ def builds_for_others() -> bool:
 
 
 def why() -> str:
-    """Which of the two is taken, and why, as a sentence."""
+    """Which of the two is taken, and why, as a sentence; none where neither is installed."""
     if not FULL.installed and not RTX.installed:
-        return "Neither TensorRT nor TensorRT for RTX is in this environment."
+        return ""
     if FULL.installed and RTX.installed:
         return (
             "TensorRT is taken, because it is in this environment; TensorRT for RTX is here as well"

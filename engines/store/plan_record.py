@@ -100,9 +100,15 @@ class Machine:
         return f"{LIBRARIES[self.library].spoken} {self.tensorrt}"
 
     @property
+    def version(self) -> str:
+        """The version of the library; with the library's name where it is not TensorRT itself."""
+        return self.tensorrt if self.library == FULL.module else self.spoken
+
+    @property
     def made_for(self) -> str:
-        """What its plans need: the library and the GPU."""
-        return f"{self.spoken} and {self._gpus}"
+        """What its plans need: the library, and the GPU where the library names GPUs."""
+        named = LIBRARIES[self.library].names_gpus
+        return f"{self.spoken} and {self._gpus}" if named else self.spoken
 
     @property
     def _gpus(self) -> str:

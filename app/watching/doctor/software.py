@@ -45,7 +45,9 @@ def software_facts(
 
         bf16 = "with" if cpu_has_bf16() else "without"
         yield "OpenVINO", f"{metadata.version('openvino')}, a CPU {bf16} bf16"
-    yield "TensorRT", f"{tensorrt.spoken}. {why()}" if tensorrt else f"does not run here. {why()}"
+    yield "TensorRT", tensorrt.version if tensorrt else "does not run here"
+    if reason := why():
+        yield "of the two", reason
     cuda = re.search(
         r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([\d.]+)"',
         read_text(root / "usr/local/cuda/version.json") or "",

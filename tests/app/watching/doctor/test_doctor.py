@@ -234,7 +234,7 @@ def test_a_jetson_whose_tensorrt_does_not_run_is_told_why(
 
 
 def test_bindings_that_an_environment_does_not_see_are_found(
-    nano: Path, settings: Settings
+    nano: Path, settings: Settings, no_rtx: None
 ) -> None:
     ours = f"python3.{sys.version_info[1]}"
     place = nano / "usr/lib" / ours / "dist-packages/tensorrt"
@@ -271,7 +271,9 @@ def test_a_user_who_may_not_open_the_gpu_is_told_how(
     assert "usermod -aG video,render" in typed(report, "may not open /dev/nvmap")
 
 
-def test_where_tensorrt_is_asked_for_it_must_run(tmp_path: Path, settings: Settings) -> None:
+def test_where_tensorrt_is_asked_for_it_must_run(
+    tmp_path: Path, settings: Settings, no_rtx: None
+) -> None:
     wanted = settings.model_copy(update={"runtime": "tensorrt"})
     report = examine(wanted, tmp_path / "no such root")
     assert len(wrong(report)) == 1
