@@ -84,6 +84,8 @@ def doubled(
         sys.modules["double_gpu"].gpu.stack().clear()  # pycuda would end the process
         _forget(users)
         sys.modules.update(modules)
+        if KEEPS in modules:
+            _set_in_its_package(modules[KEEPS])
         for name, value in kept.items():
             os.environ.pop(name)
             if value is not None:
@@ -103,7 +105,17 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def _set_in_its_package(module: ModuleType | None) -> None:
+    """A package has its modules as attributes, where `from package import module` looks first."""
+    package, _, name = KEEPS.rpartition(".")
+    if module is not None:
+        setattr(sys.modules[package], name, module)
+    elif package in sys.modules:
+        vars(sys.modules[package]).pop(name, None)
+
+
 def _forget(users: tuple[str, ...]) -> dict[str, ModuleType]:
     """Take the modules away, so that the next import makes new ones."""
+    _set_in_its_package(None)
     names = [name for name in sys.modules if name.split(".")[0] in OURS or name in (*users, KEEPS)]
     return {name: sys.modules.pop(name) for name in names}

@@ -587,7 +587,7 @@ def test_requests_that_contradict_themselves_are_refused(
 
 
 def test_a_machine_that_cannot_learn_has_a_worker_where_it_can_build(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, no_rtx: None
 ) -> None:
     from app.jobs import worker_process as worker
 
