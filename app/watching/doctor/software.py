@@ -18,7 +18,7 @@ from engines.errors import NoTensorRT
 from engines.machine import backbones
 from engines.machine.memory import Gpu
 from engines.machine.sensors import read_text
-from engines.nvidia.library import FULL, why
+from engines.nvidia.library import FULL, builds_for_others, why
 from engines.store.plan_record import Machine
 
 NODES = ("nvmap", "nvhost-gpu", "nvgpu/igpu0/ctrl", "nvidia0")  # of a GPU, below /dev
@@ -47,7 +47,8 @@ def software_facts(
         yield "OpenVINO", f"{metadata.version('openvino')}, a CPU {bf16} bf16"
     yield "TensorRT", tensorrt.version if tensorrt else "does not run here"
     if reason := why():
-        yield "of the two", reason
+        alone = " Without a GPU it builds plans for those of other machines." * (not tensorrt)
+        yield "of the two", reason + (alone if builds_for_others() else "")
     cuda = re.search(
         r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([\d.]+)"',
         read_text(root / "usr/local/cuda/version.json") or "",

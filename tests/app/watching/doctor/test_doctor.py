@@ -22,7 +22,7 @@ from engines.machine.memory import MIB
 from engines.store import plan_record as plan
 from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import Store
-from support.double import doubled, environment
+from support.double import RTX, doubled, environment
 from support.jetson import ORIN, laid_down
 from support.project import ROOT
 from support.site_packages import lay_down, lay_down_metadata
@@ -110,6 +110,28 @@ def test_a_pc_without_a_gpu_lacks_nothing(tmp_path: Path, settings: Settings) ->
     assert wrong(report) == notes(report) == []
     assert report.facts["software"]["TensorRT"] == "does not run here"
     assert "DLA cores" not in report.facts["machine"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "library", "reason"),
+    [
+        ("", "TensorRT for RTX 1.7.1.116", "because TensorRT itself is not in this environment."),
+        ("libcuda", "does not run here", "Without a GPU it builds plans for those of other"),
+    ],
+    ids=["with a card", "without"],
+)
+def test_a_pc_says_which_tensorrt_it_has_and_why(
+    missing: str, library: str, reason: str, tmp_path: Path, settings: Settings
+) -> None:
+    with doubled(RTX, "rtx", KENSA_DOUBLE_MISSING=missing):
+        report = examine(settings, tmp_path / "no such root")
+        _give_back()
+    software = report.facts["software"]
+    assert software["TensorRT"] == library
+    assert software["of the two"].startswith("TensorRT for RTX is taken")
+    assert reason in software["of the two"]
+    assert ("GPU" in software) is (not missing)
+    assert wrong(report) == []
 
 
 # Pretrained backbones
