@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines.errors import StalePlan
+from engines.errors import BadBundle, StalePlan
 from engines.files import sha256
+from engines.meta import Meta
 from engines.runtimes import cuda
 from engines.serving.opening import Opening, memory_needed, open_model
 from engines.serving.resident import Resident
-from engines.store.bundle import PLAN, write_report
+from engines.store.bundle import ONNX, PLAN, write_report
 from engines.store.golden import Golden
-from engines.store.plan_record import Fingerprint
+from engines.store.plan_record import Fingerprint, Machine
 from support.double import BUILDING, RTX, Double, doubled
 from support.plans import SIDE, seal, tiny_bank, tiny_bundle, tiny_score
 from support.progress import Heard
@@ -50,8 +52,6 @@ def for_others(folder: Path, target: str, bank: NDArray[np.float32] | None = BAN
 
 
 def seal_all(folder: Path) -> None:
-    from engines.meta import Meta
-
     meta = Meta.read(folder / "meta.json")
     there = [path for path in folder.iterdir() if path.name != "meta.json"]
     meta.with_(files={path.name: sha256(path) for path in there}).write(folder / "meta.json")
@@ -144,6 +144,29 @@ def test_a_plan_for_this_machine_is_proved_where_it_is_built(pc: Double, tmp_pat
     model = opened(tmp_path / "own")
     assert model.runtime.name == "tensorrt"
     model.runtime.close()
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+def test_a_conversion_keeps_a_plan_for_others_only_once_it_was_proved(
+    right: bool, pc: Double, tmp_path: Path
+) -> None:
+    before, folder = for_others(tmp_path, "rtx:SM86,SM89"), tmp_path / "folder"
+    folder.mkdir()
+    shutil.copyfile(before / ONNX, folder / ONNX)
+    build = importlib.import_module("workers.converting.plan.build")
+    scores = np.float32([tiny_score(image, BANK) for image in parts()])
+    meta = Meta.read(before / "meta.json")
+    wanted = build.Wanted(meta, "f32", 64, False, BANK, parts(), scores if right else scores * 2)
+    if not right:
+        with pytest.raises(BadBundle, match="does not agree"):
+            build.make_plan(folder, Machine.read(), wanted, before, Heard())
+        assert pc.gpu.counts["builds"] == 2  # that for others, and another one for this card
+        return
+    report = build.make_plan(folder, Machine.read(), wanted, before, Heard())
+    assert (report["how"], report["proved"], report["gpus"]) == ("kept", True, ["SM86", "SM89"])
+    record = Fingerprint.read(folder)
+    assert record is not None
+    assert (record.proved, record.machine.elsewhere) == (True, True)
 
 
 def test_kernels_are_made_when_it_is_opened_and_kept_for_the_next_time(

@@ -172,6 +172,7 @@ class _Making:
     wanted: Wanted
     progress: Progress
     stop: threading.Event
+    kept_for: Machine | None = None  # what a plan that is kept was built for: perhaps more GPUs
     began: float = field(default_factory=time.perf_counter)
 
     def make(self, before: Path | None) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class _Making:
         why = self._unlike(before)
         if why is None and sha256(before / ONNX) == sha256(self.folder / ONNX):
             shutil.copyfile(before / PLAN, self.folder / PLAN)
-            self.machine = self._built_for(before)  # perhaps for other GPUs as well
+            self.kept_for = self._built_for(before)
             return "kept", None
         if why is None and not LIBRARY.refits:
             why = f"{LIBRARY.spoken} gives no new weights to a plan."
@@ -284,6 +285,7 @@ class _Making:
     def _build(self, refittable: bool) -> None:
         log = logger()
         log.lines.clear()
+        self.kept_for = None
         free, total = self._memory()
         builder = trt.Builder(log)
         strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -434,7 +436,8 @@ class _Making:
 
     def _record(self, plan: bytes, **of: Any) -> None:
         onnx, sha = sha256(self.folder / ONNX), hashlib.sha256(plan).hexdigest()
-        Fingerprint(self.machine, onnx, sha, self.wanted.precision, **of).write(self.folder)
+        machine = self.kept_for or self.machine
+        Fingerprint(machine, onnx, sha, self.wanted.precision, **of).write(self.folder)
 
     def _report(self, agreement: dict[str, Any]) -> dict[str, Any]:
         """What report.json says of the plan, by its record."""
