@@ -60,9 +60,7 @@ def main(
     began = time.perf_counter()
     log, monitor = Log(), Monitor(cancel_at)
     builder = trt.Builder(log)
-    network = builder.create_network(
-        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    )
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph.read_bytes()):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]

@@ -82,5 +82,5 @@ def write(kind: Kind, path: Path) -> int:
 def _bank(model: Any, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     with torch.inference_mode():
         patches = model.embed(torch.from_numpy(pictures))[0].flatten(0, 1)
-    found: NDArray[np.float32] = patches[: ROWS].numpy().copy()
+    found: NDArray[np.float32] = patches[:ROWS].numpy().copy()
     return found
