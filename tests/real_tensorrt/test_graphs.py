@@ -19,7 +19,7 @@ from benchmarks.builds import EVERY, KINDS, LAYERS, OPSETS, PRECISIONS, Graph, b
 from benchmarks.one_build import WORKSPACE
 from engines.files import sha256
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
-from engines.store.plan_record import Fingerprint
+from engines.store.plan_record import Fingerprint, Precision
 from workers import models
 
 pytestmark = pytest.mark.skipif(
@@ -104,6 +104,20 @@ def test_the_real_parser_and_builder_take_the_graph(graph: Graph, written: Writt
 
 def test_one_plan_is_for_gpus_of_several_generations(written: Written) -> None:
     assert_built(ONE, written(ONE), "SM80,SM86,SM89,SM120")
+
+
+@pytest.mark.parametrize("precision", ["f16", "int8"])
+def test_a_turing_card_takes_a_graph_that_multiplies_no_float32_matrices(
+    precision: Precision, written: Written
+) -> None:
+    graph = Graph("vae", None, precision, 17, SMALL)  # in int8 its matrices stay in float32
+    folder = written(graph)
+    if precision == "f16":
+        assert_built(graph, folder, "SM75")
+        return
+    found = build(graph, folder, "SM75")
+    assert "cannot run this graph on a Turing card (SM75)" in found["error"]
+    assert not (folder / PLAN).exists()
 
 
 def test_a_build_that_is_interrupted_ends_at_once_and_leaves_no_plan(written: Written) -> None:

@@ -434,6 +434,29 @@ def test_an_int8_that_would_be_refused_leaves_some_in_float32_and_keeps_the_boun
     assert f"float32      {left[0]}" in summary
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "photos"), [("patchcore", "alien"), ("padim", "hazelnut_toy")])
+def test_photos_score_within_4_percent_in_int8_and_no_verdict_changes(
+    assets: Path, tmp_path: Path, kind: str, photos: str
+) -> None:
+    """What docs/commands.md says of its figures."""
+    meta = tmp_path / "meta.json"
+    known = {
+        "patchcore": {"layers": ["layer2", "layer3"], "coreset_ratio": 0.25},
+        "padim": {"layers": ["layer1", "layer2", "layer3"], "n_features": 100},
+    }
+    size = {"image_size": 256, "backbone": "resnet18"}
+    meta.write_text(json.dumps({"model": kind, **size, **known[kind]}))
+    weights, trained = assets / "weights" / "resnet18.safetensors", tmp_path / "trained"
+    retrain(Retrain(kind, photos, assets / "data", trained, meta, str(weights)), QUIET)
+    wanted = request(trained, tmp_path / "engine", int8=True, data_root=assets / "data")
+    report = convert(replace(wanted, category=photos), QUIET)
+    for name in ("onnx", "openvino_f32"):
+        assert report["parity"][name]["max_relative"] < 0.04
+        assert report["parity"][name]["flips"] == 0
+    assert report["int8"]["share"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
