@@ -19,7 +19,7 @@ from engines.errors import BadBundle
 from engines.image import ImageLimits
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.serving.parity import INT8_LIMIT, compare, compare_in
+from engines.runtimes.parity import INT8_LIMIT, compare, compare_in
 from workers.converting.export import agreement, plain_scores
 from workers.converting.quantise import convolutions, measure, quantise
 from workers.learning.dataset import Category, Images

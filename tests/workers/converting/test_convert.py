@@ -33,7 +33,6 @@ from engines.queue.job_requests import ConvertRequest
 from engines.queue.protocol import PACE
 from engines.runtimes import parity
 from engines.runtimes.openvino import OpenVINORuntime
-from engines.serving import parity
 from engines.store import plan_record as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
 from engines.store.golden import GOLDEN, Golden
