@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,10 @@ from benchmarks.one_build import WORKSPACE
 from engines.files import sha256
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 from engines.store.plan_record import Fingerprint, Precision
+from support.real_rtx import needs_rtx
 from workers import models
 
-pytestmark = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None,
-    reason="TensorRT for RTX is not here: pip install '.[dev]' brings it on x86-64 Linux alone",
-)
+pytestmark = needs_rtx
 
 SMALL = 64  # pixels: operators are the same, and exporting takes a tenth of the time
 SHORT = [
