@@ -64,6 +64,11 @@ class Graph:
         return "-".join(word for word in words if word)
 
     @property
+    def called(self) -> str:
+        """What it is of."""
+        return " ".join(word for word in (self.kind, self.backbone) if word)
+
+    @property
     def meta(self) -> Meta:
         from engines.meta import Meta
 
@@ -96,36 +101,55 @@ def main() -> None:
     if find_spec("tensorrt_rtx") is None:
         sys.exit("TensorRT for RTX is not here: pip install '.[rtx]' first.")
     print_machine(["tensorrt-rtx-cu13", "onnx", "torch"])
-    rows = []
+    builds: dict[tuple[str, str], list[_Build]] = {}
     with tempfile.TemporaryDirectory() as place:
         for graph in [one for one in EVERY if any(word in str(one) for word in flags.only)]:
-            for gpu in flags.gpus:
-                folder = Path(place) / "graph"
-                with phase(f"{graph} for {gpu}"):
-                    rows.append(_row(graph, gpu, folder))
-    head = ["graph", "opset", "precision", "GPU", "model.onnx MB", "model.plan MB", "build s",
-            "memory MiB"]  # fmt: skip
-    print_table(f"{sum(row[-2] != 'refused' for row in rows)} of {len(rows)} build", head, rows)
+            with phase(str(graph)):
+                made = _built(graph, Path(place), flags.gpus)
+            builds.setdefault((graph.called, graph.precision), []).extend(made)
+    each = [one for made in builds.values() for one in made]
+    columns = list(dict.fromkeys(one.column for one in each))
+    head = ["graph", "precision", "model.onnx MB", "model.plan MB", *columns, "memory MiB"]
+    rows = [[*key, *_cells(made, columns)] for key, made in builds.items()]
+    whole = sum(one.plan > 0 for one in each)
+    print_table(f"{whole} of {len(each)} are built; seconds by opset and GPU", head, rows)
     print_load("after")
 
 
-def _row(graph: Graph, gpu: str, folder: Path) -> list[str]:
-    if not (folder / "graph").is_file() or (folder / "graph").read_text() != str(graph):
-        write(graph, folder)
-        (folder / "graph").write_text(str(graph))
-    found = build(graph, folder, gpu)
-    if "error" in found:
-        print(f"\n{graph}, {gpu}: {found['error']}", file=sys.stderr)
-    made = "how" in found
+@dataclass(frozen=True)
+class _Build:
+    column: str  # opset and GPU
+    onnx: float  # MB
+    plan: float  # MB, 0 where it was refused
+    seconds: float
+    peak_mib: float
+
+
+def _built(graph: Graph, folder: Path, gpus: list[str]) -> list[_Build]:
+    write(graph, folder)
+    onnx, plan = folder / "model.onnx", folder / "model.plan"
+    builds = []
+    for gpu in gpus:
+        plan.unlink(missing_ok=True)
+        found = build(graph, folder, gpu)
+        if "error" in found:
+            print(f"\n{graph}, {gpu}: {found['error']}", file=sys.stderr)
+        size = plan.stat().st_size / 1e6 if plan.is_file() else 0
+        took, peak = found.get("seconds", 0), found["peak_mib"]
+        column = f"{graph.opset} {gpu}"
+        builds.append(_Build(column, onnx.stat().st_size / 1e6, size, took, peak))
+    return builds
+
+
+def _cells(made: list[_Build], columns: list[str]) -> list[str]:
+    taken = {one.column: f"{one.seconds:.1f}" if one.plan else "refused" for one in made}
+    plans = [one.plan for one in made if one.plan] or [0.0]
+    least, most = (f"{of(plans):.1f}" for of in (min, max))
     return [
-        " ".join(word for word in (graph.kind, graph.backbone) if word),
-        str(graph.opset),
-        graph.precision,
-        gpu,
-        f"{(folder / 'model.onnx').stat().st_size / 1e6:.1f}",
-        f"{(folder / 'model.plan').stat().st_size / 1e6:.1f}" if made else "",
-        f"{found['seconds']:.1f}" if made else "refused",
-        f"{found['peak_mib']:.0f}",
+        f"{made[0].onnx:.1f}",
+        least if least == most else f"{least} to {most}",
+        *(taken.get(column, "") for column in columns),
+        f"{max(one.peak_mib for one in made):.0f}",
     ]
 
 
