@@ -243,11 +243,15 @@ def summarise_conversion(report: dict[str, Any], out_dir: Path) -> list[str]:
 def _int8_lines(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
-    lines = [f"int8         {found['convolutions']} convolutions, ranges from {found['ranges']}"]
+    lines = [
+        f"int8         {found['convolutions']} of {found['of']} convolutions"
+        f" ({100 * found['share']:.0f} % of their multiplications), ranges from {found['ranges']}",
+        *(f"float32      {name}" for name in found["float32"]),
+    ]
     if auroc := found.get("auroc"):
         lines.append(
             f"measured     AUROC {auroc['int8']:.4f} in int8, {auroc['float32']:.4f} in float32,"
-            f" over {auroc['images']} test images"
+            f" over {auroc['images']} test images, of which {auroc['flips']} verdicts flip"
         )
     return lines
 

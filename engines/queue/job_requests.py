@@ -213,7 +213,7 @@ class ConvertRequest(VersionRequest):
     int8: bool = Field(
         False,
         description="Convolutions in int8, with ranges from the golden images, and from those of"
-        " category; refused where it scores or judges otherwise.",
+        " category. Those that would change scores or verdicts too much stay in float32.",
     )
     category: str | None = Field(
         None, pattern=NAME, description="For int8: the dataset to measure ranges and AUROC on."

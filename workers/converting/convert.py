@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.errors import BadBundle, BadMeta, BadRequest, BadWeights, NoTensorRT
+from engines.errors import BadMeta, BadRequest, BadWeights, NoTensorRT
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
 from engines.nvidia.library import ANY_RTX, FULL, RTX, here
 from engines.regions import Regions
-from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import (
     ONNX,
     PLAN,
@@ -38,6 +36,7 @@ from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tenso
 from engines.store.regions import REGIONS, read_regions, write_regions
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
+from workers.converting.int8 import OnTestImages, Proof, to_int8
 from workers.converting.plan.rebuild import (
     DLA_IS_NOT_FOR_FLOAT32,
     UNPROVED,
@@ -48,7 +47,6 @@ from workers.learning.dataset import Category, Images
 from workers.progress import Progress
 
 RANGE_IMAGES = 64  # of a category, for the ranges of int8
-AUROC_DROP = 0.005  # that int8 may cost
 NO_GOLDEN = "drawn sample parts (no golden.npz beside the weights, so bf16 stays off)"
 
 
@@ -124,12 +122,12 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         export_onnx(graph, inputs, folder / ONNX, request.opset)
         report.pop("int8", None)
         if request.int8:
-            report["int8"] = _quantise(request, folder / ONNX, golden, meta, bank, progress)
+            proof = Proof(
+                images, expected, bank, meta, _tests(request, kind, model, meta, bank, progress)
+            )
+            report["int8"] = _to_int8(request, folder / ONNX, golden, proof, progress)
         progress.say(f"comparing with the torch model on {len(images)} images")
         agreement = parity(folder / ONNX, expected, images, bank, meta, precision=precision)
-        if request.int8:
-            score = partial(_score, kind, model)
-            report["int8"] |= _auroc(request, folder / ONNX, meta, score, bank, progress)
         if golden is None:
             agreement.get("openvino_bf16", {})["ok"] = False
         report["export"] = {
@@ -225,21 +223,13 @@ def _meta_of_these_weights(request: Convert, progress: Progress) -> Meta:
     return made.with_(image_threshold=meta.image_threshold)
 
 
-def _quantise(
-    request: Convert,
-    graph: Path,
-    golden: Golden | None,
-    meta: Meta,
-    bank: NDArray[np.float32] | None,
-    progress: Progress,
+def _to_int8(
+    request: Convert, graph: Path, golden: Golden | None, proof: Proof, progress: Progress
 ) -> dict[str, Any]:
     """Let the graph compute in int8; what report.json says of it."""
-    from workers.converting.quantise import quantise
-
-    images, said = _normals(request, golden, meta, progress)
+    images, said = _normals(request, golden, proof.meta, progress)
     progress.say(f"measuring ranges for int8 on {said}")
-    count = quantise(graph, images, bank, progress.phase("ranges"))
-    return {"convolutions": count, "ranges": said}
+    return {**to_int8(graph, images, proof, progress), "ranges": said}
 
 
 def _normals(
@@ -263,54 +253,22 @@ def _normals(
     return np.concatenate(parts), " and ".join(said)
 
 
-def _auroc(
+def _tests(
     request: Convert,
-    graph: Path,
+    kind: Any,
+    model: Any,
     meta: Meta,
-    score: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     bank: NDArray[np.float32] | None,
     progress: Progress,
-) -> dict[str, Any]:
-    """How well torch and the int8 graph tell the test images apart; nothing where there are none.
-
-    Raises:
-        BadBundle: int8 tells them less well by more than is allowed.
-    """
+) -> OnTestImages | None:
+    """The images that int8 is tested with; None where there are none of both sorts."""
     if request.category is None or request.data_root is None:
-        return {}
+        return None
     category = Category.find(request.data_root, request.category)
     if not category.test_normal or not category.test_anomaly:
-        return {}
-    from sklearn.metrics import roc_auc_score
-
-    defective: list[bool] = []
-    before: list[NDArray[np.float32]] = []
-    after: list[NDArray[np.float32]] = []
-    runtime = OpenVINORuntime(graph, bank)
-    for paths, is_defective in ((category.test_normal, False), (category.test_anomaly, True)):
-        for batch in Images(paths, meta, 4, progress, limits=request.limits):
-            defective += [is_defective] * len(batch)
-            before.append(score(batch))
-            after += [runtime.infer(image[None])[0] for image in batch]
-    runtime.close()
-    if not np.isfinite(np.concatenate(after)).all():
-        raise BadBundle(
-            "int8 gives scores that are no numbers; nothing was written. Try --fp16 in the place of"
-            " --int8."
-        )
-    found = {
-        "float32": float(roc_auc_score(defective, np.concatenate(before))),
-        "int8": float(roc_auc_score(defective, np.concatenate(after))),
-        "images": len(defective),
-    }
-    progress.say(f"AUROC {found['int8']:.4f} in int8, {found['float32']:.4f} in float32")
-    if found["int8"] < found["float32"] - AUROC_DROP:
-        raise BadBundle(
-            f"int8 tells defects less well: AUROC {found['int8']:.4f}, in float32"
-            f" {found['float32']:.4f} over {len(defective)} test images, and at most {AUROC_DROP}"
-            " may be lost; nothing was written. Try --fp16 in the place of --int8."
-        )
-    return {"auroc": found}
+        return None
+    score = partial(_score, kind, model)
+    return OnTestImages(category, score, meta, bank, request.limits, progress)
 
 
 def _about_no_plan() -> str:

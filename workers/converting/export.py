@@ -134,12 +134,7 @@ def parity(
     Raises:
         BadBundle: the graph, or OpenVINO in float32, does not agree.
     """
-    plain = plain_scores(path, images, memory_bank)
-    served = served_scores(path, images, memory_bank, "f32")
-    report = {
-        "onnx": compare_in(precision, expected, plain, meta),
-        "openvino_f32": compare_in(precision, expected, served, meta),
-    }
+    report = agreement(path, images, expected, memory_bank, meta, precision)
     for name, result in report.items():
         if not result["ok"]:
             raise BadBundle(
@@ -151,6 +146,23 @@ def parity(
         served = served_scores(path, images, memory_bank, "bf16")
         report["openvino_bf16"] = compare(expected, served, meta, MARGIN * HALF_LIMIT)
     return report
+
+
+def agreement(
+    path: Path,
+    images: NDArray[np.uint8],
+    expected: NDArray[np.float32],
+    memory_bank: NDArray[np.float32] | None,
+    meta: Meta,
+    precision: Precision,
+) -> dict[str, dict[str, Any]]:
+    """How the graph as it is, and as OpenVINO serves it in float32, agree: see `parity`."""
+    plain = plain_scores(path, images, memory_bank)
+    served = served_scores(path, images, memory_bank, "f32")
+    return {
+        "onnx": compare_in(precision, expected, plain, meta),
+        "openvino_f32": compare_in(precision, expected, served, meta),
+    }
 
 
 def plain_scores(

@@ -1,9 +1,13 @@
-"""--int8: a float32 ONNX graph -> one whose convolutions compute in int8, as TensorRT wants it.
+"""A float32 ONNX graph -> one whose convolutions compute in int8, as TensorRT wants it.
 
 Explicit quantisation: a QuantizeLinear and a DequantizeLinear around each input of a convolution.
 Symmetric (zero point 0), weights per output channel, activations per tensor, with ranges that were
-measured on pictures of normal parts. The distances and sums after the backbone stay in float32, and
-so does a convolution that sees the picture itself: it costs little, and rounding hurts most there.
+measured on pictures of normal parts. The distances and sums after the backbone stay in float32,
+and so does a convolution that sees the picture itself, or each channel alone: it costs little, and
+rounding hurts most there.
+
+A range reaches to the largest value that was seen. To cut the rarest values off, as is usual where
+objects are named, does harm here: they are what makes a part a strange one.
 
 Written by hand and not by onnxruntime's quantize_static: that would be one more runtime on a
 Jetson for these 60 lines, and it keeps all activations of all pictures in memory for its
@@ -12,6 +16,8 @@ histograms.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +28,87 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from engines.errors import BadBundle
-from workers.converting.export import beside_the_image
 from workers.progress import Tick
 
 COLOURS = 3
-KEPT = 99.99  # percent of an activation's values that lie inside its range; the others are cut
 STEPS = 127
 
 
-def quantise(
-    path: Path, images: NDArray[np.uint8], bank: NDArray[np.float32] | None, tick: Tick
-) -> int:
-    """Rewrite a graph, and return how many convolutions compute in int8 now.
+def convolutions(path: Path) -> dict[str, int]:
+    """Those that could compute in int8, by name, and how many multiplications one picture takes.
+
+    Raises:
+        BadBundle: there is none.
+    """
+    graph = onnx.load(path).graph
+    weights = {one.name: one for one in graph.initializer}
+    chosen = [node for node in graph.node if _can_be_quantised(node, weights)]
+    outputs = _tensors(ov.Core().read_model(path), [node.output[0] for node in chosen])
+    found = {
+        node.name: math.prod(weights[node.input[1]].dims) * _places(output)
+        for node, output in zip(chosen, outputs, strict=True)
+    }
+    if not found:
+        raise BadBundle(f"{path} has no convolution that could be quantised: leave out --int8.")
+    return found
+
+
+def _can_be_quantised(node: Any, weights: dict[str, Any]) -> bool:
+    if node.op_type != "Conv" or node.input[1] not in weights:
+        return False
+    return bool(weights[node.input[1]].dims[1] > COLOURS)
+
+
+def _places(output: ov.Output) -> int:
+    """How many places (y, x) a convolution gives numbers for."""
+    _, _, height, width = output.partial_shape
+    return int(height.get_max_length() * width.get_max_length())
+
+
+def measure(path: Path, images: NDArray[np.uint8], tick: Tick) -> dict[str, float]:
+    """How far from zero the input of each convolution reaches: the largest over the images.
 
     Args:
         images: (n, S, S, 3) normal parts.
-        bank: the memory bank, for a graph with that input.
     """
-    model = onnx.load(path)
+    chosen = convolutions(path)
+    names = sorted({node.input[0] for node in onnx.load(path).graph.node if node.name in chosen})
+    core = ov.Core()
+    model = core.read_model(path)
+    results = [ov.opset8.result(output) for output in _tensors(model, names)]
+    backbone = ov.Model(results, [model.input("image").get_node()])  # no distances: they take time
+    request = core.compile_model(
+        backbone, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    ).create_infer_request()
+    reach = dict.fromkeys(names, 0.0)
+    for number, image in enumerate(images, 1):
+        found = request.infer({"image": image[None]}).values()
+        for name, values in zip(names, found, strict=True):
+            reach[name] = max(reach[name], float(np.abs(values).max()))
+        tick(number, len(images))
+    return reach
+
+
+def _tensors(model: ov.Model, names: list[str]) -> list[ov.Output]:
+    by_name = {
+        name: output
+        for node in model.get_ops()
+        for output in node.outputs()
+        for name in output.get_names()
+    }
+    return [by_name[name] for name in names]
+
+
+def quantise(path: Path, reach: dict[str, float], chosen: Iterable[str]) -> None:
+    """Rewrite a graph so that these of its convolutions compute in int8.
+
+    Args:
+        reach: as measured, of the same graph.
+    """
+    model, chosen = onnx.load(path), set(chosen)
     weights = {one.name: one for one in model.graph.initializer}
-    chosen = [node for node in model.graph.node if _is_quantised(node, weights)]
-    if not chosen:
-        raise BadBundle(f"{path} has no convolution that could be quantised: leave out --int8.")
-    reach = _measure(path, sorted({node.input[0] for node in chosen}), images, bank, tick)
     added = _Pairs(model)
-    for node in chosen:
+    for node in [node for node in model.graph.node if node.name in chosen]:
         kernel = numpy_helper.to_array(weights[node.input[1]])
         largest = np.abs(kernel).reshape(len(kernel), -1).max(axis=1)  # (out channels,)
         node.input[1] = added.around(node.input[1], largest, axis=0)
@@ -54,37 +116,6 @@ def quantise(
     added.insert()
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    return len(chosen)
-
-
-def _is_quantised(node: Any, weights: dict[str, Any]) -> bool:
-    if node.op_type != "Conv" or node.input[1] not in weights:
-        return False
-    return bool(weights[node.input[1]].dims[1] > COLOURS)
-
-
-def _measure(
-    path: Path,
-    names: list[str],
-    images: NDArray[np.uint8],
-    bank: NDArray[np.float32] | None,
-    tick: Tick,
-) -> dict[str, float]:
-    """How far from zero each tensor reaches: the largest over the images."""
-    core = ov.Core()
-    model = core.read_model(path)
-    model.add_outputs(names)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    request = compiled.create_infer_request()
-    reach = dict.fromkeys(names, 0.0)
-    extra = beside_the_image(request.model_inputs, bank)
-    for number, image in enumerate(images, 1):
-        results = request.infer({"image": image[None], **extra})
-        for name in names:
-            found = float(np.percentile(np.abs(results[name]), KEPT))
-            reach[name] = max(reach[name], found)
-        tick(number, len(images))
-    return reach
 
 
 class _Pairs:
