@@ -25,6 +25,7 @@ import pytest
 
 from support.double import VERSIONS, doubled
 from support.project import ROOT
+from support.signatures import agree, default_of, overloads, own
 
 DATA = ROOT / "tests" / "data" / "tensorrt"
 API = {version: json.loads((DATA / f"{version}.json").read_text()) for version in VERSIONS}
@@ -286,39 +287,8 @@ def test_the_lists_of_names_are_those_of_the_real_bindings(version: str) -> None
             assert {*names} - {*found[name]} == set(), name
 
 
-def overloads(docstring: str, name: str) -> list[list[tuple[str, str]]]:
-    """The arguments of each signature: name and type, as the double would write it."""
-    found = []
-    for signature in re.findall(rf"^(?:\d+\. )?{name}\((self: .*)\) ->", docstring, re.MULTILINE):
-        parts = [""]
-        depth = 0
-        for letter in signature:
-            depth += (letter in "[(<") - (letter in "])>")
-            if letter == "," and not depth:
-                parts.append("")
-            else:
-                parts[-1] += letter
-        pairs = [part.split("=")[0].split(":", 1) for part in parts[1:]]
-        found.append([(argument.strip(), plain(kind)) for argument, kind in pairs])
-    return found
-
-
-def plain(kind: str) -> str:
-    """`tensorrt_bindings.tensorrt.Dims`, `typing.SupportsInt`, `List[int]` -> Dims, int, list."""
-    kind = kind.replace("tensorrt_bindings.tensorrt.", "").strip()
-    kind = re.sub(r"\b(?:\w+(?:::|\.))+", "", kind.split("[")[0])
-    same = {"SupportsInt": "int", "SupportsIndex": "int", "SupportsFloat": "float", "List": "list",
-            "tuple": "Dims", "Sequence": "list", "buffer": "Buffer", "ndarray": "Any"}  # fmt: skip
-    return same.get(kind, kind)
-
-
-def own(parameter: inspect.Parameter) -> str:
-    kind = str(parameter.annotation).split(" | ")[0]
-    return {"Size": "int"}.get(kind, kind)
-
-
 @pytest.mark.parametrize("version", BINDINGS)
-def test_arguments_are_called_and_typed_as_in_the_real_bindings(version: str) -> None:
+def test_arguments_and_defaults_are_those_of_the_real_bindings(version: str) -> None:
     found, checked = real(version), 0
     with doubled(version) as double:
         for name in public(double.trt):
@@ -332,7 +302,8 @@ def test_arguments_are_called_and_typed_as_in_the_real_bindings(version: str) ->
                 if known is None or method not in vars(kind):
                     continue
                 parameters = [*inspect.signature(function).parameters.values()][1:]
-                mine = [(one.name, own(one)) for one in parameters]
-                assert mine in overloads(known, method), (name, method, overloads(known, method))
+                mine = [own(one.name, one.annotation, default_of(one)) for one in parameters]
+                signatures = overloads(known, method)
+                assert agree(mine, signatures), (name, method, mine, signatures)
                 checked += 1
     assert checked > 60

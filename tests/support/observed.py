@@ -16,6 +16,7 @@ import collections.abc
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import operator
 import os
@@ -131,9 +132,14 @@ def names(seen: Seen, _: Path) -> None:
 
 
 def described(thing: Any) -> Json:
-    """A property, or the docstring of what is called."""
+    """A property, or what it is called with: pybind11 has it in its docstring alone."""
     if isinstance(thing, property):
         return "a property" if thing.fset is not None else "a property that cannot be set"
+    if inspect.isfunction(thing):
+        return [
+            [one.name, one.annotation, None if one.default is one.empty else repr(one.default)]
+            for one in [*inspect.signature(thing).parameters.values()][1:]
+        ]
     return thing.__doc__ if callable(thing) else "a value"
 
 
@@ -233,7 +239,7 @@ def _weights(seen: Seen) -> None:
     arrays |= {"a list": [1.0], "None": None, "a float": 1.0, "a str": "x"}
     for name, array in arrays.items():
         seen.see(f"Weights({name})", lambda array=array: told(array))
-    seen.see("Weights()", lambda: told(TRT.DataType.FLOAT))
+    seen.see("Weights(a type)", lambda: told(TRT.DataType.FLOAT))
 
     def shared() -> Any:
         array = np.zeros(3, np.float32)
@@ -407,7 +413,7 @@ def _config(seen: Seen, builder: Any) -> None:
     for name in ("builder_optimization_level", "avg_timing_iterations", "max_aux_streams",
                  "default_device_type", "engine_capability", "profiling_verbosity",
                  "progress_monitor", "num_optimization_profiles", "DLA_core",
-                 "hardware_compatibility_level", "profile_stream", "max_num_tactics"):  # fmt: skip
+                 "hardware_compatibility_level", "profile_stream"):  # fmt: skip
         see(f"config.{name}", lambda name=name: getattr(config, name))
     by_default = [name for name, flag in flags.__members__.items() if config.get_flag(flag)]
     see("flags by default", lambda: by_default)
@@ -547,9 +553,16 @@ def parsing(seen: Seen, folder: Path) -> None:
         "weights that are gone, then good": lambda p: [p.parse(outside), p.parse(good)],
         "opset 6": lambda p: p.parse(graph(opset=6)),
         "opset 7": lambda p: p.parse(graph(opset=7)),
-        "opset 99": lambda p: p.parse(graph(opset=99)),
+        "opset 99": lambda p: p.parse(
+            small_graphs.small_graph(*small_graphs.WRITTEN["Relu"], opset=99)),
         **{f"a file that is {name}": lambda p, name=name: p.parse_from_file(f"{path}/{name}.onnx")
            for name in ("good", "empty", "garbage", "cut", "half", "bad", "outside", "absent")},
+        "no file, then good": lambda p: [p.parse_from_file(f"{path}/absent.onnx"), p.parse(good)],
+        "no file, forgotten, then good": lambda p: [
+            p.parse_from_file(f"{path}/absent.onnx"), p.clear_errors(), p.parse(good)],
+        "garbage, forgotten, then good": lambda p: [
+            p.parse(b"no ONNX" * 50), p.clear_errors(), p.parse(good)],
+        "get_error of none, then good": lambda p: [p.get_error(0), p.parse(good)],
         "a folder": lambda p: p.parse_from_file(path),
         "a Path": lambda p: p.parse_from_file(folder / "good.onnx"),
         "a file named by bytes": lambda p: p.parse_from_file(f"{path}/good.onnx".encode()),

@@ -466,7 +466,7 @@ class OnnxParser(Bound):
         self._held, self._logger = weakref.ref(network), logger
         self._errors: list[ParserError] = []
         self._flag_bits = 1 << int(OnnxParserFlag.NATIVE_INSTANCENORM)  # on by default
-        self._read = False
+        self._read, self._last = False, ""
 
     @property
     def _network(self) -> INetworkDefinition:
@@ -515,6 +515,7 @@ class OnnxParser(Bound):
 
     def _refuse(self, refused: _Refused) -> bool:
         self._errors.append(refused.error)
+        self._last = str(refused.error)
         for line in refused.lines():
             write(self._logger, Severity.ERROR, line)
         return False
@@ -531,6 +532,10 @@ class OnnxParser(Bound):
             text += " opset 7. Models using older opsets are not guaranteed to work."
             write(self._logger, Severity.WARNING, text)
         for index, node in enumerate(model.graph.node):
+            if self._last:  # of an error before, which clear_errors does not clear
+                net._layers.append((node.name, ""))
+                desc = f"Invalid Node - {node.name}\n{self._last}"
+                raise _Refused("INVALID_NODE", desc, NODE, index, node)
             checks.node(index, node)
             shapes = [weights[name].shape for name in node.input if name in weights]
             settings = [attribute.SerializeToString() for attribute in node.attribute]

@@ -68,9 +68,9 @@ class Dims(Bound):
     MAX_DIMS = MOST_SIDES
     __hash__ = None
 
-    def __init__(self, shape: Any = ()) -> None:
-        if isinstance(shape, str | bytes) or not hasattr(shape, "__len__"):
-            raise TypeError("__init__(): incompatible constructor arguments.")
+    _sides: tuple[int, ...] = ()
+
+    def __init__(self, shape: list = ()) -> None:
         if not all(is_number(side, "side") for side in shape):
             raise TypeError("__init__(): incompatible constructor arguments.")
         if len(shape) > MOST_SIDES:
@@ -185,7 +185,7 @@ def write(logger: Any, severity: Any, message: str) -> None:
 class Weights(Bound):
     """Of a numpy array, which is not copied: keep it until it was used. It has no shape."""
 
-    def __init__(self, a: Any = DataType.FLOAT) -> None:
+    def __init__(self, a: Any) -> None:
         kinds = {np.dtype(numpy): kind for kind, numpy in NUMPY.items()}
         if isinstance(a, DataType):
             a = np.empty(0, NUMPY.get(a, np.uint8))
@@ -237,7 +237,7 @@ class IHostMemory(bytearray):
     __len__ = __getitem__ = __setitem__ = __iter__ = __contains__ = __add__ = _no_sequence
     __eq__, __hash__ = object.__eq__, object.__hash__
 
-    def __init__(self, *_: object) -> None:
+    def __new__(cls, *_: object) -> IHostMemory:
         raise TypeError("tensorrt.tensorrt.IHostMemory: No constructor defined!")
 
     def __bool__(self) -> Any:

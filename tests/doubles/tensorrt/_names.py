@@ -324,7 +324,11 @@ def call_back(what: str, function: Callable[..., Any], *args: Any) -> Any:
         said = str(error)
         if not isinstance(error, _FromC):
             frames = reversed(traceback.extract_tb(error.__traceback__))
-            lines = "".join(f"  {one.filename}({one.lineno}): {one.name}\n" for one in frames)
+            lines = "".join(
+                f"  {one.filename}({one.lineno}): {one.name}\n"
+                for one in frames
+                if Path(one.filename).parent != Path(__file__).parent
+            )
             said = f"{type(error).__name__}: {error}\n\nAt:\n{lines}"
         print(f"[ERROR] Exception caught in {what}(): {said}", file=sys.stderr, flush=True)
         return None

@@ -71,7 +71,7 @@ class Plan:
             )
         if len(data) < HEADER_BYTES:
             text = "Error Code 2: Internal Error (Assertion bufferSize >= minBufferSize failed. )"
-            raise ValueError(text)
+            raise ValueError(f"[runtime.cpp::readHeader::0] {text}")
         serialization = "Error Code 1: Serialization (Serialization assertion"
         if data[:4] != MAGIC:
             found, wanted = (int.from_bytes(one, "little") for one in (data[:4], MAGIC))

@@ -105,7 +105,8 @@ class Runtime(Bound):
             plan = self._read(bytes(serialized_engine))
             memory = _take(plan.weights, "weights")
         except (_Refusal, Fault) as refusal:
-            say(self, Severity.ERROR, f"IRuntime::deserializeCudaEngine: {refusal}")
+            where = "" if str(refusal)[0] == "[" else "IRuntime::deserializeCudaEngine: "
+            say(self, Severity.ERROR, f"{where}{refusal}")
             if isinstance(refusal, _Broken) and MAJOR >= 11:
                 return None
             text = "Error Code 4: Internal Error (Engine deserialization failed.)"

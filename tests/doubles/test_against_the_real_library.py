@@ -1,0 +1,226 @@
+"""The double does what the real library does, wherever that can be asked without a GPU.
+
+NVIDIA's TensorRT for RTX has the same API as TensorRT 11 and is a wheel. `support.observed` uses it
+and the double in the same ways, each in a process of its own, and what came of it is compared: all
+of it, but for the differences that stand here with their reasons. One that is not here fails, and
+so does one that is here and is none any more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from support import small_graphs
+from support.double import DOUBLES, VERSIONS, environment
+from support.observed import AREAS
+from support.signatures import agree, overloads, own
+
+LIBRARY = "tensorrt_rtx"
+NEWEST = VERSIONS[-1]  # which has the API of this library
+TESTS = Path(__file__).parents[1]
+
+needs_the_library = pytest.mark.skipif(
+    importlib.util.find_spec(LIBRARY) is None,
+    reason="tensorrt_rtx is not installed: NVIDIA has it for x86-64 alone (pip install '.[dev]')",
+)
+
+NO_DEVICE = "its limits are those of a device, and here is none"
+NO_GPU = "RTX compiles nothing that is refittable, and strips nothing, without a GPU"
+ONE_LOGGER = (
+    "RTX has a logger for each builder; of TensorRT 10 it is documented that only the first counts,"
+    " and the double keeps everything to that, since one logger for all is right in both"
+)
+HARDER = "the double is harder on purpose"
+RTX_ALONE = "TensorRT for RTX alone has or lacks it"
+SHAPES = "no declared size, and arithmetic on shapes that OpenVINO does not follow"
+ONE_STEP = "of a file that is no plan: how plans of RTX begin, and of TensorRT, is not the same"
+
+# area -> what was done, as a pattern -> why it is not the same. Of all versions.
+DIFFERENT: dict[str, dict[str, str]] = {
+    "values": {},
+    "logging": {
+        r"a builder keeps its logger": ONE_LOGGER,
+        r"a second logger: (what|whose).*": ONE_LOGGER,
+        r"a logger after the first: .*": ONE_LOGGER,
+    },
+    "configuring": {
+        r"(WORKSPACE|TACTIC_DRAM) (by default|1125899906842624)": NO_DEVICE,
+        r"config.hardware_compatibility_level": RTX_ALONE,
+    },
+    "parsing": {},
+    "operators": {
+        r"Shape, opset 1[78]: parsed": SHAPES,
+        r"TopK of more than there are, opset 1[78]: parsed": SHAPES,
+        r"QuantizeLinear (to uint8|without a zero point), opset 1[78]: (parsed|built)":
+            f"{HARDER}: the real one computes as int8 what ONNX says is uint8",
+        r"NonZero, opset 1[78]: (parsed|built)": f"{RTX_ALONE}: it is a plugin there is not",
+    },
+    "building": {
+        r"flag (REFIT|STRIP_PLAN|REFIT_IDENTICAL)": NO_GPU,
+        r"flag VERSION_COMPATIBLE": f"{RTX_ALONE}: a lean runtime that is not in its wheels",
+        r"a workspace of \d+":
+            "RTX builds nothing with too little; TensorRT skips kernels, and builds with others",
+        r"for DLA": f"{RTX_ALONE}: it takes no notice of DLA, which TensorRT refuses without a core",
+        r"memoryview\(plan\).format": "Python cannot make a buffer of floats of one byte each",
+    },
+    "progress": {r"in one thread": f"{HARDER}: TensorRT documents that other threads report"},
+    "running": {
+        r"a timing cache of garbage": f"{RTX_ALONE}: timing caches do nothing there",
+        r"deserialised: a plan": "there is no driver",
+        r"deserialised: (garbage|an ONNX)": ONE_STEP,
+        r"a plan begins with": ONE_STEP,
+    },
+}  # fmt: skip
+
+# What is known of TensorRT 10 from its documentation, or was left as it was.
+DIFFERENT_IN_10: dict[str, dict[str, str]] = {
+    "values": {
+        r"(DataType.|nptype\(DataType.)(FP4|E8M0).*": "10.3 lacks these types, 10.16 one of them",
+        r"BuilderFlag\(<DataType.FLOAT: 0>\)": "there 0 is FP16",
+        r"Weights\((f8|u2|S1)\)": "seen of the bindings of 10.3: no number of bits",
+    },
+    "configuring": {r"network without flags": "TensorRT 10 has weakly typed networks"},
+    "operators": {
+        r"supports \w+": "the operators of ONNX-TensorRT 10.1, by its docs/operators.md",
+        r"TopK unsorted, opset 1[78]: (parsed|built)": "refused by docs/operators.md of 10.1",
+    },
+    "running": {
+        r"deserialised: (nothing|a plan without its end|half a plan|20 bytes of a plan)":
+            "another line comes after it, as people who use TensorRT 10 have shown",
+    },
+}  # fmt: skip
+
+
+@cache
+def observed(module: str, area: str, version: str = "") -> dict[str, Any]:
+    """What came of using a library, or a version of the double, in a process of its own."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if version:
+        variables |= environment(version, "rtx")
+    found = f"{TESTS}{os.pathsep}{DOUBLES}" if version else str(TESTS)
+    variables |= {"PYTHONPATH": found, "CUDA_VISIBLE_DEVICES": ""}
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "support.observed", module, area, folder]
+        done = subprocess.run(
+            command, env=variables, cwd=folder, capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, f"{module} {area}: {done.returncode}\n{done.stderr[-3000:]}"
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def explained(what: str, known: dict[str, str]) -> bool:
+    return any(re.fullmatch(pattern, what) for pattern in known)
+
+
+@needs_the_library
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("area", [name for name in AREAS if name != "names"])
+def test_the_same_comes_of_the_same_but_for_what_is_explained(area: str, version: str) -> None:
+    real, double = observed(LIBRARY, area), observed("tensorrt", area, version)
+    known = dict(DIFFERENT[area])
+    if version.startswith("10."):
+        known |= DIFFERENT_IN_10.get(area, {})
+    other = {
+        what
+        for what in {*real, *double}
+        if real.get(what, "not asked") != double.get(what, "not asked")
+    }
+    silent = {what: (real.get(what), double.get(what)) for what in sorted(other)
+              if not explained(what, known)}  # fmt: skip
+    assert silent == {}
+    stale = [why for why in known if not any(re.fullmatch(why, what) for what in other)]
+    assert stale == [], "these are no differences any more"
+    assert len(real) > 30
+
+
+# ---- names ------------------------------------------------------------------------------------
+
+# enum -> members that are not the same, and why.
+OTHER_MEMBERS = {
+    "BuilderFlag": ({"REQUIRE_USER_ALLOCATION"}, RTX_ALONE),
+    "NetworkDefinitionCreationFlag": (
+        {"PREFER_JIT_PYTHON_PLUGINS", "PREFER_AOT_PYTHON_PLUGINS"}, "RTX has no plugins in Python",
+    ),
+}  # fmt: skip
+
+
+@needs_the_library
+def test_each_enum_of_the_double_has_the_members_of_the_real_one() -> None:
+    real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
+    enums = {name for name in double if name in real and only_numbers(real[name])}
+    assert len(enums) > 40
+    for name in enums:
+        other = {
+            member
+            for member in {*real[name], *double[name]}
+            if real[name].get(member) != double[name].get(member)
+        }
+        assert other == OTHER_MEMBERS.get(name, (set(), ""))[0], name
+
+
+def only_numbers(members: Any) -> bool:
+    return isinstance(members, dict) and all(isinstance(one, int) for one in members.values())
+
+
+@needs_the_library
+def test_each_name_of_the_double_is_in_the_real_one_with_the_same_arguments_and_defaults() -> None:
+    real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
+    functions = properties = 0
+    for name, members in double.items():
+        if name == "module" or name not in real or only_numbers(real[name]):
+            continue
+        for member, mine in members.items():
+            theirs = real[name].get(member)
+            if member == "MAX_DIMS":  # a property of the class
+                continue
+            assert theirs is not None, f"{name}.{member} is not in the real library"
+            if isinstance(mine, list):
+                arguments = [own(*argument) for argument in mine]
+                known = overloads(theirs, member)
+                assert agree(arguments, known), (name, member, arguments, known)
+                functions += 1
+            else:
+                assert mine == theirs, f"{name}.{member}"
+                properties += 1
+    assert functions > 60
+    assert properties > 30
+
+
+# Names of TensorRT 11 that this library lacks; the double has them.
+LACKING = {
+    "IPluginV3QuickAOTBuild", "ISymExpr", "ISymExprs", "KernelLaunchParams",
+    "QuickPluginCreationRequest",
+}  # fmt: skip
+
+
+@needs_the_library
+def test_each_name_in_the_doubles_module_is_in_the_real_one() -> None:
+    real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
+    assert {*double["module"]} - {*real["module"]} - {"double_gpu"} <= LACKING
+
+
+# ---- the corpus -------------------------------------------------------------------------------
+
+
+def operators_of(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_every_operator_that_convtrt_writes_is_in_the_corpus(kensa_model: Path) -> None:
+    """Of PatchCore here; the other kinds are looked at where their graphs are made for others."""
+    written = {node[0] for nodes, _ in small_graphs.WRITTEN.values() for node in nodes}
+    assert operators_of(kensa_model / "model.onnx") <= written
