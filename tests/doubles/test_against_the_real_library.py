@@ -8,6 +8,7 @@ so does one that is here and is none any more.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -86,7 +88,7 @@ DIFFERENT: dict[str, dict[str, str]] = {
 # What is known of TensorRT 10 from its documentation, or was left as it was.
 DIFFERENT_IN_10: dict[str, dict[str, str]] = {
     "values": {
-        r"(DataType.|nptype\(DataType.)(FP4|E8M0).*": "10.3 lacks these types, 10.16 one of them",
+        r"(DataType.|nptype\(DataType.)(FP4|E8M0).*": "10.3 lacks these types",
         r"BuilderFlag\(<DataType.FLOAT: 0>\)": "there 0 is FP16",
         r"Weights\((f8|u2|S1)\)": "seen of the bindings of 10.3: no number of bits",
     },
@@ -142,7 +144,8 @@ def test_the_same_comes_of_the_same_but_for_what_is_explained(area: str, version
     silent = {what: (real.get(what), double.get(what)) for what in sorted(other)
               if not explained(what, known)}  # fmt: skip
     assert silent == {}
-    stale = [why for why in known if not any(re.fullmatch(why, what) for what in other)]
+    needed = known if version != "10.16.1.11" else DIFFERENT[area]  # 10.3 has what it has, and more
+    stale = [one for one in needed if not any(re.fullmatch(one, what) for what in other)]
     assert stale == [], "these are no differences any more"
     assert len(real) > 30
 
@@ -180,12 +183,13 @@ def only_numbers(members: Any) -> bool:
 def test_each_name_of_the_double_is_in_the_real_one_with_the_same_arguments_and_defaults() -> None:
     real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
     functions = properties = 0
+    other = set()
     for name, members in double.items():
         if name == "module" or name not in real or only_numbers(real[name]):
             continue
         for member, mine in members.items():
             theirs = real[name].get(member)
-            if member == "MAX_DIMS":  # a property of the class
+            if f"{name}.{member}" in OF_THE_CLASS:
                 continue
             assert theirs is not None, f"{name}.{member} is not in the real library"
             if isinstance(mine, list):
@@ -194,11 +198,20 @@ def test_each_name_of_the_double_is_in_the_real_one_with_the_same_arguments_and_
                 assert agree(arguments, known), (name, member, arguments, known)
                 functions += 1
             else:
-                assert mine == theirs, f"{name}.{member}"
+                other |= {f"{name}.{member}"} if mine != theirs else set()
                 properties += 1
+    assert other == {*CANNOT_BE_SET}
     assert functions > 60
     assert properties > 30
 
+
+# What pybind11 has in another way in the class; support.observed looks what they are.
+OF_THE_CLASS = {"Dims.MAX_DIMS", "ILogger.Severity"}
+
+CANNOT_BE_SET = {
+    "ITensor.name": "nothing of ours renames a tensor: who tries finds out at once",
+    "ITensor.shape": "nor gives it another shape",
+}
 
 # Names of TensorRT 11 that this library lacks; the double has them.
 LACKING = {
@@ -215,12 +228,35 @@ def test_each_name_in_the_doubles_module_is_in_the_real_one() -> None:
 
 # ---- the corpus -------------------------------------------------------------------------------
 
+SIZE = {"efficientad": 256}  # of a picture; the others take a small one
+ABOUT: dict[str, dict[str, Any]] = {
+    "patchcore": {"backbone": "resnet18", "layers": ["layer2", "layer3"], "coreset_ratio": 0.5},
+    "padim": {"backbone": "resnet18", "layers": ["layer1", "layer2"], "n_features": 30},
+    "vae": {"latent_dim": 8},
+    "efficientad": {"model_size": "small"},
+}
 
-def operators_of(path: Path) -> set[str]:
-    return {node.op_type for node in onnx.load(path).graph.node}
 
+@pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
+@pytest.mark.parametrize(
+    "kind", [*[one for one in ABOUT if one not in SIZE], pytest.param("efficientad", marks=pytest.mark.soak)]
+)
+def test_every_operator_that_convtrt_writes_is_in_the_corpus(
+    kind: str, half: bool, tmp_path: Path
+) -> None:
+    from engines.image import resize
+    from engines.meta import Meta
+    from workers import models
+    from workers.converting.export import export_onnx
+    from workers.progress import Progress
+    from workers.sample_parts.drawing import draw_part
 
-def test_every_operator_that_convtrt_writes_is_in_the_corpus(kensa_model: Path) -> None:
-    """Of PatchCore here; the other kinds are looked at where their graphs are made for others."""
+    meta = Meta(model=kind, image_size=SIZE.get(kind, 64), **ABOUT[kind])
+    of_kind = importlib.import_module(f"workers.models.{kind}")
+    pictures = np.stack([resize(draw_part(seed)[0], meta.image_size) for seed in range(6)])
+    model = of_kind.build(meta, "untrained")
+    learning = models.Training(epochs=1, batch=2)
+    of_kind.train(model, meta, [pictures[:3], pictures[3:]], learning, Progress(quiet=True))
+    export_onnx(*of_kind.graph(model, half=half), tmp_path / "model.onnx", 17)
     written = {node[0] for nodes, _ in small_graphs.WRITTEN.values() for node in nodes}
-    assert operators_of(kensa_model / "model.onnx") <= written
+    assert {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node} <= written
