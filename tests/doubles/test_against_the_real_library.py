@@ -9,13 +9,7 @@ so does one that is here and is none any more.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +18,12 @@ import onnx
 import pytest
 
 from support import small_graphs
-from support.double import DOUBLES, VERSIONS, environment
+from support.double import VERSIONS
 from support.observed import AREAS
+from support.real_library import LIBRARY, needs_the_library, observed, only_numbers
 from support.signatures import agree, overloads, own
 
-LIBRARY = "tensorrt_rtx"
-NEWEST = VERSIONS[-1]  # which has the API of this library
-TESTS = Path(__file__).parents[1]
-
-needs_the_library = pytest.mark.skipif(
-    importlib.util.find_spec(LIBRARY) is None,
-    reason="tensorrt_rtx is not installed: NVIDIA has it for x86-64 alone (pip install '.[dev]')",
-)
+NEWEST = VERSIONS[-1]  # which has the API of the real library
 
 NO_DEVICE = "its limits are those of a device, and here is none"
 NO_GPU = "RTX compiles nothing that is refittable, and strips nothing, without a GPU"
@@ -73,7 +61,7 @@ DIFFERENT: dict[str, dict[str, str]] = {
         r"flag VERSION_COMPATIBLE": f"{RTX_ALONE}: a lean runtime that is not in its wheels",
         r"a workspace of \d+":
             "RTX builds nothing with too little; TensorRT skips kernels, and builds with others",
-        r"for DLA": f"{RTX_ALONE}: it takes no notice of DLA, which TensorRT refuses without a core",
+        r"for DLA": f"{RTX_ALONE}: it takes no notice; TensorRT refuses without a core",
         r"memoryview\(plan\).format": "Python cannot make a buffer of floats of one byte each",
     },
     "progress": {r"in one thread": f"{HARDER}: TensorRT documents that other threads report"},
@@ -102,26 +90,6 @@ DIFFERENT_IN_10: dict[str, dict[str, str]] = {
             "another line comes after it, as people who use TensorRT 10 have shown",
     },
 }  # fmt: skip
-
-
-@cache
-def observed(module: str, area: str, version: str = "") -> dict[str, Any]:
-    """What came of using a library, or a version of the double, in a process of its own."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if version:
-        variables |= environment(version, "rtx")
-    found = f"{TESTS}{os.pathsep}{DOUBLES}" if version else str(TESTS)
-    variables |= {"PYTHONPATH": found, "CUDA_VISIBLE_DEVICES": ""}
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "support.observed", module, area, folder]
-        done = subprocess.run(
-            command, env=variables, cwd=folder, capture_output=True, text=True, timeout=300
-        )
-    assert done.returncode == 0, f"{module} {area}: {done.returncode}\n{done.stderr[-3000:]}"
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def explained(what: str, known: dict[str, str]) -> bool:
@@ -175,10 +143,6 @@ def test_each_enum_of_the_double_has_the_members_of_the_real_one() -> None:
         assert other == OTHER_MEMBERS.get(name, (set(), ""))[0], name
 
 
-def only_numbers(members: Any) -> bool:
-    return isinstance(members, dict) and all(isinstance(one, int) for one in members.values())
-
-
 @needs_the_library
 def test_each_name_of_the_double_is_in_the_real_one_with_the_same_arguments_and_defaults() -> None:
     real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
@@ -206,7 +170,7 @@ def test_each_name_of_the_double_is_in_the_real_one_with_the_same_arguments_and_
 
 
 # What pybind11 has in another way in the class; support.observed looks what they are.
-OF_THE_CLASS = {"Dims.MAX_DIMS", "ILogger.Severity"}
+OF_THE_CLASS = {"Dims.MAX_DIMS", "ILogger.Severity", "Logger.Severity"}
 
 CANNOT_BE_SET = {
     "ITensor.name": "nothing of ours renames a tensor: who tries finds out at once",
@@ -239,7 +203,11 @@ ABOUT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
 @pytest.mark.parametrize(
-    "kind", [*[one for one in ABOUT if one not in SIZE], pytest.param("efficientad", marks=pytest.mark.soak)]
+    "kind",
+    [
+        *[one for one in ABOUT if one not in SIZE],
+        pytest.param("efficientad", marks=pytest.mark.soak),
+    ],
 )
 def test_every_operator_that_convtrt_writes_is_in_the_corpus(
     kind: str, half: bool, tmp_path: Path

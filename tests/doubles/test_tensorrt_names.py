@@ -25,6 +25,7 @@ import pytest
 
 from support.double import VERSIONS, doubled
 from support.project import ROOT
+from support.real_library import LIBRARY, needs_the_library, observed, only_numbers
 from support.signatures import agree, default_of, overloads, own
 
 DATA = ROOT / "tests" / "data" / "tensorrt"
@@ -105,16 +106,17 @@ def own_names() -> set[str]:
     return found
 
 
-def wrong_names(source: str) -> list[str]:
+def wrong_names(source: str, apis: dict[str, dict[str, Any]] = API) -> list[str]:
     """What does not exist, or not in all versions."""
     words = {
-        version: {*api}.union(*(members(api, name) for name in api)) for version, api in API.items()
+        version: {*api}.union(*(members(api, name) for name in api))
+        for version, api in apis.items()
     }
     anywhere = set.union(*words.values())
     found = []
     for line, names in attributes(source):
         *before, last = (name.lstrip("_") or name for name in names)
-        for version, api in API.items():
+        for version, api in apis.items():
             if MODULES & {*before}:
                 start = next(place for place, name in enumerate(before) if name in MODULES)
                 good = is_known(api, before[start], names[start + 1 :])
@@ -145,6 +147,17 @@ def test_every_name_that_we_use_exists_in_all_versions(path: Path | None) -> Non
     if path is None:
         pytest.skip("nothing imports TensorRT yet")
     assert wrong_names(path.read_text(encoding="utf-8")) == []
+
+
+@needs_the_library
+@pytest.mark.parametrize("path", users(), ids=str)
+def test_every_name_that_we_use_exists_in_tensorrt_rtx(path: Path) -> None:
+    real = observed(LIBRARY, "names")
+    api = {
+        name: "" if name not in real else real[name] if only_numbers(real[name]) else [*real[name]]
+        for name in real["module"]
+    }
+    assert wrong_names(path.read_text(encoding="utf-8"), {LIBRARY: api}) == []
 
 
 @pytest.mark.parametrize("path", users() or [None], ids=str)

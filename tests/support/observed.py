@@ -2,12 +2,12 @@
 
     python -m support.observed MODULE AREA FOLDER
 
-Its last line is JSON: what was done -> what came of it. Only what needs no GPU. What the logger heard stands
-beside it: errors and warnings, without places in NVIDIA's source. See `Seen.see`.
+Its last line is JSON: what was done -> what came of it. Only what needs no GPU. What the logger
+heard stands beside it: errors and warnings, without places in NVIDIA's source. See `Seen.see`.
 
 Left out, because the real library does not survive it: a timing cache combined with itself (it
 waits for ever), two parsers for one network (it dies at the end), a parser whose network nobody
-else holds (it dies), None as a text for `Logger.log` (C++ writes nothing to stderr any more).
+else holds (it dies), None as a text for `Logger.log` (C++ writes nothing to stdout any more).
 """
 
 from __future__ import annotations
@@ -124,8 +124,10 @@ def names(seen: Seen, _: Path) -> None:
             seen[name] = {one: int(member) for one, member in members.items()}
             continue
         seen[name] = {
-            one: described(vars(kind)[one])
-            for one in vars(kind)
+            one: described(inspect.getattr_static(kind, one))
+            for base in kind.__mro__
+            if base.__module__ != "builtins"
+            for one in vars(base)
             if not one.startswith("_") or one == "__init__"
         }
     seen["module"] = sorted(name for name in dir(TRT) if not name.startswith("_"))
@@ -164,15 +166,15 @@ def values(seen: Seen, _: Path) -> None:
 
 def _dims(seen: Seen, dims: Any) -> None:
     see, two = seen.see, TRT.Dims((1, 2))
-    for sides in ((), (1, 2), [3], (-1,), np.array([1, 2]), (np.int64(1),), range(3), two,
-                  (1,) * 8, (1,) * 9, (1.0,), "12", b"12", None, 3, (1 << 40,), (1 << 70,)):  # fmt: skip
+    for sides in ((), (1, 2), [3], (-1,), np.array([1, 2]), (np.int64(1),), range(3), two, "12",
+                  (1,) * 8, (1,) * 9, (1.0,), b"12", None, 3, (1 << 40,), (1 << 70,)):  # fmt: skip
         see(f"Dims({sides!r})", lambda sides=sides: dims(sides))
     see("Dims(shape=...)", lambda: dims(shape=(1,)))
     see("Dims()", lambda: dims())
     for other in ((1, 2), [1, 2], (1, 3), two, None, 1, np.array([1, 2])):
         see(f"Dims == {type(other).__name__} {other!r}", lambda other=other: two == other)
         see(f"Dims != {type(other).__name__} {other!r}", lambda other=other: two != other)
-    see("tuple == Dims", lambda: (1, 2) == two)
+    see("tuple == Dims", lambda: operator.eq((1, 2), two))
     for index in (0, 1, -1, -2, 2, -3, "0", None, slice(1, None)):
         see(f"Dims[{index!r}]", lambda index=index: two[index])
     see("hash(Dims)", lambda: hash(two))
@@ -181,7 +183,7 @@ def _dims(seen: Seen, dims: Any) -> None:
     see("1 in Dims", lambda: 1 in two)
     see("bool(Dims())", lambda: bool(dims()))
     see("str(Dims)", lambda: [str(two), repr(two), str(dims((1,)))])
-    see("Dims + tuple", lambda: two + (3,))
+    see("Dims + tuple", lambda: operator.add(two, (3,)))
     see("Dims.MAX_DIMS", lambda: dims.MAX_DIMS)
 
     def changed() -> Any:
@@ -335,19 +337,14 @@ def _loggers() -> dict[str, Any]:
 
 def _second_logger(seen: Seen) -> None:
     other = Seen()
-    first, second = TRT.Builder(seen.log), None
-
-    def make() -> None:
-        nonlocal second
-        second = TRT.Builder(other.log)
-
-    seen.see("a second logger: what the first hears", make)
+    alive = [TRT.Builder(seen.log)]
+    alive.append(seen.see("a second logger: what the first hears", lambda: TRT.Builder(other.log)))
     seen.see("a second logger: what it hears", lambda: list(other.heard))
     other.heard.clear()
-    seen.see("a second logger: whose is heard", lambda: second.create_network(1 << 20))
+    seen.see("a second logger: whose is heard", lambda: alive[1].create_network(1 << 20))
     seen.see("a second logger: whose is heard itself", lambda: list(other.heard))
-    seen.see("a second logger: builder.logger", lambda: second.logger is other.log)
-    del first, second
+    seen.see("a second logger: builder.logger", lambda: alive[1].logger is other.log)
+    alive.clear()
     gc.collect()
     third = TRT.Builder(other.log)
     other.heard.clear()
@@ -524,8 +521,8 @@ def new_parser(seen: Seen) -> tuple[Any, Any, Any]:
 
 
 def parsing(seen: Seen, folder: Path) -> None:
-    see, good, bad = seen.see, graph(), graph(extra=[helper.make_node("Unique", ["map"], ["unused"],
-                                                                      "unique", sorted=1)])  # fmt: skip
+    unique = helper.make_node("Unique", ["map"], ["unused"], "unique", sorted=1)
+    see, good, bad = seen.see, graph(), graph(extra=[unique])
     for name, data in {"good": good, "empty": b"", "garbage": b"no ONNX" * 50, "cut": good[:-1],
                        "half": good[: len(good) // 2], "bad": bad}.items():  # fmt: skip
         (folder / f"{name}.onnx").write_bytes(data)
@@ -695,8 +692,8 @@ def building(seen: Seen, _: Path) -> None:
     bank = {"image": OK, "memory_bank": ((2, 2), (16, 2), (64, 2))}
     see("a bank", lambda: Building(seen, graph(bank=True), **bank).plan())
     see("half precision", lambda: Building(seen, graph(half=True)).plan())
-    for name in ("REFIT", "VERSION_COMPATIBLE", "STRIP_PLAN", "GPU_FALLBACK", "DISABLE_TIMING_CACHE",
-                 "REFIT_IDENTICAL", "REFIT_INDIVIDUAL"):  # fmt: skip
+    for name in ("REFIT", "VERSION_COMPATIBLE", "STRIP_PLAN", "GPU_FALLBACK", "REFIT_IDENTICAL",
+                 "REFIT_INDIVIDUAL", "DISABLE_TIMING_CACHE"):  # fmt: skip
         see(f"flag {name}", lambda name=name: _flagged(Building(seen), name))
     see("without TF32", lambda: _changed(seen, lambda c: c.clear_flag(TRT.BuilderFlag.TF32)))
     for size in (0, 64, 1 << 20):
@@ -704,7 +701,9 @@ def building(seen: Seen, _: Path) -> None:
             c.set_memory_pool_limit(TRT.MemoryPoolType.WORKSPACE, size)))  # fmt: skip
     see("for DLA", lambda: _changed(seen, lambda c: put(c, "default_device_type",
                                                         TRT.DeviceType.DLA)))  # fmt: skip
-    see("optimised least", lambda: _changed(seen, lambda c: put(c, "builder_optimization_level", 0)))
+    see(
+        "optimised least", lambda: _changed(seen, lambda c: put(c, "builder_optimization_level", 0))
+    )
     _failed_and_again(seen)
     _plan(seen)
 
@@ -741,7 +740,9 @@ def _failed_and_again(seen: Seen) -> None:
     see("by names", lambda: made.builder.build_serialized_network(
         network=made.network, config=made.config))  # fmt: skip
     see("the same again", lambda: made.plan())
-    see("is_network_supported", lambda: made.builder.is_network_supported(made.network, made.config))
+    see(
+        "is_network_supported", lambda: made.builder.is_network_supported(made.network, made.config)
+    )
     see("is_network_supported, no profile", lambda: made.builder.is_network_supported(
         made.network, configured(made.builder)))  # fmt: skip
     right, made.config = made.config, configured(made.builder)
@@ -834,8 +835,8 @@ def progress(seen: Seen, _: Path) -> None:
     for fails in ("start", "step", "finish"):
         _watched(seen, f"a monitor that fails at {fails}", monitor(fails=fails))
     for answer in (None, 0, 1, 1.5, "yes", "", [], [1], np.bool_(True), object()):
-        what = f"{type(answer).__name__} {'' if isinstance(answer, object().__class__) and type(answer) is object else answer!r}"
-        _watched(seen, f"a monitor that answers {what}", monitor(answer=answer))
+        words = "an object" if type(answer) is object else f"{type(answer).__name__} {answer!r}"
+        _watched(seen, f"a monitor that answers {words}", monitor(answer=answer))
     begin = {"__init__": lambda self: TRT.IProgressMonitor.__init__(self)}
     _watched(seen, "a monitor without methods", type("Empty", (TRT.IProgressMonitor,), begin)())
     seen.see("a monitor that forgets __init__", lambda: type(
@@ -908,8 +909,8 @@ def running(seen: Seen, _: Path) -> None:
     cache = config.create_timing_cache(b"")
     see("cache.serialize", lambda: [type(cache.serialize()), cache.serialize().nbytes > 0])
     see("set_timing_cache", lambda: config.set_timing_cache(cache, False))
-    see("set_timing_cache by names", lambda: config.set_timing_cache(cache=cache,
-                                                                     ignore_mismatch=True))  # fmt: skip
+    named = {"cache": cache, "ignore_mismatch": True}
+    see("set_timing_cache by names", lambda: config.set_timing_cache(**named))
     for wrong in (1, None, "x", 1.5):
         see(f"ignore_mismatch={wrong!r}", lambda wrong=wrong: config.set_timing_cache(cache, wrong))
     see("set_timing_cache(None)", lambda: config.set_timing_cache(None, False))

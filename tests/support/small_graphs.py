@@ -108,8 +108,8 @@ WRITTEN: dict[str, tuple[Nodes, dict[str, Any]]] = {
     "Reshape": (one("Reshape", "x s", allowzero=0), {"s": ints(-1, 3, 64)}),
     "Resize by a factor": (one("Resize", "x _ f", **_NEAREST), {"f": f32(1, 1, 2, 2)}),
     "Resize to a size": (
-        [("Shape", "x", "s", {}), ("Slice", "s a b c", "n", {}), ("Concat", "n d", "t", {"axis": 0}),
-         ("Resize", "x _ _ t", "y", _LINEAR)],
+        [("Shape", "x", "s", {}), ("Slice", "s a b c", "n", {}),
+         ("Concat", "n d", "t", {"axis": 0}), ("Resize", "x _ _ t", "y", _LINEAR)],
         {"a": ints(0), "b": ints(2), "c": ints(0), "d": ints(16, 16)},
     ),
     "Shape": (

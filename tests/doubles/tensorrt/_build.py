@@ -270,20 +270,20 @@ def _load_weights(model: Any, path: str | None) -> None:
     from onnx import external_data_helper
 
     folder = str(Path(path).parent) if path else ""
-    for one in model.graph.initializer:
-        try:
-            if external_data_helper.uses_external_data(one):
-                external_data_helper.load_external_data_for_tensor(one, folder)
-                one.data_location = onnx.TensorProto.DEFAULT
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            where = external_data_helper.ExternalDataInfo(one).location
-            desc = "Failed to import initializer: In node -1 with name:  and operator: "
-            desc += " (importInitializers): UNSUPPORTED_NODE: Assertion failed:"
-            desc += " ctx->getWeightsContext().convertOnnxWeights(initializer, &weights): Failed to"
-            desc += f" import initializer: {one.name}"
-            refused = _Refused("INVALID_GRAPH", desc, WEIGHTS)
-            refused.before = f"WeightsContext.cpp:0: Failed to open file: {Path(folder, where)}"
-            raise refused from error
+    one = None
+    try:
+        for one in filter(external_data_helper.uses_external_data, model.graph.initializer):
+            external_data_helper.load_external_data_for_tensor(one, folder)
+            one.data_location = onnx.TensorProto.DEFAULT
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        where = external_data_helper.ExternalDataInfo(one).location
+        desc = "Failed to import initializer: In node -1 with name:  and operator: "
+        desc += " (importInitializers): UNSUPPORTED_NODE: Assertion failed:"
+        desc += " ctx->getWeightsContext().convertOnnxWeights(initializer, &weights): Failed to"
+        desc += f" import initializer: {one.name}"
+        refused = _Refused("INVALID_GRAPH", desc, WEIGHTS)
+        refused.before = f"WeightsContext.cpp:0: Failed to open file: {Path(folder, where)}"
+        raise refused from error
 
 
 # What ONNX-TensorRT says of uint8 depends on the operator.
@@ -342,9 +342,9 @@ class _Checks:
                 "Assertion failed: (ctx->tensors().count(inputName)): Node input was not"
                 " registered."
             )
-        if kind == "TopK" and MAJOR < 11:
-            if any(one.name == "sorted" and one.i == 0 for one in node.attribute):
-                return "UNSUPPORTED_NODE_ATTR", "`sorted` must be 1"
+        unsorted = any(one.name == "sorted" and one.i == 0 for one in node.attribute)
+        if kind == "TopK" and MAJOR < 11 and unsorted:
+            return "UNSUPPORTED_NODE_ATTR", "`sorted` must be 1"
         if kind in ("QuantizeLinear", "DequantizeLinear"):
             return self._zero_point(node)
         return self._types(node)
@@ -376,7 +376,7 @@ class _Checks:
         return None
 
     def _zero_point(self, node: Any) -> tuple[str, str] | None:
-        """int8 and zero. Harder than the real one, which computes uint8, ONNX's default, as int8."""
+        """int8 and zero. Harder than the real one, which takes uint8, ONNX's default, for int8."""
         point = self._values.get(node.input[2]) if len(node.input) > 2 else None
         if point is not None and point.any():
             return "INVALID_NODE", (
@@ -416,8 +416,7 @@ def _shapes_of_outputs(model: Any, inferred: Any) -> dict[str, tuple[int, ...]]:
         return declared
     return {
         name: tuple(
-            known if side == -1 else side
-            for side, known in zip(sides, declared[name], strict=True)
+            known if side == -1 else side for side, known in zip(sides, declared[name], strict=True)
         )
         if len(sides) == len(declared.get(name, ()))
         else sides
@@ -496,7 +495,9 @@ class OnnxParser(Bound):
             if self._errors and not self._read:
                 return self._fail_again(data)
             if self._read:
-                text = "Assertion failed: model->ByteSizeLong() == 0: A model was previously parsed!"
+                text = (
+                    "Assertion failed: model->ByteSizeLong() == 0: A model was previously parsed!"
+                )
                 raise _Refused("MODEL_DESERIALIZE_FAILED", text, READING)
             model = _decoded(data)
             self._read = bool(data)
@@ -597,7 +598,10 @@ def _tensor(value: Any, *, is_input: bool, shape: tuple[int, ...] | None = None)
     kind = value.type.tensor_type
     declared = tuple(side.dim_value or -1 for side in kind.shape.dim)
     return Tensor(
-        value.name, declared if shape is None else shape, TYPES.get(kind.elem_type, "FLOAT"), is_input
+        value.name,
+        declared if shape is None else shape,
+        TYPES.get(kind.elem_type, "FLOAT"),
+        is_input,
     )
 
 
@@ -657,8 +661,10 @@ class IOptimizationProfile(Bound):
 
 def _ordered(shapes: list[tuple[int, ...]]) -> bool:
     ranks = {len(shape) for shape in shapes}
-    return len(shapes) == 3 and len(ranks) == 1 and all(
-        low <= best <= high for low, best, high in zip(*shapes, strict=True)
+    return (
+        len(shapes) == 3
+        and len(ranks) == 1
+        and all(low <= best <= high for low, best, high in zip(*shapes, strict=True))
     )
 
 
