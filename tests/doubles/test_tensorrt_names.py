@@ -266,8 +266,8 @@ print(json.dumps({name: ask(getattr(trt, name)) for name in dir(trt)}))
 
 
 @cache
-def real(version: str) -> dict[str, dict[str, str | None]]:
-    """Class -> name -> docstring, of the real bindings."""
+def real(version: str) -> tuple[dict[str, dict[str, str | None]], dict[str, Any]]:
+    """Of the real bindings: class -> name -> docstring, and what came of using their values."""
     compiler, package = shutil.which("cc"), BINDINGS[version]
     if compiler is None:
         pytest.skip("no C compiler to make empty libraries with")
@@ -282,18 +282,22 @@ def real(version: str) -> dict[str, dict[str, str | None]]:
         for library in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
             target = Path(folder, f"{library}.so.{version.split('.')[0]}")
             subprocess.run([compiler, "-shared", "-fPIC", "-o", target, source], check=True)
-        where = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": folder}
+        path = os.pathsep.join([folder, str(ROOT / "tests")])
+        where = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": path}
         ask = [sys.executable, "-c", ASK]
         asked = subprocess.run(ask, env=where, capture_output=True, text=True)
         if "ImportError" in asked.stderr:
             pytest.skip(f"{package} {version} cannot be imported: {asked.stderr[-200:]}")
         assert asked.returncode == 0, asked.stderr
-        return dict(json.loads(asked.stdout))
+        ask[1:] = ["-m", "support.observed", "tensorrt_bindings", "values", folder]
+        used = subprocess.run(ask, env=where, capture_output=True, text=True)
+        assert used.returncode == 0, used.stderr
+        return dict(json.loads(asked.stdout)), dict(json.loads(used.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("version", BINDINGS)
 def test_the_lists_of_names_are_those_of_the_real_bindings(version: str) -> None:
-    found = real(version)
+    found, _ = real(version)
     for name, names in API[version].items():
         assert name in found
         if isinstance(names, list | dict):
@@ -302,7 +306,7 @@ def test_the_lists_of_names_are_those_of_the_real_bindings(version: str) -> None
 
 @pytest.mark.parametrize("version", BINDINGS)
 def test_arguments_and_defaults_are_those_of_the_real_bindings(version: str) -> None:
-    found, checked = real(version), 0
+    (found, _), checked = real(version), 0
     with doubled(version) as double:
         for name in public(double.trt):
             kind = getattr(double.trt, name)
@@ -320,3 +324,11 @@ def test_arguments_and_defaults_are_those_of_the_real_bindings(version: str) -> 
                 assert agree(mine, signatures), (name, method, mine, signatures)
                 checked += 1
     assert checked > 60
+
+
+@pytest.mark.parametrize("version", BINDINGS)
+def test_shapes_enums_types_and_weights_behave_as_in_the_real_bindings(version: str) -> None:
+    """What `support.observed` does with them needs no library under the bindings."""
+    _, used = real(version)
+    assert len(used) > 140
+    assert observed("tensorrt", "values", version) == used
