@@ -25,6 +25,8 @@ import pytest
 
 from support.double import VERSIONS, doubled
 from support.project import ROOT
+from support.real_library import LIBRARY, needs_the_library, observed, only_numbers
+from support.signatures import agree, default_of, overloads, own
 
 DATA = ROOT / "tests" / "data" / "tensorrt"
 API = {version: json.loads((DATA / f"{version}.json").read_text()) for version in VERSIONS}
@@ -104,16 +106,17 @@ def own_names() -> set[str]:
     return found
 
 
-def wrong_names(source: str) -> list[str]:
+def wrong_names(source: str, apis: dict[str, dict[str, Any]] = API) -> list[str]:
     """What does not exist, or not in all versions."""
     words = {
-        version: {*api}.union(*(members(api, name) for name in api)) for version, api in API.items()
+        version: {*api}.union(*(members(api, name) for name in api))
+        for version, api in apis.items()
     }
     anywhere = set.union(*words.values())
     found = []
     for line, names in attributes(source):
         *before, last = (name.lstrip("_") or name for name in names)
-        for version, api in API.items():
+        for version, api in apis.items():
             if MODULES & {*before}:
                 start = next(place for place, name in enumerate(before) if name in MODULES)
                 good = is_known(api, before[start], names[start + 1 :])
@@ -144,6 +147,17 @@ def test_every_name_that_we_use_exists_in_all_versions(path: Path | None) -> Non
     if path is None:
         pytest.skip("nothing imports TensorRT yet")
     assert wrong_names(path.read_text(encoding="utf-8")) == []
+
+
+@needs_the_library
+@pytest.mark.parametrize("path", users(), ids=str)
+def test_every_name_that_we_use_exists_in_tensorrt_rtx(path: Path) -> None:
+    real = observed(LIBRARY, "names")
+    api = {
+        name: "" if name not in real else real[name] if only_numbers(real[name]) else [*real[name]]
+        for name in real["module"]
+    }
+    assert wrong_names(path.read_text(encoding="utf-8"), {LIBRARY: api}) == []
 
 
 @pytest.mark.parametrize("path", users() or [None], ids=str)
@@ -252,8 +266,8 @@ print(json.dumps({name: ask(getattr(trt, name)) for name in dir(trt)}))
 
 
 @cache
-def real(version: str) -> dict[str, dict[str, str | None]]:
-    """Class -> name -> docstring, of the real bindings."""
+def real(version: str) -> tuple[dict[str, dict[str, str | None]], dict[str, Any]]:
+    """Of the real bindings: class -> name -> docstring, and what came of using their values."""
     compiler, package = shutil.which("cc"), BINDINGS[version]
     if compiler is None:
         pytest.skip("no C compiler to make empty libraries with")
@@ -268,58 +282,31 @@ def real(version: str) -> dict[str, dict[str, str | None]]:
         for library in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
             target = Path(folder, f"{library}.so.{version.split('.')[0]}")
             subprocess.run([compiler, "-shared", "-fPIC", "-o", target, source], check=True)
-        where = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": folder}
+        path = os.pathsep.join([folder, str(ROOT / "tests")])
+        where = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": path}
         ask = [sys.executable, "-c", ASK]
         asked = subprocess.run(ask, env=where, capture_output=True, text=True)
         if "ImportError" in asked.stderr:
             pytest.skip(f"{package} {version} cannot be imported: {asked.stderr[-200:]}")
         assert asked.returncode == 0, asked.stderr
-        return dict(json.loads(asked.stdout))
+        ask[1:] = ["-m", "support.observed", "tensorrt_bindings", "values", folder]
+        used = subprocess.run(ask, env=where, capture_output=True, text=True)
+        assert used.returncode == 0, used.stderr
+        return dict(json.loads(asked.stdout)), dict(json.loads(used.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("version", BINDINGS)
 def test_the_lists_of_names_are_those_of_the_real_bindings(version: str) -> None:
-    found = real(version)
+    found, _ = real(version)
     for name, names in API[version].items():
         assert name in found
         if isinstance(names, list | dict):
             assert {*names} - {*found[name]} == set(), name
 
 
-def overloads(docstring: str, name: str) -> list[list[tuple[str, str]]]:
-    """The arguments of each signature: name and type, as the double would write it."""
-    found = []
-    for signature in re.findall(rf"^(?:\d+\. )?{name}\((self: .*)\) ->", docstring, re.MULTILINE):
-        parts = [""]
-        depth = 0
-        for letter in signature:
-            depth += (letter in "[(<") - (letter in "])>")
-            if letter == "," and not depth:
-                parts.append("")
-            else:
-                parts[-1] += letter
-        pairs = [part.split("=")[0].split(":", 1) for part in parts[1:]]
-        found.append([(argument.strip(), plain(kind)) for argument, kind in pairs])
-    return found
-
-
-def plain(kind: str) -> str:
-    """`tensorrt_bindings.tensorrt.Dims`, `typing.SupportsInt`, `List[int]` -> Dims, int, list."""
-    kind = kind.replace("tensorrt_bindings.tensorrt.", "").strip()
-    kind = re.sub(r"\b(?:\w+(?:::|\.))+", "", kind.split("[")[0])
-    same = {"SupportsInt": "int", "SupportsIndex": "int", "SupportsFloat": "float", "List": "list",
-            "tuple": "Dims", "Sequence": "list", "buffer": "Buffer", "ndarray": "Any"}  # fmt: skip
-    return same.get(kind, kind)
-
-
-def own(parameter: inspect.Parameter) -> str:
-    kind = str(parameter.annotation).split(" | ")[0]
-    return {"Size": "int"}.get(kind, kind)
-
-
 @pytest.mark.parametrize("version", BINDINGS)
-def test_arguments_are_called_and_typed_as_in_the_real_bindings(version: str) -> None:
-    found, checked = real(version), 0
+def test_arguments_and_defaults_are_those_of_the_real_bindings(version: str) -> None:
+    (found, _), checked = real(version), 0
     with doubled(version) as double:
         for name in public(double.trt):
             kind = getattr(double.trt, name)
@@ -332,7 +319,16 @@ def test_arguments_are_called_and_typed_as_in_the_real_bindings(version: str) ->
                 if known is None or method not in vars(kind):
                     continue
                 parameters = [*inspect.signature(function).parameters.values()][1:]
-                mine = [(one.name, own(one)) for one in parameters]
-                assert mine in overloads(known, method), (name, method, overloads(known, method))
+                mine = [own(one.name, one.annotation, default_of(one)) for one in parameters]
+                signatures = overloads(known, method)
+                assert agree(mine, signatures), (name, method, mine, signatures)
                 checked += 1
     assert checked > 60
+
+
+@pytest.mark.parametrize("version", BINDINGS)
+def test_shapes_enums_types_and_weights_behave_as_in_the_real_bindings(version: str) -> None:
+    """What `support.observed` does with them needs no library under the bindings."""
+    _, used = real(version)
+    assert len(used) > 140
+    assert observed("tensorrt", "values", version) == used

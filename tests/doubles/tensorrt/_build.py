@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,16 @@ from ._names import (
     ENUMS,
     LIBRARY,
     MAJOR,
+    Bits,
     Bound,
     Buffer,
     Severity,
     Size,
+    Text,
     bound,
     call_back,
     pure,
+    truth,
 )
 from ._plan import Plan, Tensor, constants_of, network, weights_of
 
@@ -38,12 +44,23 @@ OnnxParserFlag, ProfilingVerbosity = ENUMS["OnnxParserFlag"], ENUMS["ProfilingVe
 EngineCapability, PreviewFeature = ENUMS["EngineCapability"], ENUMS["PreviewFeature"]
 HardwareCompatibilityLevel = ENUMS["HardwareCompatibilityLevel"]
 OPERATORS = json.loads((DATA / "onnx_operators.json").read_text())
-# docs/operators.md of ONNX-TensorRT 10 says "opset 9 to opset 20". What the later ones promise
-# could not be looked up; Kensa writes 17 and 18.
-OPSETS = {10: range(9, 21), 11: range(9, 25)}[MAJOR]
+SUPPORTED = {*OPERATORS["supported"]}
+if MAJOR >= 11:
+    SUPPORTED = (SUPPORTED | {*OPERATORS["since_11"]}) - {*OPERATORS["gone_in_11"]}
+OLDEST_STRICT = 13  # in older ones ONNX-TensorRT also takes axes that came as an input later
+OLDEST_OPSET = 7  # of older ones operators are refused, of newer ones none
 GONE_WITH_STRONG_TYPES = ("FP16", "BF16", "INT8", "FP8", "INT4", "OBEY_PRECISION_CONSTRAINTS",
                           "PREFER_PRECISION_CONSTRAINTS")  # fmt: skip
 TOPK_MOST = 3840
+MOST_OPTIMISED = 5  # level
+LEAST_POOL = 4096  # bytes
+
+
+CHECK = "Parameter check failed, condition:"
+
+
+def usage(owner: Any, where: str, text: str, code: int = 3) -> None:
+    say(owner, Severity.ERROR, f"{where}: Error Code {code}: API Usage Error ({text})")
 
 
 # Networks
@@ -80,25 +97,32 @@ class INetworkDefinition(Bound):
     """Strongly typed where asked for; from TensorRT 11 always."""
 
     def _setup(self, builder: Builder, flags: int) -> None:
-        self._builder, self._flags, self._title = builder, flags, ""
+        typed = 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self._builder, self._flags = builder, flags | (typed if MAJOR >= 11 else 0)
+        self._title = f"Unnamed Network {builder._networks}"
+        builder._networks += 1
         self._onnx: bytes = b""
         self._tensors: list[Tensor] = []
         self._layers: list[tuple[str, str]] = []  # name, key in the timing cache
-        self._weights = 0
+        self._weights, self._topk = 0, ""
 
     @property
     def _strongly_typed(self) -> bool:
-        return MAJOR >= 11 or bool(
-            self._flags >> int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1
-        )
+        return self.get_flag(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
     @property
     def name(self) -> str:
         return self._title
 
     @name.setter
-    def name(self, value: str) -> None:
+    def name(self, value: Text) -> None:
+        if value is None:
+            self._say("setName", "(name) != nullptr.")
+            return
         self._title = value
+
+    def _say(self, function: str, condition: str) -> None:
+        usage(self._builder, f"INetworkDefinition::{function}", f"{CHECK} {condition}")
 
     @property
     def flags(self) -> int:
@@ -128,12 +152,21 @@ class INetworkDefinition(Bound):
         return [tensor for tensor in self._tensors if tensor.is_input]
 
     def get_input(self, index: int) -> ITensor | None:
-        found = self._inputs
-        return ITensor._new(found[index]) if 0 <= index < len(found) else None
+        return self._get("Input", self._inputs, index)
 
     def get_output(self, index: int) -> ITensor | None:
-        found = [tensor for tensor in self._tensors if not tensor.is_input]
-        return ITensor._new(found[index]) if 0 <= index < len(found) else None
+        return self._get("Output", [one for one in self._tensors if not one.is_input], index)
+
+    def _get(self, what: str, found: list[Tensor], index: int) -> ITensor | None:
+        if 0 <= index < len(found):
+            return ITensor._new(found[index])
+        self._say(
+            f"get{what}",
+            f"(0) <= (index) && (index) < (getNb{what}s()). Invalid network output index: {index}."
+            f" Valid range of network output indexis [0, {len(found)}). Upper bound of network"
+            f" output index can be queried with INetworkDefinition::getNb{what}s.",
+        )
+        return None
 
 
 # ONNX
@@ -143,9 +176,9 @@ class INetworkDefinition(Bound):
 class ParserError(Bound):
     """`node` is the number of the node, -1 where it is the whole file."""
 
-    def _setup(self, code: Any, desc: str, node: int, name: str, operator: str) -> None:
-        self._code, self._desc, self._node = code, desc, node
-        self._name, self._operator = name, operator
+    def _setup(self, code: Any, desc: str, where: tuple[str, str], node: int, of: Any) -> None:
+        self._code, self._desc, self._node, (self._file, self._func) = code, desc, node, where
+        self._name, self._operator = (of.name, of.op_type) if of is not None else ("", "")
 
     def code(self) -> ErrorCode:
         return self._code
@@ -163,10 +196,10 @@ class ParserError(Bound):
         return self._operator
 
     def file(self) -> str:
-        return "ModelImporter.cpp"
+        return self._file
 
     def func(self) -> str:
-        return "parseNode" if self._node >= 0 else "parse"
+        return self._func
 
     def line(self) -> int:
         return 0
@@ -174,150 +207,359 @@ class ParserError(Bound):
     def __str__(self) -> str:
         where = f"In node {self._node} with name: {self._name} and operator: {self._operator} "
         said = f"({self.func()}): {self._code.name}: {self._desc}"
-        return where + said if self._node >= 0 else said
+        return said if self._code == ErrorCode.MODEL_DESERIALIZE_FAILED else where + said
 
     __repr__ = __str__
 
 
-class _Refused(Exception):
-    """What becomes a ParserError: code, description, number of the node, node."""
+READING = ("onnxProtoUtils.hpp", "deserializeOnnxModel")
+FILE, NODE = ("ModelImporter.cpp", "parseFromFile"), ("ModelImporter.cpp", "parseNode")
+WEIGHTS = ("ModelImporter.cpp", "importInitializers")
 
-    def __init__(self, code: str, desc: str, index: int = -1, node: Any = None) -> None:
+
+class _Refused(Exception):
+    """What becomes a ParserError: code, description, where in the parser, number and node."""
+
+    def __init__(
+        self, code: str, desc: str, where: tuple[str, str] = NODE, index: int = -1, node: Any = None
+    ) -> None:
         super().__init__(desc)
-        self.error = ParserError._new(
-            getattr(ErrorCode, code),
-            desc,
-            index,
-            node.name if node is not None else "",
-            node.op_type if node is not None else "",
-        )
+        self.node, self.before = node, ""
+        self.error = ParserError._new(getattr(ErrorCode, code), desc, where, index, node)
+
+    def lines(self) -> list[str]:
+        """What the log gets, without the numbers of lines in the parser's source."""
+        error = self.error
+        if error.func() in (READING[1], FILE[1], ""):
+            return [str(error) if error.func() else error.desc()]
+        said = [f"ModelImporter.cpp:0: ERROR: {error.file()}:0 In function {error.func()}:\n"
+                f"[{int(error.code())}] {error.desc()}"]  # fmt: skip
+        if self.node is None:
+            return [self.before, *said] if self.before else said
+        made = "".join(f' -> "{name}"' for name in self.node.output[:1])
+        return [
+            f"ModelImporter.cpp:0: While parsing node number {error.node()}"
+            f" [{self.node.op_type}{made}]:",
+            f"ModelImporter.cpp:0: --- Begin node ---\nNode name: {self.node.name}",
+            "ModelImporter.cpp:0: --- End node ---",
+            *said,
+        ]
 
 
 def read_onnx(data: bytes, path: str | None) -> Any:
     """An onnx.ModelProto with all its weights, or _Refused."""
-    import onnx
-    from google.protobuf.message import DecodeError
-    from onnx import external_data_helper
-
-    try:
-        model = onnx.load_from_string(data)
-    except DecodeError:
-        model = None
-    if model is None or not model.graph.node:
-        raise _Refused("MODEL_DESERIALIZE_FAILED", "Failed to parse the ONNX model.")
-    try:
-        folder = str(Path(path).parent) if path else ""
-        external_data_helper.load_external_data_for_model(model, folder)
-    except (OSError, onnx.checker.ValidationError) as error:
-        raise _Refused("INVALID_GRAPH", f"Failed to open file: {error}") from error
+    model = _decoded(data)
+    _load_weights(model, path)
     return model
 
 
-def _check_nodes(model: Any) -> None:
-    """What ONNX-TensorRT 10 refuses (docs/operators.md, ModelImporter.cpp)."""
-    opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
-    if opset not in OPSETS:
-        raise _Refused("UNSUPPORTED_GRAPH", f"Opset {opset} is not one of {OPSETS}.")
-    uint8 = {one.name for one in model.graph.input if one.type.tensor_type.elem_type == 2}
-    outputs = {one.name for one in model.graph.output}
-    values = constants_of(model)
-    for index, node in enumerate(model.graph.node):
-        if node.domain or node.op_type in OPERATORS["unsupported"]:
-            desc = "Plugin not found, are the plugin name, version, and namespace correct?"
-            raise _Refused("UNSUPPORTED_NODE", desc, index, node)
-        target = node.attribute[0].i if node.op_type == "Cast" else None
-        gives_uint8 = target == 2 or (target is None and bool(uint8 & set(node.input)))
-        if gives_uint8 and not outputs & set(node.output):
-            desc = (
-                "Assertion failed: legalUINT8: TensorRT does not support UINT8 types for"
-                " intermediate tensors!"
+def _decoded(data: bytes) -> Any:
+    """Nothing at all is a model, too: an empty one."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load_from_string(data)
+    except DecodeError:
+        desc = "Assertion failed: model->ParseFromCodedStream(&codedInput): Failed to parse the"
+        raise _Refused("MODEL_DESERIALIZE_FAILED", f"{desc} ONNX model.", READING) from None
+
+
+def _load_weights(model: Any, path: str | None) -> None:
+    import onnx
+    from onnx import external_data_helper
+
+    folder = str(Path(path).parent) if path else ""
+    one = None
+    try:
+        for one in filter(external_data_helper.uses_external_data, model.graph.initializer):
+            external_data_helper.load_external_data_for_tensor(one, folder)
+            one.data_location = onnx.TensorProto.DEFAULT
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        where = external_data_helper.ExternalDataInfo(one).location
+        desc = "Failed to import initializer: In node -1 with name:  and operator: "
+        desc += " (importInitializers): UNSUPPORTED_NODE: Assertion failed:"
+        desc += " ctx->getWeightsContext().convertOnnxWeights(initializer, &weights): Failed to"
+        desc += f" import initializer: {one.name}"
+        refused = _Refused("INVALID_GRAPH", desc, WEIGHTS)
+        refused.before = f"WeightsContext.cpp:0: Failed to open file: {Path(folder, where)}"
+        raise refused from error
+
+
+# What ONNX-TensorRT says of uint8 depends on the operator.
+NOT_OF_UINT8 = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Add", "Sub", "Mul",
+                "Div")  # fmt: skip
+NO_TYPES = (4, 5, 8, 12, 13, 14, 15)  # uint16, int16, string, uint32, uint64, complex
+BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow")
+
+
+class _Checks:
+    """What ONNX-TensorRT refuses, node by node (docs/operators.md, ModelImporter.cpp)."""
+
+    def __init__(self, model: Any) -> None:
+        import onnx
+
+        self._model, self._graph = model, model.graph
+        self._values = constants_of(model)
+        self._outputs = {one.name for one in model.graph.output}
+        inputs = {one.name: one.type.tensor_type.elem_type for one in model.graph.input}
+        self._known = {*inputs, *(one.name for one in model.graph.initializer), ""}
+        self._uint8 = {name for name, kind in inputs.items() if kind == onnx.TensorProto.UINT8}
+        opsets = [one.version for one in model.opset_import if one.domain in ("", "ai.onnx")]
+        opset = min(opsets, default=OLDEST_OPSET)
+        self.old = bool(model.graph.node) and opset < OLDEST_OPSET
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.topk = _too_many(model)  # what the builder alone refuses
+        self._odd = self._infer() if opset >= OLDEST_STRICT else None
+
+    def node(self, index: int, node: Any) -> None:
+        if self.old and node.op_type in BROADCASTING:
+            desc = "Assertion failed: ctx->getOpsetVersion() >= 7: Pre-opset 7 broadcasting is"
+            desc += " unsupported in this version of the ONNX parser"
+            where = ("importerUtils.cpp", "broadcastTensor")
+            raise _Refused("UNSUPPORTED_NODE", desc, where)
+        problem = self._problem(node)
+        if problem is None and index == self._odd:
+            problem = ("INVALID_NODE", f"Invalid Node - {node.name}\n")
+        if problem is not None:
+            code, desc = problem
+            known = node.op_type in {*OPERATORS["unsupported"]} - SUPPORTED
+            checker = ("onnxOpCheckers.cpp", f"check{node.op_type}")
+            raise _Refused(code, desc, checker if known else NODE, index, node)
+        self._known.update(node.output)
+
+    def _problem(self, node: Any) -> tuple[str, str] | None:
+        kind = node.op_type
+        if kind not in SUPPORTED:
+            if kind in OPERATORS["unsupported"]:
+                return "UNSUPPORTED_NODE", "false"
+            return "INVALID_NODE", (
+                'creator && "Plugin not found, are the plugin name, version, and namespace'
+                ' correct?"'
             )
-            raise _Refused("UNSUPPORTED_NODE", desc, index, node)
-        if gives_uint8:
-            uint8 |= set(node.output)
-        if node.op_type == "TopK":
-            _check_topk(index, node, values)
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            _check_zero_point(index, node, values)
+        if not {*node.input} <= self._known:
+            return "INVALID_GRAPH", (
+                "Assertion failed: (ctx->tensors().count(inputName)): Node input was not"
+                " registered."
+            )
+        unsorted = any(one.name == "sorted" and one.i == 0 for one in node.attribute)
+        if kind == "TopK" and MAJOR < 11 and unsorted:
+            return "UNSUPPORTED_NODE_ATTR", "`sorted` must be 1"
+        if kind in ("QuantizeLinear", "DequantizeLinear"):
+            return self._zero_point(node)
+        return self._types(node)
+
+    def _types(self, node: Any) -> tuple[str, str] | None:
+        kind, target = node.op_type, None
+        if kind == "Cast":
+            target = next(one.i for one in node.attribute if one.name == "to")
+            if target in NO_TYPES:
+                text = 'convertDtype(onnxType, &newType) && "Unsupported data type for the Cast'
+                return "INVALID_NODE", f'{text} operator!"'
+        of_uint8 = bool(self._uint8 & {*node.input}) and kind not in ("Cast", "Shape", "Size")
+        if of_uint8 and kind in NOT_OF_UINT8:
+            return "INVALID_NODE", (
+                f"Invalid Node - {node.name}\nITensor::getDimensions: Error Code 4: API Usage"
+                f" Error ({node.name}: first input has type UInt8)"
+            )
+        if of_uint8 and kind != "Identity":
+            text = "Assertion failed: status.is_success(): Found unsupported input type of UINT8"
+            return "UNSUPPORTED_NODE", text
+        if of_uint8 or target == 2:
+            self._uint8.update(node.output)
+            if not self._outputs & {*node.output}:
+                return "UNSUPPORTED_NODE", (
+                    "Assertion failed: legalUINT8: TensorRT does not support UINT8 types for"
+                    " intermediate tensors. For UINT8 quantization, the kIMPORT_UINT8_QUANTIZATION"
+                    " flag must be set. (DLA version >= 3.16 only)"
+                )
+        return None
+
+    def _zero_point(self, node: Any) -> tuple[str, str] | None:
+        """int8 and zero. Harder than the real one, which takes uint8, ONNX's default, for int8."""
+        point = self._values.get(node.input[2]) if len(node.input) > 2 else None
+        if point is not None and point.any():
+            return "INVALID_NODE", (
+                "Assertion failed: shiftIsAllZeros(zeroPoint): Non-zero zero point is not"
+                " supported. Please set kENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA to enable"
+            )
+        if point is None or point.dtype != np.int8:
+            return "UNSUPPORTED_NODE", "`y_zero_point` must be 0, and int8"
+        return None
+
+    def _infer(self) -> int | None:
+        """Find the shapes of the outputs; the number of the first node whose inputs do not fit."""
+        nodes = self._graph.node
+        found = _inferred(self._model, len(nodes))
+        if found is not None:
+            self.shapes = _shapes_of_outputs(self._model, found)
+            return None
+        low, high = 0, len(nodes)  # the first `low` nodes fit, the first `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if _inferred(self._model, middle) is None else (middle, high)
+        if nodes[low].op_type != "TopK":
+            return low
+        self.topk = f"{nodes[low].name}: length of reduction axis is smaller than K"
+        return None
 
 
-def _check_zero_point(index: int, node: Any, values: dict[str, Any]) -> None:
-    """int8 and zero. uint8, which is ONNX's default, TensorRT would compute as int8."""
-    point = values.get(node.input[2]) if len(node.input) > 2 else None
-    if point is None or point.dtype != np.int8 or point.any():
-        raise _Refused("UNSUPPORTED_NODE", "`y_zero_point` must be 0, and int8", index, node)
+def _shapes_of_outputs(model: Any, inferred: Any) -> dict[str, tuple[int, ...]]:
+    """As the graph declares them, as far as OpenVINO does not know better."""
+    declared = {
+        one.name: tuple(side.dim_value or -1 for side in one.type.tensor_type.shape.dim)
+        for one in inferred.graph.output
+    }
+    try:
+        found = network(model.SerializeToString()).known_shapes()
+    except RuntimeError:
+        return declared
+    return {
+        name: tuple(
+            known if side == -1 else side for side, known in zip(sides, declared[name], strict=True)
+        )
+        if len(sides) == len(declared.get(name, ()))
+        else sides
+        for name, sides in found.items()
+    }
 
 
-def _check_topk(index: int, node: Any, values: dict[str, Any]) -> None:
-    if any(one.name == "sorted" and one.i == 0 for one in node.attribute):
-        raise _Refused("UNSUPPORTED_NODE_ATTR", "`sorted` must be 1", index, node)
-    count = values.get(node.input[1]) if len(node.input) > 1 else None
-    if count is not None and count.reshape(-1)[0] > TOPK_MOST:
-        raise _Refused("UNSUPPORTED_NODE_ATTR", f"K is at most {TOPK_MOST}", index, node)
+def _inferred(model: Any, count: int) -> Any:
+    """The first `count` nodes of a model with their shapes; None where they do not fit.
+
+    Large weights become inputs, so that they need not be copied.
+    """
+    import onnx
+    from onnx import helper
+
+    light = onnx.ModelProto(ir_version=model.ir_version or 8)
+    light.opset_import.extend([one for one in model.opset_import if one.domain in ("", "ai.onnx")])
+    light.graph.name = "shapes"
+    light.graph.node.extend(model.graph.node[:count])
+    light.graph.input.extend(model.graph.input)
+    for one in model.graph.initializer:
+        if np.prod(one.dims, dtype=np.int64) <= 64:
+            light.graph.initializer.append(one)
+        elif one.name not in {each.name for each in model.graph.input}:
+            light.graph.input.append(
+                helper.make_tensor_value_info(one.name, one.data_type, one.dims)
+            )
+    made = {name for node in light.graph.node for name in node.output}
+    light.graph.output.extend([one for one in model.graph.output if one.name in made])
+    try:
+        return onnx.shape_inference.infer_shapes(
+            light, check_type=True, strict_mode=True, data_prop=True
+        )
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError):
+        return None
 
 
 @bound
 class OnnxParser(Bound):
-    """Fills a network; keeps the errors of what it refused. It logs through its own logger."""
+    """Fills a network; keeps the errors of what it refused. It logs through its own logger.
+
+    What it has filled until it refuses stays, so that neither it nor the network can be used again.
+    """
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
-        self._network, self._logger = network, logger
+        self._held, self._logger = weakref.ref(network), logger
         self._errors: list[ParserError] = []
-        self._flag_bits = 0
+        self._flag_bits = 1 << int(OnnxParserFlag.NATIVE_INSTANCENORM)  # on by default
+        self._read, self._last = False, ""
+
+    @property
+    def _network(self) -> INetworkDefinition:
+        """The parser does not keep it: it dies where nobody else does."""
+        network = self._held()
+        if network is None:
+            gpu.crash("a parser is used whose network nobody holds any more")
+        return network
 
     def parse(self, model: Buffer, path: str | None = None) -> bool:
         """A path only finds weights that are kept in files beside the model."""
         return self._parse(bytes(model), path)
 
     def parse_from_file(self, model: str) -> bool:
-        try:
-            data = Path(os.fsdecode(model)).read_bytes()
-        except OSError:
-            message = f"Failed to parse ONNX model from file: {model}!"
-            write(self._logger, Severity.ERROR, message)
-            return False
-        return self._parse(data, os.fsdecode(model))
+        if not Path(model).is_file():
+            text = "Assertion failed: stat(onnxModelFile, &sb) == 0 && S_ISREG(sb.st_mode): Input"
+            text += f" file cannot be found, or is not a regular file: {model}"
+            return self._refuse(_Refused("INVALID_VALUE", text, FILE))
+        return self._parse(Path(model).read_bytes(), model)
 
     def _parse(self, data: bytes, path: str | None) -> bool:
         if self._network.num_layers:
-            message = "Parse was called with a non-empty network definition"
+            message = "ModelImporter.cpp:0: Parse was called with a non-empty network definition"
             write(self._logger, Severity.ERROR, message)
             return False
         try:
-            model = read_onnx(data, path)
-            _check_nodes(model)
+            if self._errors and not self._read:
+                return self._fail_again(data)
+            if self._read:
+                text = (
+                    "Assertion failed: model->ByteSizeLong() == 0: A model was previously parsed!"
+                )
+                raise _Refused("MODEL_DESERIALIZE_FAILED", text, READING)
+            model = _decoded(data)
+            self._read = bool(data)
+            self._import(model, path)
         except _Refused as refused:
-            self._errors.append(refused.error)
-            write(self._logger, Severity.ERROR, str(refused.error))
-            return False
-        self._fill(model)
+            return self._refuse(refused)
         return True
 
-    def _fill(self, model: Any) -> None:
-        net, weights = self._network, weights_of(model)
-        constants = {one.name for one in model.graph.initializer}
-        for values, is_input in ((model.graph.input, True), (model.graph.output, False)):
-            for value in values:
-                if value.name not in constants:
-                    kind = value.type.tensor_type
-                    shape = tuple(d.dim_value or -1 for d in kind.shape.dim)
-                    dtype = TYPES.get(kind.elem_type, "FLOAT")
-                    net._tensors.append(Tensor(value.name, shape, dtype, is_input))
+    def _fail_again(self, data: bytes) -> bool:
+        """An error stays, and nothing but the inputs is read after one."""
+        self._network._tensors += _inputs(_decoded(data))
+        error = self._errors[-1]
+        text = f"ModelImporter.cpp:0: ERROR: {error.file()}:0 In function {error.func()}:\n"
+        write(self._logger, Severity.ERROR, f"{text}[{int(error.code())}] {error.desc()}")
+        return False
+
+    def _refuse(self, refused: _Refused) -> bool:
+        self._errors.append(refused.error)
+        self._last = str(refused.error)
+        for line in refused.lines():
+            write(self._logger, Severity.ERROR, line)
+        return False
+
+    def _import(self, model: Any, path: str | None) -> None:
+        net = self._network
+        for node in model.graph.node:
+            node.domain = ""  # nobody looks at it
+        net._tensors += _inputs(model)
+        _load_weights(model, path)
+        weights, checks = weights_of(model), _Checks(model)
+        if checks.old:
+            text = "ModelImporter.cpp:0: TensorRT supports ONNX graphs generated with at least"
+            text += " opset 7. Models using older opsets are not guaranteed to work."
+            write(self._logger, Severity.WARNING, text)
         for index, node in enumerate(model.graph.node):
+            if self._last:  # of an error before, which clear_errors does not clear
+                net._layers.append((node.name, ""))
+                desc = f"Invalid Node - {node.name}\n{self._last}"
+                raise _Refused("INVALID_NODE", desc, NODE, index, node)
+            checks.node(index, node)
             shapes = [weights[name].shape for name in node.input if name in weights]
             settings = [attribute.SerializeToString() for attribute in node.attribute]
             key = hashlib.sha1(repr((node.op_type, shapes, settings)).encode()).hexdigest()[:16]
             net._layers.append((node.name or f"{node.op_type}_{index}", key))
+        for one in model.graph.output:
+            net._tensors.append(_tensor(one, is_input=False, shape=checks.shapes.get(one.name)))
+        net._topk = checks.topk
         net._weights = sum(value.nbytes for value in weights.values())
         net._onnx = model.SerializeToString()
-        net._title = net._title or model.graph.name
 
     @property
     def num_errors(self) -> int:
         return len(self._errors)
 
-    def get_error(self, index: int) -> ParserError:
-        return self._errors[index]
+    def get_error(self, index: int) -> ParserError | None:
+        """A number that there is not is an error more, and None."""
+        if 0 <= index < len(self._errors):
+            return self._errors[index]
+        text = f"vector::_M_range_check: __n (which is {index % (1 << 64)}) >= this->size()"
+        text += f" (which is {len(self._errors)})"
+        self._refuse(_Refused("INTERNAL_ERROR", text, ("", "")))
+        return None
 
     def clear_errors(self) -> None:
         self._errors.clear()
@@ -327,7 +569,7 @@ class OnnxParser(Bound):
         return self._flag_bits
 
     @flags.setter
-    def flags(self, value: int) -> None:
+    def flags(self, value: Bits) -> None:
         self._flag_bits = int(value)
 
     def set_flag(self, flag: OnnxParserFlag) -> None:
@@ -339,8 +581,38 @@ class OnnxParser(Bound):
     def get_flag(self, flag: OnnxParserFlag) -> bool:
         return bool(self._flag_bits >> int(flag) & 1)
 
-    def supports_operator(self, op_name: str) -> bool:
-        return op_name in OPERATORS["supported"]
+    def supports_operator(self, op_name: Text) -> bool:
+        if op_name is None:
+            text = "basic_string::_M_construct null not valid"
+            return self._refuse(_Refused("INTERNAL_ERROR", text, ("", "")))
+        return op_name in SUPPORTED
+
+
+def _inputs(model: Any) -> list[Tensor]:
+    constants = {one.name for one in model.graph.initializer}
+    return [_tensor(one, is_input=True) for one in model.graph.input if one.name not in constants]
+
+
+def _tensor(value: Any, *, is_input: bool, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Of an onnx.ValueInfoProto; the shape of an output is what follows from the graph."""
+    kind = value.type.tensor_type
+    declared = tuple(side.dim_value or -1 for side in kind.shape.dim)
+    return Tensor(
+        value.name,
+        declared if shape is None else shape,
+        TYPES.get(kind.elem_type, "FLOAT"),
+        is_input,
+    )
+
+
+def _too_many(model: Any) -> str:
+    """What is wrong with the K of a graph, if anything is."""
+    values = constants_of(model)
+    for node in model.graph.node:
+        count = values.get(node.input[1]) if node.op_type == "TopK" else None
+        if count is not None and count.reshape(-1)[0] > TOPK_MOST:
+            return f"{node.name}: K exceeds the maximum value allowed ({TOPK_MOST})."
+    return ""
 
 
 # Configuration
@@ -350,23 +622,50 @@ class OnnxParser(Bound):
 class IOptimizationProfile(Bound):
     """Smallest, best and largest shape of each dynamic input."""
 
-    def _setup(self) -> None:
+    def _setup(self, builder: Builder) -> None:
+        self._builder = builder
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def set_shape(self, input: str, min: Dims, opt: Dims, max: Dims) -> None:
+        """Only what is negative is refused here; whether they fit is asked when it is added."""
         shapes = [tuple(int(side) for side in shape) for shape in (min, opt, max)]
-        ordered = len({len(shape) for shape in shapes}) == 1 and all(
-            0 <= low <= best <= high for low, best, high in zip(*shapes, strict=True)
-        )
-        if not ordered:
-            raise ValueError(f"Shape provided for input {input} is inconsistent.")
-        self._shapes[input] = shapes
+        for which, shape in zip(("min", "opt", "max"), shapes, strict=True):
+            if any(side < 0 for side in shape):
+                condition = "std::all_of(dims.d, dims.d + dims.nbDims, [](int32_t x) noexcept {"
+                text = f"{CHECK} {condition} return x >= 0; }})."
+                usage(self._builder, "IOptimizationProfile::setDimensions", text)
+                text = f"Shape provided for {which} is inconsistent with other shapes."
+                raise RuntimeError(text)
+            known = self._shapes.get(input, []) if which != "min" else []
+            self._shapes[input] = [*known, shape]
 
     def get_shape(self, input: str) -> list[Dims]:
-        return [Dims(shape) for shape in self._shapes.get(input, [])]
+        if input not in self._shapes:
+            text = f"Cannot get dimensions for input: {input}. Input is not present in this"
+            text += " OptimizationProfile"
+            usage(self._builder, "IOptimizationProfile::getDimensions", text, 4)
+            return []
+        if len(self._shapes[input]) < 3:
+            raise ValueError("__len__() should return >= 0")
+        return [Dims(shape) for shape in self._shapes[input]]
 
     def __bool__(self) -> bool:
-        return True
+        """Whether min <= opt <= max everywhere."""
+        wrong = [name for name, shapes in self._shapes.items() if not _ordered(shapes)]
+        if wrong:
+            text = f"Invalid optimization profiles for input tensors {', '.join(wrong)}, please"
+            text += " ensure that the optimization profiles satisfy MIN<=OPT<=MAX."
+            usage(self._builder, "IOptimizationProfile::isValid", text, 4)
+        return not wrong
+
+
+def _ordered(shapes: list[tuple[int, ...]]) -> bool:
+    ranks = {len(shape) for shape in shapes}
+    return (
+        len(shapes) == 3
+        and len(ranks) == 1
+        and all(low <= best <= high for low, best, high in zip(*shapes, strict=True))
+    )
 
 
 @bound
@@ -438,13 +737,11 @@ class IBuilderConfig(Bound):
         self._cache: ITimingCache | None = None
         self._monitor: IProgressMonitor | None = None
         self._device = DeviceType.GPU
-        self._core = -1
+        self._core, self._level = -1, 3
 
-    builder_optimization_level = plain("builder_optimization_level", int, 3)
     avg_timing_iterations = plain("avg_timing_iterations", int, 1)
     max_aux_streams = plain("max_aux_streams", int, -1)
     profile_stream = plain("profile_stream", int, 0)
-    tiling_optimization_level = plain("tiling_optimization_level", int, 0)
     max_num_tactics = plain("max_num_tactics", int, -1)
     profiling_verbosity = plain(
         "profiling_verbosity", ProfilingVerbosity, ProfilingVerbosity.LAYER_NAMES_ONLY
@@ -471,12 +768,30 @@ class IBuilderConfig(Bound):
         self._core = value
 
     @property
+    def builder_optimization_level(self) -> int:
+        return self._level
+
+    @builder_optimization_level.setter
+    def builder_optimization_level(self, value: int) -> None:
+        if int(value) < 0:
+            text = f"{CHECK} level >= 0. Setting builder optimization level. Valid values include"
+            text += " integers from 0 to the n, where n is the required optimization level"
+            usage(self._builder, "IBuilderConfig::setBuilderOptimizationLevel", text)
+            return
+        self._level = min(int(value), MOST_OPTIMISED)
+
+    @property
     def flags(self) -> int:
         return self._bits
 
     @flags.setter
-    def flags(self, value: int) -> None:
-        self._bits = int(value)
+    def flags(self, value: Bits) -> None:
+        known = [int(flag) for flag in BuilderFlag.__members__.values()]
+        if int(value) >= 1 << max(known) + 1:
+            text = f"{CHECK} flags.toU32() < (1U << EnumMax<BuilderFlag>()). "
+            usage(self._builder, "IBuilderConfig::setFlags", text)
+            return
+        self._bits = int(value) & sum(1 << flag for flag in known)
 
     def set_flag(self, flag: BuilderFlag) -> None:
         self._bits |= 1 << int(flag)
@@ -495,6 +810,13 @@ class IBuilderConfig(Bound):
             )
             say(self._builder, Severity.ERROR, message)
             return
+        power = int(pool_size) >= LEAST_POOL and int(pool_size).bit_count() == 1
+        if pool == MemoryPoolType.TACTIC_DRAM and not power:
+            text = f"{CHECK} (pool == MemoryPoolType::kDLA_MANAGED_SRAM && poolSize == 0) ||"
+            text += " (static_cast<int64_t>(poolSize) >= kDLA_MIN_MEMORY_POOL_SIZE &&"
+            text += " std::has_single_bit(poolSize)). "
+            usage(self._builder, "IBuilderConfig::setMemoryPoolLimit", text)
+            return
         self._pools[int(pool)] = int(pool_size)
 
     def get_memory_pool_limit(self, pool: MemoryPoolType) -> int:
@@ -508,7 +830,13 @@ class IBuilderConfig(Bound):
         }
         return self._pools.get(int(pool), defaults.get(pool, 0))
 
-    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+    def add_optimization_profile(self, profile: IOptimizationProfile | None) -> int:
+        """Its number, or -1 where it is wrong: no exception says so."""
+        if profile is None or not profile:
+            condition = "profile != nullptr." if profile is None else "profile->isValid()."
+            text = f"{CHECK} {condition} "
+            usage(self._builder, "IBuilderConfig::addOptimizationProfile", text)
+            return -1
         self._profiles.append(profile)
         return len(self._profiles) - 1
 
@@ -561,55 +889,78 @@ class IBuilderConfig(Bound):
 # The builder
 
 
-class _Cancelled(Exception):
-    pass
-
-
 class _Failed(Exception):
     """The build failed; the text is the line in the log."""
 
 
-class _Progress:
-    """Phases within phases, as IProgressMonitor documents them.
+class _Cancelled(_Failed):
+    def __init__(self) -> None:
+        super().__init__("Error Code 7: BuildCanceled (Build canceled by user)")
 
-    A step may be reported by another thread than the one that builds; here all steps of inner
-    phases are, because a monitor must bear it. KENSA_DOUBLE_BUILD_SECONDS is spread over the
-    steps.
+
+class _Progress:
+    """Phases within phases, as the real library tells them.
+
+    It announces more steps than it completes, starts some phases again and again, and completes
+    steps of a phase while one within it is still open.
+
+    The documentation says that a step may be reported by another thread than the one that builds;
+    here the steps of the layers are, because a monitor must bear it. KENSA_DOUBLE_BUILD_SECONDS is
+    spread over them.
     """
 
-    def __init__(self, monitor: Any, steps: int) -> None:
+    def __init__(self, monitor: Any, layers: int) -> None:
         self._monitor = monitor
         self._open: list[str] = []
-        self._pause = float(os.environ.get("KENSA_DOUBLE_BUILD_SECONDS", "0")) / max(1, steps)
+        self._pause = float(os.environ.get("KENSA_DOUBLE_BUILD_SECONDS", "0")) / max(1, layers)
 
-    def phase(self, name: str, steps: list[Callable[[], None]]) -> None:
+    @contextmanager
+    def phase(self, name: str, steps: int) -> Iterator[Callable[..., None]]:
+        """Gives what completes one step, or several. What fails is finished by `close`."""
         parent = self._open[-1] if self._open else None
         self._open.append(name)
         if self._monitor is not None:
-            call_back("phase_start", self._monitor.phase_start, name, parent, len(steps))
-        for number, step in enumerate(steps):
-            step()
-            if parent is None:
-                self._complete(name, number)
-            else:
-                self._elsewhere(name, number)
+            call_back("phase_start", self._monitor.phase_start, name, parent, steps)
+        done = itertools.count()
+
+        def complete(times: int = 1) -> None:
+            for _ in range(times):
+                self._complete(name, next(done))
+
+        yield complete
         self._finish()
+
+    def run(self, name: str, steps: int) -> None:
+        """A phase in which nothing happens."""
+        with self.phase(name, steps) as complete:
+            complete(steps)
+
+    def layers(self, name: str, tries: list[Callable[[], None]]) -> None:
+        """A phase with a step for each layer."""
+        with self.phase(name, len(tries)) as complete:
+            for attempt in tries:
+                attempt()
+                self._elsewhere(complete)
 
     def _complete(self, name: str, number: int) -> None:
         if self._monitor is None:
             return
-        if not call_back("step_complete", self._monitor.step_complete, name, number):
+
+        def ask() -> bool:
+            return truth(self._monitor.step_complete(name, number))
+
+        if not call_back("step_complete", ask):
             raise _Cancelled
 
-    def _elsewhere(self, name: str, number: int) -> None:
-        """The same from a thread of TensorRT's own."""
+    def _elsewhere(self, complete: Callable[[], None]) -> None:
+        """Complete a step in a thread of TensorRT's own."""
         if self._pause:
             time.sleep(self._pause)
         cancelled: list[BaseException] = []
 
         def run() -> None:
             try:
-                self._complete(name, number)
+                complete()
             except _Cancelled as error:
                 cancelled.append(error)
 
@@ -635,7 +986,7 @@ class Builder(Bound):
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
-        self._threads = 1
+        self._threads, self._networks = 1, 0
         register_on_a_device(self, logger, "createInferBuilder")
 
     @property
@@ -652,6 +1003,9 @@ class Builder(Bound):
 
     @max_threads.setter
     def max_threads(self, value: int) -> None:
+        if int(value) <= 0:
+            usage(self, "IBuilder::setMaxThreads", f"{CHECK} maxThreads > 0. ")
+            return
         self._threads = int(value)
 
     @property
@@ -666,14 +1020,19 @@ class Builder(Bound):
     def platform_has_fast_int8(self) -> bool:
         return True
 
-    def create_network(self, flags: int = 0) -> INetworkDefinition:
+    def create_network(self, flags: Bits = 0) -> INetworkDefinition | None:
+        known = NetworkDefinitionCreationFlag.__members__.values()
+        if int(flags) >= 1 << max(map(int, known)) + 1:
+            text = f"{CHECK} flagSet.toU32() < (1U << EnumMax<NetworkDefinitionCreationFlag>()). "
+            usage(self, "IBuilder::createNetworkV2", text)
+            return None
         return INetworkDefinition._new(self, int(flags))
 
     def create_builder_config(self) -> IBuilderConfig:
         return IBuilderConfig._new(self)
 
     def create_optimization_profile(self) -> IOptimizationProfile:
-        return IOptimizationProfile._new()
+        return IOptimizationProfile._new(self)
 
     def reset(self) -> None:
         pass
@@ -682,7 +1041,7 @@ class Builder(Bound):
         try:
             _check(network, config)
         except _Failed as failed:
-            say(self, Severity.ERROR, str(failed))
+            say(self, Severity.ERROR, f"IBuilder::isNetworkSupported: {failed}")
             return False
         return True
 
@@ -697,12 +1056,10 @@ class Builder(Bound):
             steps = missing or network._layers[:1]
             progress = _Progress(config._monitor, len(steps))
             plan = self._build(network, config, profiles, steps, progress)
-        except (_Cancelled, _Failed, Fault) as failed:
+        except (_Failed, Fault) as failed:
             if progress is not None:
                 progress.close()
-            if not isinstance(failed, _Cancelled):
-                text = f"IBuilder::buildSerializedNetwork: {failed}"
-                say(self, Severity.ERROR, text)
+            say(self, Severity.ERROR, f"IBuilder::buildSerializedNetwork: {failed}")
             return None
         gpu.count("builds")
         if config._cache is not None:
@@ -725,14 +1082,9 @@ class Builder(Bound):
                 static = {t.name: t.shape for t in net._inputs if t.name not in largest}
                 activations.append(network(net._onnx).largest_tensors({**static, **largest}))
 
-        def select() -> None:
-            progress.phase(
-                "Timing tactics",
-                [lambda name=name: self._try(name, net, config, activations) for name, _ in steps],
-            )
-
+        tries = [lambda name=name: self._try(name, net, config, activations) for name, _ in steps]
         try:
-            progress.phase("Building engine", [measure, select, lambda: None])
+            self._tell(progress, len(net._layers), measure, tries)
         except RuntimeError as error:  # OpenVINO's
             raise _Failed(f"Error Code 4: Internal Error ({error})") from error
         flags = config.get_flag
@@ -754,6 +1106,37 @@ class Builder(Bound):
             verbosity=int(config.profiling_verbosity),
             onnx=net._onnx,
         )
+
+    def _tell(
+        self,
+        progress: _Progress,
+        layers: int,
+        measure: Callable[[], None],
+        tries: list[Callable[[], None]],
+    ) -> None:
+        with progress.phase("Building engine", 6) as engine:
+            progress.run("Cloning network graph", layers)
+            engine(2)
+            progress.run("Preparing graph for optimization", 4)
+            measure()
+            engine(2)
+            with progress.phase("Building engine from subgraph", 1) as subgraph:
+                progress.run("Optimizing graph", 30)
+                with progress.phase("Computing profile costs", 5) as costs:
+                    with progress.phase("Timing tactics", 3) as tactics:
+                        progress.layers("Timing graph nodes", tries)
+                        tactics()
+                        with progress.phase("Timing tensor reformats", 3) as reformats:
+                            for _ in range(3):
+                                progress.run("Computing reformatting costs", 1)
+                                reformats()
+                        tactics()
+                    costs(3)
+                    with progress.phase("Determining refit engines", 1) as refit:
+                        refit()
+                        costs(2)
+                subgraph()
+            engine()
 
     def _try(self, name: str, net: Any, config: Any, activations: list[int]) -> None:
         """Take the memory that a layer is timed in, and give it back."""
@@ -796,8 +1179,8 @@ def _known(config: IBuilderConfig) -> set[str]:
 
 def _check(net: INetworkDefinition, config: IBuilderConfig) -> list[dict[str, list[Any]]]:
     """The profiles, input -> shapes; _Failed for a network or a configuration that cannot be."""
-    if not net._layers:
-        raise _Failed("Error Code 4: API Usage Error (Network must have at least one output)")
+    if not net.num_outputs:
+        raise _Failed("Error Code 4: API Usage Error (Network must have at least one output.)")
     if net._strongly_typed:
         for name in GONE_WITH_STRONG_TYPES:
             if hasattr(BuilderFlag, name) and config.get_flag(getattr(BuilderFlag, name)):
@@ -805,6 +1188,9 @@ def _check(net: INetworkDefinition, config: IBuilderConfig) -> list[dict[str, li
                     f"Error Code 3: API Usage Error (BuilderFlag::k{name} is set, and is not"
                     " allowed for a strongly typed network.)"
                 )
+    if net._topk:
+        text = f"ITopKLayer {net._topk.split(':')[0]}: {net._topk}"
+        raise _Failed(f"Error Code 4: API Usage Error ({text})")
     dynamic = [tensor for tensor in net._inputs if -1 in tensor.shape]
     if dynamic and not config._profiles:
         raise _Failed(
@@ -818,26 +1204,32 @@ def _check(net: INetworkDefinition, config: IBuilderConfig) -> list[dict[str, li
 
 
 def _fit(profile: IOptimizationProfile, net: Any, number: int) -> dict[str, list[Any]]:
+    """The shapes of the network's inputs; what a profile says of others is passed over."""
     for tensor in net._inputs:
-        shapes = profile._shapes.get(tensor.name)
-        if shapes is None:
-            if -1 in tensor.shape:
-                raise _Failed(
-                    f"Error Code 4: API Usage Error ({tensor.name}: dynamic input is missing"
-                    f" dimensions in profile {number}.)"
-                )
-            continue
-        fits = all(
-            len(shape) == len(tensor.shape)
-            and all(real in (-1, side) for real, side in zip(tensor.shape, shape, strict=True))
-            for shape in shapes
+        problem = _misfit(tensor, profile._shapes.get(tensor.name), number)
+        if problem:
+            raise _Failed(f"Error Code 4: API Usage Error ({problem})")
+    names = {tensor.name for tensor in net._inputs}
+    return {name: shapes for name, shapes in profile._shapes.items() if name in names}
+
+
+def _misfit(tensor: Tensor, shapes: Any, number: int) -> str:
+    name, sides = tensor.name, tensor.shape
+    if shapes is None:
+        missing = f"Dynamic input tensor {name} is missing dimensions in profile {number}."
+        return missing if -1 in sides else ""
+    if len(shapes[0]) != len(sides):
+        return (
+            f"Dynamic-shaped input tensor {name} has {len(sides)} dimensions but profile {number}"
+            f" has {len(shapes[0])} dimensions."
         )
-        if not fits:
-            raise _Failed(
-                f"Error Code 4: API Usage Error ({tensor.name}: for dimension number 0 in profile"
-                f" {number} does not match network definition {tensor.shape}.)"
+    for axis, (side, low, best, high) in enumerate(zip(sides, *shapes, strict=True)):
+        if side != -1 and {side} != {low, best, high}:
+            return (
+                f"Dimension mismatch for tensor {name} and profile {number}. At dimension axis"
+                f" {axis}, profile has min={low}, opt={best}, max={high} but tensor has {side}."
             )
-    return dict(profile._shapes)
+    return ""
 
 
 def _check_devices(net: Any, config: Any, dynamic: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
 from collections.abc import Iterable
@@ -12,7 +11,18 @@ import numpy as np
 from double_gpu import missing
 from numpy.typing import NDArray
 
-from ._names import API, ENUMS, Bound, Severity, bound, call_back, pure, size_or_int
+from ._names import (
+    API,
+    ENUMS,
+    MAJOR,
+    MOST_SIDES,
+    Bound,
+    Severity,
+    bound,
+    call_back,
+    is_number,
+    pure,
+)
 
 DataType = ENUMS["DataType"]
 float32, float16, int8, int32 = DataType.FLOAT, DataType.HALF, DataType.INT8, DataType.INT32
@@ -27,7 +37,14 @@ NUMPY = {
     DataType.UINT8: np.uint8,
 }
 ONNX_TYPES = {1: "FLOAT", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "HALF"}
-DataType.itemsize = property(lambda self: np.dtype(NUMPY[self]).itemsize if self in NUMPY else 2)
+_OTHER_SIZES = {"BF16": 2, "FP8": 1, "INT4": 0.5, "FP4": 0.5}
+
+
+def _itemsize(kind: Any) -> float | None:
+    return np.dtype(NUMPY[kind]).itemsize if kind in NUMPY else _OTHER_SIZES.get(kind.name)
+
+
+DataType.itemsize = property(_itemsize)
 
 
 def nptype(trt_type: Any) -> Any:
@@ -38,19 +55,26 @@ def nptype(trt_type: Any) -> Any:
 
 
 def volume(iterable: Iterable[int]) -> int:
-    return int(np.prod(tuple(iterable), dtype=np.int64))
+    found = 1
+    for side in iterable:
+        found *= side
+    return found
 
 
 @bound
 class Dims(Bound):
     """Like a tuple, but unhashable, and two of them cannot be compared: that is a TypeError."""
 
-    MAX_DIMS = 8
+    MAX_DIMS = MOST_SIDES
     __hash__ = None
 
+    _sides: tuple[int, ...] = ()
+
     def __init__(self, shape: list = ()) -> None:
-        if not all(size_or_int(side) for side in shape):
+        if not all(is_number(side, "side") for side in shape):
             raise TypeError("__init__(): incompatible constructor arguments.")
+        if len(shape) > MOST_SIDES:
+            raise ValueError(f"Input length {len(shape)}. Max expected length is {MOST_SIDES}")
         self._sides = tuple(int(side) for side in shape)
 
     def __len__(self) -> int:
@@ -59,7 +83,14 @@ class Dims(Bound):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int) and not -len(self) <= index < len(self):
             raise IndexError("Out of bounds")
+        if not isinstance(index, int | slice):
+            raise TypeError("__getitem__(): incompatible function arguments.")
         return self._sides[index]
+
+    def __setitem__(self, index: int, side: int) -> None:
+        sides = list(self._sides)
+        sides[index] = side
+        self._sides = tuple(sides)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, tuple | list):
@@ -90,7 +121,7 @@ class ILogger(Bound):
 
 @bound
 class Logger(ILogger):
-    """Writes to stderr what is at least as bad as `min_severity`."""
+    """Writes to stdout, also errors, what is at least as bad as `min_severity`."""
 
     def __init__(self, min_severity: Severity = Severity.WARNING) -> None:
         self._minimum = min_severity
@@ -106,7 +137,7 @@ class Logger(ILogger):
     def log(self, severity: Severity, msg: str) -> None:
         if severity <= self._minimum:
             when, letter = time.strftime("%m/%d/%Y-%H:%M:%S"), "FEWIV"[int(severity)]
-            print(f"[{when}] [TRT] [{letter}] {msg}", file=sys.stderr, flush=True)
+            print(f"[{when}] [TRT] [{letter}] {msg}", flush=True)
 
 
 # The loggers in use, of which only the first counts: builder, runtime, refitter -> their logger.
@@ -152,15 +183,21 @@ def write(logger: Any, severity: Any, message: str) -> None:
 
 @bound
 class Weights(Bound):
-    """Of a numpy array, which is not copied: keep it until it was used."""
+    """Of a numpy array, which is not copied: keep it until it was used. It has no shape."""
 
     def __init__(self, a: Any) -> None:
         kinds = {np.dtype(numpy): kind for kind, numpy in NUMPY.items()}
+        if isinstance(a, DataType):
+            a = np.empty(0, NUMPY.get(a, np.uint8))
         if not isinstance(a, np.ndarray):
             raise TypeError("__init__(): incompatible constructor arguments.")
         if a.dtype not in kinds:
-            raise ValueError("Could not implicitly convert NumPy data type to TensorRT.")
-        self._array: NDArray[Any] = a
+            text = "[TRT] [E] Could not implicitly convert NumPy data type:"
+            raise ValueError(f"{text} {_code(a.dtype)} to TensorRT.")
+        if not a.flags.c_contiguous:
+            text = "Could not convert non-contiguous NumPy array to Weights. Please use"
+            raise ValueError(f"{text} numpy.ascontiguousarray() to fix this.")
+        self._array: NDArray[Any] = a.reshape(-1)
         self._kind = kinds[a.dtype]
 
     @property
@@ -182,22 +219,40 @@ class Weights(Bound):
         return self.size
 
 
+def _code(dtype: np.dtype[Any]) -> str:
+    """As TensorRT names it: f64, u16. That of 10.3 has no number of bits."""
+    return f"{dtype.kind}{8 * dtype.itemsize if MAJOR >= 11 else 0}"
+
+
 def _no_sequence(*_: object) -> Any:
     raise TypeError("'IHostMemory' object is no sequence: it is a buffer")
 
 
-class IHostMemory(bytes):
-    """Bytes that TensorRT holds: a buffer (`bytes(it)`, `file.write(it)`) and nothing else."""
+class IHostMemory(bytearray):
+    """Bytes that TensorRT holds: a buffer (`bytes(it)`, `file.write(it)`) and nothing else.
 
-    __len__ = __getitem__ = __iter__ = __contains__ = __add__ = _no_sequence
+    A program may write into it, as into the real one, and compares only with itself.
+    """
+
+    __len__ = __getitem__ = __setitem__ = __iter__ = __contains__ = __add__ = _no_sequence
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __new__(cls, *_: object) -> IHostMemory:
+        raise TypeError("tensorrt.tensorrt.IHostMemory: No constructor defined!")
 
     def __bool__(self) -> Any:
         return True
+
+    def __dir__(self) -> list[str]:
+        return [*API["IHostMemory"]]
 
     def __getattribute__(self, name: str) -> Any:
         if name[0] != "_" and name not in API["IHostMemory"]:
             raise AttributeError(f"'IHostMemory' object has no attribute {name!r}")
         return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"'IHostMemory' object has no attribute {name!r}")
 
     @property
     def dtype(self) -> Any:
@@ -205,7 +260,10 @@ class IHostMemory(bytes):
 
     @property
     def nbytes(self) -> int:
-        return bytes.__len__(self)
+        return bytearray.__len__(self)
 
 
-host_memory = IHostMemory
+def host_memory(data: bytes) -> IHostMemory:
+    made = bytearray.__new__(IHostMemory)
+    bytearray.__init__(made, data)
+    return made

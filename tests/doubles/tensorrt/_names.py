@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -28,7 +29,57 @@ MAJOR = int(VERSION.split(".")[0])
 DATA = Path(__file__).parents[2] / "data" / "tensorrt"
 API: dict[str, Any] = json.loads((DATA / f"{VERSION}.json").read_text())
 
+MOST_SIDES = 8
+
 Type = TypeVar("Type", bound=type)
+
+
+# Arguments
+
+
+class Size:
+    """An address or a size: `int` in the docstrings, size_t in C++, so never negative."""
+
+
+class Bits:
+    """Flags: `int` in the docstrings, uint32_t in C++."""
+
+
+class Buffer:
+    """Anything with the buffer protocol."""
+
+
+class Text:
+    """`str` in the docstrings, `char const*` in C++: None is a null pointer."""
+
+
+LIMITS = {"int": (-(1 << 31), 1 << 31), "side": (-(1 << 63), 1 << 63), "Size": (0, 1 << 64),
+          "Bits": (0, 1 << 32)}  # fmt: skip
+
+
+def is_number(value: Any, kind: str = "int") -> bool:
+    """pybind11 takes what has `__index__` or `__int__` and fits, but no float and no str."""
+    if hasattr(value, "__index__") or (
+        hasattr(value, "__int__") and not isinstance(value, float | str)
+    ):
+        least, beyond = LIMITS[kind]
+        return least <= int(value) < beyond
+    return False
+
+
+def is_text(value: Any) -> bool:
+    """No Path; and a str must be UTF-8."""
+    if isinstance(value, bytes):
+        return True
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_truth(value: Any) -> bool:
+    """None, or what Python itself can ask whether it is true by a method of its own."""
+    return value is None or hasattr(value, "__bool__")
 
 
 # Enums
@@ -39,8 +90,10 @@ class Enum:
 
     __members__: ClassVar[dict[str, Enum]] = {}
 
-    def __init__(self, value: int) -> None:
-        object.__setattr__(self, "value", int(value))
+    def __init__(self, *values: int) -> None:
+        if len(values) != 1 or not is_number(values[0]):
+            raise TypeError("__init__(): incompatible constructor arguments.")
+        object.__setattr__(self, "value", int(values[0]))
 
     @property
     def name(self) -> str:
@@ -55,10 +108,21 @@ class Enum:
         return type(other) is type(self) and int(other) == int(self)
 
     def __le__(self, other: Enum) -> bool:
-        return int(self) <= int(other)
+        return int(self) <= self._of_mine(other)
 
     def __lt__(self, other: Enum) -> bool:
-        return int(self) < int(other)
+        return int(self) < self._of_mine(other)
+
+    def __ge__(self, other: Enum) -> bool:
+        return int(self) >= self._of_mine(other)
+
+    def __gt__(self, other: Enum) -> bool:
+        return int(self) > self._of_mine(other)
+
+    def _of_mine(self, other: object) -> int:
+        if type(other) is not type(self):
+            raise TypeError("Expected an enumeration of matching type!")
+        return int(other)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}.{self.name}: {int(self)}>"
@@ -124,21 +188,6 @@ class Bound(metaclass=_Metaclass):
         object.__setattr__(self, name, value)
 
 
-class Size:
-    """An address or a size: `int` in the docstrings, size_t in C++, so never negative."""
-
-
-class Buffer:
-    """Anything with the buffer protocol."""
-
-
-def size_or_int(value: Any) -> bool:
-    """pybind11 takes what has `__index__` or `__int__`, but no float and no str."""
-    return hasattr(value, "__index__") or (
-        hasattr(value, "__int__") and not isinstance(value, float | str)
-    )
-
-
 def _is_buffer(value: Any) -> bool:
     try:
         memoryview(value)
@@ -152,11 +201,13 @@ def accepts(value: Any, kind: Any) -> bool:
         kind = _resolve(kind)
     plain: dict[Any, Callable[[Any], bool]] = {
         Any: lambda value: True,
-        int: size_or_int,
-        Size: lambda value: size_or_int(value) and int(value) >= 0,
-        float: lambda value: isinstance(value, float) or size_or_int(value),
-        str: lambda value: isinstance(value, str | bytes),  # no Path
-        bool: lambda value: isinstance(value, bool) or type(value).__name__ == "bool_",
+        int: is_number,
+        Size: lambda value: is_number(value, "Size"),
+        Bits: lambda value: is_number(value, "Bits"),
+        float: lambda value: isinstance(value, float) or is_number(value, "side"),
+        str: is_text,
+        Text: lambda value: value is None or is_text(value),
+        bool: is_truth,
         list: lambda value: hasattr(value, "__len__") and not isinstance(value, str | bytes),
         Buffer: _is_buffer,
         None: lambda value: value is None,
@@ -166,19 +217,34 @@ def accepts(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return any(accepts(value, one) for one in kind)
     if getattr(kind, "__name__", "") == "Dims":
-        return isinstance(value, kind) or (
-            hasattr(value, "__len__")
-            and not isinstance(value, str | bytes)
-            and all(size_or_int(side) for side in value)
-        )
+        return isinstance(value, kind) or are_sides(value)
     return isinstance(value, kind)
+
+
+def are_sides(value: Any) -> bool:
+    """What can become Dims."""
+    return (
+        hasattr(value, "__len__")
+        and not isinstance(value, str | bytes)
+        and len(value) <= MOST_SIDES
+        and all(is_number(side, "side") for side in value)
+    )
+
+
+def as_given(value: Any, kind: Any) -> Any:
+    """The argument as C++ gets it: text as text, truth as a bool."""
+    first = str(kind).split(" | ")[0]
+    if isinstance(value, bytes) and first in ("str", "Text"):
+        return value.decode()
+    return bool(value) if first == "bool" else value
 
 
 def _resolve(text: str) -> Any:
     """`int | None`, `Dims`, `DataType` ... -> what `accepts` takes."""
     options = []
     for word in (word.strip() for word in text.split("|")):
-        own = {"Any": Any, "Size": Size, "Buffer": Buffer, "None": None, "Severity": Severity}
+        own = {"Any": Any, "Size": Size, "Bits": Bits, "Text": Text, "Buffer": Buffer,
+               "None": None, "Severity": Severity}  # fmt: skip
         builtin = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
         found = {**builtin, **own, **ENUMS, **CLASSES}
         options.append(found[word])
@@ -202,10 +268,12 @@ def _checked(function: Callable[..., Any], of: str) -> Callable[..., Any]:
             kind = signature.parameters[name].annotation
             if not accepts(value, kind):
                 refuse(args, named)
-        return function(*args, **named)
+            given.arguments[name] = as_given(value, kind)
+        return function(*given.args, **given.kwargs)
 
     def refuse(args: Any, named: Any) -> None:
-        text = f"{function.__name__}(): incompatible function arguments. The following argument"
+        what = "constructor" if function.__name__ == "__init__" else "function"
+        text = f"{function.__name__}(): incompatible {what} arguments. The following argument"
         text += f" types are supported:\n    1. {of}.{function.__name__}{signature}\n\n"
         raise TypeError(text + f"Invoked with: {args!r}, kwargs: {named!r}")
 
@@ -253,9 +321,29 @@ def call_back(what: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:
-        print(f"[ERROR] Exception caught in {what}(): {error}", file=sys.stderr, flush=True)
+        said = str(error)
+        if not isinstance(error, _FromC):
+            frames = reversed(traceback.extract_tb(error.__traceback__))
+            lines = "".join(
+                f"  {one.filename}({one.lineno}): {one.name}\n"
+                for one in frames
+                if Path(one.filename).parent != Path(__file__).parent
+            )
+            said = f"{type(error).__name__}: {error}\n\nAt:\n{lines}"
+        print(f"[ERROR] Exception caught in {what}(): {said}", file=sys.stderr, flush=True)
         return None
 
 
+class _FromC(RuntimeError):
+    """Raised by the bindings themselves, not by Python."""
+
+
+def truth(value: Any) -> bool:
+    """What a callback returned where C++ wants a bool."""
+    if not is_truth(value):
+        raise _FromC(f"Unable to cast Python instance of type {type(value)} to C++ type '?'")
+    return bool(value)
+
+
 def pure(what: str) -> None:
-    raise RuntimeError(f'Tried to call pure virtual function "{what}"')
+    raise _FromC(f'Tried to call pure virtual function "{what}"')

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC = b"ftrt"  # as a real plan begins
+MAGIC = b"ftrt"  # as a real plan begins; one of tensorrt_rtx with b"vtrt"
+HEADER_BYTES = 64  # of a real one: what is shorter is none
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
@@ -64,15 +65,31 @@ class Plan:
     @classmethod
     def unpack(cls, data: bytes) -> Plan:
         """Raises ValueError, in TensorRT's words, for bytes that are no whole plan."""
+        if not data:
+            raise ValueError(
+                "Error Code 3: API Usage Error (Cannot deserialize with an empty memory buffer.)"
+            )
+        if len(data) < HEADER_BYTES:
+            text = "Error Code 2: Internal Error (Assertion bufferSize >= minBufferSize failed. )"
+            raise ValueError(f"[runtime.cpp::readHeader::0] {text}")
+        serialization = "Error Code 1: Serialization (Serialization assertion"
         if data[:4] != MAGIC:
-            raise ValueError("magicTagRead == kMAGIC_TAG failed.Magic tag does not match")
+            found, wanted = (int.from_bytes(one, "little") for one in (data[:4], MAGIC))
+            raise ValueError(
+                f"{serialization} header.magicTag == kEXPECTED_MAGIC_TAG failed.Trying to load an"
+                f" engine created with incompatible serialization version ({found} != {wanted})."
+                " Check that the engine was not created using safety runtime, same OS was used and"
+                " version compatibility parameters were set accordingly and that it is a TRT"
+                " engine file)"
+            )
         start = 4 + struct.calcsize("<IQ")
         try:
             header_bytes, body_bytes = struct.unpack("<IQ", data[4:start])
+            if len(data) != start + header_bytes + body_bytes:
+                raise _Cut
             header = json.loads(data[start : start + header_bytes])
             body = data[start + header_bytes :]
-            intact = hashlib.sha256(body).hexdigest() == header.pop("body")
-            if len(body) != body_bytes or not intact:
+            if hashlib.sha256(body).hexdigest() != header.pop("body"):
                 raise ValueError
             tensors = [
                 Tensor(**{**tensor, "shape": tuple(tensor["shape"])})
@@ -84,8 +101,14 @@ class Plan:
             ]
             compute = tuple(header.pop("compute"))
             return cls(**header, compute=compute, tensors=tensors, profiles=profiles, onnx=body)
+        except _Cut:
+            raise ValueError(f"{serialization} plan.header.size == blobSize failed. )") from None
         except (ValueError, KeyError, TypeError, struct.error):
-            raise ValueError("engine plan data is truncated or damaged") from None
+            raise ValueError(f"{serialization} engine plan data is damaged)") from None
+
+
+class _Cut(Exception):
+    """There are more or fewer bytes than the header says."""
 
 
 class Network:
@@ -97,6 +120,15 @@ class Network:
         self._core = ov.Core()
         self._model = self._core.read_model(onnx)
         self._request: Any = None
+
+    def known_shapes(self) -> Shapes:
+        """The shapes of the outputs, -1 where a side depends on the inputs."""
+        return {
+            output.any_name: tuple(
+                side.get_length() if side.is_static else -1 for side in output.partial_shape
+            )
+            for output in self._model.outputs
+        }
 
     def shapes(self, inputs: Shapes) -> Shapes:
         """The shapes of the outputs."""

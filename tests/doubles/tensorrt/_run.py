@@ -13,7 +13,7 @@ import numpy as np
 from double_gpu import Fault, Memory, Work, gpu
 from numpy.typing import NDArray
 
-from ._build import ParserError, _Refused, plain, read_onnx
+from ._build import CHECK, ParserError, _Refused, plain, read_onnx, usage
 from ._core import (
     NUMPY,
     DataType,
@@ -39,6 +39,10 @@ HardwareCompatibilityLevel = ENUMS["HardwareCompatibilityLevel"]
 
 class _Refusal(Exception):
     """Why a call gives None or False: the line for the log."""
+
+
+class _Broken(_Refusal):
+    """Bytes that are no plan."""
 
 
 def _count(kind: str, owner: Any, memory: Memory | None) -> None:
@@ -67,11 +71,21 @@ class Runtime(Bound):
     """Makes engines of plans. It lives as long as they do."""
 
     def __init__(self, logger: ILogger) -> None:
-        self._logger = logger
+        self._logger, self._threads = logger, 1
         register_on_a_device(self, logger, "createInferRuntime")
 
+    @property
+    def max_threads(self) -> int:
+        return self._threads
+
+    @max_threads.setter
+    def max_threads(self, value: int) -> None:
+        if int(value) <= 0:
+            usage(self, "IRuntime::setMaxThreads", f"{CHECK} maxThreads > 0. ")
+            return
+        self._threads = int(value)
+
     engine_host_code_allowed = plain("engine_host_code_allowed", bool, False)
-    max_threads = plain("max_threads", int, 1)
     DLA_core = plain("DLA_core", int, -1)
     temporary_directory = plain("temporary_directory", str, None)
     tempfile_control_flags = plain("tempfile_control_flags", int, 3)
@@ -91,7 +105,10 @@ class Runtime(Bound):
             plan = self._read(bytes(serialized_engine))
             memory = _take(plan.weights, "weights")
         except (_Refusal, Fault) as refusal:
-            say(self, Severity.ERROR, f"IRuntime::deserializeCudaEngine: {refusal}")
+            where = "" if str(refusal)[0] == "[" else "IRuntime::deserializeCudaEngine: "
+            say(self, Severity.ERROR, f"{where}{refusal}")
+            if isinstance(refusal, _Broken) and MAJOR >= 11:
+                return None
             text = "Error Code 4: Internal Error (Engine deserialization failed.)"
             say(self, Severity.ERROR, f"IRuntime::deserializeCudaEngine: {text}")
             return None
@@ -101,8 +118,7 @@ class Runtime(Bound):
         try:
             plan = Plan.unpack(data)
         except ValueError as error:
-            text = f"Error Code 1: Serialization (Serialization assertion {error})"
-            raise _Refusal(text) from None
+            raise _Broken(str(error)) from None
         usage = "Error Code 6: API Usage Error"
         portable = plan.version_compatible and plan.version.split(".")[0] == str(MAJOR)
         if portable and not self.engine_host_code_allowed:

@@ -444,7 +444,7 @@ def test_a_plan_that_tensorrt_does_not_take_is_stale_in_its_own_words(
     jetson: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = jetson.bare.read_bytes()
-    for content, says in ((b"hello" * 100, "Magic tag"), (whole[:-9], "truncated or damaged")):
+    for content, says in ((b"hello" * 100, "header.magicTag"), (whole[:-9], "plan.header.size")):
         jetson.bare.write_bytes(content)
         with caplog.at_level(logging.ERROR), pytest.raises(StalePlan, match=says):
             jetson.open()

@@ -192,12 +192,15 @@ def test_a_graph_whose_weights_are_no_numbers_gets_no_plan(each: Bench, number: 
     [
         (
             graph(extra=[helper.make_node("Unique", ["map"], ["unused"], "unique", sorted=1)]),
-            r"does not take .*model\.onnx at node 6, Unique unique: Plugin not found",
+            r"does not take .*model\.onnx at node 6, Unique unique: ",
         ),
-        (b"\x08\x08", r"does not take .*model\.onnx: Failed to parse the ONNX model"),
+        (
+            graph(extra=[helper.make_node("MatMul", ["map", "weights"], ["a"], "odd")]),
+            r"does not take .*model\.onnx at node 6, MatMul odd: Invalid Node - odd",
+        ),
         (graph(cast_first=False), "at node 0, Identity same: .*does not support UINT8"),
     ],
-    ids=["operator", "no ONNX", "uint8"],
+    ids=["operator", "shapes", "uint8"],
 )
 def test_what_the_parser_refuses_is_said_in_a_sentence(
     each: Bench, data: bytes, words: str
@@ -205,6 +208,12 @@ def test_what_the_parser_refuses_is_said_in_a_sentence(
     with pytest.raises(BadBundle, match=words) as caught:
         each.make(each.folder("a", data))
     assert str(caught.value).startswith(f"TensorRT {each.double.trt.__version__} does not take")
+
+
+def test_a_file_without_a_graph_is_parsed_and_cannot_be_built(each: Bench) -> None:
+    """TensorRT's parser takes it for an empty network, and says that all is well."""
+    with pytest.raises(BuildFailed, match="Network must have at least one output"):
+        each.make(each.folder("a", b"\x08\x08"))
 
 
 def test_a_build_that_runs_out_of_memory_says_what_is_free_and_what_to_do(tmp_path: Path) -> None:
