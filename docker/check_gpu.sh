@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
 if [ "$what" = gather ]; then
     mkdir -p "$folder/wheels"
     folder=$(cd "$folder" && pwd)
-    "$python" -m pip download --quiet --dest "$folder/wheels" "$source[rtx-serve]" \
+    "$python" -m pip download --quiet --dest "$folder/wheels" "${source}[rtx-serve]" \
         'pytest>=8.3' 'setuptools>=77' wheel
     "$python" -m pip download --quiet --dest "$folder/wheels" --no-deps --no-binary pycuda pycuda
     "$python" -m pip download --quiet --dest "$folder/wheels" pytools mako platformdirs siphash24
@@ -36,7 +36,7 @@ trap 'rm -rf "$place"' EXIT
 "$python" -m venv "$place/venv"
 pip=("$place/venv/bin/python" -m pip install --quiet --no-index --find-links "$folder/wheels")
 "${pip[@]}" setuptools wheel
-"${pip[@]}" --no-build-isolation "$source[rtx-serve]" pytest
+"${pip[@]}" --no-build-isolation "${source}[rtx-serve]" pytest
 cd "$source"
 failed=0
 "$place/venv/bin/python" -m benchmarks.gpu run "$folder/models" --out "$out" || failed=1
