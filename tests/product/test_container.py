@@ -236,8 +236,8 @@ def test_the_unit_hides_no_gpu_and_gives_the_folders_that_it_names() -> None:
 # The script
 
 
-def test_shellcheck_finds_nothing_in_the_script() -> None:
-    run(tool("shellcheck"), SCRIPT)
+def test_shellcheck_finds_nothing_in_the_scripts() -> None:
+    run(tool("shellcheck"), *SCRIPT.parent.glob("*.sh"))
 
 
 def wheel(folder: Path, name: str, tag: str = "py3-none-any", version: str = "1") -> None:
@@ -295,10 +295,14 @@ def test_the_script_gathers_what_the_jetson_needs_and_not_what_this_machine_woul
     }  # fmt: skip
 
 
-def test_the_script_says_how_it_is_used() -> None:
-    done = run("bash", SCRIPT, check=False)
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("bundle.sh", "docker/bundle.sh FOLDER train"), ("check_gpu.sh", "check_gpu.sh run FOLDER")],
+)
+def test_the_scripts_say_how_they_are_used(script: str, said: str) -> None:
+    done = run("bash", SCRIPT.with_name(script), check=False)
     assert done.returncode == 2
-    assert "docker/bundle.sh FOLDER train" in done.stdout
+    assert said in done.stdout
 
 
 # The page
