@@ -35,7 +35,7 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 "$python" -m venv "$place/venv"
 pip=("$place/venv/bin/python" -m pip install --quiet --no-index --find-links "$folder/wheels")
-"${pip[@]}" setuptools wheel
+"${pip[@]}" 'setuptools>=77' wheel
 "${pip[@]}" --no-build-isolation "${source}[rtx-serve]" pytest
 cd "$source"
 failed=0
@@ -44,11 +44,13 @@ failed=0
 # The seam to CUDA by itself: with cuda-bindings, and with pycuda, which is built here from source.
 "$place/venv/bin/python" -m pytest -q -rs -m 'soak or not soak' -k real \
     tests/engines/runtimes/test_cuda.py || failed=1
-if command -v nvcc > /dev/null; then
-    "${pip[@]}" --no-build-isolation pycuda
-    "$place/venv/bin/python" -m pytest -q -rs -m 'soak or not soak' -k real \
-    tests/engines/runtimes/test_cuda.py || failed=1
-else
+if ! command -v nvcc > /dev/null; then
     echo "pycuda was not built: there is no nvcc (CUDA's toolkit) on the PATH"
+elif "${pip[@]}" --no-build-isolation pycuda > "$place/pycuda.log" 2>&1; then
+    "$place/venv/bin/python" -m pytest -q -rs -m 'soak or not soak' -k real \
+        tests/engines/runtimes/test_cuda.py || failed=1
+else
+    failed=1
+    echo "pycuda could not be built: $(grep -m1 -i 'error:' "$place/pycuda.log")"
 fi
 exit $failed
