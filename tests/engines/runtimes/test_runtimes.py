@@ -34,7 +34,7 @@ from engines.runtimes.openvino_bank_search import TILE, Search
 from engines.runtimes.tensorrt import TensorRTRuntime
 from engines.store.bundle import Bundle
 from engines.verdict import decide
-from support.double import doubled
+from support.double import RTX, doubled
 from support.graphs import value
 from support.plans import SIDE, build, tiny_bank, tiny_onnx
 from support.project import ROOT
@@ -129,6 +129,7 @@ class OnTensorRT:
 
 JETSON = OnTensorRT("10.3.0", "orin-nano")  # the GPU works in the memory of the machine
 PC = OnTensorRT("11.4.0.106", "rtx")  # it has memory of its own, so images are copied
+RTX_PC = OnTensorRT(RTX, "rtx")  # the same, on cuda-bindings; kernels are made when it is opened
 OPENERS = {
     "openvino-f32": Kind(
         lambda onnx, bank: OpenVINORuntime(onnx, bank, precision="f32"), 1e-3, 1e-5
@@ -143,6 +144,7 @@ OPENERS = {
     "openvino-f32-in-batches": Kind(lambda onnx, bank: in_batches(onnx, bank), 1e-3, 1e-5),
     "tensorrt-10.3": Kind(JETSON.open, 1e-3, 1e-5, around=JETSON.around, least_rows=9),
     "tensorrt-11.4": Kind(PC.open, 1e-3, 1e-5, around=PC.around, least_rows=9),
+    "tensorrt-rtx": Kind(RTX_PC.open, 1e-3, 1e-5, around=RTX_PC.around, least_rows=9),
 }
 
 
