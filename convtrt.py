@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.image import ImageLimits
+from engines.nvidia.library import TARGET
 from workers.commands import cache_folder, must_be_there, run, show, summarise_conversion
 from workers.models import KINDS
 from workers.progress import Progress
@@ -43,6 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", type=Path, required=True, metavar="D", help="where the files go")
     add("--use_dla", action="store_true", help="build the plan for DLA, with --fp16 or --int8"
         " (default off; Orin Nano has none)")  # fmt: skip
+    add("--target", metavar="rtx[:SM86,SM120]", help="build the plan for GPUs of other machines,"
+        " also without one here: PCs with an RTX card of these compute capabilities, or of all"
+        " that the graph can run on (needs pip install 'kensa[rtx]')")  # fmt: skip
     ImageLimits.add_flags(parser)
     parsed = parser.parse_args(arguments)
     for flag, model in (("memory_bank", "patchcore"), ("stats", "padim")):
@@ -52,6 +57,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data_root and --category go together")
     if parsed.category is not None and not parsed.int8:
         parser.error("--category is for --int8")
+    if parsed.target is not None and re.fullmatch(TARGET, parsed.target) is None:
+        parser.error(f"--target {parsed.target}: rtx, or rtx:SM86, or rtx:SM86,SM120")
     if parsed.int8 and parsed.fp16:
         parser.error("either --fp16 or --int8: what is not in int8 stays in float32")
     return parsed

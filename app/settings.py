@@ -259,7 +259,8 @@ class Settings(BaseSettings):
     runtime: Literal["auto", "openvino", "tensorrt"] = _setting(
         "auto",
         "",
-        "What runs the models. auto: TensorRT where it is installed and finds a GPU, else OpenVINO."
+        "What runs the models. auto: TensorRT (on a PC: TensorRT for RTX) where it is installed and"
+        " finds a GPU, else OpenVINO."
         " With openvino the GPU is left alone; with tensorrt nothing else is taken where there is"
         " none.",
     )

@@ -27,6 +27,7 @@ from engines.errors import (
 from engines.files import print_anything, printable, write_atomically
 from engines.meta import Kind, Meta
 from engines.runtimes import Runtime, look_past_regions
+from engines.runtimes.plan_proof import prove
 from engines.store.bundle import ONNX, PLAN, Bundle, read_bank, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import PLAN_RECORD, Fingerprint, Machine
@@ -198,7 +199,10 @@ def _on_tensorrt(plan: Path, bank: NDArray[np.float32] | None) -> Runtime:
     check_weights(plan.with_name(ONNX))  # of which it was built
     from engines.runtimes.tensorrt import TensorRTRuntime
 
-    return TensorRTRuntime(plan, bank, precision=record.precision)
+    runtime = TensorRTRuntime(plan, bank, precision=record.precision)
+    if not record.proved:
+        prove(Bundle.open(plan.parent), runtime, bank)
+    return runtime
 
 
 def _csv(rows: list[tuple[str, str, str]]) -> bytes:

@@ -133,6 +133,17 @@ def kensa_model(trained: Path, once: Once) -> Path:
     return once("engine", convert)
 
 
+@pytest.fixture
+def no_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extra dev brings no TensorRT for RTX: on no x86-64 Linux."""
+    from engines.nvidia import library
+
+    find = library.find_spec
+    monkeypatch.setattr(
+        library, "find_spec", lambda name: None if name == "tensorrt_rtx" else find(name)
+    )
+
+
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     """A real one; skips where it is not installed."""

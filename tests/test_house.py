@@ -21,7 +21,7 @@ from support.project import ROOT
 # what is in its own room; never what is beside it or above.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
-        ("errors", "files", "logs"), ("image_files", "missing_packages", "page"),
+        ("errors", "files", "logs"), ("image_files", "missing_packages", "nvidia", "page"),
         ("camera", "histogram", "image", "meta"), ("verdict", "regions"), ("limits",),
         ("promise",), ("store",), ("queue",), ("machine",), ("runtimes",),
         ("serving", "inference_command", "threshold_command"),

@@ -261,6 +261,12 @@ def summarise_plan(found: dict[str, Any]) -> list[str]:
         f"{why}",
         f"             for up to {found['max_batch']} images at once{rows}",
     ]
+    if gpus := found.get("gpus"):
+        lines.append(f"             for GPUs of {', '.join(gpus)}")
+    if not found.get("proved", True):
+        lines.append(
+            "             not proved: the machine that serves compares it with the golden images"
+        )
     if "max_relative" in found["parity"]:
         within = f"raw scores within {found['parity']['max_relative']:.1e} of torch"
         lines.append(f"parity       model.plan: {within}, {found['parity']['flips']} verdicts flip")

@@ -18,7 +18,7 @@ from engines.image import ImageLimits
 from engines.logs import FORMAT
 from engines.machine.job_memory import JOB_MEMORY
 from engines.queue.protocol import PACE, PARENT, RUNNING
-from engines.store.plan_record import has_tensorrt
+from engines.store.plan_record import builds_plans
 
 LOOK_EVERY_S = 0.1  # for the job's process
 STOPPED_S = 1.0  # at most, at a stretch: then it runs for a moment, so that a busy line ...
@@ -163,4 +163,4 @@ def _job_in(data: Path) -> int | None:
 def _can_work() -> bool:
     """Learn; or, where a model is only served, at least build its plan again."""
     can_learn = find_spec("torch") is not None and find_spec("anomalib") is not None
-    return can_learn or has_tensorrt()
+    return can_learn or builds_plans()

@@ -251,6 +251,10 @@ class StoredModelBody(Body):
         description="Why TensorRT has no plan for the version that is to judge, so that OpenVINO"
         " judges in its place, or nobody; and what is done about it. Else null."
     )
+    plan_unused: str | None = Field(
+        description="Why this machine has no use for the plan of the version in memory, such as one"
+        " for GPUs of other machines: OpenVINO judges. Else null."
+    )
     released: bool = Field(description="False: it failed a challenge, and no part passes.")
     challenge: LastChallengeBody | None = Field(
         description="The last challenge with its known pictures; null where there was none."
@@ -614,6 +618,7 @@ async def described(
             at_rest=at_rest,
             resident_bytes=found.runtime.nbytes if found else None,
             stale=inspector.residents.stale.get(name),
+            plan_unused=found.unused if found else None,
             released=name not in inspector.not_released,
             challenge=last_challenge(last) if last else None,
             drift=drift,

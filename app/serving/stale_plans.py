@@ -80,6 +80,7 @@ class StalePlans:
             if (
                 job["kind"] == "convert"
                 and request.get("from_onnx")
+                and not request.get("target")  # which would be for others
                 and (request.get("model"), request.get("version")) == (name, version)
             ):
                 return f"Job {job['id']} was to do so ({job['state']}): it is not tried again."

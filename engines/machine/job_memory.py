@@ -13,6 +13,7 @@ from engines.machine.memory_needs import (
     Learning,
     size,
     to_build,
+    to_build_for_others,
     to_convert,
     to_distil,
     to_learn,
@@ -100,13 +101,14 @@ def _to_convert(folder: Path | None, request: ConvertRequest, free: Free) -> Nee
     if folder is None:
         return Need(0)  # the job says that there is nothing to convert
     meta = Meta.read(folder / META)
+    bank = unpacked(folder / meta.memory_bank) if meta.memory_bank else 0
+    made = BARE if request.from_onnx else to_convert(meta, bank)
+    if request.target is not None:  # without the GPU, in the memory of the machine
+        return Need(made + to_build_for_others(size(folder / ONNX)))
     built = 0
     if has_tensorrt():
         built = to_build(size(folder / ONNX), request.workspace, _least(free))
-    if request.from_onnx:
-        return Need(BARE, built)
-    bank = unpacked(folder / meta.memory_bank) if meta.memory_bank else 0
-    return Need(to_convert(meta, bank), built)
+    return Need(made, built)
 
 
 def _least(free: Free) -> int:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
 from engines.meta import FIRST, Kind, Meta, of_kind
+from engines.nvidia.library import TARGET
 from engines.store.versions import NAME, Store, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
@@ -224,6 +225,13 @@ class ConvertRequest(VersionRequest):
         description="Build the plan again from the version's own model.onnx: needs no training"
         " packages.",
     )
+    target: str | None = Field(
+        None,
+        pattern=f"^{TARGET}$",
+        max_length=100,
+        description="Build the plan for GPUs of other machines, also without one here: rtx,"
+        " rtx:SM86, rtx:SM86,SM120, see docs/gpu-pc.md. Else for this machine.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> ConvertRequest:
@@ -233,6 +241,8 @@ class ConvertRequest(VersionRequest):
             raise ValueError("category is for int8")
         if self.from_onnx and (self.fp16 or self.int8):
             raise ValueError("from_onnx takes the graph as it is: leave out fp16 and int8")
+        if self.target is not None and self.use_dla:
+            raise ValueError("a PC's GPU has no DLA: either target or use_dla")
         return self
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engines.errors import GpuLost, OutOfMemory, RuntimeFailed
+from engines.nvidia import driver
 
 MIB = 1024 * 1024
 LOST_EXIT_CODE = 75  # what the server ends with after a GpuLost; docs/operations.md
@@ -60,7 +61,7 @@ class Gpu:
         self._letting_in = threading.RLock()  # `forget` may come in the midst, from a finalizer
         self._closed = False
         self._lost: str | None = None
-        self.cuda: Any = None  # pycuda.driver; to be used in the thread only
+        self.cuda: Any = None  # `driver.load()`; to be used in the thread only
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(started,), name="gpu", daemon=True
@@ -128,9 +129,7 @@ class Gpu:
                 pass
 
     def _begin(self, ending: ExitStack) -> None:
-        import pycuda.driver as cuda
-
-        self.cuda = cuda
+        self.cuda = cuda = driver.load()
         cuda.init()
         device = cuda.Device(0)
         self.integrated = bool(device.get_attribute(cuda.device_attribute.INTEGRATED))

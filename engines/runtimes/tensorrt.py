@@ -1,4 +1,4 @@
-"""TensorRT, 10.3 to 11.4 with one code path: the runtime of a Jetson.
+"""TensorRT, 10.3 to 11.4, and TensorRT for RTX with one code path: the runtime of NVIDIA's GPUs.
 
 `Machine.read` must have found TensorRT before anything here is called, and the plan's fingerprint
 must have been compared: a plan is executable, and this file runs what it is given.
@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle, KensaError, RuntimeFailed, StalePlan
+from engines.nvidia.library import Library, here
 from engines.regions import hide, shown
 from engines.runtimes import ALONE, Batches, only_whole
 from engines.runtimes.cuda import CHUNK, NON_BLOCKING, Bank, Buffer, Gpu, gpu
+from engines.runtimes.kernel_cache import KernelCache
 
 _FULL = re.compile(r"out ?of ?memory|could not be allocated", re.IGNORECASE)
 _BANK, _KEEP = "memory_bank", "keep"
@@ -44,6 +46,7 @@ class TensorRTRuntime:
         *,
         precision: str = "f32",
         keep_warm_s: float = 0.0,
+        cache_dir: Path | None = None,
     ) -> None:
         """Deserialise a plan, in this thread, and make it ready to run.
 
@@ -52,6 +55,7 @@ class TensorRTRuntime:
             memory_bank: (M, C) float32, for a plan that has the input `memory_bank`. Copied.
             precision: of its fingerprint.
             keep_warm_s: how long the GPU may be idle before the last image is computed again.
+            cache_dir: where kernels are kept that this machine made of the plan.
 
         Raises:
             StalePlan: TensorRT does not take the plan.
@@ -62,7 +66,7 @@ class TensorRTRuntime:
         self.precision = precision
         self.batches = ALONE
         self._gpu, self._keep_warm_s = gpu(), keep_warm_s
-        engine = Engine(self._gpu, plan)
+        engine = Engine(self._gpu, plan, cache_dir)
         try:
             self._open(engine, memory_bank)
         finally:
@@ -79,6 +83,7 @@ class TensorRTRuntime:
                 for start in range(0, bank.nbytes, CHUNK):  # parts may come in between
                     values = bank.reshape(-1)[start // 4 : (start + CHUNK) // 4]
                     self._gpu.call(lambda at=start, some=values: session.fill(at, some))  # type: ignore[misc]
+            session.compile()
             self._gpu.call(lambda: setattr(self._gpu, "keep_warm_s", self._keep_warm_s))
         except BaseException:
             self.close()
@@ -156,9 +161,9 @@ class Engine:
     as safe beside executions of others, and allocates in the primary context by itself.
     """
 
-    def __init__(self, gpu: Gpu, plan: Path) -> None:
-        import tensorrt as trt
-
+    def __init__(self, gpu: Gpu, plan: Path, cache_dir: Path | None = None) -> None:
+        self.library: Library = here()
+        trt = self.library.load()
         self._gpu, self._plan = gpu, plan
         self._users = 1  # who opens it
         self._counting = threading.Lock()
@@ -169,8 +174,11 @@ class Engine:
         self._engine = self._deserialise()
         if self._engine is None:
             raise self._refusal(before, StalePlan(f"TensorRT does not take {plan}"))
+        self.kernels: KernelCache | None = None
         try:
             self._look(trt)
+            if self.library.compiles_when_opened:
+                self.kernels = KernelCache(gpu, trt, self._engine, plan, cache_dir)
         except BaseException:
             self.leave()
             raise
@@ -253,7 +261,10 @@ class Engine:
 
     def new_context(self) -> Any:
         before = self._log.count
-        context = self._engine.create_execution_context()
+        if self.kernels is None:
+            context = self._engine.create_execution_context()
+        else:
+            context = self._engine.create_execution_context(self.kernels.config)
         if context is None:
             raise self._refusal(before, RuntimeFailed(f"TensorRT cannot run {self._plan}"))
         return context
@@ -287,6 +298,7 @@ class Engine:
             self._gpu.call(self._drop)
 
     def _drop(self) -> None:
+        self.kernels = None
         self._engine = None
         self._runtime = None
 
@@ -356,6 +368,24 @@ class Session:
         """A part of the bank, from a byte on."""
         assert self.bank is not None
         self.bank.write(start, values, self._stream)
+
+    def compile(self) -> None:
+        """Let kernels be made for each number of images, where the library makes them here.
+
+        In the thread that opens the model: it takes seconds, and parts must not wait for them. It
+        only calls TensorRT, as making a context does, and nothing else runs in this one yet.
+        """
+        if self.engine.kernels is None:
+            return
+        for count in range(1, self.engine.max_batch + 1):
+            shape = (count, *self._buffers["image"].host.shape[1:])
+            self._gpu.call(lambda shape=shape: self._set_shape("image", shape))  # type: ignore[misc]
+            before = self.engine.said
+            if not self._context.execute_async_v3(self._stream.handle):
+                raise self._gpu.call(lambda said=before: self.engine.failure(said))  # type: ignore[misc]
+            self._gpu.call(self._stream.synchronize)
+        self._count = 0  # of no part
+        self.engine.kernels.keep()
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Raw scores (N,) and maps (N, h, w) of images (N, S, S, 3), at most `max_batch`."""

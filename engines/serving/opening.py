@@ -18,6 +18,7 @@ from engines.machine.memory import MIB, Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs, unpacked
 from engines.meta import Meta
 from engines.runtimes import Runtime, look_past_regions
+from engines.runtimes.plan_proof import prove
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle
@@ -77,6 +78,7 @@ def open_model(
                 *(name, version, bundle.meta, scale, beside.runtime, graph, made_of),
                 limit_alone=True,
                 stale=stale,
+                unused=beside.unused,
             )
     _check_bank(bundle)
     bank = bundle.memory_bank()
@@ -86,14 +88,20 @@ def open_model(
         plan = usable_plan(bundle, bank, how)
         if plan is not None:
             runtime, shared = _on_tensorrt(bundle, bank, plan, how, shares)
+            if not plan.proved and not shared:
+                prove(bundle, runtime, bank)
     except StalePlan as error:
         if not _may_fall_back(how):
             raise
         plan, stale = None, str(error)
+    unused = None
     if plan is None:
+        unused = None if stale else unused_plan(bundle, how)
         runtime, shared = _on_openvino(bundle, bank, how, shares)
     model = Resident(
-        name, version, bundle.meta, scale, runtime, graph, made_of, shared, stale=stale
+        *(name, version, bundle.meta, scale, runtime, graph, made_of, shared),
+        stale=stale,
+        unused=unused,
     )
     try:
         look_past_regions(runtime, bundle)
@@ -129,7 +137,7 @@ def memory_needed(folder: Path, how: Opening) -> Need:
     machine = _machine(how)
     if machine is not None:
         record = Fingerprint.read(folder)
-        if record is not None and record.machine == machine:
+        if record is not None and not record.machine.differences(machine):
             return plan_needs(folder)
     return Need(bytes_needed(folder))
 
@@ -196,6 +204,25 @@ def usable_plan(
     return plan
 
 
+def unused_plan(bundle: Bundle, how: Opening) -> str | None:
+    """Why a version's plan is of no use on a machine where TensorRT runs none; None without one."""
+    try:
+        plan = Fingerprint.read(bundle.root)
+    except BadBundle:  # of what is not used
+        return None
+    if plan is None:
+        return None
+    why = "KENSA_RUNTIME is openvino."
+    if how.runtime != "openvino":
+        try:
+            Machine.read()
+        except NoTensorRT as error:
+            why = str(error)
+    sentence = plan.unused(bundle.root, why)
+    log.info("%s", sentence)
+    return sentence
+
+
 def _on_tensorrt(
     bundle: Bundle,
     bank: NDArray[np.float32] | None,
@@ -212,7 +239,11 @@ def _on_tensorrt(
             return shared, True
     check_weights(bundle.onnx)  # of which the plan was built
     whole = TensorRTRuntime(
-        bundle.plan, bank, precision=plan.precision, keep_warm_s=how.keep_warm_s
+        bundle.plan,
+        bank,
+        precision=plan.precision,
+        keep_warm_s=how.keep_warm_s,
+        cache_dir=how.cache_dir,
     )
     return whole, False
 

@@ -34,6 +34,7 @@ class Resident:
     bank_alone: bool = False  # or regions: the engine is that of the version before
     limit_alone: bool = False  # is its own; the runtime is that of the version before
     stale: str | None = None  # why its plan cannot be used here, so that OpenVINO runs in its place
+    unused: str | None = None  # why nobody needs its plan here: there is no GPU for TensorRT
 
     @cached_property
     def camera(self) -> Camera | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,8 @@ from pydantic.dataclasses import dataclass as checked
 
 from engines.errors import BadBundle, NoTensorRT, Unreadable
 from engines.files import sha256, write_atomically
+from engines.nvidia import driver
+from engines.nvidia.library import FULL, LIBRARIES, RTX, Module, builds_for_others, capability, here
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 
 L4T_RELEASE = Path("/etc/nv_tegra_release")  # "# R36 (release), REVISION: 4.0, GCID: ..."
@@ -28,8 +29,18 @@ _REBUILD = "Build it again on this machine: convtrt.py, or POST /convert with fr
 
 
 def has_tensorrt() -> bool:
-    """Whether the packages are there; whether they work only `Machine.read` knows."""
-    return find_spec("tensorrt") is not None and find_spec("pycuda") is not None
+    """Whether this machine may run plans: the packages are there, and with them a driver where that
+    can be told. Whether they work only `Machine.read` knows.
+    """
+    library = here()
+    if not library.installed or not driver.is_installed():
+        return False
+    return library is FULL or driver.has_driver()  # RTX also builds for others, where is no GPU
+
+
+def builds_plans() -> bool:
+    """Whether this machine may build plans, be it for GPUs of other machines alone."""
+    return has_tensorrt() or builds_for_others()
 
 
 @dataclass(frozen=True)
@@ -37,9 +48,10 @@ class Machine:
     """What a plan depends on."""
 
     tensorrt: str  # "10.3.0"
-    compute: str  # "8.7", the compute capability
+    compute: str  # "8.7", the compute capability; of a plan for others, all that it is for
     device: str  # "Orin"
     l4t: str | None  # "36.4.0", the release of Jetson Linux; None on other machines
+    library: Module = "tensorrt"
 
     @classmethod
     def read(cls) -> Machine:
@@ -48,7 +60,9 @@ class Machine:
         Raises:
             NoTensorRT: the bindings, a library, the driver or a device is missing.
         """
-        trt, cuda = _import_tensorrt(), _import_pycuda()
+        library = here()
+        library.must_be_installed()
+        cuda, trt = driver.load(), library.load()
         try:
             cuda.init()
             device = cuda.Device(0)
@@ -56,45 +70,74 @@ class Machine:
             name = device.name()
         except cuda.Error as error:
             raise NoTensorRT(
-                f"CUDA finds no GPU to use ({error}): on a Jetson the user must be in the groups"
-                " video and render (sudo usermod -aG video,render $USER), and a container needs"
-                " --runtime nvidia."
+                f"CUDA finds no GPU to use ({error}): {_NO_GPU[library.module]}"
             ) from None
-        return cls(trt.__version__, f"{major}.{minor}", name, _l4t())
+        return cls(trt.__version__, f"{major}.{minor}", name, _l4t(), library.module)
+
+    @classmethod
+    def of_others(cls, capabilities: tuple[str, ...]) -> Machine:
+        """Any that has TensorRT for RTX as it is here, and a GPU of one of these capabilities.
+
+        Raises:
+            NoTensorRT: TensorRT for RTX is not here.
+        """
+        version = RTX.load().__version__
+        return cls(version, ",".join(capabilities), "", None, RTX.module)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """SM86 for 8.6; several where it stands for other machines."""
+        return tuple(capability(one) if "." in one else one for one in self.compute.split(","))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it stands for machines that are not this one."""
+        return not self.device
+
+    @property
+    def spoken(self) -> str:
+        """The library, and its version."""
+        return f"{LIBRARIES[self.library].spoken} {self.tensorrt}"
+
+    @property
+    def version(self) -> str:
+        """The version of the library; with the library's name where it is not TensorRT itself."""
+        return self.tensorrt if self.library == FULL.module else self.spoken
+
+    @property
+    def made_for(self) -> str:
+        """What its plans need: the library, and the GPU where the library names GPUs."""
+        named = LIBRARIES[self.library].names_gpus
+        return f"{self.spoken} and {self._gpus}" if named else self.spoken
+
+    @property
+    def _gpus(self) -> str:
+        all_of = ", ".join(self.capabilities)
+        return f"{self.device}, {all_of}" if self.device else f"GPUs of {all_of}"
+
+    def differences(self, here: Machine) -> list[str]:
+        """In what another machine differs from this one, for which there is a plan."""
+        if self.library != here.library:
+            return [f"{self.spoken} (here {here.spoken})"]
+        if LIBRARIES[self.library].names_gpus:
+            found = []
+            if self.tensorrt != here.tensorrt:
+                found.append(f"{self.spoken} (here {here.tensorrt})")
+            if not set(here.capabilities) <= set(self.capabilities):
+                found.append(f"{self._gpus} (here {here._gpus})")
+            return found
+        return [
+            f"{spoken} {built or 'of no Jetson'} (here {other or 'no Jetson'})"
+            for name, spoken in _SPOKEN.items()
+            if (built := getattr(self, name)) != (other := getattr(here, name))
+        ]
 
 
-def _import_tensorrt() -> Any:
-    try:
-        import tensorrt as trt
-    except ModuleNotFoundError:
-        raise NoTensorRT(
-            "TensorRT's Python bindings are not in this environment: on a Jetson, sudo apt install"
-            " python3-libnvinfer, and make the environment with"
-            " python3 -m venv --system-site-packages, so that it sees them."
-        ) from None
-    except ImportError as error:
-        raise NoTensorRT(
-            f"TensorRT's Python bindings are here, but not a library that they need ({error}): a"
-            " container must be started with --runtime nvidia, from an image that has TensorRT"
-            " inside; outside of one, sudo apt install tensorrt."
-        ) from None
-    return trt
-
-
-def _import_pycuda() -> Any:
-    try:
-        import pycuda.driver as cuda
-    except ModuleNotFoundError:
-        raise NoTensorRT(
-            "pycuda is not in this environment: pip install 'kensa[jetson]' (it is compiled with"
-            " nvcc, which must be on the PATH: /usr/local/cuda/bin)."
-        ) from None
-    except ImportError as error:
-        raise NoTensorRT(
-            f"The CUDA driver is not to be found ({error}): a container must be started with"
-            " --runtime nvidia; outside of one, install the driver (a Jetson comes with it)."
-        ) from None
-    return cuda
+_NO_GPU = {
+    FULL.module: "on a Jetson the user must be in the groups video and render (sudo usermod -aG"
+    " video,render $USER), and a container needs --runtime nvidia.",
+    RTX.module: "nvidia-smi must show it, and a container needs --gpus all.",
+}
 
 
 def _l4t(release: Path | None = None) -> str | None:
@@ -121,6 +164,7 @@ class Fingerprint:
     bank_rows: Annotated[int, Field(ge=1)] | None  # the largest memory bank; None without one
     refittable: bool
     device_bytes: Annotated[int, Field(ge=0)]  # weights and one context, without the bank
+    proved: bool = True  # it scored pictures as its graph does; if not, whoever opens it sees to it
 
     @classmethod
     def read(cls, folder: Path) -> Fingerprint | None:
@@ -144,17 +188,12 @@ class Fingerprint:
 
     def write(self, folder: Path) -> None:
         """Write it in whole or not at all."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        text = json.dumps(self._written(), indent=2, ensure_ascii=False)
         write_atomically(folder / PLAN_RECORD, (text + "\n").encode())
 
     def stale(self, folder: Path, machine: Machine) -> str | None:
         """Why the plan of a folder must not be read on a machine, as a sentence; None: it may."""
-        other = [
-            f"{_SPOKEN[field.name]} {built or 'of no Jetson'} (here {here or 'no Jetson'})"
-            for field in fields(Machine)
-            if (built := getattr(self.machine, field.name))
-            != (here := getattr(machine, field.name))
-        ]
+        other = self.machine.differences(machine)
         if other:
             return f"{folder / PLAN} was built for {', '.join(other)}. {_REBUILD}"
         for name, expected in ((PLAN, self.plan), (ONNX, self.onnx)):
@@ -165,3 +204,17 @@ class Fingerprint:
                 what = "is not the file that was built" if name == PLAN else "has changed since"
                 return f"{path} {what} (its SHA-256 differs from {PLAN_RECORD}'s). {_REBUILD}"
         return None
+
+    def unused(self, folder: Path, why: str) -> str:
+        """That a machine without a GPU has no use for the plan, as a sentence."""
+        made_for = self.machine.made_for
+        return f"{folder / PLAN} is for {made_for}, and not used here: {why} OpenVINO runs {ONNX}."
+
+    def _written(self) -> dict[str, Any]:
+        """Without what is as it always was, so that an older Kensa reads it where it can use it."""
+        found = asdict(self)
+        for names, of in ((fields(Fingerprint), found), (fields(Machine), found["machine"])):
+            for one in names:
+                if one.default is not MISSING and of[one.name] == one.default:
+                    del of[one.name]
+        return found

@@ -97,7 +97,7 @@ def test_the_japanese_readme_shows_the_same_commands_as_the_english_one() -> Non
 
 
 def test_the_readmes_name_the_same_pages() -> None:
-    pages = [set(re.findall(r"docs/\w+\.md", (ROOT / name).read_text()))
+    pages = [set(re.findall(r"docs/[\w-]+\.md", (ROOT / name).read_text()))
              for name in ("README.md", "README.ja.md")]  # fmt: skip
     assert pages[0] == pages[1] == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
 

@@ -16,7 +16,9 @@ from typing import Any
 
 DOUBLES = Path(__file__).parents[1] / "doubles"
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")  # JetPack 6.2, JetPack 7.2, the newest
-OURS = ("tensorrt", "pycuda", "double_gpu")
+RTX = "1.7.1.116"  # of TensorRT for RTX, whose double is on cuda-bindings
+OURS = ("tensorrt", "tensorrt_rtx", "pycuda", "cuda", "double_gpu")
+KEEPS = "engines.nvidia.cuda_bindings"  # keeps the driver that it found
 PLAN = Path(__file__).parents[2] / "workers/converting/plan"  # what imports TensorRT to make one
 BUILDING = tuple(f"workers.converting.plan.{path.stem}" for path in PLAN.glob("[a-z]*.py"))
 
@@ -43,7 +45,7 @@ def environment(
     **more: str,
 ) -> dict[str, str]:
     """Variables for a process that is to find the doubles; see their docstrings for `more`."""
-    path = os.pathsep.join([str(DOUBLES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([_folder(version), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {
         "PYTHONPATH": path,
         "KENSA_DOUBLE_TENSORRT": version,
@@ -73,14 +75,17 @@ def doubled(
     kept = {name: os.environ.get(name) for name in variables}
     modules = _forget(users)
     os.environ.update(variables)
-    sys.path.insert(0, str(DOUBLES))
+    sys.path.insert(0, _folder(version))
+    names = ("tensorrt", "pycuda.driver") if version != RTX else ("tensorrt_rtx", KEEPS)
     try:
-        yield Double(_load("tensorrt"), _load("pycuda.driver"), _load("double_gpu").gpu)
+        yield Double(_load(names[0]), _load(names[1]), _load("double_gpu").gpu)
     finally:
-        sys.path.remove(str(DOUBLES))
+        sys.path.remove(_folder(version))
         sys.modules["double_gpu"].gpu.stack().clear()  # pycuda would end the process
         _forget(users)
         sys.modules.update(modules)
+        if KEEPS in modules:
+            _set_in_its_package(modules[KEEPS])
         for name, value in kept.items():
             os.environ.pop(name)
             if value is not None:
@@ -92,11 +97,25 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def _folder(version: str) -> str:
+    return str(DOUBLES / "rtx" if version == RTX else DOUBLES)
+
+
 def _load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def _set_in_its_package(module: ModuleType | None) -> None:
+    """A package has its modules as attributes, where `from package import module` looks first."""
+    package, _, name = KEEPS.rpartition(".")
+    if module is not None:
+        setattr(sys.modules[package], name, module)
+    elif package in sys.modules:
+        vars(sys.modules[package]).pop(name, None)
+
+
 def _forget(users: tuple[str, ...]) -> dict[str, ModuleType]:
     """Take the modules away, so that the next import makes new ones."""
-    names = [name for name in sys.modules if name.split(".")[0] in OURS or name in users]
+    _set_in_its_package(None)
+    names = [name for name in sys.modules if name.split(".")[0] in OURS or name in (*users, KEEPS)]
     return {name: sys.modules.pop(name) for name in names}

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
+from engines.nvidia.library import ANY_RTX, FULL, RTX, here
 from engines.regions import Regions
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store.bundle import (
@@ -38,7 +38,12 @@ from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tenso
 from engines.store.regions import REGIONS, read_regions, write_regions
 from workers import models
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.plan.rebuild import DLA_IS_NOT_FOR_FLOAT32, builder_for, sample_parts
+from workers.converting.plan.rebuild import (
+    DLA_IS_NOT_FOR_FLOAT32,
+    UNPROVED,
+    builder_for,
+    sample_parts,
+)
 from workers.learning.dataset import Category, Images
 from workers.progress import Progress
 
@@ -66,6 +71,7 @@ class Convert:
     category: str | None = None
     before: Path | None = None  # a folder whose plan may do; None: out_dir
     cache: Path | None = None  # a folder for what TensorRT measured of its kernels
+    target: str | None = None  # GPUs of other machines that the plan is for; None: this one's
     limits: ImageLimits = DEFAULT_LIMITS  # of pictures
 
     @property
@@ -89,7 +95,9 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
     precision = request.precision
     if request.use_dla and precision == "f32":
         raise BadRequest(DLA_IS_NOT_FOR_FLOAT32)
-    machine = builder_for(precision, request.use_dla) if has_tensorrt() else None
+    machine = None
+    if request.target is not None or has_tensorrt():
+        machine = builder_for(precision, request.use_dla, request.target)
     meta = _meta_of_these_weights(request, progress)
     kind = models.module(meta.model)
     model = kind.build(meta, request.weights_pth)
@@ -141,8 +149,10 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
 
             wanted = Wanted(
                 meta, precision, request.workspace, request.use_dla, bank, images, expected,
-                request.cache,
+                request.cache, any_gpu=request.target == ANY_RTX,
             )  # fmt: skip
+            if machine.elsewhere:
+                progress.say(UNPROVED)
             before = request.before or request.out_dir
             report["plan"] = make_plan(folder, machine, wanted, before, progress)
             names += [PLAN, PLAN_RECORD]
@@ -306,7 +316,12 @@ def _auroc(
 def _about_no_plan() -> str:
     """Why there is no model.plan, and who makes one."""
     how = "OpenVINO runs model.onnx as it is; the same command on the Jetson makes the plan."
-    if find_spec("tensorrt") is None and not L4T_RELEASE.exists():
+    if here() is RTX:
+        return (
+            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as"
+            " it is; --target rtx makes a plan for PCs with an RTX card."
+        )
+    if not FULL.installed and not L4T_RELEASE.exists():
         return f"no model.plan: TensorRT is not on this machine. {how}"
     try:
         Machine.read()

@@ -18,9 +18,9 @@ from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.runtimes import openvino
 from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
+from engines.runtimes.parity import HALF_LIMIT, compare, compare_in
 from engines.store.plan_record import Precision
 from workers.converting.graphs import FLOATS
-from workers.converting.parity import HALF_LIMIT, compare, compare_in
 
 # A few images do not prove a limit for all: bf16 must keep half of it on these.
 MARGIN = 0.5

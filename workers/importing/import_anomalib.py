@@ -16,11 +16,11 @@ from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Kind, Meta
+from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
 from engines.store.known_scores import KnownScores
 from workers import models
-from workers.converting.parity import FLOAT32_LIMIT
 from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate

@@ -42,7 +42,7 @@ from engines.queue.protocol import (
     job_of,
     training_of,
 )
-from engines.store.plan_record import has_tensorrt
+from engines.store.plan_record import builds_plans
 from engines.store.shared import Shared
 from engines.store.versions import Store
 from workers.jobs import exchange, parent_and_child, single_worker
@@ -69,7 +69,7 @@ Ended = dict[str, Any]
 def work_with_others(data: Path, fleet: Fleet) -> None:
     """Take jobs until told to stop, or until the queue's database is lost for too long."""
     can_learn = find_spec("torch") is not None and find_spec("anomalib") is not None
-    if not can_learn and not has_tensorrt():
+    if not can_learn and not builds_plans():
         raise BadSettings("Nothing can be learned or converted here: pip install 'kensa[train]'.")
     shared, lease = Shared.open(fleet.shared_url), Lease(fleet)
     if not lease.take(single_worker.stopping):

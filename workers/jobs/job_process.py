@@ -20,6 +20,7 @@ from engines.image import ImageLimits
 from engines.logs import FORMAT, set_up
 from engines.machine import job_memory
 from engines.meta import Meta
+from engines.nvidia.library import builds_for_others, target_of
 from engines.queue.fleet import Fleet
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import (
@@ -30,6 +31,7 @@ from engines.queue.job_requests import (
 )
 from engines.queue.protocol import RUNNING, job_of, training_of
 from engines.store.bundle import ONNX, PLAN, read_report, read_strange
+from engines.store.plan_record import has_tensorrt
 from engines.store.shared import Shared
 from engines.store.versions import META, Store
 from workers.commands import hush_libraries
@@ -355,6 +357,7 @@ def _convert(
         )
     source = store.check(request.model, version)
     how = {"workspace": request.workspace, "use_dla": request.use_dla, "cache": data / TIMING}
+    how |= {"target": request.target}
     if request.from_onnx:
         return _rebuild(source, work / "engine", progress, **how)
     meta = Meta.read(source / META)
@@ -393,29 +396,29 @@ def _make_teacher(
     return {"state": "succeeded"}
 
 
-def _rebuild(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+def _rebuild(source: Path, out_dir: Path, progress: JobProgress, **how: Any) -> Path:
     """Without torch: this may be a machine that only serves."""
     from workers.commands import summarise_plan
     from workers.converting.plan.rebuild import rebuild
 
     progress.phase("convert")
-    report = rebuild(source, target, progress, **how)
+    report = rebuild(source, out_dir, progress, **how)
     for line in summarise_plan(report["plan"]):
         progress.say(line)
-    return target
+    return out_dir
 
 
-def _engine(source: Path, target: Path, progress: JobProgress, **how: Any) -> Path:
+def _engine(source: Path, out_dir: Path, progress: JobProgress, **how: Any) -> Path:
     from workers.commands import summarise_conversion
     from workers.converting.convert import Convert, convert
 
     progress.phase("convert")
     meta = Meta.read(source / META)
     how["limits"] = ImageLimits.read(os.environ)
-    request = Convert(meta.model, source / meta.weights_pth, source / META, target, **how)
-    for line in summarise_conversion(convert(request, progress), target)[1:-1]:
+    request = Convert(meta.model, source / meta.weights_pth, source / META, out_dir, **how)
+    for line in summarise_conversion(convert(request, progress), out_dir)[1:-1]:
         progress.say(line)
-    return target
+    return out_dir
 
 
 def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]:
@@ -430,6 +433,8 @@ def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]
         how |= {"int8": True, "data_root": data / "datasets", "category": category}
     if plan:
         how |= {"workspace": plan["workspace_mib"], "use_dla": plan["dla"]}
+        if not has_tensorrt() and builds_for_others():  # which serves nobody with it
+            how["target"] = target_of(plan.get("gpus"))
     return how
 
 

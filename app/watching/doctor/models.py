@@ -119,7 +119,7 @@ def _look_at(
     record = Fingerprint.read(folder)
     plan = "none"
     if record is not None:
-        plan = f"for TensorRT {record.machine.tensorrt}, which does not run here"
+        plan = f"for {record.machine.made_for}, which does not run here"
     if tensorrt is not None:
         why = record.stale(folder, tensorrt) if record else "it has no plan for TensorRT."
         plan = ("stale" if record else "none") if why else "good"

@@ -18,6 +18,7 @@ from engines.errors import NoTensorRT
 from engines.machine import backbones
 from engines.machine.memory import Gpu
 from engines.machine.sensors import read_text
+from engines.nvidia.library import FULL, builds_for_others, why
 from engines.store.plan_record import Machine
 
 NODES = ("nvmap", "nvhost-gpu", "nvgpu/igpu0/ctrl", "nvidia0")  # of a GPU, below /dev
@@ -44,7 +45,10 @@ def software_facts(
 
         bf16 = "with" if cpu_has_bf16() else "without"
         yield "OpenVINO", f"{metadata.version('openvino')}, a CPU {bf16} bf16"
-    yield "TensorRT", tensorrt.tensorrt if tensorrt else "does not run here"
+    yield "TensorRT", tensorrt.version if tensorrt else "does not run here"
+    if reason := why():
+        alone = " Without a GPU it builds plans for those of other machines." * (not tensorrt)
+        yield "of the two", reason + (alone if builds_for_others() else "")
     cuda = re.search(
         r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([\d.]+)"',
         read_text(root / "usr/local/cuda/version.json") or "",
@@ -114,7 +118,7 @@ def tensorrt_findings(
 def _what_to_do(root: Path) -> str:
     """What to type where the bindings are on the machine, but not in this environment."""
     places = sorted(root.glob(BINDINGS))
-    if find_spec("tensorrt") is not None or not places:
+    if FULL.installed or not places:
         return ""
     theirs, ours = places[-1].parts[-3], f"python{sys.version_info[0]}.{sys.version_info[1]}"
     if theirs not in (ours, "python3"):

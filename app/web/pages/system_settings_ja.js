@@ -31,7 +31,7 @@ export const MEANINGS = {
   ORIGINS: 'このサーバーを利用してよい、ほかのサーバーの Web ページ（コンマ区切り）。例：http://gateway:8080。',
   MAX_CONNECTIONS: '同時接続数の上限。超えると、最も長く使われていない接続を閉じます。',
   RECEIVE_S: 'リクエストのヘッダーの受信にかけてよい時間。また、本文の受信が止まる、または毎秒 64 KiB を下回ってよい時間。',
-  RUNTIME: 'モデルの実行環境。auto：TensorRT と GPU があれば TensorRT、なければ OpenVINO。openvino：GPU は使いません。tensorrt：なければ何も使いません。',
+  RUNTIME: 'モデルの実行環境。auto：TensorRT(PC では TensorRT for RTX)と GPU があれば TensorRT、なければ OpenVINO。openvino：GPU は使いません。tensorrt：なければ何も使いません。',
   FALLBACK: 'TensorRT のプランがない、または古いモデルで、ジョブが作成し終えるまで何が応答するか。openvino：CPU で実行。none：503 を返します。',
   KEEP_WARM_S: 'TensorRT の GPU がこの時間使われないと、直前の画像をもう一度計算します。次の部品が GPU の復帰を待たずに済みます。0：しません。',
   PRECISION: 'OpenVINO の計算精度。f32 または bf16（メモリバンクの検索、なければネットワーク）。auto：CPU が対応し、変換時に精度を確認できた場合に bf16。',

@@ -32,7 +32,7 @@ from engines.store.bundle import ONNX, PLAN
 from engines.store.plan_record import PLAN_RECORD
 from engines.store.versions import Store
 from support.damage import saved
-from support.double import doubled, environment, reports
+from support.double import RTX, doubled, environment, reports
 from support.plans import (
     MAX_ROWS,
     SIDE,
@@ -357,6 +357,7 @@ def jetson(
     folder: Path,
     *bundles: Path,
     version: str = "10.3.0",
+    device: str = "orin-nano",
     memory_mib: tuple[int, int] | None = None,
     **settings: str,
 ) -> Iterator[Jetson]:
@@ -365,7 +366,7 @@ def jetson(
     reported.mkdir(exist_ok=True)
     for bundle in bundles:
         store.activate(NAME, store.take_in(NAME, bundle, {}, plan=True))
-    doubles = environment(version, memory_mib=memory_mib, KENSA_DOUBLE_REPORT=str(reported))
+    doubles = environment(version, device, memory_mib, KENSA_DOUBLE_REPORT=str(reported))
     with serving(folder, **{**doubles, **settings}) as server:
         yield Jetson(server, store, reported)
 
@@ -426,6 +427,51 @@ def test_a_foreign_plan_is_built_again_while_openvino_answers(
     with jetson(tmp_path, version=NEWER) as running:  # the plan outlives the server
         assert running.runtimes == ["tensorrt"]
         running.judges()
+
+
+def test_a_pc_proves_a_plan_that_was_built_elsewhere_before_it_judges(
+    bare: Path, tmp_path: Path
+) -> None:
+    plan = with_plan(bare, tmp_path / "planned", RTX, "rtx", proved=False)
+    with jetson(tmp_path, plan, version=RTX, device="rtx") as running:
+        running.judges()
+        assert running.runtimes == ["tensorrt"]
+        assert running.said("model.plan is proved: raw scores within") == 1
+        assert (running.model["stale"], running.model["plan_unused"]) == (None, None)
+        assert running.end() == 0
+        report = running.report()
+        assert (report["alive"], report["crashes"], report["threads"]) == ({}, [], 2)
+
+
+def test_a_pc_whose_card_a_plan_is_not_for_builds_one(bare: Path, tmp_path: Path) -> None:
+    plan = with_plan(bare, tmp_path / "planned", RTX, "agx-orin")  # SM87
+    with jetson(tmp_path, plan, version=RTX, device="rtx", **WORKER) as running:
+        running.judges()
+        assert running.runtimes == ["openvino"]
+        assert "SM87 (here NVIDIA GeForce RTX 4070, SM89)" in running.model["stale"]
+        running.wait(lambda: running.jobs and running.jobs[0]["outcome"])
+        assert running.runtimes == ["tensorrt"]
+        running.judges()
+        assert len(running.jobs) == 1
+        assert running.end() == 0
+
+
+def test_a_pc_without_a_card_says_what_the_plan_is_for_and_begins_no_job(
+    bare: Path, tmp_path: Path
+) -> None:
+    plan = with_plan(bare, tmp_path / "planned", RTX, "rtx")
+    missing = {**WORKER, "version": RTX, "device": "rtx", "KENSA_DOUBLE_MISSING": "libcuda"}
+    with jetson(tmp_path, plan, **missing) as running:  # type: ignore[arg-type]
+        running.judges()
+        assert running.runtimes == ["openvino"]
+        unused = running.model["plan_unused"]
+        assert "model.plan is for TensorRT for RTX 1.7.1.116 and" in unused
+        assert "NVIDIA's driver is not to be found" in unused
+        assert running.model["stale"] is None
+        assert running.get("/healthz")["degraded"] == []
+        assert running.said("and not used here: ") == 1
+        time.sleep(1.5)
+        assert running.jobs == []
 
 
 def test_without_a_fallback_nobody_answers_until_there_is_a_plan(

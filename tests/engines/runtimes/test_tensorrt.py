@@ -28,14 +28,18 @@ from engines.errors import BadBundle, GpuLost, OutOfMemory, RuntimeFailed, Stale
 from engines.runtimes import ALONE, Batches, cuda
 from engines.runtimes.tensorrt import TensorRTRuntime
 from engines.serving.batch_trial import Stopwatch, choose_batches
-from support.double import Double, doubled, environment, reports
+from support.double import RTX, Double, doubled, environment, reports
 from support.plans import SIDE, build, tiny_bank, tiny_onnx, tiny_score
 from support.project import ROOT
 from support.waiting import until
 
 MIB = 1024 * 1024
 Images = NDArray[np.uint8]
-MACHINES = [("10.3.0", "orin-nano"), ("11.4.0.106", "rtx")]  # mapped memory, and memory of its own
+MACHINES = [  # mapped memory; memory of its own; the same with TensorRT for RTX on cuda-bindings
+    ("10.3.0", "orin-nano"),
+    ("11.4.0.106", "rtx"),
+    (RTX, "rtx"),
+]
 
 
 def some_images(count: int, seed: int = 0) -> Images:

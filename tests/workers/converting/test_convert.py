@@ -31,6 +31,7 @@ from engines.meta import Meta
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import ConvertRequest
 from engines.queue.protocol import PACE
+from engines.runtimes import parity
 from engines.runtimes.openvino import OpenVINORuntime
 from engines.store import plan_record as plans
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, Bundle
@@ -40,13 +41,12 @@ from engines.store.plan_record import Fingerprint
 from engines.store.regions import REGIONS
 from engines.store.versions import Store
 from support import double as doubles
-from support.double import BUILDING, DOUBLES, doubled, environment, reports
+from support.double import BUILDING, DOUBLES, RTX, doubled, environment, reports
 from support.progress import Said
 from support.project import ROOT, run
 from support.waiting import until
 from workers import models
 from workers.converting import convert as converting
-from workers.converting import parity
 from workers.converting.convert import Convert, convert
 from workers.converting.export import export_onnx
 from workers.converting.graphs import difference
@@ -273,7 +273,9 @@ def test_flags_that_do_not_go_together_are_refused(
 # ---- where there is no TensorRT ---------------------------------------------------------------
 
 
-def test_on_a_pc_the_graph_is_what_is_made(few: Callable[[str], Path], tmp_path: Path) -> None:
+def test_on_a_pc_the_graph_is_what_is_made(
+    few: Callable[[str], Path], tmp_path: Path, no_rtx: None
+) -> None:
     said = Said()
     report = convert(request(few("vae"), tmp_path / "engine"), said)
     assert said.lines[-1] == (
@@ -284,8 +286,19 @@ def test_on_a_pc_the_graph_is_what_is_made(few: Callable[[str], Path], tmp_path:
     assert not (tmp_path / "engine" / PLAN).exists()
 
 
+def test_on_a_pc_that_builds_for_others_alone_it_is_said_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with doubled(RTX, device="rtx"):
+        monkeypatch.setenv("KENSA_DOUBLE_MISSING", "libcuda")
+        assert converting._about_no_plan() == (
+            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as"
+            " it is; --target rtx makes a plan for PCs with an RTX card."
+        )
+
+
 def test_on_a_jetson_whose_environment_hides_tensorrt_it_is_said_how_to_see_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_rtx: None
 ) -> None:
     (tmp_path / "release").write_text("# R36 (release), REVISION: 4.0\n")
     monkeypatch.setattr(converting, "L4T_RELEASE", tmp_path / "release")
@@ -574,7 +587,7 @@ def test_requests_that_contradict_themselves_are_refused(
 
 
 def test_a_machine_that_cannot_learn_has_a_worker_where_it_can_build(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, no_rtx: None
 ) -> None:
     from app.jobs import worker_process as worker
 

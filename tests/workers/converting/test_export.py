@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.runtimes.openvino import choose_precision, cpu_has_bf16
+from engines.runtimes.parity import FLOAT32_LIMIT, HALF_LIMIT
 from engines.store.bundle import Bundle, read_bank
 from engines.store.golden import EACH, GOLDEN, Golden
 from support.project import PATCHCORE
 from workers.converting.convert import Convert, convert
 from workers.converting.export import export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.learning.retrain import Retrain, retrain
 from workers.models import patchcore
 from workers.progress import Progress

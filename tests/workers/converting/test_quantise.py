@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle
 from engines.meta import Meta
+from engines.runtimes.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
 from engines.store.plan_record import Machine
 from support.double import BUILDING, doubled
 from support.progress import Heard
 from workers.converting import quantise as module
-from workers.converting.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
 from workers.converting.quantise import STEPS, quantise
 
 META = Meta.parse({"model": "vae", "latent_dim": 8, "image_size": 32})

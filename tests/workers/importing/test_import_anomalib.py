@@ -32,12 +32,12 @@ from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
+from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import Bundle
 from engines.verdict import Scale, judge
 from support.project import ROOT
 from workers import models
 from workers.converting.convert import Convert, convert
-from workers.converting.parity import FLOAT32_LIMIT
 from workers.importing import import_anomalib as worker
 from workers.importing.import_anomalib import Import, import_anomalib
 from workers.models import Training

@@ -21,9 +21,17 @@ from engines.regions import Regions
 from engines.store.bundle import REPORT, read_report, write_report
 from engines.store.regions import read_regions, write_regions
 from engines.store.versions import Store
+from support.double import RTX, doubled
 from support.plans import seal, tiny_bank, tiny_bundle
 from support.project import ROOT
-from workers.jobs.job_process import MOST_NAMES, MOST_NOTES, MOST_OF_A_NAME, MOST_OF_A_NOTE, do
+from workers.jobs.job_process import (
+    MOST_NAMES,
+    MOST_NOTES,
+    MOST_OF_A_NAME,
+    MOST_OF_A_NOTE,
+    _as_before,
+    do,
+)
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
@@ -41,6 +49,23 @@ def ended(folder: Path, images: Any, kind: str = "retrain", notes: Any = None) -
     found = do(folder / "data", JOB, kind, {"model": "part"}, Progress(quiet=True))  # type: ignore[arg-type]
     assert (found["state"], found["version"]) == ("succeeded", version)
     return found
+
+
+@pytest.mark.parametrize(
+    ("version", "missing", "target"),
+    [(RTX, "libcuda", "rtx:SM86,SM120"), (RTX, "", None), ("10.3.0", "", None)],
+    ids=["without a GPU", "with one", "a Jetson"],
+)
+def test_a_retraining_builds_for_the_gpus_of_the_plan_before_where_it_serves_none(
+    version: str, missing: str, target: str | None, tmp_path: Path
+) -> None:
+    plan = {"workspace_mib": 512, "dla": False, "gpus": ["SM86", "SM120"]}
+    write_report(tmp_path, {"export": {"opset": 17, "precision": "f32"}, "plan": plan})
+    with doubled(version, "rtx", KENSA_DOUBLE_MISSING=missing) as double:
+        how = _as_before(tmp_path, tmp_path, "bolt")
+        double.assert_clean()
+    assert how.get("target") == target
+    assert how["workspace"] == 512
 
 
 def test_strange_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
+from engines.runtimes.parity import FLOAT32_LIMIT
 from support.progress import Said
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, efficientad, efficientad_weights
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.efficientad import CHANNELS, EfficientAd

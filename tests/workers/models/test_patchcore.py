@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.image import resize
 from engines.meta import Meta
+from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import write_bank
 from support.project import PATCHCORE
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT
 from workers.models import Training, patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
 from workers.models.patchcore import Bank, Lesson, PatchCore

@@ -18,9 +18,9 @@ from engines.errors import BadDataset, BadMeta, BadWeights
 from engines.image import resize
 from engines.meta import Meta
 from engines.runtimes.openvino import OpenVINORuntime
+from engines.runtimes.parity import FLOAT32_LIMIT, HALF_LIMIT
 from support.project import ROOT
 from workers.converting.export import Opset, export_onnx, parity
-from workers.converting.parity import FLOAT32_LIMIT, HALF_LIMIT
 from workers.models import Training, vae
 from workers.models.vae import KL_WARM_UP, Vae, kl_weight
 from workers.progress import Progress

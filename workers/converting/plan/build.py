@@ -1,11 +1,13 @@
-"""model.onnx -> model.plan, on the machine that will serve it. No torch in here.
+"""model.onnx -> model.plan, on the machine that will serve it, or for others. No torch in here.
 
-One way for TensorRT 10.3 to 11.4: a strongly typed network, so half precision and int8 stand in the
-graph and nowhere else. TF32 is off: it would round the distances in a memory bank, which must stay
-in float32. A plan is refittable, so that a retraining need not build it again, and no plan is kept
-whose scores of real images are not those of the graph.
+One way for TensorRT 10.3 to 11.4 and for TensorRT for RTX: a strongly typed network, so half
+precision and int8 stand in the graph and nowhere else. TF32 is off: it would round the distances in
+a memory bank, which must stay in float32. A plan is refittable, where the library can refit one, so
+that a retraining need not build it again, and no plan is kept whose scores of real images are not
+those of the graph: where there is no GPU to score them with, the record says so, and the machine
+that serves compares them.
 
-Only loaded where TensorRT is: see `engines.store.plan_record.Machine.read`.
+Only loaded where TensorRT is: see `engines.store.plan_record.Machine`.
 """
 
 from __future__ import annotations
@@ -22,25 +24,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pycuda.driver as cuda
-import tensorrt as trt
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle, BadRequest, BuildFailed, KensaError, OutOfMemory
 from engines.files import sha256
 from engines.machine import memory_needs
-from engines.machine.memory import MIB
+from engines.machine.memory import MIB, free_bytes, total_bytes
 from engines.meta import Meta
-from engines.store.bundle import ONNX, PLAN, read_report
+from engines.nvidia import driver
+from engines.nvidia.library import TURING, here
+from engines.runtimes.parity import compare_in
+from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, read_report
 from engines.store.onnx_weights import check_weights
 from engines.store.plan_record import Fingerprint, Machine, Precision
 from workers.converting.graphs import difference
-from workers.converting.parity import compare_in
 from workers.converting.plan.build_progress import Monitor
 from workers.converting.plan.scores import Scores, score_images
-from workers.converting.plan.tensorrt_log import Log, failure, last_line, logger, memory_sentence
+from workers.converting.plan.tensorrt_log import (
+    Log,
+    failure,
+    last_line,
+    logger,
+    memory_sentence,
+    no_turing,
+)
 from workers.converting.plan.timing_cache import TimingCache
 from workers.progress import Progress
+
+LIBRARY = here()
+trt = LIBRARY.load()
 
 MAX_BATCH = 4
 BANK_ROOM = 1.5  # a memory bank may grow by half before the plan must be built again
@@ -61,6 +73,7 @@ class Wanted:
     images: NDArray[np.uint8]  # (n, S, S, 3)
     expected: Scores | None  # raw scores (n,) of the images; None where nobody knows them
     cache: Path | None = None  # a folder for what TensorRT measured of its kernels
+    any_gpu: bool = False  # of a plan for others: what the graph cannot be built for is left out
 
     @property
     def max_batch(self) -> int:
@@ -90,7 +103,11 @@ def make_plan(
         KeyboardInterrupt: Ctrl-C; the build has been stopped.
     """
     check_weights(folder / ONNX)  # TensorRT itself looks when it refits, but not when it builds
-    return _on_the_gpu(lambda stop: _Making(folder, machine, wanted, progress, stop).make(before))
+
+    def make(stop: threading.Event) -> dict[str, Any]:
+        return _Making(folder, machine, wanted, progress, stop).make(before)
+
+    return _in_a_thread(make) if machine.elsewhere else _on_the_gpu(make)
 
 
 def check_dla() -> None:
@@ -105,7 +122,12 @@ def check_dla() -> None:
 
 
 def _on_the_gpu(work: Callable[[threading.Event], T]) -> T:
-    """Do it in a thread of its own, with the primary context.
+    """Do it in a thread of its own, with the primary context."""
+    return _in_a_thread(lambda stop: _with_context(work, stop))
+
+
+def _in_a_thread(work: Callable[[threading.Event], T]) -> T:
+    """Do it in a thread of its own.
 
     TensorRT builds for minutes within one call, during which Python hears no Ctrl-C in the thread
     that called. So the main thread only waits; when it is interrupted it sets the event.
@@ -113,13 +135,14 @@ def _on_the_gpu(work: Callable[[threading.Event], T]) -> T:
     stop = threading.Event()
     with ThreadPoolExecutor(1, "kensa-build") as pool:
         try:
-            return pool.submit(_with_context, work, stop).result()
+            return pool.submit(work, stop).result()
         except BaseException:
             stop.set()
             raise
 
 
 def _with_context(work: Callable[[threading.Event], T], stop: threading.Event) -> T:
+    cuda = driver.load()
     cuda.init()
     primary = cuda.Device(0).retain_primary_context()
     primary.push()
@@ -149,12 +172,17 @@ class _Making:
     wanted: Wanted
     progress: Progress
     stop: threading.Event
+    kept_for: Machine | None = None  # what a plan that is kept was built for: perhaps more GPUs
     began: float = field(default_factory=time.perf_counter)
 
     def make(self, before: Path | None) -> dict[str, Any]:
         how, why = self._reuse(before)
         report = None
-        if how is not None:
+        if self.machine.elsewhere and how is not None:
+            assert before is not None
+            shutil.copyfile(before / PLAN_RECORD, self.folder / PLAN_RECORD)
+            report = self._report({"compared": False})
+        elif how is not None:
             try:
                 report = self._prove()
             except BadBundle as error:
@@ -179,10 +207,18 @@ class _Making:
         why = self._unlike(before)
         if why is None and sha256(before / ONNX) == sha256(self.folder / ONNX):
             shutil.copyfile(before / PLAN, self.folder / PLAN)
+            self.kept_for = self._built_for(before)
             return "kept", None
+        if why is None and not LIBRARY.refits:
+            why = f"{LIBRARY.spoken} gives no new weights to a plan."
         if why is None:
             why = difference(before / ONNX, self.folder / ONNX) or self._refit(before)
         return (None, why) if why else ("refitted", None)
+
+    def _built_for(self, before: Path) -> Machine:
+        found = Fingerprint.read(before)
+        assert found is not None
+        return found.machine
 
     def _unlike(self, before: Path) -> str | None:
         """Why the plan of a folder is none that could be wanted here; None where it may be."""
@@ -193,7 +229,8 @@ class _Making:
         if found is None:
             return f"{before / PLAN} has no record of what it was built for."
         if (stale := found.stale(before, self.machine)) is not None:
-            return stale
+            elsewhere = f"the one before was built for {found.machine.made_for}."
+            return elsewhere if self.machine.elsewhere else stale
         wanted = self.wanted
         if found.precision != wanted.precision:
             return f"the one before is in {found.precision}, not {wanted.precision}."
@@ -231,8 +268,10 @@ class _Making:
 
     def _build_and_prove(self) -> dict[str, Any]:
         # A network that is quantised goes with the ranges that were found for its weights.
-        refittable = self.wanted.precision != "int8"
+        refittable = LIBRARY.refits and self.wanted.precision != "int8"
         self._build(refittable)
+        if self.machine.elsewhere:
+            return self._record_unproved()
         try:
             return self._prove()
         except BadBundle:
@@ -246,7 +285,8 @@ class _Making:
     def _build(self, refittable: bool) -> None:
         log = logger()
         log.lines.clear()
-        free, total = cuda.mem_get_info()
+        self.kept_for = None
+        free, total = self._memory()
         builder = trt.Builder(log)
         strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(strongly_typed)
@@ -261,19 +301,60 @@ class _Making:
             config.DLA_core = 0
             config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
             self.progress.say("for DLA: one image at a time; the GPU computes what DLA cannot")
+        if LIBRARY.names_gpus:
+            self._name_gpus(config)
         self._limit_memory(config, free)
-        timing = TimingCache(self.wanted.cache, self.machine, self.progress)
-        timing.give(config)
+        timing = None
+        if LIBRARY.times_kernels:
+            timing = TimingCache(self.wanted.cache, self.machine, self.progress)
+            timing.give(config)
         monitor = Monitor(self.progress.phase("build"), self.stop)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if monitor.problem is not None:
             raise monitor.problem
+        if plan is None and self._leave_turing_out(log.lines):
+            return self._build(refittable)
         if plan is None:
             raise failure(log.lines, free, total)
         monitor.end()
         _write(self.folder / PLAN, plan)
-        timing.keep(config)
+        if timing is not None:
+            timing.keep(config)
+        return None
+
+    def _memory(self) -> tuple[int, int]:
+        """Bytes free and in all, of where the plan is built."""
+        if self.machine.elsewhere:
+            return free_bytes(), total_bytes()
+        free, total = driver.load().mem_get_info()
+        return int(free), int(total)
+
+    def _name_gpus(self, config: Any) -> None:
+        """Say which GPUs the plan is for."""
+        names = self.machine.capabilities if self.machine.elsewhere else ("CURRENT",)
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+
+    def _leave_turing_out(self, lines: list[str]) -> bool:
+        """Whether to build once more, without the GPUs that cannot run such a graph.
+
+        Raises:
+            BuildFailed: somebody named them.
+        """
+        if not no_turing(lines):
+            return False
+        others = tuple(one for one in self.machine.capabilities if one != TURING)
+        if not self.wanted.any_gpu or not others or not self.machine.elsewhere:
+            raise BuildFailed(
+                f"{LIBRARY.spoken} {trt.__version__} cannot run this graph on a Turing card"
+                f" ({TURING}), which multiplies no float32 matrices there: such a card needs"
+                " OpenVINO, on the CPU. Name other capabilities, or none."
+            )
+        self.progress.say(f"not for {TURING} (Turing): such a card needs OpenVINO for this graph")
+        self.machine = Machine.of_others(others)
+        return True
 
     def _profile(self, builder: Any, network: Any) -> Any:
         """Which shapes the plan must take: a single image is what it is best at."""
@@ -315,7 +396,7 @@ class _Making:
         plan = (self.folder / PLAN).read_bytes()
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise failure(log.lines, *cuda.mem_get_info())
+            raise failure(log.lines, *self._memory())
         found = score_images(engine, wanted.images, wanted.bank, wanted.max_batch)
         agreement = {"compared": False}
         if wanted.expected is not None:
@@ -330,26 +411,48 @@ class _Making:
         rows = None
         if wanted.bank is not None:
             rows = engine.get_tensor_profile_shape("memory_bank", 0)[2][0]
-        record = Fingerprint(
-            self.machine,
-            sha256(self.folder / ONNX),
-            hashlib.sha256(plan).hexdigest(),
-            wanted.precision,
-            engine.get_tensor_profile_shape("image", 0)[2][0],
-            rows,
-            bool(engine.refittable),
+        self._record(
+            plan,
+            max_batch=engine.get_tensor_profile_shape("image", 0)[2][0],
+            bank_rows=rows,
+            refittable=bool(engine.refittable),
             # The bindings of 10.3 do not tell what the weights take: about what the plan has.
-            engine.device_memory_size_v2 + len(plan),
+            device_bytes=engine.device_memory_size_v2 + len(plan),
         )
-        record.write(self.folder)
+        return self._report(agreement)
+
+    def _record_unproved(self) -> dict[str, Any]:
+        """Write the record of a plan that nothing here can read."""
+        plan, wanted = (self.folder / PLAN).read_bytes(), self.wanted
+        self._record(
+            plan,
+            max_batch=wanted.max_batch,
+            bank_rows=wanted.max_rows,
+            refittable=False,
+            device_bytes=len(plan) + memory_needs.to_run(wanted.meta.image_size),
+            proved=False,
+        )
+        return self._report({"compared": False})
+
+    def _record(self, plan: bytes, **of: Any) -> None:
+        onnx, sha = sha256(self.folder / ONNX), hashlib.sha256(plan).hexdigest()
+        machine = self.kept_for or self.machine
+        Fingerprint(machine, onnx, sha, self.wanted.precision, **of).write(self.folder)
+
+    def _report(self, agreement: dict[str, Any]) -> dict[str, Any]:
+        """What report.json says of the plan, by its record."""
+        record, wanted = Fingerprint.read(self.folder), self.wanted
+        assert record is not None
+        rtx = {"gpus": list(record.machine.capabilities), "proved": record.proved}
         return {
             "precision": wanted.precision,
             "dla": wanted.use_dla,
             "workspace_mib": wanted.workspace,
             "max_batch": record.max_batch,
-            **({} if rows is None else {"bank_rows": rows}),
+            **({} if record.bank_rows is None else {"bank_rows": record.bank_rows}),
             "refittable": record.refittable,
-            "tensorrt": self.machine.tensorrt,
+            "tensorrt": record.machine.tensorrt,
+            **(rtx if LIBRARY.names_gpus else {}),
             "parity": agreement,
         }
 
@@ -370,9 +473,13 @@ def _parse(network: Any, log: Log, onnx: Path) -> None:
     if parser.parse(onnx.read_bytes()):
         return
     if not parser.num_errors:
-        raise BadBundle(f"TensorRT {trt.__version__} cannot read {onnx}: {last_line(log.lines)}")
+        raise BadBundle(
+            f"{LIBRARY.spoken} {trt.__version__} cannot read {onnx}: {last_line(log.lines)}"
+        )
     error = parser.get_error(0)
     where = ""
     if error.node() >= 0:
         where = f" at node {error.node()}, {error.node_operator()} {error.node_name()}".rstrip()
-    raise BadBundle(f"TensorRT {trt.__version__} does not take {onnx}{where}: {error.desc()}")
+    raise BadBundle(
+        f"{LIBRARY.spoken} {trt.__version__} does not take {onnx}{where}: {error.desc()}"
+    )

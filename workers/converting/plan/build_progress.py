@@ -6,10 +6,12 @@ Only loaded where TensorRT is, by `workers.converting.plan.build`.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
-import tensorrt as trt
-
+from engines.nvidia.library import here
 from workers.progress import Tick
+
+trt: Any = here().load()
 
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

@@ -14,25 +14,34 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, BadRequest
 from engines.files import sha256
 from engines.image import resize
+from engines.nvidia.library import ANY_RTX, RTX, capabilities_of, here, possible
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle, write_report
 from engines.store.golden import Golden
 from engines.store.plan_record import Machine, Precision
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
 
+UNPROVED = (
+    "the plan is for GPUs of other machines: the one that serves compares its scores with the"
+    " golden images before it counts"
+)
 DLA_IS_NOT_FOR_FLOAT32 = "--use_dla needs --fp16 or --int8: DLA does not compute in float32."
 
 
 def rebuild(
     source: Path,
-    target: Path,
+    out_dir: Path,
     progress: Progress,
     *,
     workspace: int,
     use_dla: bool,
     cache: Path | None,
+    target: str | None = None,
 ) -> dict[str, Any]:
-    """Copy a version into a new folder, with a plan for this machine.
+    """Copy a version into a new folder, with a plan for this machine, or for others.
+
+    Args:
+        target: as --target of convtrt.py; None for this machine.
 
     Returns:
         Its report.
@@ -44,39 +53,54 @@ def rebuild(
     bundle = Bundle.open(source)
     meta, report, bank = bundle.meta, bundle.report(), bundle.memory_bank()
     precision = _precision(report)
-    machine = builder_for(precision, use_dla)
+    machine = builder_for(precision, use_dla, target)
     from workers.converting.plan.build import Wanted, make_plan
 
     golden = Golden.read(source, meta.image_size)
     images = golden.images if golden else sample_parts(meta.image_size)
-    expected = _expected(bundle.onnx, report if golden else {}, images, bank)
-    if expected is None:
+    expected = (
+        None
+        if machine.elsewhere
+        else _expected(bundle.onnx, report if golden else {}, images, bank)
+    )
+    if machine.elsewhere:
+        progress.say(UNPROVED)
+    elif expected is None:
         progress.say("nobody knows the scores of this graph here: the plan is built unproven")
     began = time.perf_counter()
     names = [name for name in meta.files or {} if (source / name).is_file()]
     names = sorted({*names, ONNX} - {PLAN, PLAN_RECORD, REPORT})
-    target.mkdir(parents=True)
+    out_dir.mkdir(parents=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
-    wanted = Wanted(meta, precision, workspace, use_dla, bank, images, expected, cache)
-    report["plan"] = make_plan(target, machine, wanted, None, progress)
+        shutil.copyfile(source / name, out_dir / name)
+    wanted = Wanted(meta, precision, workspace, use_dla, bank, images, expected, cache,
+                    any_gpu=target == ANY_RTX)  # fmt: skip
+    report["plan"] = make_plan(out_dir, machine, wanted, None, progress)
     report["plan"]["seconds"] = round(time.perf_counter() - began, 2)
-    write_report(target, report)
-    hashes = {name: sha256(target / name) for name in (*names, PLAN, PLAN_RECORD, REPORT)}
-    meta.with_(files=hashes).write(target / "meta.json")
+    write_report(out_dir, report)
+    hashes = {name: sha256(out_dir / name) for name in (*names, PLAN, PLAN_RECORD, REPORT)}
+    meta.with_(files=hashes).write(out_dir / "meta.json")
     return report
 
 
-def builder_for(precision: Precision, use_dla: bool) -> Machine:
-    """This machine, asked before anything else is done: so what it lacks is said at once.
+def builder_for(precision: Precision, use_dla: bool, target: str | None = None) -> Machine:
+    """What a plan is for, this machine or others, asked before anything else is done: so what is
+    missing is said at once.
 
     Raises:
         NoTensorRT: it cannot build plans.
-        BadRequest: it has no DLA, or DLA does not compute in that precision.
+        BadRequest: it has no DLA, or DLA does not compute in that precision; or it can build for no
+            GPU such as the target names.
     """
+    if use_dla and target is not None:
+        raise BadRequest("A PC's GPU has no DLA: --use_dla and --target rtx do not go together.")
+    if target is not None:
+        return Machine.of_others(capabilities_of(target) or possible())
     if use_dla and precision == "f32":
         raise BadRequest(DLA_IS_NOT_FOR_FLOAT32)
     machine = Machine.read()
+    if use_dla and here() is RTX:
+        raise BadRequest("This machine has no DLA core: a PC's GPU has none. Leave out --use_dla.")
     if use_dla:
         from workers.converting.plan.build import check_dla
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pycuda.driver as cuda
-import tensorrt as trt
 from numpy.typing import NDArray
 
+from engines.nvidia import driver
+from engines.nvidia.library import here
 from workers.converting.plan.tensorrt_log import failure, logger
+
+trt = here().load()
 
 Scores = NDArray[np.float32]
 
@@ -21,10 +23,11 @@ def score_images(
     engine: Any, images: NDArray[np.uint8], bank: NDArray[np.float32] | None, batch: int
 ) -> Scores:
     """Raw scores (n,): of the first image alone, of the others as many at once as may be."""
+    cuda = driver.load()
     context = engine.create_execution_context()
     if context is None:
         raise failure(logger().lines, *cuda.mem_get_info())
-    held = _Buffers(engine, context, cuda.Stream())
+    held = _Buffers(engine, context, cuda)
     try:
         if bank is not None:
             held.put("memory_bank", bank)
@@ -40,8 +43,9 @@ def score_images(
 class _Buffers:
     """Device memory for one context's tensors."""
 
-    def __init__(self, engine: Any, context: Any, stream: Any) -> None:
-        self._engine, self._context, self._stream = engine, context, stream
+    def __init__(self, engine: Any, context: Any, cuda: Any) -> None:
+        self._engine, self._context, self._cuda = engine, context, cuda
+        self._stream = cuda.Stream()
         self._held: dict[str, Any] = {}
 
     def put(self, name: str, array: NDArray[Any]) -> None:
@@ -49,8 +53,8 @@ class _Buffers:
         array = np.ascontiguousarray(array)
         memory = self._room(name, array.nbytes)
         if not self._context.set_input_shape(name, array.shape):
-            raise failure(logger().lines, *cuda.mem_get_info())
-        cuda.memcpy_htod(memory, array)
+            raise failure(logger().lines, *self._cuda.mem_get_info())
+        self._cuda.memcpy_htod(memory, array)
 
     def score(self, images: NDArray[np.uint8]) -> Scores:
         self.put("image", images)
@@ -60,17 +64,17 @@ class _Buffers:
             results[name] = np.empty(shape, trt.nptype(self._engine.get_tensor_dtype(name)))
             self._room(name, results[name].nbytes)
         if not self._context.execute_async_v3(self._stream.handle):
-            raise failure(logger().lines, *cuda.mem_get_info())
+            raise failure(logger().lines, *self._cuda.mem_get_info())
         self._stream.synchronize()
         for name, array in results.items():
-            cuda.memcpy_dtoh(array, self._held[name])
+            self._cuda.memcpy_dtoh(array, self._held[name])
         whole = np.isfinite(results["map"]).all()
         return np.where(whole, results["score"], np.float32(np.nan))
 
     def _room(self, name: str, nbytes: int) -> Any:
         if name in self._held:
             self._held.pop(name).free()
-        self._held[name] = cuda.mem_alloc(nbytes)
+        self._held[name] = self._cuda.mem_alloc(nbytes)
         self._context.set_tensor_address(name, int(self._held[name]))
         return self._held[name]
 

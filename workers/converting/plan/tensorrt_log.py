@@ -6,11 +6,14 @@ Only loaded where TensorRT is, by `workers.converting.plan.build`.
 from __future__ import annotations
 
 import functools
-
-import tensorrt as trt
+from typing import Any
 
 from engines.errors import BuildFailed, KensaError, OutOfMemory
 from engines.machine.memory import MIB
+from engines.nvidia.library import TURING, here
+
+LIBRARY = here()
+trt: Any = LIBRARY.load()
 
 LINES = 200  # of TensorRT's log that are kept
 
@@ -22,7 +25,7 @@ class Log(trt.ILogger):  # type: ignore[misc]  # a class of bindings without typ
         trt.ILogger.__init__(self)
         self.lines: list[str] = []
 
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+    def log(self, severity: Any, msg: str) -> None:
         if severity <= trt.ILogger.WARNING and len(self.lines) < LINES:
             self.lines.append(msg)
 
@@ -41,7 +44,12 @@ def failure(lines: list[str], free: int, total: int) -> KensaError:
         return OutOfMemory(memory_sentence(f"it found no kernel for {node[:200]}", free, total))
     if "OutOfMemory" in text or "out of memory" in text or "memory is insufficient" in text:
         return OutOfMemory(memory_sentence(last_line(lines), free, total))
-    return BuildFailed(f"TensorRT {trt.__version__} made no plan: {last_line(lines)}")
+    return BuildFailed(f"{LIBRARY.spoken} {trt.__version__} made no plan: {last_line(lines)}")
+
+
+def no_turing(lines: list[str]) -> bool:
+    """Whether there is no plan because it was to be for a Turing card, too."""
+    return any(TURING in line or "Turing" in line for line in lines)
 
 
 def memory_sentence(what: str, free: int, total: int) -> str:

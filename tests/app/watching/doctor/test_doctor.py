@@ -22,7 +22,7 @@ from engines.machine.memory import MIB
 from engines.store import plan_record as plan
 from engines.store.plan_record import Fingerprint, Machine
 from engines.store.versions import Store
-from support.double import doubled, environment
+from support.double import RTX, doubled, environment
 from support.jetson import ORIN, laid_down
 from support.project import ROOT
 from support.site_packages import lay_down, lay_down_metadata
@@ -110,6 +110,28 @@ def test_a_pc_without_a_gpu_lacks_nothing(tmp_path: Path, settings: Settings) ->
     assert wrong(report) == notes(report) == []
     assert report.facts["software"]["TensorRT"] == "does not run here"
     assert "DLA cores" not in report.facts["machine"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "library", "reason"),
+    [
+        ("", "TensorRT for RTX 1.7.1.116", "because TensorRT itself is not in this environment."),
+        ("libcuda", "does not run here", "Without a GPU it builds plans for those of other"),
+    ],
+    ids=["with a card", "without"],
+)
+def test_a_pc_says_which_tensorrt_it_has_and_why(
+    missing: str, library: str, reason: str, tmp_path: Path, settings: Settings
+) -> None:
+    with doubled(RTX, "rtx", KENSA_DOUBLE_MISSING=missing):
+        report = examine(settings, tmp_path / "no such root")
+        _give_back()
+    software = report.facts["software"]
+    assert software["TensorRT"] == library
+    assert software["of the two"].startswith("TensorRT for RTX is taken")
+    assert reason in software["of the two"]
+    assert ("GPU" in software) is (not missing)
+    assert wrong(report) == []
 
 
 # Pretrained backbones
@@ -234,7 +256,7 @@ def test_a_jetson_whose_tensorrt_does_not_run_is_told_why(
 
 
 def test_bindings_that_an_environment_does_not_see_are_found(
-    nano: Path, settings: Settings
+    nano: Path, settings: Settings, no_rtx: None
 ) -> None:
     ours = f"python3.{sys.version_info[1]}"
     place = nano / "usr/lib" / ours / "dist-packages/tensorrt"
@@ -271,7 +293,9 @@ def test_a_user_who_may_not_open_the_gpu_is_told_how(
     assert "usermod -aG video,render" in typed(report, "may not open /dev/nvmap")
 
 
-def test_where_tensorrt_is_asked_for_it_must_run(tmp_path: Path, settings: Settings) -> None:
+def test_where_tensorrt_is_asked_for_it_must_run(
+    tmp_path: Path, settings: Settings, no_rtx: None
+) -> None:
     wanted = settings.model_copy(update={"runtime": "tensorrt"})
     report = examine(wanted, tmp_path / "no such root")
     assert len(wrong(report)) == 1

@@ -1,0 +1,1 @@
+"""A double of cuda-bindings: what of it Kensa uses."""
