@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from support.double import DOUBLES, environment
+from support.double import environment
 
 LIBRARY = "tensorrt_rtx"
 TESTS = Path(__file__).parents[1]
@@ -31,13 +31,9 @@ def observed(module: str, area: str, version: str = "") -> dict[str, Any]:
 
     See `support.observed`.
     """
-    found = f"{TESTS}{os.pathsep}{DOUBLES}" if version else str(TESTS)
-    variables = {
-        **os.environ,
-        **(environment(version, "rtx") if version else {}),
-        "PYTHONPATH": found,
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    variables = {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= environment(version, "rtx") if version else {}
+    variables["PYTHONPATH"] = f"{TESTS}{os.pathsep}{variables['PYTHONPATH']}"
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "support.observed", module, area, folder],
