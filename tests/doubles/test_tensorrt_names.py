@@ -126,9 +126,8 @@ def wrong_names(source: str, apis: dict[str, dict[str, Any]] = API) -> list[str]
     for line, names in attributes(source):
         *before, last = (name.lstrip("_") or name for name in names)
         for version, api in apis.items():
-            if version != LIBRARY and FOR_RTX & {*names}:
-                good = True
-            elif before[-1:] == ["driver"] and last in own_names():  # a file of ours
+            of_ours = before[-1:] == ["driver"] and last in own_names()  # a file, no pycuda.driver
+            if of_ours or (version != LIBRARY and FOR_RTX & {*names}):
                 good = True
             elif MODULES & {*before}:
                 start = next(place for place, name in enumerate(before) if name in MODULES)
