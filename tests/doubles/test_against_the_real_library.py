@@ -18,7 +18,7 @@ import onnx
 import pytest
 
 from support import small_graphs
-from support.double import VERSIONS
+from support.double import RTX, VERSIONS
 from support.observed import AREAS
 from support.real_library import LIBRARY, needs_the_library, observed, only_numbers
 from support.signatures import agree, overloads, own
@@ -97,10 +97,11 @@ def explained(what: str, known: dict[str, str]) -> bool:
 
 
 @needs_the_library
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [*VERSIONS, RTX])
 @pytest.mark.parametrize("area", [name for name in AREAS if name != "names"])
 def test_the_same_comes_of_the_same_but_for_what_is_explained(area: str, version: str) -> None:
-    real, double = observed(LIBRARY, area), observed("tensorrt", area, version)
+    module = LIBRARY if version == RTX else "tensorrt"
+    real, double = observed(LIBRARY, area), observed(module, area, version)
     known = dict(DIFFERENT[area])
     if version.startswith("10."):
         known |= DIFFERENT_IN_10.get(area, {})

@@ -425,7 +425,7 @@ def _config(seen: Seen, builder: Any) -> None:
             config, "flags", value) == 1 << int(flags.REFIT))  # fmt: skip
     config.reset()
     see("after reset", lambda: [config.get_flag(flags.TF32), config.num_optimization_profiles])
-    for value in NUMBERS:
+    for value in (*NUMBERS, 5, 6):
         see(f"builder_optimization_level = {value!r}", lambda value=value: put(
             config, "builder_optimization_level", value))  # fmt: skip
     for name in ("default_device_type", "profiling_verbosity", "progress_monitor"):

@@ -17,7 +17,7 @@ exec(compile((_OF / "__init__.py").read_text(), str(_OF / "__init__.py"), "exec"
 from double_gpu import gpu  # noqa: E402
 
 from ._build import Builder, IBuilderConfig  # noqa: E402
-from ._core import IHostMemory  # noqa: E402
+from ._core import host_memory  # noqa: E402
 from ._names import enum  # noqa: E402
 from ._run import ICudaEngine, IExecutionContext  # noqa: E402
 
@@ -83,7 +83,7 @@ class IRuntimeCache:
         return True
 
     def serialize(self):
-        return IHostMemory("\n".join(sorted(self._kernels)).encode())
+        return host_memory("\n".join(sorted(self._kernels)).encode())
 
 
 class IRuntimeConfig:
