@@ -131,7 +131,7 @@ def to_int8(
     found = search.all_of_them()
     left_out: list[str] = []
     if not found.ok:
-        left_out, found = search.fewest_left_out()
+        left_out, found = search.fewest_left_out(found)
     every = search.multiplications
     chosen = [name for name in every if name not in left_out]
     search.write(chosen)
@@ -173,8 +173,12 @@ class _Search:
     def all_of_them(self) -> _Judged:
         return self._judge(self._names)
 
-    def fewest_left_out(self) -> tuple[list[str], _Judged]:
-        """What stays in float32, worst first, and how the rest was judged."""
+    def fewest_left_out(self, judged: _Judged) -> tuple[list[str], _Judged]:
+        """What stays in float32, worst first, and how the rest was judged.
+
+        Args:
+            judged: how all of them were.
+        """
         worst = self._worst_first()
         fails, passes, found = 0, len(worst), None
         while passes - fails > 1:

@@ -253,6 +253,15 @@ def test_a_model_that_bears_no_int8_at_all_is_refused_with_the_figures(tmp_path:
         to_int8(path, IMAGES, proof_of(path), Said())
 
 
+def test_an_only_convolution_that_does_harm_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = harmful(tmp_path / "model.onnx", "third")
+    monkeypatch.setattr(int8, "convolutions", lambda path: {"c3": 1})
+    with pytest.raises(BadBundle, match="with c3 alone, the least harmful of 1, raw scores within"):
+        to_int8(path, IMAGES, proof_of(path), Said())
+
+
 def test_the_fewest_stay_in_float32_and_the_rounds_are_bounded(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
