@@ -122,7 +122,8 @@ class Gpu:
             try:
                 self._begin(ending)
             except BaseException as error:  # noqa: BLE001 (whoever starts it must hear of it)
-                started.set_exception(RuntimeFailed(f"CUDA cannot be used: {error}."))
+                why = str(error).rstrip(".")
+                started.set_exception(RuntimeFailed(f"CUDA cannot be used: {why}."))
                 return
             started.set_result(None)
             while self._next():

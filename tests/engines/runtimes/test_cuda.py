@@ -1,7 +1,7 @@
 """The thread that owns the GPU, its buffers and a resident bank: on the double, and on a real GPU.
 
 Where there is no TensorRT, copies on the device take the place of the engine. What is marked real
-runs only where pycuda is installed and finds a GPU that nobody else uses meanwhile:
+runs only where pycuda or cuda-bindings finds a GPU that nobody else uses meanwhile:
 
     python -m pytest -m 'soak or not soak' tests/engines/runtimes/test_cuda.py -k real
 """
@@ -79,7 +79,7 @@ class Engine:
 @cache
 def why_no_gpu() -> str | None:
     """Asked in a process of its own: here the double may have been imported."""
-    ask = "import pycuda.driver as cuda; cuda.init(); print(cuda.Device(0).name())"
+    ask = "from engines.nvidia import driver; cuda = driver.load(); cuda.init(); cuda.Device(0)"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 

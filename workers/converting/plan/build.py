@@ -292,7 +292,8 @@ class _Making:
         network = builder.create_network(strongly_typed)
         _parse(network, log, self.folder / ONNX)
         config = builder.create_builder_config()
-        config.add_optimization_profile(self._profile(builder, network))
+        if config.add_optimization_profile(self._profile(builder, network)) < 0:
+            raise failure(log.lines, free, total)
         config.clear_flag(trt.BuilderFlag.TF32)
         if refittable:
             config.set_flag(trt.BuilderFlag.REFIT)
@@ -458,9 +459,13 @@ class _Making:
 
 
 def memory_limits(asked: int, free: int) -> tuple[int, int]:
-    """MiB for the workspace, and for trying a kernel with its tensors: half of what is free."""
+    """MiB for the workspace, and for trying a kernel with its tensors: about half of what is free.
+
+    The second must be a power of two: another number is an error that only the log hears of.
+    """
     workspace = memory_needs.workspace(asked * MIB, free * MIB) // MIB
-    return workspace, max(free // 2, workspace)
+    tactics = 1 << max(free // 2, workspace, 1).bit_length() - 1
+    return workspace, tactics if tactics >= workspace else 2 * tactics
 
 
 def _write(path: Path, plan: Any) -> None:
@@ -471,6 +476,8 @@ def _parse(network: Any, log: Log, onnx: Path) -> None:
     """Fill the network. Weights beside the file are not looked for: a model is one file."""
     parser = trt.OnnxParser(network, log)
     if parser.parse(onnx.read_bytes()):
+        if not network.num_outputs:  # bytes without a graph are taken as well
+            raise BadBundle(f"{onnx} holds no graph: convert the model again.")
         return
     if not parser.num_errors:
         raise BadBundle(
@@ -480,6 +487,7 @@ def _parse(network: Any, log: Log, onnx: Path) -> None:
     where = ""
     if error.node() >= 0:
         where = f" at node {error.node()}, {error.node_operator()} {error.node_name()}".rstrip()
-    raise BadBundle(
-        f"{LIBRARY.spoken} {trt.__version__} does not take {onnx}{where}: {error.desc()}"
-    )
+    why = error.desc()
+    if why == "false":  # which is all that it says of an operator that it does not know
+        why = "it does not know this operator"
+    raise BadBundle(f"{LIBRARY.spoken} {trt.__version__} does not take {onnx}{where}: {why}")

@@ -44,6 +44,11 @@ def failure(lines: list[str], free: int, total: int) -> KensaError:
         return OutOfMemory(memory_sentence(f"it found no kernel for {node[:200]}", free, total))
     if "OutOfMemory" in text or "out of memory" in text or "memory is insufficient" in text:
         return OutOfMemory(memory_sentence(last_line(lines), free, total))
+    if "within workspace limit" in text or "requires workspace memory" in text:
+        return BuildFailed(
+            f"{LIBRARY.spoken} {trt.__version__} made no plan, because the workspace is too small:"
+            f" allow more with --workspace ({last_line(lines)})"
+        )
     return BuildFailed(f"{LIBRARY.spoken} {trt.__version__} made no plan: {last_line(lines)}")
 
 
@@ -62,4 +67,6 @@ def memory_sentence(what: str, free: int, total: int) -> str:
 
 
 def last_line(lines: list[str]) -> str:
-    return lines[-1][:500] if lines else "it did not say why."
+    """The last reason. Without a driver each is followed by a complaint that there is none."""
+    reasons = [line for line in lines if "catchCudaError" not in line] or lines
+    return reasons[-1][:500] if reasons else "it did not say why."

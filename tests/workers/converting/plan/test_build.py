@@ -192,7 +192,7 @@ def test_a_graph_whose_weights_are_no_numbers_gets_no_plan(each: Bench, number: 
     [
         (
             graph(extra=[helper.make_node("Unique", ["map"], ["unused"], "unique", sorted=1)]),
-            r"does not take .*model\.onnx at node 6, Unique unique: ",
+            r"does not take .*model\.onnx at node 6, Unique unique: it does not know this operator",
         ),
         (
             graph(extra=[helper.make_node("MatMul", ["map", "weights"], ["a"], "odd")]),
@@ -210,9 +210,9 @@ def test_what_the_parser_refuses_is_said_in_a_sentence(
     assert str(caught.value).startswith(f"TensorRT {each.double.trt.__version__} does not take")
 
 
-def test_a_file_without_a_graph_is_parsed_and_cannot_be_built(each: Bench) -> None:
+def test_a_file_without_a_graph_is_refused_in_a_sentence(each: Bench) -> None:
     """TensorRT's parser takes it for an empty network, and says that all is well."""
-    with pytest.raises(BuildFailed, match="Network must have at least one output"):
+    with pytest.raises(BadBundle, match=r"model\.onnx holds no graph: convert the model again"):
         each.make(each.folder("a", b"\x08\x08"))
 
 
@@ -254,17 +254,37 @@ def test_a_gpu_that_fails_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "free", "workspace", "tactics"),
     [
-        (4096, 4300, 1075, 2150),
-        (4096, 58_000, 4096, 29_000),
+        (4096, 4300, 1075, 2048),
+        (4096, 58_000, 4096, 16_384),
         (4096, 500, 256, 256),
-        (64, 4300, 64, 2150),
+        (64, 4300, 64, 2048),
         (300, 100, 256, 256),
+        (300, 2400, 300, 1024),
+        (300, 500, 256, 256),
+        (1500, 6100, 1500, 2048),
     ],
 )
 def test_a_build_takes_no_more_than_a_quarter_of_what_is_free(
     nano: Bench, asked: int, free: int, workspace: int, tactics: int
 ) -> None:
     assert nano.build.memory_limits(asked, free) == (workspace, tactics)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "compilation error: no tactics to implement the operation within workspace limit",
+        "Compiling this graph requires workspace memory greater than 0",
+    ],
+)
+def test_too_small_a_workspace_is_said_and_not_what_a_missing_driver_adds(
+    nano: Bench, reason: str
+) -> None:
+    log = importlib.import_module("workers.converting.plan.tensorrt_log")
+    said = [reason, "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime"]
+    assert log.last_line(said) == reason
+    assert log.last_line(said[1:]) == said[1]
+    assert "allow more with --workspace" in str(log.failure(said, 0, 0))
 
 
 def test_the_workspace_is_said_where_it_is_less_than_was_asked_for(nano: Bench) -> None:
