@@ -10,7 +10,7 @@ from pathlib import Path
 
 import engines.missing_packages  # noqa: F401 (it says what to install)
 from engines.image import ImageLimits
-from engines.nvidia.library import TARGET
+from engines.nvidia.library import TARGET, TARGETS
 from workers.commands import cache_folder, must_be_there, run, show, summarise_conversion
 from workers.models import KINDS
 from workers.progress import Progress
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.category is not None and not parsed.int8:
         parser.error("--category is for --int8")
     if parsed.target is not None and re.fullmatch(TARGET, parsed.target) is None:
-        parser.error(f"--target {parsed.target}: rtx, or rtx:SM86, or rtx:SM86,SM120")
+        parser.error(f"--target {parsed.target!r} is no target: {TARGETS}")
     if parsed.int8 and parsed.fp16:
         parser.error("either --fp16 or --int8: what is not in int8 stays in float32")
     return parsed

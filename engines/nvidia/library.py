@@ -14,6 +14,7 @@ from engines.errors import BadRequest, NoTensorRT
 
 ANY_RTX = "rtx"  # the target that names no GPU
 TARGET = r"rtx(:SM\d{2,3}(,SM\d{2,3})*)?"  # what --target and POST /convert take
+TARGETS = "write rtx, rtx:SM86 or rtx:SM86,SM120"  # what is said where one is none
 Module = Literal["tensorrt", "tensorrt_rtx"]
 TURING = "SM75"  # multiplies no float32 matrices with TensorRT for RTX
 
@@ -140,7 +141,7 @@ def capabilities_of(target: str) -> tuple[str, ...] | None:
     """
     kind, _, named = target.partition(":")
     if kind != ANY_RTX or (not named and ":" in target):
-        raise BadRequest(f"{target} is no target: rtx, or rtx:SM86, or rtx:SM86,SM120.")
+        raise BadRequest(f"{target} is no target: {TARGETS}.")
     if FULL.installed:
         raise NoTensorRT(
             "This environment has TensorRT, which builds for its own machine only. For other"
@@ -153,6 +154,6 @@ def capabilities_of(target: str) -> tuple[str, ...] | None:
     if unknown := [one for one in wanted if one not in known]:
         raise BadRequest(
             f"{RTX.spoken} {RTX.load().__version__} builds for no GPU of the compute capability"
-            f" {', '.join(unknown)}: for {', '.join(known)}."
+            f" {', '.join(unknown)}, only for {', '.join(known)}."
         )
     return tuple(one for one in known if one in wanted)

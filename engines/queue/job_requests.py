@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
 from engines.meta import FIRST, Kind, Meta, of_kind
-from engines.nvidia.library import TARGET
+from engines.nvidia.library import TARGET, TARGETS
 from engines.store.versions import NAME, Store, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
@@ -232,6 +233,13 @@ class ConvertRequest(VersionRequest):
         description="Build the plan for GPUs of other machines, also without one here: rtx,"
         " rtx:SM86, rtx:SM86,SM120, see docs/gpu-pc.md. Else for this machine.",
     )
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _is_target(cls, target: Any) -> Any:
+        if isinstance(target, str) and re.fullmatch(TARGET, target) is None:
+            raise ValueError(f"it is no target: {TARGETS}")
+        return target
 
     @model_validator(mode="after")
     def _fits(self) -> ConvertRequest:

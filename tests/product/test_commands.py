@@ -529,6 +529,18 @@ def test_an_error_in_converting_leaves_the_old_engine(
     assert staging(out_dir) == []
 
 
+@pytest.mark.parametrize("target", ["rtx:", "cuda", "SM86", "rtx:SM86, SM120"])
+def test_a_target_that_is_none_is_refused_with_those_that_are(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--model vae --weights_pth a.pth --meta_json b.json --out_dir c --target"
+    with pytest.raises(SystemExit) as caught:
+        convtrt.main([*words.split(), target])
+    assert caught.value.code == 2
+    said = f"--target {target!r} is no target: write rtx, rtx:SM86 or rtx:SM86,SM120\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_statistics_for_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
     words = "--model patchcore --weights_pth a.pth --meta_json b.json --stats c.npz --out_dir"
     done = run("convtrt.py", *words.split(), tmp_path / "out", check=False)

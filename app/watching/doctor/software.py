@@ -22,6 +22,7 @@ from engines.nvidia.library import FULL, builds_for_others, why
 from engines.store.plan_record import Machine
 
 NODES = ("nvmap", "nvhost-gpu", "nvgpu/igpu0/ctrl", "nvidia0")  # of a GPU, below /dev
+NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor and class of its cards on the PCI bus
 LEARNING = ("torch", "anomalib", "onnx")  # what is looked for, of the packages that learn
 BINDINGS = "usr/lib/python3*/dist-packages/tensorrt"  # where apt puts them
 
@@ -90,7 +91,7 @@ def tensorrt_findings(
     if problem is None:
         return
     if not jetson and not wanted:
-        if (root / "dev/nvidia0").exists():
+        if _has_card(root):
             yield note(
                 "This machine has an NVIDIA GPU, and TensorRT does not run here:"
                 f" OpenVINO inspects, on the CPU. {problem}"
@@ -124,6 +125,15 @@ def _what_to_do(root: Path) -> str:
     if theirs not in (ours, "python3"):
         return f"They are for {theirs}: {theirs} -m venv --system-site-packages NEW_FOLDER"
     return f"{theirs} -m venv --system-site-packages {sys.prefix}   # they are on this machine"
+
+
+def _has_card(root: Path) -> bool:
+    """Whether the driver shows a GPU, or, without a driver, the bus does."""
+    return (root / "dev/nvidia0").exists() or any(
+        read_text(one / "vendor") == NVIDIA
+        and (read_text(one / "class") or "").startswith(DISPLAY)
+        for one in (root / "sys/bus/pci/devices").glob("*")
+    )
 
 
 def _is_closed(node: Path) -> bool:

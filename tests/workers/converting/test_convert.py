@@ -633,6 +633,8 @@ def test_what_needs_training_packages_says_so_where_there_are_none(
         ({"fp16": True, "int8": True}, "either fp16 or int8"),
         ({"category": "c"}, "category is for int8"),
         ({"from_onnx": True, "int8": True}, "from_onnx takes the graph as it is"),
+        ({"target": "rtx:"}, "it is no target: write rtx, rtx:SM86 or rtx:SM86,SM120"),
+        ({"target": "SM86"}, "it is no target: write rtx"),
     ],
 )
 def test_requests_that_contradict_themselves_are_refused(

@@ -188,6 +188,24 @@ def test_a_pc_with_a_gpu_is_told_that_it_could_have_tensorrt(
 
 
 @pytest.mark.parametrize(
+    ("vendor", "kind", "told"),
+    [("0x10de", "0x030000", True), ("0x10de", "0x040300", False), ("0x1002", "0x030000", False)],
+    ids=["a card", "its sound", "another maker's"],
+)
+def test_a_pc_whose_card_has_no_driver_is_told_that_it_lacks_one(
+    vendor: str, kind: str, told: bool, tmp_path: Path, settings: Settings
+) -> None:
+    at = "sys/bus/pci/devices/0000:01:00.0"
+    files = {f"{at}/vendor": f"{vendor}\n", f"{at}/class": f"{kind}\n"}
+    root = laid_down(tmp_path / "root", files)
+    with doubled(RTX, "rtx", KENSA_DOUBLE_MISSING="libcuda"):
+        report = examine(settings, root)
+        _give_back()
+    assert wrong(report) == []
+    assert any("NVIDIA's driver is not to be found" in one for one in notes(report)) is told
+
+
+@pytest.mark.parametrize(
     ("files", "level", "what", "do"),
     [
         ({"proc/meminfo": "MemTotal:  7664640 kB\nMemAvailable:  102400 kB\n"}, "wrong",

@@ -119,7 +119,7 @@ def test_where_no_gpu_is_named_those_are_left_out_that_cannot_run_the_graph(tmp_
         ("rtx:SM75", "BuildFailed: TensorRT for RTX 1."),
         ("rtx:SM75,SM86", "cannot run this graph on a Turing card (SM75)"),
         ("rtx:SM90", "BadRequest: TensorRT for RTX 1."),
-        ("rtx:SM86,SM20", "no GPU of the compute capability SM20: for SM75, SM80, SM86"),
+        ("rtx:SM86,SM20", "no GPU of the compute capability SM20, only for SM75, SM80, SM86"),
     ],
 )
 def test_a_gpu_for_which_there_is_no_plan_is_refused(
