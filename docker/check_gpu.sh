@@ -15,6 +15,11 @@ source=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 
 if [ "$what" = gather ]; then
+    learns='import sys; from importlib.util import find_spec as has; sys.exit(not has("torch"))'
+    if ! "$python" -c "$learns"; then
+        echo "error: models are learned here: activate an environment with the extra train" >&2
+        exit 2
+    fi
     mkdir -p "$folder/wheels"
     folder=$(cd "$folder" && pwd)
     "$python" -m pip download --quiet --dest "$folder/wheels" "${source}[rtx-serve]" \
@@ -27,6 +32,10 @@ if [ "$what" = gather ]; then
     exit
 fi
 
+if [ ! -d "$folder/wheels" ]; then
+    echo "error: $folder holds no wheels: make it with docker/check_gpu.sh gather" >&2
+    exit 2
+fi
 out=${3:-gpu.json}
 mkdir -p "$(dirname "$out")"
 out=$(cd "$(dirname "$out")" && pwd)/$(basename "$out")

@@ -541,6 +541,14 @@ def test_a_target_that_is_none_is_refused_with_those_that_are(
     assert capsys.readouterr().err.endswith(said)
 
 
+def test_a_target_with_dla_is_refused_also_in_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model vae --weights_pth a.pth --meta_json b.json --out_dir c --use_dla --target rtx"
+    with pytest.raises(SystemExit):
+        convtrt.main(words.split())
+    said = "a PC's GPU has no DLA: either --target or --use_dla\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_statistics_for_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
     words = "--model patchcore --weights_pth a.pth --meta_json b.json --stats c.npz --out_dir"
     done = run("convtrt.py", *words.split(), tmp_path / "out", check=False)

@@ -305,6 +305,20 @@ def test_the_scripts_say_how_they_are_used(script: str, said: str) -> None:
     assert said in done.stdout
 
 
+def test_the_trial_of_a_gpu_says_what_is_missing_before_it_takes_time(tmp_path: Path) -> None:
+    script, bare = SCRIPT.with_name("check_gpu.sh"), tmp_path / "python3"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    done = run("bash", script, "gather", tmp_path / "a", check=False, PYTHON=str(bare))
+    assert done.returncode == 2
+    assert done.stderr.endswith("activate an environment with the extra train\n")
+    assert not (tmp_path / "a").exists()
+    done = run("bash", script, "run", tmp_path / "a", tmp_path / "b" / "gpu.json", check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("a holds no wheels: make it with docker/check_gpu.sh gather\n")
+    assert not (tmp_path / "b").exists()
+
+
 # The page
 
 
