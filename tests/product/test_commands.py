@@ -529,8 +529,8 @@ def test_an_error_in_converting_leaves_the_old_engine(
     assert staging(out_dir) == []
 
 
-@pytest.mark.parametrize("target", ["rtx:", "cuda", "SM86", "rtx:SM86, SM120"])
-def test_a_target_that_is_none_is_refused_with_those_that_are(
+@pytest.mark.parametrize("target", ["rtx:", "rtx:86", "cuda", "SM86", "rtx:SM86, SM120"])
+def test_a_target_that_is_none_is_refused_before_anything_is_read(
     target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "--model vae --weights_pth a.pth --meta_json b.json --out_dir c --target"

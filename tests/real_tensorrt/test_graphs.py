@@ -103,6 +103,11 @@ def test_one_plan_is_for_gpus_of_several_generations(written: Written) -> None:
     assert_built(ONE, written(ONE), "SM80,SM86,SM89,SM120")
 
 
+def test_a_turing_card_takes_a_graph_that_multiplies_no_matrices(written: Written) -> None:
+    graph = Graph("efficientad", None, "f32", 18)
+    assert_built(graph, written(graph), "SM75")
+
+
 @pytest.mark.parametrize("precision", ["f16", "int8"])
 def test_a_turing_card_takes_a_graph_that_multiplies_no_float32_matrices(
     precision: Precision, written: Written

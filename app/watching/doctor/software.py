@@ -130,8 +130,7 @@ def _what_to_do(root: Path) -> str:
 def _has_card(root: Path) -> bool:
     """Whether the driver shows a GPU, or, without a driver, the bus does."""
     return (root / "dev/nvidia0").exists() or any(
-        read_text(one / "vendor") == NVIDIA
-        and (read_text(one / "class") or "").startswith(DISPLAY)
+        read_text(one / "vendor") == NVIDIA and (read_text(one / "class") or "").startswith(DISPLAY)
         for one in (root / "sys/bus/pci/devices").glob("*")
     )
 

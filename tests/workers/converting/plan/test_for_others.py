@@ -151,11 +151,3 @@ def test_the_same_graph_keeps_its_plan(trained: Path, tmp_path: Path) -> None:
     record = json.loads((out / PLAN_RECORD).read_text())
     assert record["proved"] is False
     assert record["machine"]["compute"] == "SM86,SM89"
-
-
-def test_a_target_that_is_none_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    program = "import sys, convtrt; sys.exit(convtrt.main(sys.argv[1:]))"
-    for target in ("cuda", "rtx:86"):
-        done = in_a_process(program, *flags(tmp_path, tmp_path / "out", "--target", target))
-        assert done.returncode == 2
-        assert f"--target {target}: rtx, or rtx:SM86, or rtx:SM86,SM120" in done.stderr
