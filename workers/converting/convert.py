@@ -18,7 +18,7 @@ from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
-from engines.nvidia.library import ANY_RTX, FULL, RTX, here
+from engines.nvidia.library import ANY_RTX, RTX, here
 from engines.regions import Regions
 from engines.store.bundle import (
     ONNX,
@@ -274,15 +274,11 @@ def _tests(
 def _about_no_plan() -> str:
     """Why there is no model.plan, and who makes one."""
     how = "OpenVINO runs model.onnx as it is; the same command on the Jetson makes the plan."
-    if here() is RTX:
-        return (
-            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as"
-            " it is; --target rtx makes a plan for PCs with an RTX card."
-        )
-    if not FULL.installed and not L4T_RELEASE.exists():
+    if not here().installed and not L4T_RELEASE.exists():
         return f"no model.plan: TensorRT is not on this machine. {how}"
     try:
         Machine.read()
     except NoTensorRT as error:  # a part of it is missing
-        return f"no model.plan. {error} OpenVINO runs model.onnx as it is."
+        rtx = "; --target rtx makes a plan for PCs with an RTX card" if here() is RTX else ""
+        return f"no model.plan. {error} OpenVINO runs model.onnx as it is{rtx}."
     raise AssertionError("has_tensorrt() and Machine.read() do not agree")

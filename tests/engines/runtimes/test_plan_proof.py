@@ -186,3 +186,41 @@ def test_kernels_are_made_when_it_is_opened_and_kept_for_the_next_time(
     again = opened(folder, cache_dir=cache)
     assert pc.gpu.counts["kernels"] == made
     again.runtime.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit", "no seal", "a folder", "no kernels"])
+def test_kernels_that_were_damaged_while_the_server_ran_are_made_anew(
+    damage: str, pc: Double, tmp_path: Path
+) -> None:
+    folder, cache = for_others(tmp_path, "rtx:SM89"), tmp_path / "cache"
+    cache.mkdir()
+    opened(folder, cache_dir=cache).runtime.close()
+    made = pc.gpu.counts["kernels"]
+    kept = cache / f"rtx-{sha256(folder / PLAN)}.blob"
+    data = kept.read_bytes()
+    if damage == "cut":
+        kept.write_bytes(data[:3])
+    elif damage == "a bit":
+        kept.write_bytes(bytes([data[0] ^ 0x80]) + data[1:])
+    elif damage == "no seal":
+        kept.with_suffix(".sha256").unlink()
+    elif damage == "no kernels":
+        kept.write_bytes(b"")
+    else:
+        kept.unlink()
+        kept.mkdir()
+    model = opened(folder, cache_dir=cache)
+    assert (model.runtime.name, model.stale) == ("tensorrt", None)
+    assert pc.gpu.counts["kernels"] == 2 * made
+    model.runtime.close()
+
+
+def test_a_folder_for_kernels_that_cannot_be_written_or_read_stops_nothing(
+    pc: Double, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, cache = for_others(tmp_path, "rtx:SM89"), tmp_path / "cache"
+    cache.write_bytes(b"no folder")
+    model = opened(folder, cache_dir=cache)
+    assert model.runtime.name == "tensorrt"
+    assert "The next start will be slower" in caplog.text
+    model.runtime.close()
