@@ -59,6 +59,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--category is for --int8")
     if parsed.target is not None and re.fullmatch(TARGET, parsed.target) is None:
         parser.error(f"--target {parsed.target}: rtx, or rtx:SM86, or rtx:SM86,SM120")
+    if parsed.workspace < 1:
+        parser.error(f"--workspace {parsed.workspace}: at least 1 MiB")
     if parsed.int8 and parsed.fp16:
         parser.error("either --fp16 or --int8: what is not in int8 stays in float32")
     return parsed
