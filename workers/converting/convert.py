@@ -30,7 +30,7 @@ from engines.store.bundle import (
     read_report,
     write_report,
 )
-from engines.store.golden import Golden
+from engines.store.golden import GOLDEN_SCORES, Golden
 from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tensorrt
 from engines.store.regions import REGIONS, read_regions, write_regions
@@ -141,7 +141,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         report.pop("plan", None)
         names = [ONNX, REPORT]
         if golden is not None:
-            report["golden_scores"] = [float(one) for one in expected]  # for who has no torch
+            report[GOLDEN_SCORES] = [float(one) for one in expected]  # for who has no torch
         if machine is not None:
             from workers.converting.plan.build import Wanted, make_plan
 
