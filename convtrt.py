@@ -61,6 +61,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--target {parsed.target!r} is no target: {TARGETS}")
     if parsed.target is not None and parsed.use_dla:
         parser.error("a PC's GPU has no DLA: either --target or --use_dla")
+    if parsed.workspace < 1:
+        parser.error(f"--workspace {parsed.workspace}: at least 1 MiB")
     if parsed.int8 and parsed.fp16:
         parser.error("either --fp16 or --int8: what is not in int8 stays in float32")
     return parsed

@@ -16,6 +16,10 @@ _NO_DRIVER_OF_A_PC = (
     "NVIDIA's driver is not to be found ({}): on a PC with an RTX card install it, and start a"
     " container with --gpus all."
 )
+_DOES_NOT_LOAD = (
+    "cuda-bindings is here, but does not load ({}): install it anew,"
+    " pip install --force-reinstall cuda-bindings."
+)
 
 
 def is_installed() -> bool:
@@ -42,8 +46,10 @@ def load() -> Any:
             if here() is FULL
             else "cuda-bindings is not in this environment: pip install 'kensa[rtx]'."
         )
-    from engines.nvidia import cuda_bindings
-
+    try:
+        from engines.nvidia import cuda_bindings
+    except (ImportError, OSError) as error:
+        raise NoTensorRT(_DOES_NOT_LOAD.format(error)) from None
     if problem := cuda_bindings.no_driver():
         raise NoTensorRT((_NO_DRIVER if here() is FULL else _NO_DRIVER_OF_A_PC).format(problem))
     return cuda_bindings
@@ -55,11 +61,15 @@ def has_driver() -> bool:
         return True
     if not _has_bindings():
         return False
-    from engines.nvidia import cuda_bindings
-
+    try:
+        from engines.nvidia import cuda_bindings
+    except (ImportError, OSError):  # which `load` says
+        return False
     return cuda_bindings.no_driver() is None
 
 
 def _has_bindings() -> bool:
-    # Asking for a module in a package that is not there raises.
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    try:
+        return find_spec("cuda.bindings") is not None
+    except ImportError:  # there is no package cuda, or another one of that name
+        return False

@@ -127,9 +127,17 @@ def possible() -> tuple[str, ...]:
     return tuple(name for name in members if name.startswith("SM"))
 
 
-def target_of(gpus: list[str] | None) -> str | None:
-    """The target that names these capabilities."""
-    return f"{ANY_RTX}:{','.join(gpus)}" if gpus else None
+def target_of(gpus: object) -> str | None:
+    """The target that names those capabilities, of a report.json, that can be built for here.
+
+    None where there is none: what nobody here needs must not stop what asks.
+    """
+    try:
+        known = possible()
+    except NoTensorRT:
+        return None
+    named = [one for one in known if isinstance(gpus, list) and one in gpus]
+    return f"{ANY_RTX}:{','.join(named)}" if named else None
 
 
 def capabilities_of(target: str) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ writes either, so a power cut soon after the first start can leave zeros in it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -50,6 +51,18 @@ def seal_cache(folder: Path | None) -> None:
                 write_atomically(_seal_of(file), sha256(file).encode())
     except OSError as error:
         log.warning("The next start will be slower: %s (%s)", folder, error.strerror)
+
+
+def read_sealed(file: Path) -> bytes | None:
+    """What a file holds; None where it is missing, cut or damaged, or cannot be read."""
+    try:
+        data, seal = file.read_bytes(), _seal_of(file).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("This start is slower: %s cannot be read (%s)", file, error.strerror)
+        return None
+    return data if hashlib.sha256(data).hexdigest().encode() == seal else None
 
 
 def _seal_of(file: Path) -> Path:

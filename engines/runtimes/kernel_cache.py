@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.files import sha256, write_atomically
-from engines.runtimes.compiled_cache import seal_cache
+from engines.runtimes.compiled_cache import read_sealed, seal_cache
 from engines.runtimes.cuda import Gpu
 
 log = logging.getLogger("kensa.tensorrt")
@@ -33,10 +33,9 @@ class KernelCache:
         strategy = trt.DynamicShapesKernelSpecializationStrategy
         self.config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
         self._cache = self.config.create_runtime_cache()
-        if self._path is not None and self._path.is_file():
-            data = self._path.read_bytes()
-            if gpu.call(lambda: self._cache.deserialize(data)):  # wants a context
-                self._kept = len(data)
+        data = None if self._path is None else read_sealed(self._path)
+        if data is not None and gpu.call(lambda: self._cache.deserialize(data)):  # wants a context
+            self._kept = len(data)
         self.config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:

@@ -13,7 +13,7 @@ from engines.image import resize
 from engines.runtimes import Runtime
 from engines.runtimes.parity import compare_in
 from engines.store.bundle import Bundle
-from engines.store.golden import Golden
+from engines.store.golden import Golden, torch_scores
 from engines.store.plan_record import Precision
 
 log = logging.getLogger("kensa")
@@ -56,9 +56,9 @@ def _expected(
     bundle: Bundle, images: NDArray[np.uint8], bank: NDArray[np.float32] | None, golden: bool
 ) -> NDArray[np.float32] | None:
     """Raw scores (n,): the torch model's, when it was exported, else what OpenVINO says here."""
-    known = bundle.report().get("golden_scores") if golden else None
-    if known is not None and len(known) == len(images):
-        return np.asarray(known, np.float32)
+    known = torch_scores(bundle.report(), len(images)) if golden else None
+    if known is not None:
+        return known
     if find_spec("openvino") is None:
         return None
     from engines.runtimes.openvino import OpenVINORuntime

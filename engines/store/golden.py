@@ -14,6 +14,7 @@ from engines.errors import BadBundle, Unreadable
 from engines.files import write_atomically
 
 GOLDEN = "golden.npz"
+GOLDEN_SCORES = "golden_scores"  # in report.json: what the torch model said of them
 EACH = 8  # normals, and defects where there are any
 
 
@@ -68,6 +69,18 @@ class Golden:
         if defective is not None and (defective.dtype, defective.shape) != (bool, images.shape[:1]):
             raise BadBundle(f"{path} does not say of each image whether it is defective.")
         return cls(images, defective)
+
+
+def torch_scores(report: dict[str, Any], count: int) -> NDArray[np.float32] | None:
+    """Raw scores (n,) of the golden images, when the model was exported; None where a report.json
+    does not say them. It may have come from anybody.
+    """
+    known = report.get(GOLDEN_SCORES)
+    if not isinstance(known, list) or len(known) != count:
+        return None
+    if not all(isinstance(one, float) for one in known):
+        return None
+    return np.asarray(known, np.float32)
 
 
 def evenly(scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:

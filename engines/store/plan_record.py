@@ -21,6 +21,12 @@ L4T_RELEASE = Path("/etc/nv_tegra_release")  # "# R36 (release), REVISION: 4.0, 
 Precision = Literal["f32", "f16", "int8"]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
+# They stand in sentences, so a record that somebody else wrote may not fill a page with them.
+_Name = Annotated[str, Field(min_length=1, max_length=64)]
+_Device = Annotated[str, Field(max_length=256)]
+_Compute = Annotated[str, Field(pattern=r"^([0-9]+\.[0-9]+|SM[0-9]{2,3}(,SM[0-9]{2,3})*)$",
+                                max_length=256)]  # fmt: skip
+
 __all__ = ["PLAN_RECORD", "Fingerprint", "Machine", "Precision", "has_tensorrt"]
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -47,10 +53,10 @@ def builds_plans() -> bool:
 class Machine:
     """What a plan depends on."""
 
-    tensorrt: str  # "10.3.0"
-    compute: str  # "8.7", the compute capability; of a plan for others, all that it is for
-    device: str  # "Orin"
-    l4t: str | None  # "36.4.0", the release of Jetson Linux; None on other machines
+    tensorrt: _Name  # "10.3.0"
+    compute: _Compute  # "8.7", the compute capability; of a plan for others, all that it is for
+    device: _Device  # "Orin"
+    l4t: _Name | None  # "36.4.0", the release of Jetson Linux; None on other machines
     library: Module = "tensorrt"
 
     @classmethod

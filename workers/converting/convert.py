@@ -18,7 +18,7 @@ from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
 from engines.meta import Meta
-from engines.nvidia.library import ANY_RTX, FULL, RTX, here
+from engines.nvidia.library import ANY_RTX, RTX, here
 from engines.regions import Regions
 from engines.store.bundle import (
     ONNX,
@@ -30,7 +30,7 @@ from engines.store.bundle import (
     read_report,
     write_report,
 )
-from engines.store.golden import Golden
+from engines.store.golden import GOLDEN_SCORES, Golden
 from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tensorrt
 from engines.store.regions import REGIONS, read_regions, write_regions
@@ -141,7 +141,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
         report.pop("plan", None)
         names = [ONNX, REPORT]
         if golden is not None:
-            report["golden_scores"] = [float(one) for one in expected]  # for who has no torch
+            report[GOLDEN_SCORES] = [float(one) for one in expected]  # for who has no torch
         if machine is not None:
             from workers.converting.plan.build import Wanted, make_plan
 
@@ -274,15 +274,11 @@ def _tests(
 def _about_no_plan() -> str:
     """Why there is no model.plan, and who makes one."""
     how = "OpenVINO runs model.onnx as it is; the same command on the Jetson makes the plan."
-    if here() is RTX:
-        return (
-            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as"
-            " it is; --target rtx makes a plan for PCs with an RTX card."
-        )
-    if not FULL.installed and not L4T_RELEASE.exists():
+    if not here().installed and not L4T_RELEASE.exists():
         return f"no model.plan: TensorRT is not on this machine. {how}"
     try:
         Machine.read()
     except NoTensorRT as error:  # a part of it is missing
-        return f"no model.plan. {error} OpenVINO runs model.onnx as it is."
+        rtx = "; --target rtx makes a plan for PCs with an RTX card" if here() is RTX else ""
+        return f"no model.plan. {error} OpenVINO runs model.onnx as it is{rtx}."
     raise AssertionError("has_tensorrt() and Machine.read() do not agree")

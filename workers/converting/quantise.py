@@ -128,7 +128,8 @@ class _Pairs:
     def around(self, name: str, largest: Any, axis: int | None = None) -> str:
         """The name of a tensor after its pair; `largest` is a number, or one per channel."""
         if name not in self._made:
-            scale = np.where(largest > 0, np.asarray(largest) / STEPS, 1).astype(np.float32)
+            scale = np.asarray(largest, np.float32) / np.float32(STEPS)
+            scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
             rest = [f"{name}_scale", f"{name}_zero"]
             self._model.graph.initializer.extend(
                 [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +132,37 @@ def test_where_neither_package_is_the_sentence_names_the_one_to_install(
         driver.load()
     with doubled(RTX, device="rtx"), pytest.raises(NoTensorRT, match=r"kensa\[rtx\]"):
         driver.load()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"cuda.py": ""}, "cuda-bindings is not in this environment"),
+        (
+            {"cuda/__init__.py": "", "cuda/bindings/__init__.py": "raise ImportError('no libx')"},
+            "cuda-bindings is here, but does not load (no libx): install it anew",
+        ),
+    ],
+    ids=["another package of that name", "one that does not load"],
+)
+def test_a_package_that_is_no_use_is_said_and_stops_nothing(
+    files: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    for name, text in {**files, "tensorrt_rtx.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = (
+        "from engines.store.plan_record import Machine, builds_plans, has_tensorrt\n"
+        "print(has_tensorrt(), builds_plans())\n"
+        "try: Machine.read()\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    worked, said = done.stdout.splitlines()
+    assert worked == "False True"
+    assert said.startswith("NoTensorRT ")
+    assert words in said

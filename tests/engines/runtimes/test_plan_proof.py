@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, StalePlan
 from engines.files import sha256
 from engines.meta import Meta
+from engines.regions import REACH
 from engines.runtimes import cuda
 from engines.serving.opening import Opening, memory_needed, open_model
 from engines.serving.resident import Resident
@@ -22,7 +24,7 @@ from engines.store.bundle import ONNX, PLAN, write_report
 from engines.store.golden import Golden
 from engines.store.plan_record import Fingerprint, Machine
 from support.double import BUILDING, RTX, Double, doubled
-from support.plans import SIDE, seal, tiny_bank, tiny_bundle, tiny_score
+from support.plans import SIDE, seal, tiny_bank, tiny_bundle, tiny_score, with_regions
 from support.progress import Heard
 
 BANK = tiny_bank(1)
@@ -111,6 +113,71 @@ def test_without_golden_images_openvino_says_what_is_right(
     model.runtime.close()
 
 
+@pytest.mark.parametrize("scores", [5, "12345", ["x"] * 5, [None] * 5, [[1.0]] * 5, {}, [1.0]])
+def test_of_scores_that_are_none_openvino_says_what_is_right(
+    scores: object, pc: Double, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = for_others(tmp_path, "rtx:SM89")
+    write_report(folder, {**json.loads((folder / "report.json").read_text()),
+                          "golden_scores": scores})  # fmt: skip
+    seal(folder)
+    caplog.set_level("INFO")
+    model = opened(folder)
+    assert model.runtime.name == "tensorrt"
+    assert "model.plan is proved" in caplog.text
+    model.runtime.close()
+    rebuild = importlib.import_module("workers.converting.plan.rebuild").rebuild
+    report = rebuild(folder, tmp_path / "own", Heard(), workspace=64, use_dla=False, cache=None)
+    assert report["plan"]["parity"]["ok"] is True
+
+
+def cut(plan: bytes) -> bytes:
+    return plan[: len(plan) // 2]
+
+
+@pytest.mark.parametrize(
+    "change", [cut, lambda plan: b"ftrt" + plan, lambda plan: b"x"], ids=["cut", "foreign", "x"]
+)
+@pytest.mark.parametrize("hidden", [False, True], ids=["as it is", "with a record that fits"])
+def test_a_damaged_plan_for_others_is_stale_and_openvino_judges(
+    change: Callable[[bytes], bytes], hidden: bool, pc: Double, tmp_path: Path
+) -> None:
+    folder = for_others(tmp_path, "rtx:SM89")
+    (folder / PLAN).write_bytes(change((folder / PLAN).read_bytes()))
+    record = Fingerprint.read(folder)
+    assert record is not None
+    if hidden:
+        replace(record, plan=sha256(folder / PLAN), proved=True).write(folder)
+    seal_all(folder)
+    model = opened(folder)
+    assert model.runtime.name == "openvino"
+    assert model.stale is not None
+    words = "does not take" if hidden else "is not the file that was built"
+    assert words in model.stale
+    model.runtime.close()
+
+
+def test_a_plan_for_others_looks_past_regions_once_it_was_proved(
+    pc: Double,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(REACH, "patchcore", 0)
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[:, : SIDE // 2] = True
+    folder = with_regions(for_others(tmp_path, "rtx:SM89"), tmp_path / "masked", mask)
+    caplog.set_level("INFO")
+    model = opened(folder)
+    assert (model.runtime.name, model.stale) == ("tensorrt", None)
+    assert "model.plan is proved" in caplog.text
+    _, maps = model.runtime.infer(parts()[:1])
+    hidden, shown = np.split(maps[0], 2, axis=1)
+    assert (hidden == shown.min()).all()
+    assert shown.max() > shown.min()
+    model.runtime.close()
+
+
 def test_where_nobody_knows_the_scores_it_is_said(
     pc: Double, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,3 +253,41 @@ def test_kernels_are_made_when_it_is_opened_and_kept_for_the_next_time(
     again = opened(folder, cache_dir=cache)
     assert pc.gpu.counts["kernels"] == made
     again.runtime.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit", "no seal", "a folder", "no kernels"])
+def test_kernels_that_were_damaged_while_the_server_ran_are_made_anew(
+    damage: str, pc: Double, tmp_path: Path
+) -> None:
+    folder, cache = for_others(tmp_path, "rtx:SM89"), tmp_path / "cache"
+    cache.mkdir()
+    opened(folder, cache_dir=cache).runtime.close()
+    made = pc.gpu.counts["kernels"]
+    kept = cache / f"rtx-{sha256(folder / PLAN)}.blob"
+    data = kept.read_bytes()
+    if damage == "cut":
+        kept.write_bytes(data[:3])
+    elif damage == "a bit":
+        kept.write_bytes(bytes([data[0] ^ 0x80]) + data[1:])
+    elif damage == "no seal":
+        kept.with_suffix(".sha256").unlink()
+    elif damage == "no kernels":
+        kept.write_bytes(b"")
+    else:
+        kept.unlink()
+        kept.mkdir()
+    model = opened(folder, cache_dir=cache)
+    assert (model.runtime.name, model.stale) == ("tensorrt", None)
+    assert pc.gpu.counts["kernels"] == 2 * made
+    model.runtime.close()
+
+
+def test_a_folder_for_kernels_that_cannot_be_written_or_read_stops_nothing(
+    pc: Double, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, cache = for_others(tmp_path, "rtx:SM89"), tmp_path / "cache"
+    cache.write_bytes(b"no folder")
+    model = opened(folder, cache_dir=cache)
+    assert model.runtime.name == "tensorrt"
+    assert "The next start will be slower" in caplog.text
+    model.runtime.close()

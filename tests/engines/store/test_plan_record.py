@@ -133,6 +133,21 @@ def test_a_damaged_record_is_refused(built: Path, change: dict[str, object]) -> 
         Fingerprint.read(built)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"compute": ""}, {"compute": "SM86,,x"}, {"compute": "SM86\n"}, {"compute": "SM86," * 1000},
+     {"tensorrt": ""}, {"device": "x" * 1000}, {"library": "other"}, {"extra": 1}, {"l4t": 36}],
+    ids=lambda change: str(change)[:30],
+)  # fmt: skip
+def test_a_machine_that_is_none_is_refused(built: Path, change: dict[str, object]) -> None:
+    path = built / PLAN_RECORD
+    found = json.loads(path.read_text())
+    found["machine"] |= change
+    path.write_text(json.dumps(found))
+    with pytest.raises(BadBundle, match=r"model\.plan\.json is damaged .* Build it again"):
+        Fingerprint.read(built)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"machine": '], ids=repr)
 def test_what_is_no_record_is_refused(built: Path, content: bytes) -> None:
     (built / PLAN_RECORD).write_bytes(content)

@@ -179,6 +179,22 @@ def test_the_largest_value_is_not_cut_off_however_rare_it_is(plain: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("factor", [0, 1e-38, 1e-43])
+def test_a_channel_that_is_as_good_as_dead_has_a_scale_that_can_be_divided_by(
+    plain: Path, factor: float
+) -> None:
+    model = onnx.load(plain)
+    second = next(one for one in model.graph.initializer if one.name == "second")
+    dead = (SECOND * np.float32(factor)).astype(np.float32)
+    second.CopyFrom(numpy_helper.from_array(dead, "second"))
+    onnx.save(model, plain)
+    expected = scores(plain)
+    quantise(plain, measure(plain, IMAGES, nothing), list(convolutions(plain)))
+    scale = arrays(plain)["second_scale"]
+    assert (scale >= np.finfo(np.float32).tiny).all()
+    assert scores(plain) == pytest.approx(expected, rel=0.05)
+
+
 def test_multiplications_are_counted(plain: Path) -> None:
     assert convolutions(plain) == {"c2": 6 * 4 * 9 * SIDE**2, "c3": 5 * 4 * SIDE**2}
 

@@ -68,6 +68,25 @@ def test_a_retraining_builds_for_the_gpus_of_the_plan_before_where_it_serves_non
     assert how["workspace"] == 512
 
 
+@pytest.mark.parametrize(
+    ("gpus", "target"),
+    [
+        (["SM86", "SM999"], "rtx:SM86"),
+        (["SM999"], None),
+        ("SM86", None),
+        ([86, None, {}], None),
+        ({"SM86": 1}, None),
+    ],
+)
+def test_a_gpu_that_the_library_here_does_not_know_stops_no_retraining(
+    gpus: object, target: str | None, tmp_path: Path
+) -> None:
+    plan = {"workspace_mib": 512, "dla": False, "gpus": gpus}
+    write_report(tmp_path, {"plan": plan})
+    with doubled(RTX, "rtx", KENSA_DOUBLE_MISSING="libcuda"):
+        assert _as_before(tmp_path, tmp_path, "bolt").get("target") == target
+
+
 def test_strange_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:
     strange = ["/srv/datasets/train/bolt/07.png", "/srv/datasets/train/bolt/検査 13.png"]
     report = {"learned": 18, "known": 20, "strange": strange, "skipped": {"/a.png": "cut short"}}

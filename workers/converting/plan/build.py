@@ -317,7 +317,7 @@ class _Making:
         if plan is None and self._leave_turing_out(log.lines):
             return self._build(refittable)
         if plan is None:
-            raise failure(log.lines, free, total)
+            raise failure(log.lines, free, total, self.wanted.workspace * MIB)
         monitor.end()
         _write(self.folder / PLAN, plan)
         if timing is not None:

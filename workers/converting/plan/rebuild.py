@@ -16,7 +16,7 @@ from engines.files import sha256
 from engines.image import resize
 from engines.nvidia.library import ANY_RTX, RTX, capabilities_of, here, possible
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle, write_report
-from engines.store.golden import Golden
+from engines.store.golden import Golden, torch_scores
 from engines.store.plan_record import Machine, Precision
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
@@ -128,9 +128,9 @@ def _expected(
     bank: NDArray[np.float32] | None,
 ) -> NDArray[np.float32] | None:
     """Raw scores (n,): what the torch model said when it was exported, else what OpenVINO says."""
-    known = report.get("golden_scores")
-    if known is not None and len(known) == len(images):
-        return np.asarray(known, np.float32)
+    known = torch_scores(report, len(images))
+    if known is not None:
+        return known
     if find_spec("openvino") is None:
         return None
     from engines.runtimes.openvino import OpenVINORuntime

@@ -6,6 +6,7 @@ Only loaded where TensorRT is, by `workers.converting.plan.build`.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from engines.errors import BuildFailed, KensaError, OutOfMemory
@@ -36,20 +37,31 @@ def logger() -> Log:
     return Log()
 
 
-def failure(lines: list[str], free: int, total: int) -> KensaError:
-    """Why there is no plan, or no engine, as an error with a sentence."""
+def failure(lines: list[str], free: int, total: int, workspace: int | None = None) -> KensaError:
+    """Why there is no plan, or no engine, as an error with a sentence.
+
+    Args:
+        workspace: bytes that a build was allowed.
+    """
     text = "\n".join(lines)
     if "Could not find any implementation for node" in text:
         node = text.split("Could not find any implementation for node ")[1].split(".)")[0]
         return OutOfMemory(memory_sentence(f"it found no kernel for {node[:200]}", free, total))
+    if "within workspace limit" in text or "requires workspace memory" in text:
+        return _small_workspace(lines)
+    asked = re.search(r"Requested size was (\d+) bytes", text)
+    if asked is not None and workspace is not None and workspace < int(asked[1]) < free:
+        return _small_workspace(lines)  # which it calls out of memory, too
     if "OutOfMemory" in text or "out of memory" in text or "memory is insufficient" in text:
         return OutOfMemory(memory_sentence(last_line(lines), free, total))
-    if "within workspace limit" in text or "requires workspace memory" in text:
-        return BuildFailed(
-            f"{LIBRARY.spoken} {trt.__version__} made no plan, because the workspace is too small:"
-            f" allow more with --workspace ({last_line(lines)})"
-        )
     return BuildFailed(f"{LIBRARY.spoken} {trt.__version__} made no plan: {last_line(lines)}")
+
+
+def _small_workspace(lines: list[str]) -> BuildFailed:
+    return BuildFailed(
+        f"{LIBRARY.spoken} {trt.__version__} made no plan, because the workspace is too small:"
+        f" allow more with --workspace ({last_line(lines)})"
+    )
 
 
 def no_turing(lines: list[str]) -> bool:

@@ -287,6 +287,15 @@ def test_too_small_a_workspace_is_said_and_not_what_a_missing_driver_adds(
     assert "allow more with --workspace" in str(log.failure(said, 0, 0))
 
 
+def test_a_workspace_that_is_too_small_is_not_taken_for_a_machine_that_is(nano: Bench) -> None:
+    log = importlib.import_module("workers.converting.plan.tensorrt_log")
+    said = ["Error Code 2: OutOfMemory (Requested size was 12170776 bytes.)"]
+    small, free = 1 << 20, 1 << 34
+    assert "allow more with --workspace" in str(log.failure(said, free, free, small))
+    for full in (log.failure(said, small, free, small), log.failure(said, free, free, 1 << 26)):
+        assert isinstance(full, OutOfMemory)
+
+
 def test_the_workspace_is_said_where_it_is_less_than_was_asked_for(nano: Bench) -> None:
     nano.make(nano.folder("a", graph()))
     assert nano.heard.lines[0] == (

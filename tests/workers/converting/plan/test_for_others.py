@@ -151,3 +151,17 @@ def test_the_same_graph_keeps_its_plan(trained: Path, tmp_path: Path) -> None:
     record = json.loads((out / PLAN_RECORD).read_text())
     assert record["proved"] is False
     assert record["machine"]["compute"] == "SM86,SM89"
+
+
+@needs_rtx
+def test_a_workspace_in_which_nothing_fits_is_named(trained: Path, tmp_path: Path) -> None:
+    program = "import sys, convtrt; sys.exit(convtrt.main(sys.argv[1:]))"
+    for workspace, words in (
+        ("1", "made no plan, because the workspace is too small: allow more with --workspace"),
+        ("0", "--workspace 0: at least 1 MiB"),
+    ):
+        more = ("--target", "rtx:SM86", "--workspace", workspace)
+        done = in_a_process(program, *flags(trained, tmp_path / "out", *more))
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert not (tmp_path / "out").exists()
