@@ -3,7 +3,7 @@
 import { path, query as asQuery, send } from '../api.js';
 import { t } from '../words.js';
 import {
-  Button, Empty, Icon, Photo, Problem, Waiting, confirm, count, go, html, useAction, useCallback, useData, useModels, useState, whyNot,
+  Button, Empty, Icon, Photo, Problem, Waiting, confirm, count, go, html, useAction, useCallback, useData, useEffect, useModels, useState, whyNot,
 } from '../parts.js';
 import { Guide } from './teach_guide.js';
 import { Job, Jobs, hasEnded } from './teach_job.js';
@@ -15,14 +15,17 @@ export default function Teach({ query, session }) {
   const { data: sets, error: unknown, again: count_ } = useData('/datasets', 10_000);
   const { data: jobs, error: noJobs, again: lookAtJobs } = useData('/jobs?limit=30', 3000);
   const again = useCallback(() => { lookAtModels(); count_(); lookAtJobs(); }, []);
+  const [gone, setGone] = useState(null); // deleted just now, which the list does not say yet
+  useEffect(() => setGone(null), [sets]);
   const problem = error ?? unknown;
   if (!models || !sets) return problem ? html`<${Problem} error=${problem} again=${again} />` : html`<${Waiting} />`;
-  const given = { query, session, models, categories: sets.datasets, jobs: jobs?.jobs ?? [], noWorker: jobs?.no_worker, noJobs, again };
+  const categories = sets.datasets.filter((one) => one.category !== gone);
+  const given = { query, session, models, categories, jobs: jobs?.jobs ?? [], noWorker: jobs?.no_worker, noJobs, again };
   if (query.has('new')) return html`<${Guided} ...${given} />`;
   if (query.get('job')) return html`<${JobPage} key=${query.get('job')} ...${given} />`;
   if (query.get('from') === 'decisions') return html`<${FromDecisions} key=${query.get('model')} ...${given} />`;
-  if (query.get('category')) return html`<${CategoryPage} key=${query.get('category')} ...${given} />`;
-  const isNew = !models.length && !sets.datasets.length && !given.jobs.length;
+  if (query.get('category')) return html`<${CategoryPage} key=${query.get('category')} ...${given} ongone=${setGone} />`;
+  const isNew = !models.length && !categories.length && !given.jobs.length;
   return isNew ? html`<${Guided} ...${given} />` : html`<${Home} ...${given} />`;
 }
 
@@ -64,7 +67,7 @@ function Strip({ category }) {
 
 const BackTo = ({ href = '#/teach', children }) => html`<a class="button plain back" href=${href}><${Icon} name="back" /><span>${children ?? t('teach.title')}</span></a>`;
 
-function CategoryPage({ query, session, models, categories, jobs, noWorker, again }) {
+function CategoryPage({ query, session, models, categories, jobs, noWorker, again, ongone }) {
   const category = query.get('category');
   const counts = categories.find((one) => one.category === category);
   const split = SPLITS.includes(query.get('split')) ? query.get('split') : 'train';
@@ -73,6 +76,7 @@ function CategoryPage({ query, session, models, categories, jobs, noWorker, agai
     const body = html`<p>${SPLITS.map((one) => `${t(`teach.split_${one}`)}: ${count(counts[one])}`).join(' · ')}</p><p>${t('teach.delete_stays')}</p>`;
     if ((await confirm({ title: t('teach.delete_category', { category }), body, yes: t('teach.delete'), danger: true })) === null) return;
     await send('DELETE', path('datasets', category));
+    ongone(category);
     again();
     go('teach');
   });

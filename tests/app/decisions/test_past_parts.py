@@ -70,6 +70,9 @@ class Shown:
                 assert time.monotonic() < until, "the gate decides nothing"
                 await asyncio.sleep(0.05)
             self.gate = found
+            while not found["reasons"] and self.store.pointer(NAME).live != self.new:  # type: ignore[union-attr]
+                assert time.monotonic() < until, "it was let in, and does not go live"
+                await asyncio.sleep(0.05)
             body = (await client.get(f"/models/{NAME}/versions/{self.new}")).json()
             assert body["gate"]["record"] == found["record"], body
             self.live = self.store.pointer(NAME).live  # type: ignore[union-attr]
