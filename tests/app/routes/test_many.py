@@ -96,7 +96,7 @@ def test_a_round_without_news_makes_no_task_for_any_of_400_who_watch(
         request = asking(queue, asyncio.Event())
 
         async def one() -> list[bytes]:
-            return [event async for event in _follow(request, "train-1")]
+            return [event async for event in _follow(request, "train-1", lambda: True)]
 
         watching = [asyncio.create_task(one()) for _ in range(400)]
         await asyncio.sleep(0.3)
