@@ -205,6 +205,7 @@ class Model(TypedDict):
     at_rest: bool
     resident_bytes: int | None
     stale: str | None
+    plan_unused: str | None
     released: bool
     challenge: LastChallenge | None
     drift: list[dict[str, Any]]
