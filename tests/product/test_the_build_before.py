@@ -35,7 +35,7 @@ for _name, _side in {"bolt": 32, "part": 64, "press": 64}.items():
     # It is an estimate: since then 124 MiB instead of 112 are reckoned for buffers at 256 pixels.
     MODELS[_name]["resident_bytes"] += 12 * 2**20 * _side**2 // 256**2
     # What it did not know: no model was challenged, no version had regions, or knew its pictures.
-    MODELS[_name] |= {"released": True, "challenge": None, "drift": []}
+    MODELS[_name] |= {"released": True, "challenge": None, "drift": [], "plan_unused": None}
     for _one in MODELS[_name]["versions"]:
         _one |= {"never_counts": None, "camera": None}
         if _one.get("gate"):  # which has shown no decisions: there was no record

@@ -294,8 +294,9 @@ def test_on_a_pc_that_builds_for_others_alone_it_is_said_how(
     with doubled(RTX, device="rtx"):
         monkeypatch.setenv("KENSA_DOUBLE_MISSING", "libcuda")
         assert converting._about_no_plan() == (
-            "no model.plan: there is no NVIDIA driver on this machine. OpenVINO runs model.onnx as"
-            " it is; --target rtx makes a plan for PCs with an RTX card."
+            "no model.plan. NVIDIA's driver is not to be found (there is no libcuda.so.1): on a PC"
+            " with an RTX card install it, and start a container with --gpus all. OpenVINO runs"
+            " model.onnx as it is; --target rtx makes a plan for PCs with an RTX card."
         )
 
 
