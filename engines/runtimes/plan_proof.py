@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +34,14 @@ def prove(
     try:
         golden = Golden.read(bundle.root, bundle.meta.image_size)
         images = golden.images if golden else _pictures(bundle.meta.image_size)
-        expected = _expected(bundle, images, bank, golden is not None)
+        report = bundle.report() if golden else {}
+        expected = expected_scores(bundle.onnx, report, images, bank)
         if expected is None:
             log.warning("Nobody knows the scores of %s here: its plan is unproved", bundle.onnx)
             return
         found = _scores(runtime, images)
-        agreement = compare_in(_precision(bundle), expected, found, bundle.meta)
+        precision = cast(Precision, runtime.precision)  # of a plan, as its record has it
+        agreement = compare_in(precision, expected, found, bundle.meta)
         if not agreement["ok"]:
             raise StalePlan(
                 f"{bundle.plan} was built without a GPU, and scores otherwise on this one than its"
@@ -52,18 +56,27 @@ def prove(
         raise
 
 
-def _expected(
-    bundle: Bundle, images: NDArray[np.uint8], bank: NDArray[np.float32] | None, golden: bool
+def expected_scores(
+    onnx: Path,
+    report: dict[str, Any],
+    images: NDArray[np.uint8],
+    bank: NDArray[np.float32] | None,
 ) -> NDArray[np.float32] | None:
-    """Raw scores (n,): the torch model's, when it was exported, else what OpenVINO says here."""
-    known = torch_scores(bundle.report(), len(images)) if golden else None
-    if known is not None:
+    """What a plan of this graph must score.
+
+    Args:
+        report: that of the version, where the images (n, S, S, 3) are its golden ones; else empty.
+
+    Returns:
+        Raw scores (n,): the torch model's, when it was exported, else what OpenVINO says here. None
+        where nobody knows them.
+    """
+    known = torch_scores(report, len(images))
+    if known is not None or find_spec("openvino") is None:
         return known
-    if find_spec("openvino") is None:
-        return None
     from engines.runtimes.openvino import OpenVINORuntime
 
-    graph = OpenVINORuntime(bundle.onnx, bank)
+    graph = OpenVINORuntime(onnx, bank)
     try:
         return np.concatenate([graph.infer(image[None])[0] for image in images])
     finally:
@@ -76,11 +89,6 @@ def _scores(runtime: Runtime, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return alone
     together, _ = runtime.infer(images[1:], max(runtime.batch_sizes, default=1))
     return np.concatenate([alone, together])
-
-
-def _precision(bundle: Bundle) -> Precision:
-    found = bundle.report().get("export", {}).get("precision")
-    return found if found in ("f16", "int8") else "f32"
 
 
 def _pictures(size: int) -> NDArray[np.uint8]:

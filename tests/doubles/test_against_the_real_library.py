@@ -20,7 +20,7 @@ import pytest
 from support import small_graphs
 from support.double import RTX, VERSIONS
 from support.observed import AREAS
-from support.real_library import LIBRARY, needs_the_library, observed, only_numbers
+from support.real_library import LIBRARY, needs_rtx, observed, only_numbers
 from support.signatures import agree, overloads, own
 
 NEWEST = VERSIONS[-1]  # which has the API of the real library
@@ -96,7 +96,7 @@ def explained(what: str, known: dict[str, str]) -> bool:
     return any(re.fullmatch(pattern, what) for pattern in known)
 
 
-@needs_the_library
+@needs_rtx
 @pytest.mark.parametrize("version", [*VERSIONS, RTX])
 @pytest.mark.parametrize("area", [name for name in AREAS if name != "names"])
 def test_the_same_comes_of_the_same_but_for_what_is_explained(area: str, version: str) -> None:
@@ -130,7 +130,7 @@ OTHER_MEMBERS = {
 }  # fmt: skip
 
 
-@needs_the_library
+@needs_rtx
 def test_each_enum_of_the_double_has_the_members_of_the_real_one() -> None:
     real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
     enums = {name for name in double if name in real and only_numbers(real[name])}
@@ -144,7 +144,7 @@ def test_each_enum_of_the_double_has_the_members_of_the_real_one() -> None:
         assert other == OTHER_MEMBERS.get(name, (set(), ""))[0], name
 
 
-@needs_the_library
+@needs_rtx
 def test_each_name_of_the_double_is_in_the_real_one_with_the_same_arguments_and_defaults() -> None:
     real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
     functions = properties = 0
@@ -185,7 +185,7 @@ LACKING = {
 }  # fmt: skip
 
 
-@needs_the_library
+@needs_rtx
 def test_each_name_in_the_doubles_module_is_in_the_real_one() -> None:
     real, double = observed(LIBRARY, "names"), observed("tensorrt", "names", NEWEST)
     assert {*double["module"]} - {*real["module"]} - {"double_gpu"} <= LACKING

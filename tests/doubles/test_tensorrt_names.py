@@ -25,7 +25,7 @@ import pytest
 
 from support.double import VERSIONS, doubled
 from support.project import ROOT
-from support.real_library import LIBRARY, needs_the_library, observed, only_numbers
+from support.real_library import LIBRARY, needs_rtx, observed, only_numbers
 from support.signatures import agree, default_of, overloads, own
 
 DATA = ROOT / "tests" / "data" / "tensorrt"
@@ -161,7 +161,7 @@ def test_every_name_that_we_use_exists_in_all_versions(path: Path | None) -> Non
     assert wrong_names(path.read_text(encoding="utf-8")) == []
 
 
-@needs_the_library
+@needs_rtx
 @pytest.mark.parametrize("path", users(), ids=str)
 def test_every_name_that_we_use_exists_in_tensorrt_rtx(path: Path) -> None:
     real = observed(LIBRARY, "names")

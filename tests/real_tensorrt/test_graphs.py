@@ -19,7 +19,7 @@ from benchmarks.one_build import WORKSPACE
 from engines.files import sha256
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 from engines.store.plan_record import Fingerprint, Precision
-from support.real_rtx import needs_rtx
+from support.real_library import needs_rtx
 from workers import models
 
 pytestmark = needs_rtx

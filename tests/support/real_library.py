@@ -15,14 +15,28 @@ from typing import Any
 import pytest
 
 from support.double import environment
+from support.project import ROOT
 
 LIBRARY = "tensorrt_rtx"
+VERSION = "1.7"  # that the names and sentences were taken from
 TESTS = Path(__file__).parents[1]
 
-needs_the_library = pytest.mark.skipif(
+needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(LIBRARY) is None,
-    reason="tensorrt_rtx is not installed: NVIDIA has it for x86-64 alone (pip install '.[dev]')",
+    reason="tensorrt-rtx-cu13 is not installed: the extra dev brings it on x86-64 Linux",
 )
+
+
+def in_a_process(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a program in the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @cache

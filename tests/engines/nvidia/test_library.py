@@ -17,7 +17,7 @@ from engines.store.plan_record import Fingerprint, Machine, builds_plans, has_te
 from support import double as doubles
 from support.double import doubled
 from support.project import ROOT
-from support.real_rtx import in_a_process, needs_rtx
+from support.real_library import in_a_process, needs_rtx
 
 PC = Machine("1.7.1.116", "8.9", "NVIDIA GeForce RTX 4070", None, "tensorrt_rtx")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +14,9 @@ from engines.errors import BadBundle, BadRequest
 from engines.files import sha256
 from engines.image import resize
 from engines.nvidia.library import ANY_RTX, RTX, capabilities_of, here, possible
+from engines.runtimes.plan_proof import expected_scores
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD, REPORT, Bundle, write_report
-from engines.store.golden import Golden, torch_scores
+from engines.store.golden import Golden
 from engines.store.plan_record import Machine, Precision
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
@@ -61,7 +61,7 @@ def rebuild(
     expected = (
         None
         if machine.elsewhere
-        else _expected(bundle.onnx, report if golden else {}, images, bank)
+        else expected_scores(bundle.onnx, report if golden else {}, images, bank)
     )
     if machine.elsewhere:
         progress.say(UNPROVED)
@@ -119,24 +119,3 @@ def _precision(report: dict[str, Any]) -> Precision:
     if found not in ("f32", "f16", "int8"):
         raise BadBundle(f"report.json names the precision {found!r}, which is none.")
     return cast(Precision, found)
-
-
-def _expected(
-    onnx: Path,
-    report: dict[str, Any],
-    images: NDArray[np.uint8],
-    bank: NDArray[np.float32] | None,
-) -> NDArray[np.float32] | None:
-    """Raw scores (n,): what the torch model said when it was exported, else what OpenVINO says."""
-    known = torch_scores(report, len(images))
-    if known is not None:
-        return known
-    if find_spec("openvino") is None:
-        return None
-    from engines.runtimes.openvino import OpenVINORuntime
-
-    runtime = OpenVINORuntime(onnx, bank)
-    try:
-        return np.concatenate([runtime.infer(image[None])[0] for image in images])
-    finally:
-        runtime.close()

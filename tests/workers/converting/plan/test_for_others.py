@@ -12,7 +12,7 @@ from engines.serving.opening import Opening, open_model
 from engines.store.bundle import ONNX, PLAN, PLAN_RECORD
 from engines.store.plan_record import Fingerprint
 from support.plans import tiny_bank, tiny_bundle
-from support.real_rtx import in_a_process, needs_rtx
+from support.real_library import in_a_process, needs_rtx
 
 REBUILD = """
 import json, sys
