@@ -281,9 +281,8 @@ class Settings(BaseSettings):
     precision: Literal["auto", "f32", "bf16"] = _setting(
         "auto",
         "",
-        "What OpenVINO computes in: f32, or bf16 (the search in a memory bank, or the network of a"
-        " model without one). auto takes bf16 where the CPU has it and the export found it"
-        " accurate.",
+        "What OpenVINO computes models without a memory bank in: f32 or bf16. auto takes bf16 where"
+        " the CPU has it and the export found it accurate. With a bank it is f32.",
     )
     threads: int = _setting(
         0, "threads", "CPU threads of the inference engine; 0 for all cores.", ge=0, le=1024

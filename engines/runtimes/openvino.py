@@ -1,7 +1,7 @@
 """OpenVINO on a CPU: the runtime of every machine without TensorRT.
 
 A PatchCore graph is cut at its tensor `embedding`. What is before runs as exported; what is after,
-the search in the memory bank, is `engines.runtimes.openvino_bank_search`.
+the search in the memory bank, is `engines.runtimes.bank_search`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from engines.machine.memory import MIB, free_bytes
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.regions import hide, shown
 from engines.runtimes import ALONE, Batches, look_past_regions, only_whole
+from engines.runtimes.bank_search import Search
 from engines.runtimes.compiled_cache import seal_cache
-from engines.runtimes.openvino_bank_search import Search
 from engines.store.bundle import Bundle
 from engines.store.onnx_weights import check_weights
 
-# bf16 is for the search where there is a memory bank, because there it changes no score (a backbone
-# in bf16 moved one of 78 photos by more than 1 %), and for the whole graph where there is none.
+# bf16 is for graphs without a memory bank: in a backbone before one it moved the score of one of 78
+# photos by more than 1 %.
 Precision = Literal["f32", "bf16"]
 
 
@@ -81,17 +81,17 @@ class OpenVINORuntime:
         Args:
             onnx: the exported graph.
             memory_bank: (M, C) float32, for a graph that has the input `memory_bank`. Copied.
-            precision: see `Precision`.
+            precision: see `Precision`; with a memory bank it is float32, whatever is asked for.
             threads: CPU threads, 0 for all cores.
             cache_dir: where compiled graphs are kept, so that the next start is faster.
 
         Raises:
             BadBundle: the graph cannot be read, or does not fit the bank.
         """
-        self.precision: str = precision
+        self.precision: str = "f32" if memory_bank is not None else precision
         core = self._core = ov.Core()
         config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": "f32" if memory_bank is not None else precision,
+            "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
@@ -102,7 +102,7 @@ class OpenVINORuntime:
         self._shown: NDArray[np.bool_] | None = None  # of a map, where not all is
         check_weights(onnx)
         _show_what_hides(model)
-        self._config = dict(config)
+        self._threads = threads
         self._search: Search | None = None
         self._rows: int | None = None
         if memory_bank is not None:
@@ -157,8 +157,7 @@ class OpenVINORuntime:
         return next((one for one in known if one is not None and one.batches.size == size), None)
 
     def _new_search(self, bank: NDArray[np.float32]) -> Search:
-        patches, in_bf16 = math.prod(self._map_size), self.precision == "bf16"
-        return Search(self._core, bank, patches, self._config, in_bf16=in_bf16)
+        return Search(bank, threads=self._threads)
 
     @classmethod
     def open(

@@ -303,6 +303,8 @@ def warm_up(model: Resident) -> None:
 def _openvino_precision(bundle: Bundle, how: Opening) -> Literal["f32", "bf16"]:
     from engines.runtimes.openvino import choose_precision
 
+    if bundle.meta.memory_bank is not None:
+        return "f32"
     return choose_precision(bundle.report()) if how.precision == "auto" else how.precision
 
 

@@ -1,0 +1,296 @@
+"""Nearest neighbours in a PatchCore memory bank on a CPU, and the image score from them.
+
+Only the patch that is farthest from the bank decides a score. So each patch is searched where its
+nearest row most likely is, which gives a distance that is never too small, and the few patches
+whose distance may be the largest are then searched so that no nearer row can be missed:
+
+- The rows lie in cells, by k-means over their principal axes, as in an inverted file (IVF,
+  Jegou et al. 2011, doi:10.1109/TPAMI.2010.57). An image may compare so many patches with so many
+  cells; those come first whose centre is hardly farther than the nearest one, over all patches.
+- A row's first coordinates on the principal axes and the length of the rest give a bound that no
+  distance is below: |q - b|^2 >= |q_d - b_d|^2 + (|q_r| - |b_r|)^2. Rows are measured in full
+  only where the bound is below the distance that is known.
+
+A row has half its squared norm in a column of its own, which meets a 1 in the query: the product
+of two, and half the query's squared norm, is |query - row|^2 / 2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Indexes = NDArray[np.intp]
+
+NEIGHBOURS = 9  # anomalib's num_neighbors, fixed by the meaning of the score
+CELLS = 6  # that a patch is compared with on the average
+MANY = 16  # patches that are searched in full one by one
+ALIKE = 1e-6  # of a distance: what it may be larger and is not looked at
+OF_A_CELL = 64  # rows that k-means sees for each cell
+ROUNDS = 6  # of k-means
+AXIS_PER = 6  # channels for one principal axis: what is kept of them is a seventh of the bank
+SAMPLE = 8192  # rows that principal axes are found of
+TILE = 32_768  # rows whose bounds are in memory at once
+GATHER = 2_048  # rows measured at once
+THREADS = 4  # at most for one image: each has its own share of small steps to take in Python
+# Of squared norms: what a squared distance may be off by that was reckoned as products in float32.
+ROUNDING = 2e-6
+
+
+class Search:
+    """One memory bank, ready to be searched by one thread at a time."""
+
+    def __init__(self, bank: Floats, *, threads: int = 0) -> None:
+        """Copy the bank (M, C) float32 into the form that is searched; it is not needed afterwards.
+
+        `threads`: how many look at one image, 0 for all cores, and never more than `THREADS`.
+        """
+        self._mean = bank.mean(axis=0)
+        self._axes = _principal_axes(bank, self._mean)  # (C, d)
+        self._threads = min(threads or _cores(), THREADS)
+        near = _blocks(bank, lambda rows: (rows - self._mean) @ self._axes)  # (M, d)
+        self._centres, cell_of = _cells(near)  # (k, d) and (M,)
+        order = np.argsort(cell_of, kind="stable")
+        self._ends = np.cumsum(np.bincount(cell_of, minlength=len(self._centres)))
+        count, channels = bank.shape
+        self._rows = np.empty((count, channels + 1), np.float32)  # row, half of |row|^2
+        self._bounds = np.empty((count, near.shape[1] + 2), np.float32)
+        for start in range(0, count, GATHER):
+            where = slice(start, start + GATHER)
+            of = order[where]
+            self._rows[where, :-1] = bank[of] - self._mean
+            self._rows[where, -1] = _half_squares(self._rows[where, :-1])
+            rest = _rest(self._rows[where, -1], near[of])
+            self._bounds[where] = np.column_stack([-near[of], -rest, self._rows[where, -1]])
+        self._largest = float(self._rows[:, -1].max())
+        self._centre_halves = _half_squares(self._centres)
+        self._counting: NDArray[np.bool_] | None = None  # of the patches (P,); None: all
+
+    @property
+    def rows(self) -> int:
+        return len(self._rows)
+
+    def count_only(self, keep: Floats) -> None:
+        """Let only the patches decide a score that are 1 of (h, w)."""
+        self._counting = keep.reshape(-1) > 0
+
+    def score(self, embedding: Floats) -> tuple[float, Floats]:
+        """The embedding (P, C) of one image -> its raw score, and each patch's distance (P,).
+
+        The score is eq. 7 of arXiv:2106.08265, as anomalib computes it. It is exact to float32, as
+        are the distances of all patches that it might have come from. The others are to a row of
+        the bank as well, which is the nearest one but for a few patches in a thousand. NaN, both,
+        for an embedding that is not finite: a minimum over NaN may be a number.
+        """
+        patches = embedding - self._mean
+        if not np.isfinite(_half_squares(patches)).all():
+            return math.nan, np.full(len(patches), np.nan, np.float32)
+        queries = _Queries.of(patches, self._axes)
+        distances = self._search(queries, self._likely(queries))
+        patch, row = self._farthest(queries, distances)
+        nearest = _Queries.of(self._rows[row : row + 1, :-1], self._axes)
+        _, neighbours = self._closest(nearest, 0, NEIGHBOURS)
+        reach = self._measure(queries.rows[patch], neighbours)
+        own = distances[patch]
+        weight = 1 - 1 / np.exp(reach - own).sum()
+        return float(weight * own), distances
+
+    def _likely(self, queries: _Queries) -> NDArray[np.bool_]:
+        """(k, P): which cells are looked into for which patch; the nearest one for all."""
+        half = self._centre_halves[:, None] - self._centres @ queries.near.T
+        away = _distances(half + _half_squares(queries.near))
+        away -= away.min(axis=0)
+        pairs = min(CELLS * away.shape[1], away.size) - 1
+        likely: NDArray[np.bool_] = away <= np.partition(away, pairs, axis=None)[pairs]
+        return likely
+
+    def _search(self, queries: _Queries, where: NDArray[np.bool_]) -> Floats:
+        """(P,): the distance of each patch to the nearest row of its cells, `where` (k, P) says."""
+        wide = np.column_stack([-queries.rows, np.ones_like(queries.halves)])  # (P, C + 1)
+
+        def search(cells: range) -> Floats:
+            half = np.full(len(wide), np.inf, np.float32)
+            for cell in cells:
+                patches = np.flatnonzero(where[cell])
+                if patches.size:
+                    products = self._rows[self._cell(cell)] @ wide[patches].T
+                    half[patches] = np.minimum(half[patches], products.min(axis=0))
+            return half
+
+        cells = range(len(self._centres))
+        shares = [cells[one :: self._threads] for one in range(self._threads)]
+        half = np.minimum.reduce(list(_side_by_side(search, shares)))
+        return _distances(half + queries.halves)
+
+    def _cell(self, cell: int) -> slice:
+        return slice(self._ends[cell - 1] if cell else 0, self._ends[cell])
+
+    def _farthest(self, queries: _Queries, distances: Floats) -> tuple[np.intp, np.intp]:
+        """The patch that decides the score, and the row nearest to it.
+
+        `distances` (P,) are exact afterwards for each patch that might have been it.
+        """
+        left = np.argsort(-distances, kind="stable")
+        if self._counting is not None:
+            left = left[self._counting[left]]
+        slack = self._slack(queries)
+        largest, found = np.float32(-1), (left[0], np.intp(0))
+        while left.size:
+            patch, left = left[0], left[1:]
+            exact, (row,) = self._closest(queries, patch, 1, distances[patch])
+            distances[patch] = exact[0]
+            if exact[0] > largest:
+                largest, found = exact[0], (patch, row)
+            left = left[distances[left] ** 2 + 2 * slack[left] > largest**2]
+            # Where the picture is plain, many patches are alike: this row is as near to them.
+            away = np.linalg.norm(queries.rows[left] - self._rows[found[1], :-1], axis=1)
+            distances[left] = np.minimum(distances[left], away)
+            left = left[away > largest * (1 + ALIKE)]
+            if len(left) > MANY:  # the cells tell little in this bank
+                everywhere = np.zeros((len(self._centres), len(distances)), bool)
+                everywhere[:, left] = True
+                np.minimum(distances, self._search(queries, everywhere), out=distances)
+                left = left[np.argsort(-distances[left], kind="stable")][:MANY]
+        return found
+
+    def _closest(
+        self, queries: _Queries, patch: np.intp | int, count: int, within: float = math.inf
+    ) -> tuple[Floats, Indexes]:
+        """The distances of a patch to the rows that are nearest, nearest first, and these rows.
+
+        Fewer rows are measured where it is known `within` what distance so many are.
+        """
+        query, half = queries.rows[patch], queries.halves[patch]
+        slack = 2 * self._slack(queries)[patch]
+        count = min(count, self.rows)
+        distances, rows = np.empty(0, np.float32), np.empty(0, np.intp)
+        for start in range(0, self.rows, TILE):
+            tile = slice(start, min(start + TILE, self.rows))
+            bounds = self._bounds[tile] @ queries.encoded[patch]
+            if within == math.inf:
+                likely = np.argsort(bounds)[: 4 * count] + start
+                within = np.sort(self._measure(query, likely))[:count][-1]
+            some = np.flatnonzero(bounds <= within**2 / 2 - half + slack) + start
+            if len(some) > GATHER:  # the bounds rule out little in this bank
+                some = some[self._by_products(query, tile, count, slack)[some - start]]
+            distances = np.concatenate([distances, self._measure(query, some)])
+            rows = np.concatenate([rows, some])
+            nearest = distances.argsort(kind="stable")[:count]
+            distances, rows = distances[nearest], rows[nearest]
+            if len(rows) == count:
+                within = min(within, distances[-1])
+        return distances, rows
+
+    def _by_products(
+        self, query: Floats, tile: slice, count: int, slack: np.float32
+    ) -> NDArray[np.bool_]:
+        """Which rows of a tile may be among the nearest, reckoned as products."""
+        products = self._rows[tile] @ np.append(-query, np.float32(1))
+        last = min(count, len(products)) - 1
+        may: NDArray[np.bool_] = products <= np.partition(products, last)[last] + slack
+        return may
+
+    def _measure(self, query: Floats, rows: Indexes) -> Floats:
+        """The distances of rows (n,) as differences, which are exact also where they are small."""
+        some = (rows[start : start + GATHER] for start in range(0, len(rows), GATHER))
+        each = [np.linalg.norm(self._rows[one, :-1] - query, axis=1) for one in some]
+        return np.concatenate(each) if each else np.empty(0, np.float32)
+
+    def _slack(self, queries: _Queries) -> Floats:
+        """By how much half a squared distance may be off (P,)."""
+        return ROUNDING * (queries.halves + self._largest)
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Patches less the mean of the bank: (P, C)."""
+
+    rows: Floats  # (P, C)
+    halves: Floats  # (P,): half of the squared norm
+    near: Floats  # (P, d): on the principal axes
+    encoded: Floats  # (P, d + 2): the product with a row of the bounds, and `halves`, is a bound
+
+    @classmethod
+    def of(cls, rows: Floats, axes: Floats) -> _Queries:
+        halves, near = _half_squares(rows), rows @ axes
+        encoded = np.column_stack([near, _rest(halves, near), np.ones_like(halves)])
+        return cls(rows, halves, near, encoded)
+
+
+def _principal_axes(bank: Floats, mean: Floats) -> Floats:
+    """The axes along which the rows (M, C) differ most: (C, d)."""
+    some = bank[:: -(-len(bank) // SAMPLE)] - mean
+    _, axes = np.linalg.eigh((some.T @ some).astype(np.float64))  # the largest last
+    return np.ascontiguousarray(axes[:, -max(1, bank.shape[1] // AXIS_PER) :], dtype=np.float32)
+
+
+def _cells(points: Floats) -> tuple[Floats, Indexes]:
+    """k-means of points (M, d): the centres (k, d), and the cell of each point (M,)."""
+    count = math.isqrt(len(points))
+    random = np.random.default_rng(0)  # the same bank has the same cells
+    some = points[random.permutation(len(points))[: OF_A_CELL * count]]
+    centres = some[:count].copy()
+    for _ in range(ROUNDS):
+        cells = _nearest_centre(some, centres)
+        sizes = np.bincount(cells, minlength=count)
+        used = sizes > 0
+        begins = (np.cumsum(sizes) - sizes)[used]
+        sums = np.add.reduceat(some[np.argsort(cells, kind="stable")], begins, axis=0)
+        centres[used] = sums / sizes[used, None]
+    cells = _nearest_centre(points, centres)
+    used = np.bincount(cells, minlength=count) > 0
+    return centres[used], (np.cumsum(used) - 1)[cells]
+
+
+def _nearest_centre(points: Floats, centres: Floats) -> Indexes:
+    half = _half_squares(centres)
+    return _blocks(points, lambda some: (half - some @ centres.T).argmin(axis=1))
+
+
+def _blocks(rows: Floats, work: Callable[[Floats], NDArray[Any]]) -> NDArray[Any]:
+    """What is made of all rows, without much memory for what is between."""
+    return np.concatenate([work(rows[at : at + GATHER]) for at in range(0, len(rows), GATHER)])
+
+
+def _half_squares(rows: Floats) -> Floats:
+    """Half the squared norm of each row: (n, C) -> (n,)."""
+    half: Floats = np.einsum("nc,nc->n", rows, rows) / 2
+    return half
+
+
+def _rest(halves: Floats, near: Floats) -> Floats:
+    """(n,): the length of what is not on the principal axes."""
+    rest: Floats = np.sqrt(2 * np.maximum(halves - _half_squares(near), 0))
+    return rest
+
+
+def _distances(halves: Floats) -> Floats:
+    """From half the squared distance, which may have been rounded to less than 0."""
+    distances: Floats = np.sqrt(2 * np.maximum(halves, 0))
+    return distances
+
+
+def _side_by_side(work: Callable[[range], Floats], shares: list[range]) -> Iterator[Floats]:
+    """What is made of each share: of the first in this thread, of the others in others."""
+    others = [_helpers().submit(work, share) for share in shares[1:]]
+    yield work(shares[0])
+    yield from (one.result() for one in others)
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads for all banks of this process; they wait for work, and cost nothing until then."""
+    return ThreadPoolExecutor(_cores(), "bank-search")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
