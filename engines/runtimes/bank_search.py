@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,22 +56,20 @@ class Search:
         self._mean = bank.mean(axis=0)
         self._axes = _principal_axes(bank, self._mean)  # (C, d)
         self._threads = min(threads or _cores(), THREADS)
-        near = _blocks(bank, lambda rows: (rows - self._mean) @ self._axes)  # (M, d)
-        self._centres, cell_of = _cells(near)  # (k, d) and (M,)
-        order = np.argsort(cell_of, kind="stable")
-        self._ends = np.cumsum(np.bincount(cell_of, minlength=len(self._centres)))
+        self._centres, cells = _cells(bank, lambda rows: (rows - self._mean) @ self._axes)
+        self._centre_halves = _half_squares(self._centres)
+        self._ends = np.cumsum(np.bincount(cells))
+        order = np.argsort(cells, kind="stable")
         count, channels = bank.shape
         self._rows = np.empty((count, channels + 1), np.float32)  # row, half of |row|^2
-        self._bounds = np.empty((count, near.shape[1] + 2), np.float32)
+        self._bounds = np.empty((count, self._axes.shape[1] + 2), np.float32)
         for start in range(0, count, GATHER):
             where = slice(start, start + GATHER)
-            of = order[where]
-            self._rows[where, :-1] = bank[of] - self._mean
-            self._rows[where, -1] = _half_squares(self._rows[where, :-1])
-            rest = _rest(self._rows[where, -1], near[of])
-            self._bounds[where] = np.column_stack([-near[of], -rest, self._rows[where, -1]])
+            rows = bank[order[where]] - self._mean
+            halves, near = _half_squares(rows), rows @ self._axes
+            self._rows[where] = np.column_stack([rows, halves])
+            self._bounds[where] = np.column_stack([-near, -_rest(halves, near), halves])
         self._largest = float(self._rows[:, -1].max())
-        self._centre_halves = _half_squares(self._centres)
         self._counting: NDArray[np.bool_] | None = None  # of the patches (P,); None: all
 
     @property
@@ -233,11 +230,11 @@ def _principal_axes(bank: Floats, mean: Floats) -> Floats:
     return np.ascontiguousarray(axes[:, -max(1, bank.shape[1] // AXIS_PER) :], dtype=np.float32)
 
 
-def _cells(points: Floats) -> tuple[Floats, Indexes]:
-    """k-means of points (M, d): the centres (k, d), and the cell of each point (M,)."""
-    count = math.isqrt(len(points))
+def _cells(bank: Floats, project: Callable[[Floats], Floats]) -> tuple[Floats, Indexes]:
+    """k-means of the rows (M, C) on their axes: the centres (k, d), and each row's cell (M,)."""
+    count = math.isqrt(len(bank))
     random = np.random.default_rng(0)  # the same bank has the same cells
-    some = points[random.permutation(len(points))[: OF_A_CELL * count]]
+    some = project(bank[random.permutation(len(bank))[: OF_A_CELL * count]])
     centres = some[:count].copy()
     for _ in range(ROUNDS):
         cells = _nearest_centre(some, centres)
@@ -246,17 +243,18 @@ def _cells(points: Floats) -> tuple[Floats, Indexes]:
         begins = (np.cumsum(sizes) - sizes)[used]
         sums = np.add.reduceat(some[np.argsort(cells, kind="stable")], begins, axis=0)
         centres[used] = sums / sizes[used, None]
-    cells = _nearest_centre(points, centres)
+    cells = _blocks(bank, lambda rows: _nearest_centre(project(rows), centres))
     used = np.bincount(cells, minlength=count) > 0
     return centres[used], (np.cumsum(used) - 1)[cells]
 
 
 def _nearest_centre(points: Floats, centres: Floats) -> Indexes:
-    half = _half_squares(centres)
-    return _blocks(points, lambda some: (half - some @ centres.T).argmin(axis=1))
+    """(n, d) and (k, d) -> (n,)."""
+    halves = _half_squares(centres)
+    return _blocks(points, lambda some: (halves - some @ centres.T).argmin(axis=1))
 
 
-def _blocks(rows: Floats, work: Callable[[Floats], NDArray[Any]]) -> NDArray[Any]:
+def _blocks(rows: Floats, work: Callable[[Floats], Indexes]) -> Indexes:
     """What is made of all rows, without much memory for what is between."""
     return np.concatenate([work(rows[at : at + GATHER]) for at in range(0, len(rows), GATHER)])
 
