@@ -179,10 +179,13 @@ def _open(engine: Path, memory_bank: Path | None) -> Runtime:
         raise BadBundle(f"{engine} does not exist{both}: make it with convtrt.py.")
     if onnx != engine:
         print(f"{engine} does not exist: running {onnx} on OpenVINO instead", file=sys.stderr)
-    from engines.runtimes.openvino import OpenVINORuntime, choose_precision
+    from engines.runtimes.openvino import OpenVINORuntime, choose_precision, float32_convolutions
 
-    precision = choose_precision(read_report(onnx.parent))
-    return OpenVINORuntime(onnx, bank, precision=precision)
+    report = read_report(onnx.parent)
+    in_part = float32_convolutions(report)
+    return OpenVINORuntime(
+        onnx, bank, precision=choose_precision(report), float32_convolutions=in_part
+    )
 
 
 def _on_tensorrt(plan: Path, bank: NDArray[np.float32] | None) -> Runtime:

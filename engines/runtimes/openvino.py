@@ -25,11 +25,13 @@ from engines.regions import hide, shown
 from engines.runtimes import ALONE, Batches, look_past_regions, only_whole
 from engines.runtimes.bank_search import Search
 from engines.runtimes.compiled_cache import seal_cache
+from engines.runtimes.openvino_lighter import lighten
 from engines.store.bundle import Bundle
 from engines.store.onnx_weights import check_weights
 
 # bf16 is for graphs without a memory bank: in a backbone before one it moved the score of one of 78
-# photos by more than 1 %.
+# photos by more than 1 %. It is for the whole graph, or for as much of it as the export proved: see
+# `float32_convolutions`.
 Precision = Literal["f32", "bf16"]
 
 
@@ -73,6 +75,7 @@ class OpenVINORuntime:
         memory_bank: NDArray[np.float32] | None = None,
         *,
         precision: Precision = "f32",
+        float32_convolutions: int | None = None,
         threads: int = 0,
         cache_dir: Path | None = None,
     ) -> None:
@@ -82,6 +85,8 @@ class OpenVINORuntime:
             onnx: the exported graph.
             memory_bank: (M, C) float32, for a graph that has the input `memory_bank`. Copied.
             precision: see `Precision`; with a memory bank it is float32, whatever is asked for.
+            float32_convolutions: of a graph without a bank so many stay in float32 where it is
+                bf16; None: none, nor anything else.
             threads: CPU threads, 0 for all cores.
             cache_dir: where compiled graphs are kept, so that the next start is faster.
 
@@ -90,8 +95,9 @@ class OpenVINORuntime:
         """
         self.precision: str = "f32" if memory_bank is not None else precision
         core = self._core = ov.Core()
+        in_part = float32_convolutions is not None
         config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_PRECISION_HINT": "f32" if in_part else self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
@@ -105,6 +111,7 @@ class OpenVINORuntime:
         self._threads = threads
         self._search: Search | None = None
         self._rows: int | None = None
+        self._float32_convolutions = float32_convolutions if precision == "bf16" else None
         if memory_bank is not None:
             if self._places not in (None, self._map_size):
                 raise BadBundle(f"{onnx} was not exported by convtrt.py: `keep` is not of its map.")
@@ -113,6 +120,8 @@ class OpenVINORuntime:
             self._search = self._new_search(memory_bank)
         elif {name for one in model.inputs for name in one.names} - {"image", "keep"}:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
+        else:
+            self._lighten(model)
         self._keep = self._all_count()
         self._cache_dir = cache_dir
         if cache_dir is not None:
@@ -121,6 +130,11 @@ class OpenVINORuntime:
         self._graph_bytes = onnx.stat().st_size
         self._alone = self._together = _Ready.of(self._compile(model, 1), ALONE, self._keep)
         self._prepared: _Ready | None = None
+
+    def _lighten(self, model: ov.Model) -> None:
+        """Rewrite a whole graph, but for one that OpenVINO itself is to bring to bf16."""
+        if self.precision == "f32" or self._float32_convolutions is not None:
+            lighten(model, self._float32_convolutions)
 
     def _compile(self, model: ov.Model, batch: int) -> ov.CompiledModel:
         """For a fixed number of images: one that may change costs 2 ms for each image."""
@@ -144,6 +158,8 @@ class OpenVINORuntime:
             _show_what_hides(model)
             if self._search is not None:
                 model = _cut_at_embedding(model, self._onnx, self._channels)
+            else:
+                self._lighten(model)
             self._prepared = _Ready.of(self._compile(model, size), Batches(size), self._keep)
 
     def take_together(self, batches: Batches) -> None:
@@ -169,10 +185,12 @@ class OpenVINORuntime:
         cache_dir: Path | None = None,
     ) -> OpenVINORuntime:
         """Open a bundle; `auto` takes what `choose_precision` says."""
+        report = bundle.report()
         runtime = cls(
             bundle.onnx,
             bundle.memory_bank(),
-            precision=choose_precision(bundle.report()) if precision == "auto" else precision,
+            precision=choose_precision(report) if precision == "auto" else precision,
+            float32_convolutions=float32_convolutions(report),
             threads=threads,
             cache_dir=cache_dir,
         )
@@ -278,10 +296,20 @@ def cpu_has_bf16() -> bool:
 
 def choose_precision(report: dict[str, Any]) -> Precision:
     """bf16 where this CPU has it and the export's report.json found it good, else float32."""
+    good = _found_in_bf16(report).get("ok") is True
+    return "bf16" if good and cpu_has_bf16() else "f32"
+
+
+def float32_convolutions(report: dict[str, Any]) -> int | None:
+    """How many convolutions stay in float32 where the rest is bf16; None: the export tried none."""
+    count = _found_in_bf16(report).get("float32_convolutions")
+    return count if type(count) is int and count >= 0 else None
+
+
+def _found_in_bf16(report: dict[str, Any]) -> dict[str, Any]:
     parity = report.get("parity")
     found = parity.get("openvino_bf16") if isinstance(parity, dict) else None
-    good = isinstance(found, dict) and found.get("ok") is True
-    return "bf16" if good and cpu_has_bf16() else "f32"
+    return found if isinstance(found, dict) else {}
 
 
 def _read(core: ov.Core, onnx: Path) -> ov.Model:

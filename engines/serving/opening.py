@@ -252,7 +252,7 @@ def _on_openvino(
     bundle: Bundle, bank: NDArray[np.float32] | None, how: Opening, shares: Resident | None
 ) -> tuple[Runtime, bool]:
     """The same."""
-    from engines.runtimes.openvino import OpenVINORuntime
+    from engines.runtimes.openvino import OpenVINORuntime, float32_convolutions
 
     precision = _openvino_precision(bundle, how)
     if shares is not None and isinstance(shares.runtime, OpenVINORuntime):
@@ -260,7 +260,12 @@ def _on_openvino(
         if shared is not None:
             return shared, True
     whole = OpenVINORuntime(
-        bundle.onnx, bank, precision=precision, threads=how.threads, cache_dir=how.cache_dir
+        bundle.onnx,
+        bank,
+        precision=precision,
+        float32_convolutions=float32_convolutions(bundle.report()),
+        threads=how.threads,
+        cache_dir=how.cache_dir,
     )
     return whole, False
 
