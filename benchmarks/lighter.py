@@ -1,6 +1,6 @@
 """The engines of this build beside those of a build before, on the same trained models.
 
-    python -m benchmarks.before OTHER [--kinds padim,efficientad] [--teacher F] [--category C ...]
+    python -m benchmarks.lighter OTHER [--kinds padim,efficientad] [--teacher F] [--category C ...]
 
 OTHER is a folder with the other build's code, as `git worktree add OTHER e60e805` makes it. Each
 build converts the model itself and judges in a process of its own, in turns with the other one.
@@ -30,7 +30,7 @@ def main() -> None:
     from benchmarks.common import begin, phase, print_load, print_machine
 
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.before", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.lighter", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("other", type=Path, help="a folder with the code of the build before")
     parser.add_argument("--kinds", default="padim", help="padim, efficientad or both")
@@ -75,6 +75,8 @@ def learn(place: Path, kind: str, category: str, teacher: Path | None) -> None:
 def compare(place: Path, kind: str, category: str, other: Path) -> None:
     """Convert and judge with both builds, in turns."""
     from benchmarks.common import ROOT, print_table
+    from engines.meta import Meta
+    from engines.verdict import Scale
 
     builds = [Build.start(place, kind, root) for root in (other, ROOT)]
     answers: list[dict[str, Any]] = [build.ask("open") for build in builds]
@@ -93,7 +95,8 @@ def compare(place: Path, kind: str, category: str, other: Path) -> None:
     head = ["build", "precision", "ms, one image", f"ms, {TOGETHER} at once"]
     more = ["of before, one", f"of before, {TOGETHER}", "process, MiB"]
     print_table(f"{kind}, {category}", [*head, *more], rows)
-    print(_agreement(*(answer["scores"] for answer in answers), answers[0]["threshold"]))
+    threshold = Scale.of(Meta.read(place / "model" / "meta.json")).raw_threshold
+    print(_agreement(answers[0]["scores"], answers[1]["scores"], threshold))
     for build in builds:
         build.end()
 
@@ -129,7 +132,8 @@ class Build:
         return cls(process)
 
     def ask(self, words: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(f"{words}\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -144,9 +148,7 @@ class Build:
 
 def child(place: Path, kind: str, name: str) -> None:
     """Convert with the build whose code this process sees, then judge as often as is asked."""
-    from engines.runtimes.openvino import OpenVINORuntime
-    from engines.store.bundle import Bundle
-    from engines.verdict import Scale
+    from engines.runtimes import Batches, openvino
 
     engine, photos = place / f"engine of {name}", np.load(place / "photos.npy")
     subprocess.run(
@@ -154,15 +156,14 @@ def child(place: Path, kind: str, name: str) -> None:
          "--meta_json", place / "model/meta.json", "--out_dir", engine],
         stdout=subprocess.DEVNULL, check=True,
     )  # fmt: skip
-    bundle = Bundle.open(engine)
-    runtime = OpenVINORuntime.open(bundle)
-    runtime.prepare(TOGETHER)
+    bundle: Any = vars(openvino)["Bundle"]  # which has stood in several modules
+    runtime = openvino.OpenVINORuntime.open(bundle.open(engine))
+    runtime.take_together(Batches(TOGETHER))
     for line in sys.stdin:
         answer: dict[str, Any]
         if line.strip() == "open":
-            scores = [float(runtime.infer(photo[None], 1)[0][0]) for photo in photos]
+            scores = [float(runtime.infer(photo[None])[0][0]) for photo in photos]
             answer = {"precision": runtime.precision, "scores": scores, "mib": _resident_mib()}
-            answer["threshold"] = Scale.of(bundle.meta).raw_threshold
         else:
             answer = {"ms": _timed(runtime, photos[: int(line)])}
         print(json.dumps(answer), flush=True)
@@ -172,7 +173,7 @@ def _timed(runtime: Any, images: NDArray[np.uint8]) -> list[float]:
     taken = []
     for _ in range(IN_A_ROW):
         began = time.perf_counter()
-        runtime.infer(images, len(images))
+        runtime.infer(images)
         taken.append((time.perf_counter() - began) * 1000)
     return taken
 

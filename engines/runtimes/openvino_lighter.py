@@ -25,7 +25,6 @@ BLOCKS = 3  # of rows: with more, less is read, but each product takes its start
 _CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 _GO_ALONG = {"Relu", "Clamp", "Add", "Multiply", "MaxPool", "AvgPool"}  # with those before them
 _FLOAT, _BF16 = ov.Type.f32, ov.Type.bf16
-_TURNED = np.array([0, 2, 1])
 
 
 def triangles(model: ov.Model) -> list[ov.Node]:
@@ -79,24 +78,24 @@ def _blocks(n: int) -> list[slice]:
 
 
 def _in_blocks(product: ov.Node, *, in_bf16: bool) -> None:
-    """Compute W x, (P, n, n) and (P, n, N), as x^T W^T: so OpenVINO streams W, for many N as well.
+    """Compute W x, (P, n, n) and (P, n, N), as some rows of W with as many of x as they see.
 
-    Of W all is used as it lies there, in the order of its rows.
+    W stays on the left, where OpenVINO uses it in place; on the right it would be packed, and be
+    in memory twice.
     """
-    matrices, name = product.input_value(0).get_node().data, product.get_friendly_name()
-    numbers = ops.transpose(product.input_value(1), _TURNED)  # (P, N, n)
+    matrices, numbers = product.input_value(0).get_node().data, product.input_value(1)
     if in_bf16:
-        numbers = ops.convert(numbers, _BF16)
+        numbers = ops.convert(numbers, _BF16).output(0)
     parts = []
     for rows in _blocks(matrices.shape[1]):
         block = np.ascontiguousarray(matrices[:, rows, : rows.stop])
-        seen = ops.slice(numbers, *(np.array([one]) for one in (0, rows.stop, 1, 2)))
+        seen = ops.slice(numbers, *(np.array([one]) for one in (0, rows.stop, 1, 1)))
         weights = _rounded(block) if in_bf16 else ops.constant(block)
-        parts.append(ops.matmul(seen, weights, False, True))
-    whole = ops.concat(parts, 2)
+        parts.append(ops.matmul(weights, seen, False, False))
+    whole = ops.concat(parts, 1)
     if in_bf16:
         whole = ops.convert(whole, _FLOAT)
-    _replace(product.output(0), ops.transpose(whole, _TURNED, name=f"{name}/blocks").output(0))
+    _replace(product.output(0), whole.output(0))
 
 
 def _replace(before: ov.Output, after: ov.Output) -> None:
