@@ -13,6 +13,7 @@ OpenVINO's own way (INFERENCE_PRECISION_HINT) lowers all or nothing, and leaves 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def _is_triangular(product: ov.Node) -> bool:
 def _blocks(n: int) -> list[slice]:
     """Rows, in pieces of about the same length."""
     edges = [n * index // BLOCKS for index in range(BLOCKS + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _in_blocks(product: ov.Node, *, in_bf16: bool) -> None:
