@@ -170,6 +170,12 @@ class Settings(BaseSettings):
         " ends it when it is its turn; wait lets it wait for memory, visibly; off begins it all"
         " the same.",
     )
+    job_spare: Literal["auto", "off"] = _setting(
+        "auto",
+        "",
+        "Whether a process that has loaded what learning takes waits for the next job, which so"
+        " begins seconds earlier: auto where 5 GiB are free, until they are less than 4; or off.",
+    )
     worker: Literal["on", "convert", "off"] = _setting(
         "on",
         "",

@@ -325,8 +325,8 @@ def scores(model: PatchCore, batches: Batches) -> NDArray[np.float32]:
     with torch.inference_mode():
         search = BankSearch(model.bank.embeddings, model.keep)
         for batch in batches:
-            for some in torch.split(torch.from_numpy(batch), TOGETHER) if len(batch) else ():
-                found.append(scores_of(search, model.embed(some)[0]))
+            few = torch.split(torch.from_numpy(batch), TOGETHER) if len(batch) else ()
+            found += [scores_of(search, model.embed(some)[0]) for some in few]
     return np.concatenate(found).astype(np.float32)
 
 
