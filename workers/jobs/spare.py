@@ -42,23 +42,30 @@ class Spare:
         self._command = command
         self._mutex = threading.Lock()
         self._waits: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+        self._failed = False
 
     def keep(self, data: Path, is_idle: Callable[[], bool]) -> None:
-        """Begin one whenever there is none, no job and room; for a thread of its own.
+        """Have one for as long as this process lives; for a thread of its own.
 
-        The system ends a child when the thread that began it ends, which this one never does.
+        The system ends a child when the thread that began it ends, and this one never does.
         """
         while True:
             time.sleep(SETTLE_S)
-            with self._mutex:
-                if self._waits is not None and (code := self._waits[0].poll()) is not None:
-                    self._waits[1].close()
-                    self._waits = None
-                    if code != 0:  # the next job's own process says why
-                        log.warning("The spare process ended with %d; there will be none", code)
-                        return
-                if self._waits is None and is_idle() and job_memory.room_for_a_spare():
-                    self._waits = self._begin(data)
+            if not self._failed:
+                self.look(data, is_idle)
+
+    def look(self, data: Path, is_idle: Callable[[], bool]) -> None:
+        """Begin one where there is none, no job, and room."""
+        with self._mutex:
+            if self._waits is not None and (code := self._waits[0].poll()) is not None:
+                self._waits[1].close()
+                self._waits = None
+                self._failed = code > 0
+                if self._failed:  # the next job's own process says why
+                    log.warning("The spare process ended with %d: there will be no other", code)
+                    return
+            if self._waits is None and is_idle() and job_memory.room_for_a_spare():
+                self._waits = self._begin(data)
 
     def take(self, lock: IO[str]) -> tuple[subprocess.Popen[bytes], socket.socket] | None:
         """The spare, and where it reads its job; None where none could be had.
