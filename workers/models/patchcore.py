@@ -310,7 +310,8 @@ def learn(
         model.bank = Bank(patches[rows], radius)
     else:
         known, radius = before.embeddings, before.coverage_radius
-        covered_to = torch.cat([_distance(chunk, known) for chunk in torch.split(patches, CHUNK)])
+        chunks = torch.split(patches, CHUNK)
+        covered_to = torch.cat([_distance(chunk, known, radius) for chunk in chunks])
         rows, new_radius = k_centre_greedy(
             patches, count, covered_to=covered_to, stop_radius=radius, report=report
         )
@@ -364,9 +365,20 @@ def _embed_all(model: PatchCore, batches: Batches) -> torch.Tensor:
     return torch.cat(embeddings)
 
 
-def _distance(patches: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """Distance of each patch (n, C) to the nearest row of a bank (M, C): (n,)."""
-    return torch.cdist(patches, bank).amin(dim=1)
+def _distance(patches: torch.Tensor, bank: torch.Tensor, enough: float) -> torch.Tensor:
+    """Distance of each patch (n, C) to the nearest row of a bank (M, C): (n,).
+
+    Of a patch that lies within `enough` of a row among the first, which cover most, to that one.
+    """
+    first, others = bank[: len(bank) // 4], bank[len(bank) // 4 :]
+    nearest = torch.full((len(patches),), torch.inf)
+    if len(first):
+        nearest = torch.cdist(patches, first).amin(dim=1)
+    far = nearest > enough
+    if far.any():
+        last = torch.cdist(patches[far], others).amin(dim=1)
+        nearest[far] = torch.minimum(nearest[far], last)
+    return nearest
 
 
 def _spacing(bank: torch.Tensor) -> float:
