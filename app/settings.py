@@ -298,8 +298,8 @@ class Settings(BaseSettings):
         "on",
         "",
         "Whether parts that wait at the same time are computed together where that is faster, which"
-        " is measured when a model is opened, and again in gaps of the line where the machine was"
-        " busy.",
+        " is measured when a model is opened, and in gaps of the line: at the start of the server,"
+        " and where the machine was busy.",
     )
     queue_size: int = _setting(
         64,

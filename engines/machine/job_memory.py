@@ -30,7 +30,7 @@ from engines.store.versions import META, Store
 
 JOB_MEMORY = "KENSA_JOB_MEMORY"  # the server's setting, which its worker inherits
 JOB_SPARE = "KENSA_JOB_SPARE"  # the same
-SPARE_LEAVES = 4096 * MIB  # free, beside a spare process; it has 250 itself
+SPARE_LEAVES = 4096 * MIB  # free, beside a spare process, which has 420 of its own
 SPARE_NEEDS = SPARE_LEAVES + 1024 * MIB  # before one is begun, so that it does not come and go
 WORKSPACE_MIB = 4096  # of a conversion that does not say; it is clamped
 BARE = 250 << 20  # a process that builds a plan without torch

@@ -25,7 +25,9 @@ def child(data: Path, *job: str) -> int:
     from engines.machine import job_memory
     from workers.jobs import job_process, spare
 
-    def do(data: Path, job_id: str, kind: str, request: dict[str, Any], _: object) -> dict[str, Any]:
+    def do(
+        data: Path, job_id: str, kind: str, request: dict[str, Any], _: object
+    ) -> dict[str, Any]:
         seen = {
             "pid": os.getpid(), "kind": kind, "request": request, "environment": {**os.environ},
             "cwd": str(Path.cwd()), "policy": os.sched_getscheduler(0), "group": os.getpgid(0),

@@ -1,4 +1,4 @@
-"""Claims about the process that waits for the next job; what a job does is cheap, see sparing.py."""
+"""Claims about the process that waits for the next job; what jobs do is cheap (sparing.py)."""
 
 from __future__ import annotations
 
