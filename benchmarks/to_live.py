@@ -189,7 +189,7 @@ def _job(client: httpx.Client, data: Path, found: Found) -> None:
     found.waited.append(waited)
     picture = next((data / "datasets" / "train" / NAME).iterdir()).read_bytes()
     answer = client.post("/infer", content=picture, headers={"Content-Type": "image/png"}).json()
-    assert answer["version"] == job["version"], answer
+    assert answer["model_version"] == job["version"], answer
 
 
 def _delay(process: Path) -> float:
