@@ -170,6 +170,12 @@ class Settings(BaseSettings):
         " ends it when it is its turn; wait lets it wait for memory, visibly; off begins it all"
         " the same.",
     )
+    job_spare: Literal["auto", "off"] = _setting(
+        "auto",
+        "",
+        "Whether a process that has loaded what learning takes waits for the next job, which so"
+        " begins seconds earlier: auto where 5 GiB are free, until they are less than 4; or off.",
+    )
     worker: Literal["on", "convert", "off"] = _setting(
         "on",
         "",
@@ -291,8 +297,8 @@ class Settings(BaseSettings):
         "on",
         "",
         "Whether parts that wait at the same time are computed together where that is faster, which"
-        " is measured when a model is opened, and again in gaps of the line where the machine was"
-        " busy.",
+        " is measured when a model is opened, and in gaps of the line: at the start of the server,"
+        " and where the machine was busy.",
     )
     queue_size: int = _setting(
         64,

@@ -20,13 +20,14 @@ from typing import Any
 from benchmarks.common import ROOT, phase, print_load, print_machine, print_table
 from engines.machine.memory import MIB
 from engines.machine.memory_needs import Learning, to_convert, to_learn
-from engines.meta import Meta
+from engines.meta import FIRST, Meta
 
 RESNET = {"backbone": "resnet18", "image_size": 256}
 CORESET = {**RESNET, "layers": ["layer2", "layer3"], "coreset_ratio": 0.1}
 THINNED = {**CORESET, "coreset_ratio": 0.01}
 WIDE = {**THINNED, "backbone": "wide_resnet50_2"}
 PADIM = {**RESNET, "layers": ["layer1", "layer2", "layer3"], "n_features": 100}
+LITE = {key: value for key, value in FIRST.items() if key != "model"}
 EFFICIENT = {"model_size": "small", "image_size": 256}
 VAE = {"latent_dim": 64, "image_size": 256}
 
@@ -39,6 +40,8 @@ CASES: list[tuple[str, dict[str, Any], int, int]] = [
     ("patchcore", {**THINNED, "image_size": 512}, 16, 4),
     ("patchcore", WIDE, 16, 4),
     ("patchcore", WIDE, 16, 16),
+    ("patchcore", LITE, 40, 4),
+    ("patchcore", LITE, 200, 4),
     ("padim", PADIM, 16, 4),
     ("padim", PADIM, 64, 4),
     ("padim", PADIM, 64, 16),

@@ -155,8 +155,8 @@ class Contestant:
         on = to_draw_on(parts, left_out, left_out)
         drawn = drawn_scores(
             self.pictures.normal[learned[on]],
-            lambda picture, number: float(
-                lesson.judge(picture[None], np.flatnonzero(parts == parts[on[number]]))[0]
+            lambda drawn, number: lesson.judge(
+                drawn, np.flatnonzero(parts == parts[on[number]])
             ),
             lambda done, total: None,
         ) if with_drawn else []  # fmt: skip

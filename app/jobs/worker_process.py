@@ -16,7 +16,7 @@ from app.background import Background
 from app.settings import Settings
 from engines.image import ImageLimits
 from engines.logs import FORMAT
-from engines.machine.job_memory import JOB_MEMORY
+from engines.machine.job_memory import JOB_MEMORY, JOB_SPARE
 from engines.queue.protocol import PACE, PARENT, RUNNING
 from engines.store.plan_record import builds_plans
 
@@ -88,6 +88,7 @@ class WorkerProcess:
                     **os.environ,
                     PACE: self._settings.job_pace,
                     JOB_MEMORY: self._settings.job_memory,
+                    JOB_SPARE: self._settings.job_spare,
                     FORMAT: self._settings.log_format,
                     **limits.environment(),
                     PARENT: str(os.getpid()),

@@ -1,8 +1,9 @@
-"""`BatchRetrial`: a batch size that was chosen while the machine was busy is looked at again.
+"""`BatchRetrial`: a batch size that is provisional is looked at again.
 
 What a model is opened beside, such as a job or a machine that starts, may decide wrongly for as
 long as the model stays in memory, and the next version takes over what was found. So the trial is
-made again, a step in each gap of the line, until it has the machine to itself.
+made again, a step in each gap of the line, until it has the machine to itself. Of models that are
+opened when the server starts, for which parts wait, it is the first one.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class BatchRetrial:
             if after.size != before.size:
                 was = at_once(replace(before, provisional=False))
                 log.info(
-                    "%s %s: %s from now on; that it was %s was found while the machine was busy",
+                    "%s %s: %s from now on; it was %s until batches could be tried in peace",
                     *(model.name, model.version, at_once(after), was),
                 )
 

@@ -8,8 +8,9 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -85,6 +86,19 @@ class Loader:
             if isinstance(found := cannot_write(error), ReadOnly):
                 raise found from error
             raise DiskFull(f"Nothing was changed: {error.strerror}. Free some space.") from error
+
+    @contextmanager
+    def trying_batches_later(self) -> Iterator[None]:
+        """Open models without a trial of batches, which takes longer than all the rest.
+
+        `BatchRetrial` makes it soon after, in gaps of the line.
+        """
+        how = self.opening
+        self.opening = replace(how, try_later=True)
+        try:
+            yield
+        finally:
+            self.opening = how
 
     # ---- a version comes, and goes ------------------------------------------------------------
 

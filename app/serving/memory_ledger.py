@@ -111,8 +111,8 @@ class MemoryLedger:
         data, promised = self._settings.data, [*self._promised.values()]
 
         def look() -> Short | None:
-            free = job_memory.free_for_jobs(gpu_memory(self._loader.opening)).without(*promised)
-            return job_memory.short_of(data, request, free)
+            free = job_memory.free_for_jobs(data, gpu_memory(self._loader.opening))
+            return job_memory.short_of(data, request, free.without(*promised))
 
         return await self._loader.do(look)
 

@@ -80,12 +80,13 @@ class ModelManager:
         pinned = self._settings.pinned_names
         for name in sorted(pinned.difference(names)):
             log.warning("KENSA_PINNED names %s, and there is no such model", name)
-        for name in sorted(names, key=lambda name: (name not in pinned, name)):
-            try:
-                async with self.change(name):
-                    await self._load_where_it_fits(name, exchange=False)
-            except (KensaError, OSError) as error:  # noqa: PERF203 (the others judge)
-                self._not_ready(name, f"{name} cannot be read: {str(error).rstrip('.')}.")
+        with self.loader.trying_batches_later():  # parts wait for all of these models
+            for name in sorted(names, key=lambda name: (name not in pinned, name)):
+                try:
+                    async with self.change(name):
+                        await self._load_where_it_fits(name, exchange=False)
+                except (KensaError, OSError) as error:  # noqa: PERF203 (the others judge)
+                    self._not_ready(name, f"{name} cannot be read: {str(error).rstrip('.')}.")
 
     async def _load_where_it_fits(self, name: str, *, exchange: bool = True) -> None:
         """Bring the live version into memory beside the others; alone it is always tried.

@@ -5,10 +5,11 @@ Only what this machine does is reckoned. What another machine learns, it fits th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from engines.errors import OutOfMemory
-from engines.machine.memory import Free, Gpu, Need, Short, free_bytes, total_bytes
+from engines.machine.memory import MIB, Free, Gpu, Need, Short, anonymous, free_bytes, total_bytes
 from engines.machine.memory_needs import (
     Learning,
     size,
@@ -21,12 +22,16 @@ from engines.machine.memory_needs import (
 )
 from engines.meta import Meta
 from engines.queue.job_requests import ConvertRequest, RetrainRequest, TeacherRequest, makes
+from engines.queue.protocol import WAITING
 from engines.store.bundle import ONNX
 from engines.store.datasets import Datasets
 from engines.store.plan_record import L4T_RELEASE, has_tensorrt
 from engines.store.versions import META, Store
 
 JOB_MEMORY = "KENSA_JOB_MEMORY"  # the server's setting, which its worker inherits
+JOB_SPARE = "KENSA_JOB_SPARE"  # the same
+SPARE_LEAVES = 4096 * MIB  # free, beside a spare process, which has 420 of its own
+SPARE_NEEDS = SPARE_LEAVES + 1024 * MIB  # before one is begun, so that it does not come and go
 WORKSPACE_MIB = 4096  # of a conversion that does not say; it is clamped
 BARE = 250 << 20  # a process that builds a plan without torch
 UNKNOWN = 1 << 62  # what the builder itself finds too little of
@@ -34,11 +39,33 @@ UNKNOWN = 1 << 62  # what the builder itself finds too little of
 Request = RetrainRequest | ConvertRequest | TeacherRequest
 
 
-def free_for_jobs(gpu: Gpu | None = None) -> Free:
-    """Memory that a job may take. Without a look at the GPU, one that is no Jetson's has enough."""
-    if gpu is not None or L4T_RELEASE.exists():
-        return Free.now(gpu)
-    return Free(free_bytes(), UNKNOWN)
+def free_for_jobs(data: Path, gpu: Gpu | None = None) -> Free:
+    """Memory that a job may take, that of a spare process, which it becomes, included.
+
+    Without a look at the GPU, one that is no Jetson's has enough.
+    """
+    free = Free.now(gpu) if gpu is not None or L4T_RELEASE.exists() else Free(free_bytes(), UNKNOWN)
+    return replace(free, host=free.host + _of_the_spare(data))
+
+
+def room_for_a_spare() -> bool:
+    """Whether memory allows that a process waits for the next job."""
+    return free_bytes() > SPARE_NEEDS
+
+
+def must_give_up_a_spare() -> bool:
+    """Whether others need its memory."""
+    return free_bytes() < SPARE_LEAVES
+
+
+def _of_the_spare(data: Path) -> int:
+    """Bytes that a spare process has; 0 where there is none."""
+    try:
+        pid = int((data / WAITING).read_text(encoding="ascii"))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return 0
+    return anonymous(pid) if b"workers.jobs" in command else 0
 
 
 def short_of(data: Path, request: Request, free: Free) -> Short | None:

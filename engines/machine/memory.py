@@ -125,13 +125,22 @@ def total_bytes() -> int:
     return total if limit is None else min(total, limit)
 
 
+def anonymous(process: int) -> int:
+    """Bytes that a process has to itself: those of files go when somebody needs the memory."""
+    return _of_process(str(process), "RssAnon")
+
+
 def _own() -> int:
     """Memory that this process has, bytes."""
+    return _of_process("self", "VmRSS")
+
+
+def _of_process(process: str, name: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def _given_back() -> int:

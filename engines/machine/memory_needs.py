@@ -110,12 +110,21 @@ class _Backbone:
 
 _RESNET = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
 _WIDE = {layer: 4 * channels for layer, channels in _RESNET.items()}
+_LITE = {f"blocks.{n}": width for n, width in enumerate((16, 24, 40, 80, 112, 192, 320))}
+_LITE2 = {f"blocks.{n}": width for n, width in enumerate((16, 24, 48, 88, 120, 208, 352))}
 _BACKBONES = {
     "resnet18": _Backbone(45, _RESNET, 5),
     "resnet34": _Backbone(84, _RESNET, 5),
+    "tf_efficientnet_lite0": _Backbone(18, _LITE, 5),
+    "tf_efficientnet_lite1": _Backbone(21, _LITE, 5),
+    "tf_efficientnet_lite2": _Backbone(23, _LITE2, 5),
 }
 _OTHER = _Backbone(270, _WIDE, 10)  # taken for a wide_resnet50_2, the largest that is usual
-_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+_STRIDES = {
+    "layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32,
+    "blocks.0": 2, "blocks.1": 4, "blocks.2": 8, "blocks.3": 16, "blocks.4": 16, "blocks.5": 32,
+    "blocks.6": 32,
+}  # fmt: skip
 
 
 def to_learn(what: Learning) -> int:

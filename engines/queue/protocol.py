@@ -22,6 +22,7 @@ TRAINING = "train"  # the part of a retraining that any machine of a fleet may d
 APP_VERSION = "1"  # of what a job's rows mean; another one leaves old jobs alone
 DATABASE = "jobs.sqlite"
 RUNNING = "jobs/running"  # a file: the process of the job that runs
+WAITING = "jobs/waiting"  # a file: the process that waits for the next job, where there is one
 PACE = "KENSA_JOB_PACE"  # the server's setting, which its worker inherits
 PARENT = "KENSA_PARENT"  # the process that started this one, and whose death ends it
 ACTIVE = ["ENQUEUED", "DELAYED", "PENDING"]  # in DBOS's words: waiting or running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from engines.files import sha256
 from engines.machine.memory import MIB, Gpu, Need, free_bytes
 from engines.machine.memory_needs import bytes_needed, plan_needs, unpacked
 from engines.meta import Meta
-from engines.runtimes import Runtime, look_past_regions
+from engines.runtimes import ALONE, Runtime, look_past_regions
 from engines.runtimes.plan_proof import prove
 from engines.serving.batch_trial import choose_batches
 from engines.serving.resident import Resident
@@ -39,6 +39,7 @@ class Opening:
     threads: int = 0  # 0 for all cores
     cache_dir: Path | None = None
     batching: bool = True
+    try_later: bool = False  # one at a time until batches are tried, in gaps of the line
     runtime: Literal["auto", "openvino", "tensorrt"] = "auto"
     fallback: Literal["openvino", "none"] = "openvino"  # while there is no plan for this machine
     keep_warm_s: float = 0.0
@@ -109,6 +110,8 @@ def open_model(
         if how.batching and not shared:
             if beside is not None and _alike(beside, model):
                 runtime.take_together(beside.runtime.batches)
+            elif how.try_later:
+                runtime.take_together(replace(ALONE, provisional=True))
             elif not given_up() and free_bytes() > 2 * bytes_needed(folder):  # for the trial
                 choose_batches(runtime)
     except BaseException:

@@ -33,7 +33,7 @@ def main(cgroup: str, what: str, *rest: str) -> int:
         return work(["--data_dir", rest[0]])
     from workers.jobs import job_process as job
 
-    return job.main(Path(rest[0]), rest[1], rest[2])
+    return job.main(Path(rest[0]), *rest[1:])
 
 
 if __name__ == "__main__":

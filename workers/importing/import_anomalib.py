@@ -25,7 +25,7 @@ from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate
 from workers.learning.dataset import MOST_BROKEN, Images, bit_depth_of, find_pictures
-from workers.models.patchcore import NEIGHBOURS
+from workers.models.bank_search import NEIGHBOURS
 from workers.progress import Progress
 
 CORESET_RATIO = 0.1  # anomalib's default

@@ -14,11 +14,15 @@ import logging
 import os
 import signal
 import sys
+import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 from engines.errors import EXIT_CODE, BadSettings
 from engines.logs import FORMAT, set_up
+from engines.machine.job_memory import JOB_SPARE
 from engines.queue.fleet import Fleet
+from workers.jobs.attempts import attended, spare
 from workers.jobs.parent_and_child import die_with_parent, has_lock
 from workers.jobs.single_worker import stopping, work
 
@@ -39,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
             log.error("Another worker has %s", data)
             return EXIT_CODE
         try:
+            if os.environ.get(JOB_SPARE) == "auto" and find_spec("torch") is not None:
+                keeping = [data, lambda: not attended]
+                threading.Thread(target=spare.keep, args=keeping, daemon=True).start()
             fleet = Fleet.read(os.environ)
             if fleet is None:
                 work(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -19,10 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import makes
-from engines.queue.protocol import PARENT, job_of
+from engines.queue.protocol import job_of
 from engines.store.versions import Store
 from workers.jobs import parent_and_child
-from workers.jobs.parent_and_child import DISK_FULL, FULL, has_lock
+from workers.jobs.parent_and_child import DISK_FULL, FULL, begin, has_lock
+from workers.jobs.spare import Spare, end
 
 ATTEMPTS = 3  # the first, and twice more when its process died
 CHILD = [sys.executable, "-m", "workers.jobs.job_process"]  # and the data folder, the job, its kind
@@ -30,6 +30,7 @@ CHILD = [sys.executable, "-m", "workers.jobs.job_process"]  # and the data folde
 log = logging.getLogger("kensa.worker")
 attended: set[str] = set()  # the jobs that this process has in hand
 children: set[int] = set()  # the processes of jobs, which lead process groups
+spare = Spare(CHILD)
 
 
 def attend(
@@ -102,20 +103,9 @@ def run_child(
     data: Path, job_id: str, kind: str, request: dict[str, Any], lock: IO[str]
 ) -> int | None:
     """The exit code of the job's process, or None after it was killed by a cancel."""
-    child = subprocess.Popen(
-        [*CHILD, str(data), job_id, kind],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, PARENT: str(os.getpid())},
-        pass_fds=[lock.fileno()],
-    )
+    child = _with_its_job(data, job_id, kind, request, lock)
     children.add(child.pid)
     try:
-        assert child.stdin is not None
-        with suppress(BrokenPipeError):  # it died already
-            child.stdin.write(json.dumps(request).encode())
-            child.stdin.close()
         while True:
             try:
                 return child.wait(timeout=parent_and_child.LOOK_EVERY_S)
@@ -124,10 +114,25 @@ def run_child(
                     log.info("Job %s is cancelled", job_id)
                     return None
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # and what it may have started
-        child.wait()
+        end(child)
         children.discard(child.pid)
+
+
+def _with_its_job(
+    data: Path, job_id: str, kind: str, request: dict[str, Any], lock: IO[str]
+) -> subprocess.Popen[bytes]:
+    """A process that knows what to do: the spare one, else a new one."""
+    if (taken := spare.take(lock)) is not None:
+        child, worker = taken
+        with worker, suppress(ConnectionError):  # it died already
+            worker.sendall(json.dumps([job_id, kind, request]).encode())
+        return child
+    child = begin([*CHILD, str(data), job_id, kind], subprocess.PIPE, lock.fileno())
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):
+        child.stdin.write(json.dumps(request).encode())
+        child.stdin.close()
+    return child
 
 
 def was_cancelled(job_id: str) -> bool:

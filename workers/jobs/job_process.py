@@ -37,6 +37,7 @@ from engines.store.versions import META, Store
 from workers.commands import hush_libraries
 from workers.jobs.exchange import checked, patiently
 from workers.jobs.parent_and_child import DISK_FULL, FULL, die_with_parent, give_way
+from workers.jobs.spare import SPARE, until_there_is_a_job
 from workers.progress import Progress, Tick
 
 WRITE_EVERY_S = 0.25
@@ -59,19 +60,32 @@ SPANS_OF = {
 KEYS = {"--pretrained_pth": "pretrained", "--weights": "pretrained"}
 
 
-def main(data: Path, job_id: str, kind: str) -> int:
-    """Do the job on stdin, and leave result.json."""
+def main(data: Path, *job: str) -> int:
+    """Do the job on stdin, and leave result.json.
+
+    Args:
+        job: its id and kind; or SPARE, where both come on stdin, before it, once there is one.
+    """
     die_with_parent()
     give_way()
     print_anything()
     hush_libraries()
     set_up("warning", os.environ.get(FORMAT, "text"), "job")
+    if job == (SPARE,):
+        job_id, kind, request = json.loads(until_there_is_a_job(data))
+    else:
+        (job_id, kind), request = job, json.loads(sys.stdin.read())
+    return begun(data, job_id, kind, request)
+
+
+def begun(data: Path, job_id: str, kind: str, request: dict[str, Any]) -> int:
+    """Do a job, and leave result.json."""
     folder = JobFolder(data, job_id)
     progress = JobProgress(folder, SPANS_OF.get(kind, SPANS))
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         (data / RUNNING).write_text(str(os.getpid()), encoding="ascii")
-        ended = do(data, job_id, kind, json.loads(sys.stdin.read()), progress)
+        ended = do(data, job_id, kind, request, progress)
     except OSError as error:
         ended = _failed_on_disk(folder, error)
     except KensaError as error:
@@ -194,7 +208,7 @@ def wait_for_memory(data: Path, request: job_memory.Request, progress: JobProgre
     how = os.environ.get(job_memory.JOB_MEMORY, "refuse")
     said = ""
     while how != "off":
-        found = job_memory.short_of(data, request, job_memory.free_for_jobs())
+        found = job_memory.short_of(data, request, job_memory.free_for_jobs(data))
         if found is None:
             break
         if how == "refuse" or job_memory.never(found):
@@ -504,4 +518,4 @@ class JobProgress(Progress):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

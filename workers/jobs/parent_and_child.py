@@ -7,6 +7,8 @@ import errno
 import fcntl
 import os
 import signal
+import subprocess
+from pathlib import Path
 from typing import IO
 
 from engines.errors import EXIT_CODE
@@ -16,6 +18,22 @@ DISK_FULL = errno.ENOSPC  # exit code of a job that could not even write why it 
 FULL = "The disk is full; nothing was changed. Free some space, and send the job again."
 LOOK_EVERY_S = 0.3  # whether a job was cancelled
 PR_SET_PDEATHSIG = 1
+
+
+def begin(command: list[str], stdin: int, *inherits: int) -> subprocess.Popen[bytes]:
+    """Start a job's process: it leads a group of its own, and ends with the thread that starts it.
+
+    Args:
+        inherits: open files that it has, too.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, PARENT: str(os.getpid())},
+        pass_fds=inherits,
+    )
 
 
 def die_with_parent() -> None:

@@ -20,7 +20,10 @@ from workers.progress import Tick
 STRONG, LEAST_SIDE = "strong", 0.02
 STRONG_TWICE = (*DEFECTS, *(what for what in DEFECTS if what.strength == STRONG))
 
-Judge = Callable[[NDArray[np.uint8], int], float]  # a picture (S, S, 3), and which it is drawn on
+TOGETHER = 4  # pictures that are judged at once: more gain nothing, and take memory
+
+# Pictures (n, S, S, 3), n at least 1, and on which one all of them are drawn -> raw scores (n,).
+Judge = Callable[[NDArray[np.uint8], int], NDArray[np.floating[Any]]]
 
 
 def drawn_scores(
@@ -34,15 +37,18 @@ def drawn_scores(
     Each has its middle on a pixel that counts (S, S); None: all do. Where none of a part does, it
     lies beside the part.
     """
-    found = []
-    for number, what in enumerate(STRONG_TWICE):
-        on = number % len(pictures)
-        where = on_the_part(pictures[on][None])
+    found, done = dict[int, float](), 0
+    for on, picture in enumerate(pictures[: len(STRONG_TWICE)]):
+        where = on_the_part(picture[None])
         if counting is not None:
             where = where & counting if (where & counting).any() else counting
-        found.append((what, judge(draw(pictures[on], what, number, where), on)))
-        tick(number + 1, len(STRONG_TWICE))
-    return found
+        numbers = range(on, len(STRONG_TWICE), len(pictures))
+        for some in (numbers[at : at + TOGETHER] for at in range(0, len(numbers), TOGETHER)):
+            drawn = [draw(picture, STRONG_TWICE[number], number, where) for number in some]
+            found |= zip(some, map(float, judge(np.stack(drawn), on)), strict=True)
+            done += len(some)
+            tick(done, len(STRONG_TWICE))
+    return [(what, found[number]) for number, what in enumerate(STRONG_TWICE)]
 
 
 def eyesight(scores: list[tuple[Drawn, float]], threshold: float) -> dict[str, Any]:

@@ -230,9 +230,7 @@ def leave_each_out(
         np.concatenate([own, others.scores]),
         "left_out" if trusted else "test",
         course.pictures([learned[lesson.pictures[number]] for number in on])[1],
-        lambda picture, number: float(
-            lesson.judge(picture[None], np.flatnonzero(parts == parts[on[number]]))[0]
-        ),
+        lambda drawn, number: lesson.judge(drawn, np.flatnonzero(parts == parts[on[number]])),
         course.progress,
         scale,
     )
@@ -299,7 +297,7 @@ def _from_tests(course: Course, tests: Judged, learned: list[Path], method: str)
         scores.scores,
         method,
         tests.pictures[to_draw_on(scores.parts, scores.scores, scores.scores)],
-        lambda picture, _: float(course.kind.scores(course.model, [picture[None]])[0]),
+        lambda drawn, _: course.kind.scores(course.model, [drawn]),
         course.progress,
         course.kind.USUAL_SCALE,
     )

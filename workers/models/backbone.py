@@ -7,6 +7,7 @@ import math
 import pickle
 import socket
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -152,6 +153,7 @@ def feature_info(backbone: str) -> list[dict[str, Any]]:
     return found
 
 
+@cache
 def _stages(backbone: str) -> list[str]:
     return [info["module"] for info in feature_info(backbone)]
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 DIMENSIONS = 32  # of the projection that rules most rows out; more costs more than it rules out
 ROUNDING = 1e-6  # of the largest squared length: equal rows may seem that far apart in float32
@@ -46,10 +48,12 @@ def k_centre_greedy(
 ) -> tuple[torch.Tensor, float]:
     """Choose rows, each the one farthest from all chosen before it.
 
-    The result is that of the plain greedy loop over all columns. Only its cost differs: rows are
-    rotated onto their principal axes, where the distance over the first few axes and the length of
-    the rest bound the true distance from below. For most rows that bound already shows that the
-    newest centre is no nearer than an older one, and only the others are measured in full.
+    The result is that of the plain greedy loop over all columns. Only its cost differs: most rows
+    are seen to be no nearer to the newest centre than to an older one, and only the others are
+    measured in full. First by the triangle: a row cannot come nearer than it is to its own centre,
+    when that one lies twice as far from the newest. Then by a sketch: rows are rotated onto their
+    principal axes, where the distance over the first few axes and the length of the rest bound the
+    true distance from below.
 
     Args:
         rows: (n, c) float32.
@@ -66,30 +70,90 @@ def k_centre_greedy(
     count = min(count, len(rows))
     rows = rows - rows.mean(dim=0)
     square = rows.square().sum(dim=1)  # (n,)
-    sketch = _sketch(rows, square)  # (n, DIMENSIONS + 1), with the same lengths as rows
-    if covered_to is None:
-        nearest = torch.full_like(square, torch.inf)  # squared distance to the chosen rows
-        centre = int(square.argmin())
-    else:
-        nearest = covered_to.square()
-        centre = int(nearest.argmax())
+    cover = _Cover(rows, square, count, covered_to)
     noise = ROUNDING * float(square.max())
-    chosen: list[int] = []
-    bound = torch.empty_like(square)
-    while len(chosen) < count and nearest[centre] > max(stop_radius**2, noise):
-        chosen.append(centre)
-        torch.mv(sketch, sketch[centre], out=bound)
-        bound.mul_(-2).add_(square).add_(square[centre])
-        closer = (bound < nearest).nonzero().squeeze(1)
-        exact = square[closer] + square[centre] - 2 * (rows[closer] @ rows[centre])
-        nearest[closer] = torch.minimum(nearest[closer], exact.clamp_min(0))
-        nearest[centre] = 0
-        centre = int(nearest.argmax())
-        if len(chosen) % 64 == 0 and len(chosen) < count:
-            report(len(chosen), count)
-    report(len(chosen), len(chosen))
-    farthest = float(nearest.max())
-    return torch.tensor(chosen, dtype=torch.long), math.sqrt(farthest) if farthest > noise else 0.0
+    while len(cover.chosen) < count and cover.farthest() > max(stop_radius**2, noise):
+        cover.add_the_farthest()
+        if len(cover.chosen) % 64 == 0 and len(cover.chosen) < count:
+            report(len(cover.chosen), count)
+    report(len(cover.chosen), len(cover.chosen))
+    farthest = cover.farthest()
+    chosen = torch.tensor(cover.chosen, dtype=torch.long)
+    return chosen, math.sqrt(farthest) if farthest > noise else 0.0
+
+
+class _Cover:
+    """The chosen rows, and how far every row lies from them.
+
+    Steps over all rows are numpy's: torch takes several times as long for such short ones.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        square: torch.Tensor,
+        count: int,
+        covered_to: torch.Tensor | None,
+    ) -> None:
+        self.chosen: list[int] = []
+        self._rows, self._square = rows, square.numpy()  # centred
+        sketch = _sketch(rows, square)  # (n, DIMENSIONS + 1), with the same lengths as rows
+        self._sketch = sketch
+        self._centres = torch.empty(count, sketch.shape[1])  # sketches of the chosen
+        self._lengths = np.empty(count, np.float32)  # of them, squared
+        # Of each row: the squared distance to the chosen rows, and which of them is nearest; -1 for
+        # what was known before, of which nothing but the distance is here.
+        self._owner = np.full(len(rows), -1)
+        if covered_to is None:
+            self._nearest = np.full(len(rows), np.inf, np.float32)
+            self._next = int(self._square.argmin())
+        else:
+            self._nearest = covered_to.square().numpy()
+            self._next = int(self._nearest.argmax())
+
+    def farthest(self) -> float:
+        """The largest squared distance of any row."""
+        return float(self._nearest[self._next])
+
+    def add_the_farthest(self) -> None:
+        """Choose it."""
+        number, centre = len(self.chosen), self._next
+        among = self._that_may_be_nearer(centre)
+        self.chosen.append(centre)
+        self._centres[number] = self._sketch[centre]
+        self._lengths[number] = self._square[centre]
+        closer = among[self._from_below(centre, among) < self._nearest[among]]
+        products = self._rows[torch.from_numpy(closer)] @ self._rows[centre]
+        exact = self._square[closer] + self._square[centre] - 2 * products.numpy()
+        nearer = exact < self._nearest[closer]
+        won = closer[nearer]
+        self._nearest[won] = np.maximum(exact[nearer], 0)
+        self._owner[won] = number
+        self._nearest[centre] = 0
+        self._next = int(self._nearest.argmax())
+
+    def _that_may_be_nearer(self, centre: int) -> NDArray[np.int64]:
+        """The rows whose own centre is not twice as far from the newest one as they are from it."""
+        count = len(self.chosen)
+        if count == 0:
+            return np.arange(len(self._rows))
+        # A quarter of the squared distance of each centre; nothing is known of the last, owner -1.
+        quarter = np.zeros(count + 1, np.float32)
+        quarter[:count] = torch.mv(self._centres[:count], self._sketch[centre]).numpy()
+        quarter[:count] *= -2
+        quarter[:count] += self._lengths[:count] + self._square[centre]
+        quarter *= 0.25
+        return np.flatnonzero(quarter.take(self._owner, mode="wrap") < self._nearest)
+
+    def _from_below(self, centre: int, among: NDArray[np.int64]) -> NDArray[np.float32]:
+        """No more than the squared distances of some rows (k,) to another one."""
+        every = len(among) == len(self._sketch)
+        sketch = self._sketch if every else self._sketch.index_select(0, torch.from_numpy(among))
+        bound: NDArray[np.float32] = torch.mv(sketch, self._sketch[centre]).numpy()
+        bound *= -2
+        bound += self._square[among]
+        bound += self._square[centre]
+        return bound
 
 
 def _sketch(rows: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from workers.models.backbone import (
     extractor,
     write_weights,
 )
+from workers.models.bank_search import NEIGHBOURS, BankSearch, scores_of
 from workers.models.coreset import k_centre_greedy
 from workers.models.origin import Origin
 from workers.progress import Progress, Tick
@@ -37,7 +39,7 @@ SCORE_KIND = "patchcore/weighted-distance"  # anomalib's PatchcoreModel with num
 LEARNED = "memory_bank"
 INCREMENTAL = True
 USUAL_SCALE = 0.05  # of the scores of new normal parts, as a share of the median: 0.03 to 0.1
-NEIGHBOURS = 9
+TOGETHER = 4  # pictures through the backbone: more gain nothing, and take memory
 CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
 
 
@@ -227,10 +229,11 @@ class Lesson:
             parts: (N,) pictures with the same number are left out together.
         """
         found = np.empty(len(parts))
-        for part in np.unique(parts):
-            same = np.flatnonzero(parts == part)
-            found[same] = self._judge(self.embeddings[torch.from_numpy(same)], same)
-            tick(int(part) + 1, int(parts.max()) + 1)
+        with torch.inference_mode():
+            for part in np.unique(parts):
+                same = np.flatnonzero(parts == part)
+                found[same] = self._judge(self.embeddings[torch.from_numpy(same)], same)
+                tick(int(part) + 1, int(parts.max()) + 1)
         return found
 
     def judge(self, pictures: NDArray[np.uint8], without: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -244,15 +247,19 @@ class Lesson:
             self.model, self.meta, self.embeddings[torch.from_numpy(kept)], self.before, progress
         )
 
-    @torch.inference_mode()
     def _judge(self, embeddings: torch.Tensor, without: NDArray[np.int64]) -> NDArray[np.float64]:
-        patches = self.embeddings.flatten(0, 1)
+        known = 0 if self.before is None else len(self.before.embeddings)
         picture = self.rows // self.embeddings.shape[1]
-        bank = patches[self.rows[~torch.isin(picture, torch.from_numpy(without))]]
+        left_out = torch.zeros(known + len(picture), dtype=torch.bool)
+        left_out[known:] = torch.isin(picture, torch.from_numpy(without))
+        return scores_of(self._search, embeddings, left_out)
+
+    @cached_property
+    def _search(self) -> BankSearch:
+        bank = self.embeddings.flatten(0, 1)[self.rows]
         if self.before is not None:
             bank = torch.cat([self.before.embeddings, bank])
-        # One by one: distances of a batch would not fit in the cache.
-        return np.array([float(self.model.judge(one[None], bank)[0]) for one in embeddings])
+        return BankSearch(bank, self.model.keep)
 
 
 def train(
@@ -303,7 +310,8 @@ def learn(
         model.bank = Bank(patches[rows], radius)
     else:
         known, radius = before.embeddings, before.coverage_radius
-        covered_to = torch.cat([_distance(chunk, known) for chunk in torch.split(patches, CHUNK)])
+        chunks = torch.split(patches, CHUNK)
+        covered_to = torch.cat([_distance(chunk, known, radius) for chunk in chunks])
         rows, new_radius = k_centre_greedy(
             patches, count, covered_to=covered_to, stop_radius=radius, report=report
         )
@@ -314,13 +322,13 @@ def learn(
 def scores(model: PatchCore, batches: Batches) -> NDArray[np.float32]:
     """Raw scores (n,) of images (N, S, S, 3) uint8 in batches."""
     assert model.bank is not None, "load a bank, or train one, first"
+    found = [np.empty(0)]
     with torch.inference_mode():
-        found = [
-            model(torch.from_numpy(picture[None]), model.bank.embeddings)[0].numpy()
-            for batch in batches
-            for picture in batch  # one by one: distances of a batch would not fit in the cache
-        ]
-    return np.concatenate(found) if found else np.empty(0, np.float32)
+        search = BankSearch(model.bank.embeddings, model.keep)
+        for batch in batches:
+            few = torch.split(torch.from_numpy(batch), TOGETHER) if len(batch) else ()
+            found += [scores_of(search, model.embed(some)[0]) for some in few]
+    return np.concatenate(found).astype(np.float32)
 
 
 def summary(model: PatchCore) -> dict[str, Any]:
@@ -357,9 +365,20 @@ def _embed_all(model: PatchCore, batches: Batches) -> torch.Tensor:
     return torch.cat(embeddings)
 
 
-def _distance(patches: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """Distance of each patch (n, C) to the nearest row of a bank (M, C): (n,)."""
-    return torch.cdist(patches, bank).amin(dim=1)
+def _distance(patches: torch.Tensor, bank: torch.Tensor, enough: float) -> torch.Tensor:
+    """Distance of each patch (n, C) to the nearest row of a bank (M, C): (n,).
+
+    Of a patch that lies within `enough` of a row among the first, which cover most, to that one.
+    """
+    first, others = bank[: len(bank) // 4], bank[len(bank) // 4 :]
+    nearest = torch.full((len(patches),), torch.inf)
+    if len(first):
+        nearest = torch.cdist(patches, first).amin(dim=1)
+    far = nearest > enough
+    if far.any():
+        last = torch.cdist(patches[far], others).amin(dim=1)
+        nearest[far] = torch.minimum(nearest[far], last)
+    return nearest
 
 
 def _spacing(bank: torch.Tensor) -> float:

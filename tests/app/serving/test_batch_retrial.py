@@ -131,7 +131,7 @@ def test_on_a_quiet_machine_it_is_decided_and_one_line_says_what_changed(
     assert engine.batches == FOUND
     (line,) = lines(caplog)
     assert "part 0001: up to 4 at once from now on" in line
-    assert "that it was one at a time was found while the machine was busy" in line
+    assert "it was one at a time until batches could be tried in peace" in line
 
 
 def test_what_was_right_stays_without_a_line(

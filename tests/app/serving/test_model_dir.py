@@ -14,6 +14,8 @@ from PIL import Image
 
 from app.settings import Settings
 from engines.errors import BadSettings
+from engines.serving.opening import open_model
+from engines.serving.resident import Resident
 from engines.store.versions import Store
 from support.damage import picture, saved
 from support.in_process import in_process, settings_of
@@ -166,3 +168,22 @@ def test_a_start_with_the_same_folder_says_nothing_new(
     caplog.clear()
     judged(tmp_path, source)
     assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
+def test_a_start_tries_no_batches_and_whoever_loads_a_model_later_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[bool] = []
+
+    def opened(*words: Any) -> Resident:
+        later.append(words[3].try_later)
+        return open_model(*words)
+
+    async def ask(client: httpx.AsyncClient, _: Any) -> None:
+        for what in ("unload", "load"):
+            (await client.post(f"/v2/repository/models/part/{what}")).raise_for_status()
+
+    monkeypatch.setattr("app.serving.loader.open_model", opened)
+    part = tiny_bundle(tmp_path / "part")
+    in_process(settings_of(tmp_path, model_dir=part, model_name="part"), ask)
+    assert later == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,4 +217,14 @@ def test_batches_are_not_measured_where_they_are_switched_off(
         open_model(kensa_model, "bracket", "0001", Opening("f32"))
     model = open_model(kensa_model, "bracket", "0001", Opening("f32", batching=False))
     assert model.runtime.batches == ALONE
+    model.runtime.close()
+
+
+def test_where_parts_wait_for_the_model_batches_are_tried_later(
+    kensa_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_trial.Trial, "steps", lambda _: pytest.fail("measured"))
+    model = open_model(kensa_model, "bracket", "0001", Opening("f32", try_later=True))
+    assert model.runtime.batches == replace(ALONE, provisional=True)
+    assert "one at a time for now" in describe(model)
     model.runtime.close()

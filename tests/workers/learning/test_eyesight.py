@@ -12,6 +12,12 @@ from workers.learning.eyesight import counted, drawn_scores, eyesight
 from workers.sample_parts.drawing import draw_part
 
 Pictures = NDArray[np.uint8]
+Scores = NDArray[np.float64]
+
+
+def all_three(drawn: Pictures, on: int) -> Scores:
+    """Scores by a model to which everything looks alike."""
+    return np.full(len(drawn), 3.0)
 
 
 def silent(done: int, total: int) -> None:
@@ -27,19 +33,19 @@ def pictures() -> Pictures:
 def by_change(pictures: Pictures) -> list[tuple[Drawn, float]]:
     """Scores by a model that sees the largest change of any pixel."""
 
-    def judge(picture: Pictures, on: int) -> float:
-        return float(np.abs(picture.astype(int) - pictures[on]).max())
+    def judge(drawn: Pictures, on: int) -> Scores:
+        return np.abs(drawn.astype(float) - pictures[on]).max(axis=(1, 2, 3))
 
     return drawn_scores(pictures, judge, silent)
 
 
 def test_a_model_that_scores_everything_alike_finds_none_of_16(pictures: Pictures) -> None:
-    found = eyesight(drawn_scores(pictures, lambda *_: 3.0, silent), threshold=3.0)
+    found = eyesight(drawn_scores(pictures, all_three, silent), threshold=3.0)
     assert (found["found"], found["of"], found["share"]) == (0, 16, 0.0)
 
 
 def test_with_a_threshold_of_nothing_all_are_found(pictures: Pictures) -> None:
-    found = eyesight(drawn_scores(pictures, lambda *_: 3.0, silent), threshold=0.0)
+    found = eyesight(drawn_scores(pictures, all_three, silent), threshold=0.0)
     assert (found["found"], found["of"], found["share"]) == (16, 16, 1.0)
 
 
@@ -78,12 +84,31 @@ def test_at_another_threshold_the_same_ones_are_counted_again(
 def test_the_same_pictures_have_the_same_defects(pictures: Pictures) -> None:
     seen: list[list[Pictures]] = [[], []]
     for pile in seen:
-        drawn_scores(pictures, lambda picture, _, pile=pile: pile.append(picture) or 0.0, silent)  # type: ignore[misc]
-    np.testing.assert_array_equal(np.stack(seen[0]), np.stack(seen[1]))
+
+        def look(drawn: Pictures, on: int, pile: list[Pictures] = pile) -> Scores:
+            pile.append(drawn)
+            return all_three(drawn, on)
+
+        drawn_scores(pictures, look, silent)
+    np.testing.assert_array_equal(np.concatenate(seen[0]), np.concatenate(seen[1]))
+
+
+def test_each_gets_its_own_score_though_a_few_are_judged_at_once(
+    by_change: list[tuple[Drawn, float]], pictures: Pictures
+) -> None:
+    sizes = []
+
+    def one_by_one(drawn: Pictures, on: int) -> Scores:
+        sizes.append(len(drawn))
+        changes = [np.abs(one.astype(float) - pictures[on]).max() for one in drawn]
+        return np.array(changes)
+
+    assert drawn_scores(pictures, one_by_one, silent) == by_change
+    assert sorted(set(sizes)) == [4]
 
 
 def test_one_picture_is_enough_to_draw_on(pictures: Pictures) -> None:
-    found = drawn_scores(pictures[:1], lambda _, on: float(on), silent)
+    found = drawn_scores(pictures[:1], lambda drawn, on: np.full(len(drawn), on), silent)
     assert {score for _, score in found} == {0.0}
 
 
@@ -91,9 +116,9 @@ def test_none_is_drawn_in_the_middle_of_what_never_counts(pictures: Pictures) ->
     counting = np.zeros((128, 128), bool)
     counting[:, 70:] = True
 
-    def middle_column(picture: Pictures, on: int) -> float:
-        changed = np.abs(picture.astype(int) - pictures[on]).max(axis=(0, 2))
-        return float(np.average(np.arange(128), weights=changed))
+    def middle_column(drawn: Pictures, on: int) -> Scores:
+        changed = np.abs(drawn.astype(float) - pictures[on]).max(axis=(1, 3))
+        return (changed * np.arange(128)).sum(axis=1) / changed.sum(axis=1)
 
     free = drawn_scores(pictures, middle_column, silent)
     found = drawn_scores(pictures, middle_column, silent, counting)

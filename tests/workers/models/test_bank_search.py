@@ -1,0 +1,103 @@
+"""The search of learning finds the scores of the model that is exported, whatever it leaves out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from engines.meta import Meta
+from workers.models.bank_search import BankSearch, scores_of
+from workers.models.patchcore import PatchCore, build
+
+CHANNELS, PATCHES = 64, 16 * 16
+
+
+@pytest.fixture(scope="module")
+def model() -> PatchCore:
+    content = {"model": "patchcore", "backbone": "resnet18", "layers": ["layer1"], "image_size": 64}
+    return build(Meta.model_validate({**content, "coreset_ratio": 0.1}), "untrained")
+
+
+def rows(seed: int, count: int, spread: float = 1.0) -> torch.Tensor:
+    """Rows (count, CHANNELS) in clusters, far from zero, as patches lie."""
+    random = torch.Generator().manual_seed(seed)
+    centres = 5 + 3 * torch.randn(40, CHANNELS, generator=random)
+    of = torch.randint(40, (count,), generator=random)
+    return centres[of] + spread * torch.randn(count, CHANNELS, generator=random)
+
+
+def plain(model: PatchCore, embedding: torch.Tensor, bank: torch.Tensor) -> float:
+    with torch.inference_mode():
+        return float(model.judge(embedding[None], bank)[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [1, 2, 9, 15, 16, 17, 63, 500, 3000])
+def test_it_finds_the_score_of_the_model(model: PatchCore, seed: int, count: int) -> None:
+    bank, picture = rows(seed, count), rows(seed + 100, PATCHES)
+    expected = plain(model, picture, bank)
+    assert BankSearch(bank, model.keep).score(picture) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_finds_it_where_one_patch_is_far_from_all(model: PatchCore, seed: int) -> None:
+    bank, picture = rows(seed, 2000), rows(seed + 100, PATCHES)
+    for patch in (0, 100, PATCHES - 1):
+        strange = picture.clone()
+        strange[patch] += 20
+        expected = plain(model, strange, bank)
+        assert BankSearch(bank, model.keep).score(strange) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_rows_that_are_left_out_count_as_if_they_were_not_there(
+    model: PatchCore, seed: int, share: float
+) -> None:
+    bank, picture = rows(seed, 1000), rows(seed + 100, PATCHES)
+    without = torch.rand(1000, generator=torch.Generator().manual_seed(seed)) < share
+    found = BankSearch(bank, model.keep).score(picture, without)
+    assert found == pytest.approx(plain(model, picture, bank[~without]), rel=1e-5)
+
+
+def test_also_the_first_rows_that_are_looked_at_may_be_left_out(model: PatchCore) -> None:
+    bank, picture = rows(0, 1000), rows(100, PATCHES)
+    without = torch.arange(1000) < 300
+    found = BankSearch(bank, model.keep).score(picture, without)
+    assert found == pytest.approx(plain(model, picture, bank[300:]), rel=1e-5)
+
+
+def test_patches_that_never_count_decide_nothing(model: PatchCore) -> None:
+    bank, picture = rows(0, 500), rows(100, PATCHES)
+    picture[:10] += 50
+    keep = torch.ones(PATCHES)
+    keep[:10] = 0
+    with torch.inference_mode():
+        expected = float(model.judge(picture[None], bank, keep)[0])
+    found = BankSearch(bank, keep).score(picture)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found < BankSearch(bank, model.keep).score(picture) / 2
+
+
+def test_a_picture_that_was_learned_scores_next_to_nothing(model: PatchCore) -> None:
+    picture = rows(0, PATCHES)
+    usual = BankSearch(rows(1, 500), model.keep).score(picture)
+    assert BankSearch(picture, model.keep).score(picture) < 1e-3 * usual
+
+
+def test_patches_that_are_all_alike_have_a_score(model: PatchCore) -> None:
+    picture, bank = rows(0, 1).repeat(PATCHES, 1), rows(1, 100)
+    found = BankSearch(bank, model.keep).score(picture)
+    assert found == pytest.approx(plain(model, picture, bank), rel=1e-5)
+    assert BankSearch(picture, model.keep).score(picture) == 0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_no_number_gets_no_score(model: PatchCore, wrong: float) -> None:
+    pictures = torch.stack([rows(0, PATCHES), rows(1, PATCHES)])
+    pictures[0, 7, 3] = wrong
+    found = scores_of(BankSearch(rows(2, 100), model.keep), pictures)
+    assert math.isnan(found[0])
+    assert found[1] > 0
