@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers [--turns N] [--seconds S] [--bank N] [--only NAME ...] [--cache DIR]
 
-The first run builds the environments in the cache folder: it downloads 3 GB of packages for each of
-
-
+The first run builds three environments in the cache folder: it downloads 3 GB for each, which take
+7 GB of disk. docs/benchmarks.md says what is compared, and what columns mean.
+"""
 
 from __future__ import annotations
 
