@@ -1,6 +1,7 @@
 """One contestant of `benchmarks.peers`, in an environment of its own: an engine, or a server.
 
     python benchmarks/peer.py prepare|engine|serve NAME FOLDER [PORT]
+    python benchmarks/peer.py versions
 
 It imports nothing of Kensa, whose packages another environment lacks, but for Kensa's own engine.
 FOLDER has what `benchmarks.peers` learned: backbone.npz, bank.npy, train.npy, channels.npy,
@@ -14,7 +15,9 @@ import os
 # As Kensa's server does, before numpy is loaded: OpenBLAS would take a thread from the engines.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import contextlib
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +39,9 @@ PACKAGES = ("anomalib", "openvino", "torch", "anomavision", "onnxruntime", "lits
 
 
 def main() -> None:
+    if sys.argv[1:] == ["versions"]:
+        print(json.dumps(_versions()))
+        return
     work, name, folder, *more = sys.argv[1:]
     place = Path(folder).resolve()
     if work == "prepare":
@@ -238,8 +244,7 @@ def answer(folder: Path, name: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     for picture in pictures[:10]:
         score(picture)
-    memory = {"opening": opening, "inferring": _peak_mib()}
-    said: Any = {"versions": _versions(), "memory": memory}
+    said: Any = {"memory": {"opening": opening, "inferring": _peak_mib()}}
     while True:
         print(json.dumps(said), file=talk, flush=True)
         line = sys.stdin.readline()
@@ -264,13 +269,11 @@ def _scored(
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    """Of the packages that matter, as far as this environment has them."""
+    found = {"Python": platform.python_version()}
     for package in PACKAGES:
-        if package.partition("-")[0] in sys.modules:
-            try:
-                found[package] = version(package)
-            except PackageNotFoundError:
-                continue
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found
 
 

@@ -18,7 +18,6 @@ import contextlib
 import http.client
 import json
 import random
-import shutil
 import signal
 import socket
 import statistics
@@ -50,8 +49,8 @@ from benchmarks.peer_models import learn
 PEER = ROOT / "benchmarks" / "peer.py"
 OURS = ""  # this environment
 ENVIRONMENTS = {
-    "anomalib": ["anomalib", "openvino", "fastapi", "uvicorn"],
-    "litserve": ["anomalib", "openvino", "litserve"],
+    "anomalib": ["anomalib[openvino]", "fastapi", "uvicorn"],
+    "litserve": ["anomalib[openvino]", "litserve"],
     "anomavision": ["anomavision[cpu]"],
 }
 BASE = "anomalib-openvino"  # what the others are compared with
@@ -85,7 +84,7 @@ class Service:
 
 ENGINES = [
     Engine(BASE, "anomalib, OpenVINO inferencer", "PatchCore", "anomalib", BASE),
-    Engine(f"{BASE}-f32", "the same in f32", "PatchCore", "anomalib", BASE),
+    Engine(f"{BASE}-f32", "anomalib, OpenVINO inferencer in f32", "PatchCore", "anomalib", BASE),
     Engine("anomalib-torch", "anomalib, torch inferencer", "PatchCore", "anomalib",
            "anomalib-torch"),
     Engine("kensa", "Kensa", "PatchCore"),
@@ -113,9 +112,9 @@ def main() -> None:
         if not flags.skip_http and (servers := peers.start_servers(stack)):
             for clients in flags.clients:
                 found = compare_servers(servers, engines, clients, flags.turns, flags.seconds)
-                report.tables[f"HTTP, {clients} clients"] = found
+                report.tables[f"HTTP, clients: {clients}"] = found
             paced = pace_servers(servers, clients, flags.turns, flags.seconds)
-            report.tables[f"HTTP, {clients} clients at {SHARE:.0%} of that"] = paced
+            report.tables[f"HTTP, clients: {clients}, at {SHARE:.0%} of that"] = paced
             memory = [[one.of.words, f"{one.resident_mib():.0f}"] for one in servers]
             report.tables["Resident memory after these requests"] = ["server", "MiB"], memory
     report.print()
@@ -159,9 +158,9 @@ def environment(name: str, cache: Path) -> Path:
     python, whole = folder / "bin" / "python", folder / "installed.txt"
     if whole.is_file() and whole.read_text() == this:
         return python
-    shutil.rmtree(folder, ignore_errors=True)
     with phase(f"building an environment for {name}, once: {' '.join(packages)}"):
-        _run([sys.executable, "-m", "venv", folder])
+        if not python.is_file():
+            _run([sys.executable, "-m", "venv", folder])
         _run([python, "-m", "pip", "install", "--quiet", *packages])
     whole.write_text(this)
     return python
@@ -171,12 +170,14 @@ class Absent(Exception):
     """A contestant that does not take part, and why."""
 
 
-def _run(command: Sequence[str | Path], cwd: Path = ROOT) -> None:
+def _run(command: Sequence[str | Path]) -> str:
+    """What a command prints; Absent where it fails."""
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise Absent(_reason(done.stderr))
+    return done.stdout
 
 
 def _reason(said: str) -> str:
@@ -297,7 +298,6 @@ class Peers:
             process.wait()
             raise Absent(_reason(log.read_text(errors="replace")))
         found = json.loads(said)
-        self._report.versions[one.environment or "Kensa"] = found["versions"]
         return OpenEngine(one, process, found["memory"])
 
     def _server(self, one: Service) -> OpenServer:
@@ -328,6 +328,8 @@ class Peers:
     def _prepare(self, name: str, what: str) -> Path:
         """The Python of an environment, once the contestant's files are made by it."""
         python = environment(name, self._cache)
+        if (named := name or "Kensa") not in self._report.versions:
+            self._report.versions[named] = json.loads(_run([python, PEER, "versions"]))
         if what and what not in self._prepared:
             _run(self._command(python, "prepare", what))
             self._prepared.add(what)
