@@ -78,7 +78,7 @@ def _prepare_anomalib_torch(folder: Path, place: Path) -> None:
     _anomalib(folder).to_torch(place)
 
 
-def _open_anomalib(folder: Path, precision: str | None = None) -> Score:
+def open_anomalib(folder: Path, precision: str | None = None) -> Score:
     """anomalib's OpenVINO inferencer as it comes, but for `post_process`."""
     from anomalib.deploy import OpenVINOInferencer
 
@@ -102,7 +102,8 @@ def _open_anomalib_torch(folder: Path) -> Score:
     return lambda image: float(inferencer.predict(image).pred_score.item())
 
 
-def _decoded(data: bytes) -> NDArray[np.uint8]:
+def decoded(data: bytes) -> NDArray[np.uint8]:
+    """A picture file as it is done in most services, (S, S, 3) RGB."""
     import cv2
 
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -120,12 +121,12 @@ def _serve_fastapi(folder: Path, port: int) -> None:
     from fastapi import Body, FastAPI
 
     app = FastAPI()
-    score = _open_anomalib(folder)
+    score = open_anomalib(folder)
     alone = threading.Lock()  # its inferencer has one infer request: two threads would collide
     score(np.zeros((SIDE, SIDE, 3), np.uint8))
 
     def infer(data: bytes) -> dict[str, float]:
-        image = _decoded(data)
+        image = decoded(data)
         with alone:
             return {"score": score(image)}
 
@@ -135,26 +136,9 @@ def _serve_fastapi(folder: Path, port: int) -> None:
 
 
 def _serve_litserve(folder: Path, port: int) -> None:
-    """LitServe around the same inferencer, with what it does by itself: one worker, no batches."""
-    import litserve
-    from fastapi import Request
+    from benchmarks.peer_litserve import serve
 
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            self.score = _open_anomalib(folder)
-
-        def decode_request(self, request: Any) -> NDArray[np.uint8]:
-            return _decoded(request["file"].file.read())
-
-        def predict(self, image: NDArray[np.uint8]) -> float:
-            return self.score(image)
-
-        def encode_response(self, output: float) -> dict[str, float]:
-            return {"score": output}
-
-    Api.decode_request.__annotations__["request"] = Request  # it reads forms, and no raw bodies
-    server = litserve.LitServer(Api(api_path="/infer"), accelerator="cpu", workers_per_device=1)
-    server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False)
+    serve(folder, port)
 
 
 # ---- AnomaVision ---------------------------------------------------------------------------------
@@ -291,8 +275,8 @@ _ENGINES: dict[str, Callable[[Path], Score]] = {
     "kensa": lambda folder: _open_kensa(folder / "patchcore" / "engine"),
     "kensa-f32": lambda folder: _open_kensa(folder / "patchcore" / "engine", "f32"),
     "kensa-padim": lambda folder: _open_kensa(folder / "padim" / "engine"),
-    "anomalib-openvino": _open_anomalib,
-    "anomalib-openvino-f32": lambda folder: _open_anomalib(folder, "f32"),
+    "anomalib-openvino": open_anomalib,
+    "anomalib-openvino-f32": lambda folder: open_anomalib(folder, "f32"),
     "anomalib-torch": _open_anomalib_torch,
     "anomavision-onnx": lambda folder: _open_anomavision(folder, "model.onnx"),
     "anomavision-torch": lambda folder: _open_anomavision(folder, "model.pth"),
