@@ -206,11 +206,11 @@ def _normal(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 # ---- Kensa ---------------------------------------------------------------------------------------
 
 
-def _open_kensa(bundle: Path, precision: Any = "auto") -> Score:
+def _open_kensa(bundle: Path) -> Score:
     from engines.runtimes.openvino import OpenVINORuntime
     from engines.store.bundle import Bundle
 
-    runtime = OpenVINORuntime.open(Bundle.open(bundle), precision=precision)
+    runtime = OpenVINORuntime.open(Bundle.open(bundle))
     return lambda image: float(runtime.infer(image[None])[0][0])
 
 
@@ -273,7 +273,6 @@ _PREPARE: dict[str, Callable[[Path, Path], None]] = {
 }
 _ENGINES: dict[str, Callable[[Path], Score]] = {
     "kensa": lambda folder: _open_kensa(folder / "patchcore" / "engine"),
-    "kensa-f32": lambda folder: _open_kensa(folder / "patchcore" / "engine", "f32"),
     "kensa-padim": lambda folder: _open_kensa(folder / "padim" / "engine"),
     "anomalib-openvino": open_anomalib,
     "anomalib-openvino-f32": lambda folder: open_anomalib(folder, "f32"),

@@ -88,7 +88,6 @@ ENGINES = [
     Engine("anomalib-torch", "anomalib, torch inferencer", "PatchCore", "anomalib",
            "anomalib-torch"),
     Engine("kensa", "Kensa", "PatchCore"),
-    Engine("kensa-f32", "Kensa in f32", "PatchCore"),
     Engine("anomavision-onnx", "AnomaVision, ONNX Runtime", "PaDiM", "anomavision", "anomavision"),
     Engine("anomavision-torch", "AnomaVision, torch", "PaDiM", "anomavision", "anomavision"),
     Engine("kensa-padim", "Kensa", "PaDiM"),
