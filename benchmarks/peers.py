@@ -50,7 +50,7 @@ PEER = ROOT / "benchmarks" / "peer.py"
 OURS = ""  # this environment
 ENVIRONMENTS = {
     "anomalib": ["anomalib[openvino]", "fastapi", "uvicorn"],
-    "litserve": ["anomalib[openvino]", "litserve"],
+    "litserve": ["anomalib[openvino]", "litserve", "python-multipart"],
     "anomavision": ["anomavision[cpu]"],
 }
 BASE = "anomalib-openvino"  # what the others are compared with
@@ -104,19 +104,19 @@ def main() -> None:
     begin()
     report = Report(machine(["openvino", "torch", "numpy", "fastapi", "uvicorn"]))
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        report.subject = learn(Path(name), flags.bank)
+        report.begin(learn(Path(name), flags.bank))
         peers = Peers(Path(name), flags.cache, flags.only, report)
         engines = peers.open_engines(stack)
-        report.tables["Engines"] = compare_engines(engines, flags.images)
+        report.add("Engines", compare_engines(engines, flags.images))
         if not flags.skip_http and (servers := peers.start_servers(stack)):
             for clients in flags.clients:
                 found = compare_servers(servers, engines, clients, flags.turns, flags.seconds)
-                report.tables[f"HTTP, clients: {clients}"] = found
+                report.add(f"HTTP, clients: {clients}", found)
             paced = pace_servers(servers, clients, flags.turns, flags.seconds)
-            report.tables[f"HTTP, clients: {clients}, at {SHARE:.0%} of that"] = paced
+            report.add(f"HTTP, clients: {clients}, at {SHARE:.0%} of that", paced)
             memory = [[one.of.words, f"{one.resident_mib():.0f}"] for one in servers]
-            report.tables["Resident memory after these requests"] = ["server", "MiB"], memory
-    report.print()
+            report.add("Resident memory after these requests", (["server", "MiB"], memory))
+    report.end()
     report.write(flags.json or flags.cache / "peers.json")
 
 
@@ -553,15 +553,22 @@ class Report:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)  # who does not take part, and why
 
-    def print(self) -> None:
-        """As Markdown."""
-        for name, said in {**self.machine, "Compared": self.subject}.items():
+    def begin(self, subject: str) -> None:
+        """Say on what machine what is compared; everything here is Markdown."""
+        self.subject = subject
+        for name, said in {**self.machine, "Compared": subject}.items():
             print(f"{name}: {said}")
+
+    def add(self, title: str, table: Table) -> None:
+        """Keep a table, and print it at once: whoever is tired of waiting has it."""
+        self.tables[title] = table
+        print_table(title, *table)
+
+    def end(self) -> None:
+        """Say which versions took part, and who did not, and why."""
+        print()
         for name, found in self.versions.items():
             print(f"{name}: {', '.join(f'{one} {number}' for one, number in found.items())}")
-        for title, (head, rows) in self.tables.items():
-            print_table(title, head, rows)
-        print()
         for name, reason in self.absent.items():
             print(f"{name} does not take part: {reason}")
         print_load("after")
