@@ -2,7 +2,8 @@
 # make test   everything the tests need, then all tests
 # make soak   the long proofs that `make test` has in a short form
 # make lint   linter, formatter, type checker
-# make bench  the benchmarks
+# make bench  Kensa beside others, each in an environment of its own: the first time it downloads 4 GB
+#             into pip's cache and builds 20 GB in ~/.cache/kensa-peers; then it takes 10 minutes
 # make browser  Chromium for the tests of the screen, where it is missing and can be had
 
 PYTHON ?= python3
@@ -34,7 +35,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/train
-	$(BIN)/python -m benchmarks.latency $(ARGS)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 # The tests of the screen need one, which no Python package brings; without it they are skipped.
 browser:

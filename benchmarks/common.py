@@ -89,7 +89,7 @@ def phase(name: str) -> Iterator[None]:
     print(f": {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
 
-def print_machine(packages: Sequence[str]) -> None:
+def machine(packages: Sequence[str]) -> dict[str, str]:
     """The processor, its cores, how busy they are, and the versions of what is compared."""
     import openvino as ov
 
@@ -97,13 +97,25 @@ def print_machine(packages: Sequence[str]) -> None:
     name = cpu.get_property("CPU", "FULL_DEVICE_NAME")
     bf16 = "BF16" in cpu.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"CPU: {name}, {os.cpu_count()} cores, bf16: {'yes' if bf16 else 'no'}")
-    print(f"Versions: Python {platform.python_version()}, {versions}")
-    print_load("before")
+    return {
+        "CPU": f"{name}, {os.cpu_count()} cores, bf16: {'yes' if bf16 else 'no'}",
+        "Versions": f"Python {platform.python_version()}, {versions}",
+        "Load average before": _load(),
+    }
+
+
+def print_machine(packages: Sequence[str]) -> None:
+    """What `machine` says."""
+    for name, said in machine(packages).items():
+        print(f"{name}: {said}")
+
+
+def _load() -> str:
+    return ", ".join(f"{load:.2f}" for load in os.getloadavg())
 
 
 def print_load(when: str) -> None:
-    print(f"Load average {when}: {', '.join(f'{load:.2f}' for load in os.getloadavg())}")
+    print(f"Load average {when}: {_load()}")
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
