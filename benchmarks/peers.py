@@ -102,6 +102,7 @@ SERVICES = [
 def main() -> None:
     flags = _flags()
     begin()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers end with it
     report = Report(machine(["openvino", "torch", "numpy", "fastapi", "uvicorn"]))
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         report.begin(learn(Path(name), flags.bank))
