@@ -25,6 +25,10 @@ for name in {PACKAGES}:
 """
 SOME = """
 import sys, torch, torchvision
+from engines.machine.backbones import package_of
+from engines.meta import FIRST, Meta
+if package_of(FIRST["backbone"]).find():
+    workers.models.patchcore.build(Meta.model_validate(FIRST), None)
 loaded = list(sys.modules)
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from anomalib.models.image.patchcore import *
