@@ -105,7 +105,10 @@ def _replace(before: ov.Output, after: ov.Output) -> None:
 
 
 def _rounded(values: NDArray[np.float32]) -> ov.Node:
-    """A constant in bf16, rounded to the nearest: OpenVINO cuts off, and all scores become less."""
+    """A constant in bf16, rounded to the nearest.
+
+    OpenVINO cuts off where the last bit that is kept is 0, and all scores become less.
+    """
     rounded = ov.Tensor(_BF16, ov.Shape(values.shape))
     bits = np.ascontiguousarray(values).view(np.uint32) + 0x8000
     np.right_shift(bits, 16, out=rounded.data.view(np.uint16), casting="unsafe")
