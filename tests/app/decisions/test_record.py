@@ -452,7 +452,7 @@ def test_a_preview_is_what_a_replay_says_part_by_part(
     running: Line, sample_data: Path, count: int
 ) -> None:
     server, flipping = running.server, min(count // 5, 150)
-    with_limit(server, threshold=0)  # all are rejected, so all pictures are kept
+    with_limit(server, raw=0.01)  # all are rejected, so all pictures are kept
     pictures = [cv2.imread(str(path)) for path in
                 sorted((sample_data / "test" / CATEGORY).rglob("*.png"))]  # fmt: skip
     sent = {}

@@ -113,7 +113,7 @@ def test_the_figures_are_those_of_get_statistics_and_the_worst_rejects_are_seen(
     with line(tmp_path, kensa_model) as running:
         server = running.server
         server.client.put(
-            f"/models/{NAME}/threshold", json={"threshold": 0, "reason": "<i>all</i>"}
+            f"/models/{NAME}/threshold", json={"raw": 0.01, "reason": "<i>all</i>"}
         )
         for path in sorted(folder.rglob("*.png")):
             server.infer(path.read_bytes(), **{"X-Part": path.stem})
