@@ -26,11 +26,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -249,6 +249,10 @@ def _group(process: int) -> int | None:
         return None
 
 
+T = TypeVar("T", Engine, Service)
+B = TypeVar("B", OpenEngine, OpenServer)
+
+
 class Peers:
     """Starts contestants; one that cannot be is named with its reason, and the rest goes on."""
 
@@ -258,24 +262,22 @@ class Peers:
 
     def open_engines(self, stack: contextlib.ExitStack) -> list[OpenEngine]:
         """Those that can be opened, the one that others are compared with first."""
-        opened = []
-        for one in ENGINES:
-            if one.name not in self._only:
-                continue
-            with phase(f"opening {one.words}, {one.model}"), self._names_absent(one):
-                opened.append(self._engine(one))
-                stack.callback(opened[-1].end)
-        return opened
+        return self._begun(ENGINES, self._engine, stack)
 
     def start_servers(self, stack: contextlib.ExitStack) -> list[OpenServer]:
-        started = []
-        for one in SERVICES:
+        return self._begun(SERVICES, self._server, stack)
+
+    def _begun(
+        self, every: Sequence[T], begin_one: Callable[[T], B], stack: contextlib.ExitStack
+    ) -> list[B]:
+        found = []
+        for one in every:
             if one.name not in self._only:
                 continue
             with phase(f"starting {one.words}"), self._names_absent(one):
-                started.append(self._server(one))
-                stack.callback(started[-1].end)
-        return started
+                found.append(begin_one(one))
+                stack.callback(found[-1].end)
+        return found
 
     @contextlib.contextmanager
     def _names_absent(self, one: Engine | Service) -> Iterator[None]:

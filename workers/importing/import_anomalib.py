@@ -16,6 +16,7 @@ from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.meta import Kind, Meta
+from engines.runtimes.bank_search import NEIGHBOURS
 from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import REPORT, write_report
 from engines.store.golden import GOLDEN, Golden
@@ -25,7 +26,6 @@ from workers.importing.checkpoint import Checkpoint
 from workers.importing.preparation import DEFAULT_SIZE, preparation
 from workers.learning.calibrate import Budget, calibrate
 from workers.learning.dataset import MOST_BROKEN, Images, bit_depth_of, find_pictures
-from workers.models.bank_search import NEIGHBOURS
 from workers.progress import Progress
 
 CORESET_RATIO = 0.1  # anomalib's default

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines.runtimes.bank_search import NEIGHBOURS
+
 SHARES = (16, 4, 1)  # of the rows: a sixteenth is looked at for all patches, then what is left
 SURE = 16  # patches that are measured in full at once, to know how far the farthest is at least
-NEIGHBOURS = 9  # as anomalib's num_neighbors
 ROUNDING = 1e-5  # of the largest squared length: by which squared distances may be off
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from engines.errors import BadBundle, BadDataset, BadMeta
 from engines.meta import Meta
+from engines.runtimes.bank_search import NEIGHBOURS
 from engines.store.bundle import read_bank, read_coverage_radius, write_bank
 from workers.models import Training, that_count
 from workers.models.backbone import (
@@ -28,7 +29,7 @@ from workers.models.backbone import (
     extractor,
     write_weights,
 )
-from workers.models.bank_search import NEIGHBOURS, BankSearch, scores_of
+from workers.models.bank_search import BankSearch, scores_of
 from workers.models.coreset import k_centre_greedy
 from workers.models.origin import Origin
 from workers.progress import Progress, Tick
