@@ -147,13 +147,12 @@ class Watched:
         """
         self._come()
         try:
-            told = self._told
+            told, sent = self._told, self._newest.number  # those before may yet be told to others
             yield _event("state", self._state_now())
-            sent = 0
             if after is not None:
                 missed = await self._missed(after)
-                sent = missed[-1].number if missed else 0
                 if missed:
+                    sent = missed[-1].number
                     yield b"".join(self._decision(one).text for one in missed)
             while not self._stopping.is_set():
                 if told == self._told:

@@ -152,7 +152,7 @@ def test_a_part_that_lacks_a_view_is_not_true_and_who_waits_learns_why(
     client: Any, running: Line, good: Path, request: pytest.FixtureRequest
 ) -> None:
     kensa, part = client(running.server.url), f"lost {request.node.name}"
-    kensa.inspect_view(good, part, "left", 2, line="A", part_deadline_s=0.3)
+    kensa.inspect_view(good, part, "left", 2, line="A", part_deadline_s=2)
     found = kensa.part_verdict(part, line="A", wait_s=10)
     assert (found.decided, bool(found), found.verdict) == (True, False, "none")
     assert (found.missing, found.score) == (("?",), None)

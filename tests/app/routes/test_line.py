@@ -101,6 +101,20 @@ def test_who_comes_again_gets_what_was_missed_and_nothing_twice(running: Line, g
             assert stream.next()["id"] == missed[-1]
 
 
+def test_who_joins_another_who_watches_gets_what_comes_from_then_on(
+    running: Line, good: bytes
+) -> None:
+    with watching(running.server.url) as first:
+        first.next("state")
+        for knows_it in (False, True) * 4:
+            said = send(running.server, good)
+            kept = running.server.client.get(f"/decisions/{said['id']}").json()  # it is written
+            asked = {"after": kept["number"]} if knows_it else {}
+            with watching(running.server.url, params=asked) as second:
+                second.next("state")
+                assert send(running.server, good)["id"] == second.next()["id"]
+
+
 def test_of_a_long_gap_the_newest_200_are_told(running: Line, good: bytes) -> None:
     for _ in range(210):
         assert running.server.infer(good[:20]).status_code in (400, 415)

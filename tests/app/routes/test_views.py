@@ -175,12 +175,12 @@ def test_a_lost_view_is_ng_at_the_deadline_and_whoever_waits_learns_its_name(
     running: Line, good: bytes
 ) -> None:
     server, part = running.server, "lost"
-    send(server, part, "left", good, "left,top", deadline_ms=500)
+    send(server, part, "left", good, "left,top", deadline_ms=2000)
     pending = server.client.get(f"/parts/{part}/verdict", headers=TEXT)
     assert pending.text == "PENDING 1/2\n"
     began = time.monotonic()
     found = server.client.get(f"/parts/{part}/verdict", params={"wait_ms": 20_000}, headers=TEXT)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert found.text == "NG view_missing\n"
     assert found.headers["x-kensa-missing"] == "top"
     said = get(server, f"/parts/{part}/verdict")
@@ -222,7 +222,7 @@ def test_a_damaged_view_may_be_sent_again_and_is_missing_where_it_is_not(
 ) -> None:
     server, broken = running.server, good[: len(good) // 2]
     for part in ("mended", "broken"):
-        assert agreed(send(server, part, "left", broken, deadline_ms=600)) == "bad_image"
+        assert agreed(send(server, part, "left", broken, deadline_ms=3000)) == "bad_image"
         assert send(server, part, "top", good).json()["missing"] == ["left"]
     assert send(server, "mended", "left", good).json()["verdict"] == "normal"
     said = get(server, "/parts/broken/verdict", wait_ms=20_000)
@@ -359,7 +359,7 @@ def test_a_server_that_ends_decides_what_is_open_and_one_that_is_killed_forgets_
             kept = found.server.client.get("/decisions", params={"part": part}).json()["decisions"]
             assert [one["code"] for one in kept] == ["view_missing"] * decisions
             # Never OK by a view that nobody remembers.
-            said = send(found.server, part, "top", good, deadline_ms=300).json()
+            said = send(found.server, part, "top", good, deadline_ms=2000).json()
             assert said["verdict"] == "pending"
             said = get(found.server, f"/parts/{part}/verdict", wait_ms=20_000)
             assert (said["verdict"], said["missing"]) == ("none", ["?"])
