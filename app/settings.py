@@ -28,10 +28,10 @@ from engines.queue.postgres import Postgres
 
 PREFIX = "KENSA_"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a key
-MODEL_NAME = r"^[\w-]{1,64}$"  # as in engines.store.versions, which would load numpy here
+_MODEL_NAME = r"^[\w-]+$"  # as in engines.store.versions, which would load numpy here
 _HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _HOSTS = rf"^({_HOST}( *, *{_HOST})*)?$"
-_NAMES = r"^([\w-]{1,64}( *, *[\w-]{1,64})*)?$"
+_NAMES = r"^([\w-]+( *, *[\w-]+)*)?$"
 _FAULT = "(dark|bright|blurred|shifted|turned|size|frozen)"
 _FAULTS = rf"^(all|{_FAULT}( *, *{_FAULT})*)?$"
 _ORIGIN = rf"https?://{_HOST}(:[0-9]{{1,5}})?"
@@ -74,7 +74,8 @@ class Settings(BaseSettings):
         None,
         "name",
         "What the model in KENSA_MODEL_DIR is called. Without it, the name of the folder.",
-        pattern=MODEL_NAME,
+        pattern=_MODEL_NAME,
+        max_length=64,
     )
     max_upload_bytes: int = _setting(
         2 * 1024**3,

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-import psycopg
-
 from app.decisions.database import FILE, TRAIL, DecisionDatabase
 from app.decisions.decision import COLUMNS
 from app.settings import Settings
@@ -74,6 +72,8 @@ class Shared:
 
     def __init__(self, postgres: Postgres, device: str, record: int) -> None:
         """Raises psycopg.Error where the database cannot be reached, or lets nobody in."""
+        import psycopg  # here, as most servers collect nothing
+
         self._mine = (device, record)
         self._connection = psycopg.connect(postgres.connect_to, autocommit=True)
         self._connection.execute("SET lock_timeout = '5s'; SET statement_timeout = '60s'")
@@ -244,6 +244,8 @@ class Collector:
         self.problem = None
 
     def _fails(self, error: Exception) -> None:
+        import psycopg
+
         assert self._postgres is not None
         said = self._postgres.shown(error)
         problem = (

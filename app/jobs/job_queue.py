@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from app.jobs.queue_database import connect, reach
 from engines.errors import (
     BadRequest,
     Conflict,
@@ -125,6 +124,8 @@ class JobQueue:
             self._try_to_reach(self._fleet)
             return
         try:
+            from app.jobs.queue_database import connect  # half a second, beside what opens models
+
             self._client = connect(self._data)
             self._problem = None
         except Exception as error:  # DBOS and SQLAlchemy raise what they like
@@ -134,6 +135,8 @@ class JobQueue:
     def _try_to_reach(self, fleet: Fleet) -> None:
         """Connect to the database that several machines share, and look after the connection."""
         try:
+            from app.jobs.queue_database import reach
+
             self._client = reach(fleet)
             self._answered = time.monotonic()
             self._problem = None
@@ -486,6 +489,14 @@ class JobQueue:
         if self._client is None or (self._fleet and self.problem):
             raise NoWorker(self.problem or "The queue is being opened; try again in a few seconds.")
         return self._client
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What may be raised where the queue is asked for something."""
+    from dbos import error
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return KensaError, SQLAlchemyError, error.DBOSException
 
 
 @contextlib.contextmanager

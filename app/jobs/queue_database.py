@@ -15,7 +15,8 @@ from dbos import DBOS, DBOSClient
 
 from engines.errors import NoWorker
 from engines.queue.fleet import Fleet
-from engines.queue.protocol import APPLICATION, DATABASE, JsonSerializer, database_url
+from engines.queue.json_rows import JsonSerializer
+from engines.queue.protocol import APPLICATION, DATABASE, database_url
 
 log = logging.getLogger("kensa")
 

@@ -19,9 +19,10 @@ from app.http.uploads import Part, receive, upload_folder
 from app.settings import Settings
 from engines.errors import BadRequest, Conflict, KensaError
 from engines.image import ImageLimits, kind_of, readable_kind
-from engines.store.datasets import CATEGORY, Datasets, Split, read_file
+from engines.store.datasets import Datasets, Split, read_file
 from engines.store.image_names import checked_name
 from engines.store.image_zip import is_zip, unzip
+from engines.store.versions import NAME, NAME_LENGTH
 
 
 class CategoryBody(Body):
@@ -90,7 +91,13 @@ MANY = 1000  # images on one page of a list
 NAMED = 10  # names of files that were passed over, for each reason
 
 Category = Annotated[
-    str, InPath(pattern=CATEGORY, description="What the images show.", examples=["bracket"])
+    str,
+    InPath(
+        pattern=NAME,
+        max_length=NAME_LENGTH,
+        description="What the images show.",
+        examples=["bracket"],
+    ),
 ]
 Which = Annotated[
     Split,

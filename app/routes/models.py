@@ -38,7 +38,7 @@ from engines.store.bundle import ONNX
 from engines.store.challenges import Outcome
 from engines.store.datasets import Datasets, room
 from engines.store.regions import never_counts
-from engines.store.versions import GATE, MANIFEST, META, NAME, Store, stamp
+from engines.store.versions import GATE, MANIFEST, META, NAME, NAME_LENGTH, Store, stamp
 from engines.verdict import Label, Scale
 
 
@@ -461,7 +461,12 @@ async def take_in(
     response: Response,
     name: Annotated[
         str,
-        Query(description="What to call it.", pattern=NAME, examples=["bracket"]),
+        Query(
+            description="What to call it.",
+            pattern=NAME,
+            max_length=NAME_LENGTH,
+            examples=["bracket"],
+        ),
     ],
     activate: Annotated[
         bool,

@@ -12,11 +12,8 @@ import logging
 import time
 from typing import Literal
 
-from dbos import error as dbos_error
-from sqlalchemy.exc import SQLAlchemyError
-
-from app.jobs.job_queue import KEPT, JobQueue
-from engines.errors import Conflict, KensaError, NoWorker
+from app.jobs.job_queue import KEPT, JobQueue, failures
+from engines.errors import Conflict, NoWorker
 from engines.queue.job_requests import ConvertRequest
 from engines.serving.resident import Residents
 
@@ -65,7 +62,7 @@ class StalePlans:
             except (Conflict, NoWorker):  # its next version may bring one; the queue is not open
                 self._not_before = time.monotonic() + AGAIN_AFTER_S
                 continue
-            except (KensaError, SQLAlchemyError, dbos_error.DBOSException) as error:
+            except failures() as error:
                 self._not_before = time.monotonic() + AGAIN_AFTER_S
                 log.error("No job can be queued that builds the plan of %s: %s", name, error)
                 continue

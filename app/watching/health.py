@@ -15,13 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dbos import error as dbos_error
-from sqlalchemy.exc import SQLAlchemyError
-
 from app.background import Background
 from app.decisions.collector import Collector
 from app.decisions.recorder import Recorder
-from app.jobs.job_queue import JobQueue
+from app.jobs.job_queue import JobQueue, failures
 from app.jobs.worker_process import WorkerProcess
 from app.serving.drift import WATCHED, Change
 from app.serving.inspection import Inspector
@@ -223,7 +220,7 @@ class JobCounts:
             return self._jobs.count()
         except KensaError as error:
             return str(error)
-        except (SQLAlchemyError, dbos_error.DBOSException) as error:
+        except failures() as error:
             return f"The queue does not answer: {' '.join(str(error).split())[:200]}."
 
 

@@ -15,7 +15,7 @@ from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
 from engines.meta import FIRST, Kind, Meta, of_kind
 from engines.nvidia.library import TARGET, TARGETS
-from engines.store.versions import NAME, Store, is_name
+from engines.store.versions import NAME, NAME_LENGTH, Store, is_name
 
 MAX_KEYS = 100  # that are unknown each get a line from pydantic, and hold Python's lock
 MAX_META = 16 * 1024  # bytes as JSON: it stands in every list of jobs
@@ -57,7 +57,9 @@ class JobRequest(BaseModel):
 class VersionRequest(JobRequest):
     """What jobs have in common that make a version of a model."""
 
-    model: str = Field(pattern=NAME, description="The model's name in this server.")
+    model: str = Field(
+        pattern=NAME, max_length=NAME_LENGTH, description="The model's name in this server."
+    )
     version: str | None = Field(
         None, description="The version to start from; without it, the live one, or the newest."
     )
@@ -97,7 +99,9 @@ class RetrainRequest(VersionRequest):
         json_schema_extra={"examples": [{"model": "my-part", "category": "my-part"}]}
     )
 
-    category: str = Field(pattern=NAME, description="The dataset, as in /datasets.")
+    category: str = Field(
+        pattern=NAME, max_length=NAME_LENGTH, description="The dataset, as in /datasets."
+    )
     kind: Kind | None = Field(
         None,
         description="For a first training; without it, PatchCore. To begin anew with a model whose"
@@ -217,7 +221,10 @@ class ConvertRequest(VersionRequest):
         " category. Those that would change scores or verdicts too much stay in float32.",
     )
     category: str | None = Field(
-        None, pattern=NAME, description="For int8: the dataset to measure ranges and AUROC on."
+        None,
+        pattern=NAME,
+        max_length=NAME_LENGTH,
+        description="For int8: the dataset to measure ranges and AUROC on.",
     )
     workspace: int = Field(4096, ge=1, le=1_048_576, description="MiB for building a plan.")
     use_dla: bool = Field(False, description="Use the accelerator of a Jetson that has one.")
@@ -260,7 +267,9 @@ class TeacherRequest(JobRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"category": "my-part"}]})
 
     category: str = Field(
-        pattern=NAME, description="The dataset whose training images it learns from."
+        pattern=NAME,
+        max_length=NAME_LENGTH,
+        description="The dataset whose training images it learns from.",
     )
     teacher: str = Field(
         "teacher.pth",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
-
 from engines.errors import BadSettings
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 # Of every connection: none hangs for long on a network that is gone.
 _PATIENCE = {
@@ -34,6 +35,9 @@ class Postgres:
         Raises:
             BadSettings: it is no PostgreSQL URL.
         """
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
         try:
             url = make_url(text)
         except (ArgumentError, ValueError):

@@ -6,14 +6,14 @@ files, see `job_folder.py`; what is learned again and again too, see `schedules.
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from dbos import EnqueueOptions, Serializer, WorkflowStatus
+from typing import TYPE_CHECKING
 
 from engines.queue.fleet import Fleet
+
+if TYPE_CHECKING:
+    from dbos import EnqueueOptions, WorkflowStatus
 
 APPLICATION = "kensa"
 QUEUE = "jobs"
@@ -67,22 +67,5 @@ def enqueue_options(
     return options
 
 
-class JsonSerializer(Serializer):
-    """The queue holds JSON. DBOS's own choice is pickle, which would run what others wrote."""
-
-    def serialize(self, data: Any) -> str:
-        return json.dumps(data, default=_as_text)
-
-    def deserialize(cls, serialized_data: str) -> Any:  # noqa: N805 (as DBOS declares it)
-        return json.loads(serialized_data)
-
-    def name(self) -> str:
-        return "kensa_json"
-
-
 def database_url(data: Path, fleet: Fleet | None = None) -> str:
     return fleet.database_url if fleet else f"sqlite:///{data / DATABASE}"
-
-
-def _as_text(value: Any) -> str:
-    return f"{type(value).__name__}: {value}"

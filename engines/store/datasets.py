@@ -46,7 +46,6 @@ from engines.store.versions import is_name
 
 Split = Literal["train", "normal", "anomaly"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-CATEGORY = r"^[\w-]{1,64}$"
 THUMBNAIL = 256  # longer side, pixels
 MAX_LISTED = 64  # folders whose names are kept in memory
 SETTLED_NS = 1_000_000_000  # a folder that changes twice within a tick of the clock has one mtime

@@ -20,7 +20,7 @@ from engines.queue.job_folder import JobFolder
 from engines.queue.job_requests import RetrainRequest, weights_in
 from engines.store.bundle import ONNX, PLAN
 from engines.store.shared import Shared
-from engines.store.versions import NAME, Store
+from engines.store.versions import Store, is_name
 from workers.jobs import parent_and_child
 
 RELAY_EVERY_S = 1.0  # progress and log, through the shared store
@@ -146,7 +146,9 @@ def checked(wanted: dict[str, Any]) -> tuple[str, str]:
     Raises:
         BadBundle: they may not.
     """
-    for key, pattern in (("device", DEVICE), ("model", NAME)):
-        if not re.fullmatch(pattern, str(wanted.get(key))):
+    device, model = str(wanted.get("device")), str(wanted.get("model"))
+    good = {"device": re.fullmatch(DEVICE, device), "model": is_name(model)}
+    for key in good:
+        if not good[key]:
             raise BadBundle(f"The queue names a {key} {wanted.get(key)!r}, which is no name.")
-    return wanted["device"], wanted["model"]
+    return device, model

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engines.errors import EXIT_CODE
 from engines.queue.fleet import Fleet
+from engines.queue.json_rows import JsonSerializer
 from engines.queue.protocol import (
     ACTIVE,
     APP_VERSION,
@@ -22,7 +23,6 @@ from engines.queue.protocol import (
     DATABASE,
     QUEUE,
     WORKFLOW,
-    JsonSerializer,
     database_url,
     enqueue_options,
     scheduled_id,
