@@ -56,9 +56,6 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     _parser().parse_args()
-    # Before numpy is loaded: OpenBLAS would take a thread for each core away from the engine,
-    # which doubles the latency.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()  # nothing of what is loaded is garbage: to look for it takes a sixth of the time
     from engines.machine.memory import keep_together
 

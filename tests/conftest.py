@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import engines  # noqa: F401 (before numpy)
 from support.project import ASSETS, run, write_meta
 
 if TYPE_CHECKING:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from engines.runtimes import bank_search
 from engines.runtimes.bank_search import NEIGHBOURS, Search
+from support.project import ROOT
 
 Floats = NDArray[np.float32]
 
@@ -133,6 +138,21 @@ def test_one_thread_and_several_find_the_same_to_the_bit() -> None:
     alone, together = (Search(bank, threads=count).score(picture) for count in (1, 3))
     assert alone[0] == together[0]
     np.testing.assert_array_equal(alone[1], together[1])
+
+
+@pytest.mark.parametrize("first", ["app.__main__", "workers.jobs.job_process", "workers.learn"])
+def test_numpy_takes_no_threads_of_its_own_where_a_bank_is_searched(first: str) -> None:
+    asks = (
+        f"import {first}, numpy, threadpoolctl\n"
+        "print({one['num_threads'] for one in threadpoolctl.threadpool_info()"
+        " if 'numpy' in one['filepath']})"
+    )
+    unset = {name: given for name, given in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    said = subprocess.run(
+        [sys.executable, "-c", asks], cwd=ROOT, env=unset, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert said.stdout == "{1}\n"
 
 
 def test_an_embedding_that_is_no_number_is_no_score() -> None:
