@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import logging
@@ -22,8 +23,10 @@ from workers.progress import Progress
 # It has to be said before torch is loaded, and the commands load torch after this file.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # torch and what comes with it make 600,000 objects, none of which is garbage: to look for some
-# after each 700, as Python does, is a seventh of the time that it takes to load them.
+# after each 700, as Python does, is a seventh of the time that it takes to load them, and to look
+# through all of them at the end is a second.
 gc.set_threshold(50_000)
+atexit.register(gc.freeze)
 
 FEW_PARTS = 20  # under so many a threshold says little
 
