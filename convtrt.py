@@ -34,8 +34,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " the weights)")  # fmt: skip
     add("--opset", type=int, choices=(17, 18), default=17, help="ONNX opset (default 17)")
     add("--fp16", action="store_true", help="backbone in half precision; distances stay in float32")
-    add("--int8", action="store_true", help="convolutions in int8, with ranges from pictures of"
-        " normal parts: the golden images, and those of --category. Those that would change scores"
+    add("--int8", action="store_true", help="convolutions in int8, with ranges from pictures:"
+        " the golden images, and normal ones of --category. Those that would change scores"
         " or verdicts too much stay in float32; refused where none may")  # fmt: skip
     add("--data_root", type=Path, metavar="D", help="with --int8: folder of train/ and test/")
     add("--category", metavar="C", help="with --int8: whose training images give the ranges, and"

@@ -114,12 +114,12 @@ class _Judged:
 
 
 def to_int8(
-    path: Path, normals: NDArray[np.uint8], proof: Proof, progress: Progress
+    path: Path, seen: NDArray[np.uint8], proof: Proof, progress: Progress
 ) -> dict[str, Any]:
     """Rewrite a graph in float32 so that it computes in int8 and still passes its proof.
 
     Args:
-        normals: (n, S, S, 3) normal parts, for the ranges.
+        seen: (n, S, S, 3) pictures of parts, for the ranges.
 
     Returns:
         What report.json says of it.
@@ -127,7 +127,7 @@ def to_int8(
     Raises:
         BadBundle: no convolution may compute in int8, or there is none.
     """
-    search = _Search(path, normals, proof, progress)
+    search = _Search(path, seen, proof, progress)
     found = search.all_of_them()
     left_out: list[str] = []
     if not found.ok:
@@ -158,13 +158,13 @@ class _Search:
     """Tries which convolutions may compute in int8. `path` holds what was tried last."""
 
     def __init__(
-        self, path: Path, normals: NDArray[np.uint8], proof: Proof, progress: Progress
+        self, path: Path, seen: NDArray[np.uint8], proof: Proof, progress: Progress
     ) -> None:
         self._path, self._proof, self._progress = path, proof, progress
         self._plain = path.read_bytes()
         self.multiplications = convolutions(path)
         self._names = list(self.multiplications)
-        self._reach = measure(path, normals, progress.phase("ranges"))
+        self._reach = measure(path, seen, progress.phase("ranges"))
 
     def write(self, chosen: list[str]) -> None:
         self._path.write_bytes(self._plain)

@@ -402,7 +402,7 @@ def test_int8_says_where_its_ranges_come_from_and_what_it_costs(
     found = report["int8"]
     assert found["convolutions"] == found["of"] > 3
     assert (found["share"], found["float32"]) == (1.0, [])
-    assert found["ranges"] == "3 golden images and 8 training images of sample_bracket"
+    assert found["ranges"] == "8 golden images and 8 training images of sample_bracket"
     assert found["auroc"]["images"] == 8
     assert found["auroc"]["int8"] >= found["auroc"]["float32"] - int8.AUROC_DROP
     assert found["auroc"]["flips"] == 0
