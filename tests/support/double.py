@@ -74,6 +74,8 @@ def doubled(
     variables = environment(version, device, memory_mib, KENSA_DOUBLE_CRASH="raise", **more)
     kept = {name: os.environ.get(name) for name in variables}
     modules = _forget(users)
+    gc.collect()
+    gc.freeze()  # so that `assert_clean` looks at what came since, and not at all of torch
     os.environ.update(variables)
     sys.path.insert(0, _folder(version))
     names = ("tensorrt", "pycuda.driver") if version != RTX else ("tensorrt_rtx", KEEPS)
