@@ -6,6 +6,7 @@ The judges are the formula of PatchCore written out in numpy, and anomalib's own
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle, RuntimeFailed
 from engines.files import sha256
+from engines.image import resize
+from engines.meta import Meta
 from engines.runtimes import ALONE, Batches, Runtime, cuda
 from engines.runtimes.compiled_cache import usable_cache
 from engines.runtimes.cuda import gpu
@@ -43,7 +47,7 @@ Images = NDArray[np.uint8]
 Opener = Callable[[Path, Bank | None], Runtime]
 
 NEIGHBOURS = 9  # anomalib's num_neighbors
-SIZE, CHANNELS, PATCHES = 256, 384, (32, 32)  # of resnet18, layer2 and layer3
+SIZE, CHANNELS, PATCHES = 128, 384, (16, 16)  # of resnet18, layer2 and layer3
 
 
 Node = tuple[str, list[str], str, dict[str, Any]]  # what it does, to what, its name, how
@@ -160,7 +164,21 @@ def in_batches(onnx: Path, bank: Bank | None) -> Runtime:
     return runtime
 
 
-@pytest.fixture(scope="module", params=OPENERS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Which kinds a test runs: each beside those whose code it shares would prove nothing more.
+
+    A bank is searched in float32 whatever is asked for, and what takes no parts takes no batches.
+    """
+    if "kind" not in metafunc.fixturenames:
+        return
+    needless = {"openvino-bf16"} if "bank" in metafunc.fixturenames else set()
+    if "runtime" not in metafunc.fixturenames:
+        needless.add("openvino-f32-in-batches")
+    names = [name for name in OPENERS if name not in needless]
+    metafunc.parametrize("kind", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
     found = OPENERS[request.param]
     if not found.available():
@@ -170,8 +188,24 @@ def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
 
 
 @pytest.fixture(scope="module")
-def graph(kensa_model: Path) -> Path:
-    return kensa_model / "model.onnx"
+def model(trained: Path) -> Any:
+    """The torch model; its pictures are smaller than it learned, for the sake of time."""
+    from workers.models import patchcore
+
+    meta = Meta.read(trained / "meta.json").with_(image_size=SIZE)
+    built = patchcore.build(meta, trained / "model.pth")
+    patchcore.load(built, trained / "memory_bank.npz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def graph(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from workers.converting.export import export_onnx
+    from workers.models import patchcore
+
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    export_onnx(*patchcore.graph(model, half=False), path, 17)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -185,20 +219,16 @@ def bank(kensa_model: Path) -> Bank:
 def images(kensa_model: Path) -> Images:
     """Good and bad parts (N, S, S, 3), and a picture of noise."""
     with np.load(kensa_model / "golden.npz") as file:
-        parts = file["images"][::4]
+        parts = np.stack([resize(image, SIZE) for image in file["images"][::4]])
     noise = np.random.default_rng(0).integers(0, 256, parts[:1].shape, dtype=np.uint8)
     return np.concatenate([parts, noise])
 
 
 @pytest.fixture(scope="module")
-def embeddings(trained: Path, images: Images) -> NDArray[np.float32]:
+def embeddings(model: Any, images: Images) -> NDArray[np.float32]:
     """(N, patches, C) of `images`, from the torch model in float32."""
     import torch
 
-    from engines.meta import Meta
-    from workers.models import patchcore
-
-    model = patchcore.build(Meta.read(trained / "meta.json"), trained / "model.pth")
     with torch.inference_mode():
         return np.asarray(model.embed(torch.from_numpy(images))[0].numpy())
 
@@ -330,7 +360,7 @@ def test_a_batch_scores_like_its_images_one_by_one(
         np.testing.assert_allclose(one[0], maps[i], atol=10 * kind.relative * maps[i].max())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [1, 4, 5])
 def test_a_batch_of_any_size_is_scored_whatever_size_the_runtime_is_ready_for(
     runtime: Runtime, images: Images, count: int
 ) -> None:
@@ -399,7 +429,7 @@ def test_an_image_always_scores_the_same_whatever_came_before(
 ) -> None:
     """OpenVINO with share_inputs now and then scored the image before."""
     expected = [runtime.infer(image[None])[0][0] for image in images]
-    order = np.random.default_rng(1).permutation(np.repeat(np.arange(len(images)), 8))
+    order = np.random.default_rng(1).permutation(np.repeat(np.arange(len(images)), 6))
     # All are kept: memory that is in use moves where the next buffers lie.
     kept = [(i, *runtime.infer(images[i : i + 1].copy())) for i in order]
     first = {i: maps for i, _, maps in reversed(kept)}
@@ -412,7 +442,7 @@ def test_runtimes_opened_and_dropped_one_after_another_score_the_same(
     kind: Kind, graph: Path, images: Images, bank: Bank
 ) -> None:
     kept = []
-    for turn in range(4):
+    for turn in range(3):
         runtime = kind.open(graph, bank.copy())
         order = np.roll(np.arange(len(images)), turn)
         found = {i: runtime.infer(images[i][None]) for i in order}
@@ -522,7 +552,8 @@ def test_a_map_that_is_no_number_is_no_score_and_its_neighbours_keep_theirs(
     spot[2, 1] = red[0, 0]  # one pixel is enough
     alone, _ = runtime.infer(white[None])
     assert np.isfinite(alone).all()
-    for broken in (red, spot):
+    for together, broken in product((ALONE, Batches(3)), (red, spot)):
+        runtime.take_together(together)
         scores, _ = runtime.infer(np.stack([white, broken, white]))
         assert [np.isfinite(score) for score in scores] == [True, False, True]
         assert scores[0] == scores[2] == pytest.approx(alone[0], rel=kind.bankless)
@@ -534,8 +565,8 @@ def test_a_map_that_is_no_number_is_no_score_and_its_neighbours_keep_theirs(
 # What is refused
 
 
-@pytest.mark.parametrize("shape", [(1, 255, 256, 3), (1, 128, 128, 3), (1, 256, 256, 1),
-                                   (256, 256, 3), (1, 3, 256, 256)])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 127, 128, 3), (1, 64, 64, 3), (1, 128, 128, 1),
+                                   (128, 128, 3), (1, 3, 128, 128)])  # fmt: skip
 def test_an_image_of_another_shape_fails_and_the_next_one_does_not(
     runtime: Runtime, images: Images, shape: tuple[int, ...]
 ) -> None:
@@ -775,6 +806,7 @@ def test_the_second_start_reads_what_the_first_one_compiled(
     kensa_model: Path, images: Images, tmp_path: Path
 ) -> None:
     bundle = Bundle.open(kensa_model)
+    images = np.stack([resize(image, bundle.meta.image_size) for image in images])
     scores = []
     for turn in range(2):
         runtime = OpenVINORuntime.open(bundle, precision="f32", cache_dir=tmp_path)
@@ -803,10 +835,10 @@ def test_networks_for_batches_are_in_the_cache_of_the_next_start_too(
 
 
 def test_the_cache_of_one_training_is_not_taken_for_another(
-    own_model: Path, images: Images, bank: Bank, tmp_path: Path
+    graph: Path, images: Images, bank: Bank, tmp_path: Path
 ) -> None:
     """The graphs have the same path, size and shape, and differ in one weight."""
-    graph, cache = own_model / "model.onnx", tmp_path / "cache"
+    graph, cache = Path(shutil.copy(graph, tmp_path)), tmp_path / "cache"
     first = OpenVINORuntime(graph, bank, cache_dir=cache).infer(images[:1])[0][0]
     model = onnx.load(graph)
     weight = next(w for w in model.graph.initializer if len(w.dims) == 4)
@@ -859,15 +891,18 @@ def peak_while_inferring(graph: Path, rows: int) -> float:
     """Peak resident memory in MiB of a process that infers with a bank of so many rows."""
     done = subprocess.run(
         [sys.executable, "-c", INFER_AND_MEASURE, graph, str(rows)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     return int(done.stdout) / 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_memory_while_inferring_grows_by_a_fifth_more_than_the_bank_at_most(graph: Path) -> None:
+def test_memory_while_inferring_grows_by_a_fifth_more_than_the_bank_at_most(
+    kensa_model: Path,
+) -> None:
     """With the bank as a constant of a graph it is 1.4 to 3.3 times."""
     rows = 2_000, 22_000
+    graph = kensa_model / "model.onnx"
     small, large = (peak_while_inferring(graph, n) for n in rows)
     of_bank = (rows[1] - rows[0]) * CHANNELS * 4 / 2**20
     assert large - small > 0.9 * of_bank  # or what is measured is not the bank
