@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # As the commands set it, before anything loads torch: threads that spin take the other core away.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nor does each of the processes that tests start compile the project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # A shell that starts the tests in the background has Ctrl-C ignored, also by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def learn(folder: Path, *words: str | Path, **variables: str) -> subprocess.Comp
         command(*words), cwd=folder, env=environment(folder, **variables),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Typed:
+    """The same where no server runs, in this process: it has torch already."""
+    monkeypatch.chdir(tmp_path)
+
+    def learn(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, said.out, said.err)
+
+    return learn
 
 
 def printed(said: str, label: str) -> str:
@@ -130,17 +149,17 @@ def test_a_folder_becomes_a_model_and_the_last_lines_serve_it(
 
 
 def test_what_is_learned_again_takes_the_place_of_what_was_there(
-    good: Path, parts: Path, tmp_path: Path
+    good: Path, parts: Path, tmp_path: Path, typed: Typed
 ) -> None:
     page = tmp_path / "models" / "bolt" / "evaluation" / "evaluation.json"
     page.parent.mkdir(parents=True)
     page.write_text("{}")  # of a model that was there before
-    first = learn(tmp_path, good, "--name", "bolt")
+    first = typed(good, "--name", "bolt")
     assert first.returncode == 0, first.stderr
     assert not page.parent.exists()
     before = Bundle.open(tmp_path / "models" / "bolt" / "engine").meta
     (good / "0000.png").unlink()
-    again = learn(tmp_path, good, "--name", "bolt", "--good", parts / "test" / CATEGORY / "normal")
+    again = typed(good, "--name", "bolt", "--good", parts / "test" / CATEGORY / "normal")
     assert again.returncode == 0, again.stderr
     after = Bundle.open(tmp_path / "models" / "bolt" / "engine").meta
     assert before.calibration is not None
@@ -217,18 +236,27 @@ def test_beside_a_server_it_goes_live_and_judges(good: Path, tmp_path: Path) -> 
         assert told["origin"]["learned"] == str(good)
 
 
+def handed_over(engine: Path, good: Path, url: str, folder: Path) -> str:
+    """What the command says in the end, of a model that was learned before."""
+    shutil.copytree(engine, folder / "out" / "engine")
+    server = Server(url, folder / "data")
+    request = Learn(good, "bolt", folder / "out", server=server)
+    return "\n".join(_published(request, server, good / "0000.png"))
+
+
 @needs_curl
-def test_what_the_gate_holds_can_be_let_in_as_it_says(good: Path, tmp_path: Path) -> None:
+def test_what_the_gate_holds_can_be_let_in_as_it_says(
+    good: Path, kensa_model: Path, tmp_path: Path
+) -> None:
     with serving(tmp_path, KENSA_GATE_FOUND="1") as server:
-        done = learn(tmp_path, good, "--name", "bolt")
-        assert done.returncode == 0, done.stdout + done.stderr
+        said = handed_over(kensa_model, good, server.url, tmp_path)
         version = Store(tmp_path / "data" / "models").versions("bolt")[-1]
-        held = printed(done.stdout, "held")
+        held = printed(said, "held")
         assert held.startswith(f"bolt {version}: ")
         assert "drawn" in held
         answer = server.client.post("/infer?model=bolt", files={"file": seeds()["png_colour"]})
         assert answer.status_code != 200
-        in_a_shell(printed(done.stdout, "let it in"), tmp_path)
+        in_a_shell(printed(said, "let it in"), tmp_path)
         until(lambda: server.client.get("/models/bolt").json()["live"] == version)
 
 
@@ -264,12 +292,12 @@ def test_what_was_handed_over_is_taken_back_by_ctrl_c_unless_it_judges(
 
 
 @needs_curl
-def test_where_keys_are_wanted_the_line_has_a_place_for_one(good: Path, tmp_path: Path) -> None:
+def test_where_keys_are_wanted_the_line_has_a_place_for_one(
+    good: Path, kensa_model: Path, tmp_path: Path
+) -> None:
     key = add_key(tmp_path / "data" / "keys.json", "line-3", "line")
-    with serving(tmp_path):
-        done = learn(tmp_path, good, "--name", "bolt")
-        assert done.returncode == 0, done.stdout + done.stderr
-        ask = printed(done.stdout, "try it")
+    with serving(tmp_path) as server:
+        ask = printed(handed_over(kensa_model, good, server.url, tmp_path), "try it")
         assert "-H 'X-API-Key: KEY'" in ask
         answer = in_a_shell(ask.replace("X-API-Key: KEY", f"X-API-Key: {key}"), tmp_path)
         assert answer["model_name"] == "bolt"
@@ -301,52 +329,54 @@ def test_too_few_pictures_are_counted(good: Path, tmp_path: Path) -> None:
     assert "has 3 different pictures, and it takes 4" in said
 
 
-def test_copies_count_once(good: Path, tmp_path: Path) -> None:
+def test_copies_count_once(good: Path, tmp_path: Path, typed: Typed) -> None:
     first, *others = sorted(good.iterdir())
     for path in others[2:]:
         path.write_bytes(first.read_bytes())
-    done = learn(tmp_path, good)
+    done = typed(good)
     assert "has 3 different pictures" in refused(done)
 
 
-def test_broken_pictures_are_named(good: Path, tmp_path: Path) -> None:
+def test_broken_pictures_are_named(good: Path, tmp_path: Path, typed: Typed) -> None:
     for name in ("0001.png", "0002.png"):
         (good / name).write_bytes((good / name).read_bytes()[:500])
-    said = refused(learn(tmp_path, good))
+    said = refused(typed(good))
     assert "0001.png" in said
     assert "2 of 6 pictures cannot be read" in said
 
 
-def test_what_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
-    assert "nowhere is no folder: FOLDER names" in refused(learn(tmp_path, "nowhere"))
+def test_what_is_not_there_is_named(good: Path, tmp_path: Path, typed: Typed) -> None:
+    assert "nowhere is no folder: FOLDER names" in refused(typed("nowhere"))
     file = good / "0000.png"
-    assert "is no folder: --defects names" in refused(learn(tmp_path, good, "--defects", file))
-    assert "is no folder: --good names" in refused(learn(tmp_path, good, "--good", "nowhere"))
+    assert "is no folder: --defects names" in refused(typed(good, "--defects", file))
+    assert "is no folder: --good names" in refused(typed(good, "--good", "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "/empty holds no images" in refused(learn(tmp_path, "empty"))
+    assert "/empty holds no images" in refused(typed("empty"))
     (tmp_path / "!!!").mkdir()
-    assert "!!! no name for a model can be made" in refused(learn(tmp_path, "!!!"))
-    assert "is no name for a model" in refused(learn(tmp_path, good, "--name", "a/b"))
+    assert "!!! no name for a model can be made" in refused(typed("!!!"))
+    assert "is no name for a model" in refused(typed(good, "--name", "a/b"))
     assert not (tmp_path / "models").exists(), "what is refused leaves nothing"
 
 
 def test_folders_to_measure_with_hold_pictures_that_are_not_learned(
-    good: Path, tmp_path: Path
+    good: Path, tmp_path: Path, typed: Typed
 ) -> None:
     (tmp_path / "empty").mkdir()
     for flag in ("--defects", "--good"):
-        assert f"{flag} names a folder with some" in refused(learn(tmp_path, good, flag, "empty"))
-        said = refused(learn(tmp_path, good, flag, good))
+        assert f"{flag} names a folder with some" in refused(typed(good, flag, "empty"))
+        said = refused(typed(good, flag, good))
         assert f"{GOOD} pictures to measure with are among those of" in said
 
 
-def test_what_a_command_is_told_to_do_it_has_a_flag_for(good: Path, tmp_path: Path) -> None:
-    said = refused(learn(tmp_path, good, "--pretrained_pth", "gone.pth"))
+def test_what_a_command_is_told_to_do_it_has_a_flag_for(
+    good: Path, tmp_path: Path, typed: Typed
+) -> None:
+    said = refused(typed(good, "--pretrained_pth", "gone.pth"))
     assert "gone.pth does not exist" in said
     for path in good.iterdir():  # as of a camera of 12 bits
         Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path)
         path.write_bytes(path.read_bytes() + path.name.encode())  # no two of them the same
-    assert "--bit_depth" in learn(tmp_path, good).stderr.splitlines()[-1]
+    assert "--bit_depth" in typed(good).stderr.splitlines()[-1]
     assert parse([str(good), "--bit_depth", "12"]).bit_depth == 12
 
 
@@ -368,11 +398,13 @@ def test_the_printed_line_names_the_picture_whatever_it_is_called(
     assert done.returncode == cannot_connect != cannot_read, line
 
 
-def test_what_stands_in_the_way_of_its_links_is_left_alone(good: Path, tmp_path: Path) -> None:
+def test_what_stands_in_the_way_of_its_links_is_left_alone(
+    good: Path, tmp_path: Path, typed: Typed
+) -> None:
     mine = tmp_path / "models" / "bolt" / "data" / "train" / "bolt" / "mine.png"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    done = learn(tmp_path, good, "--name", "bolt")
+    done = typed(good, "--name", "bolt")
     assert done.returncode == 2
     assert "is in the way" in done.stderr
     assert "2/5" not in done.stderr

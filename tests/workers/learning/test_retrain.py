@@ -63,8 +63,8 @@ def put_strange(folder: Path, *names: str) -> None:
 class Line:
     """A folder of pictures, and what is learned from them."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(self, folder: Path, kind: str, kept: Path | None = None) -> None:
+        self.folder, self.kind, self.kept = folder, kind, kept
         self.data = folder / "data"
         self.train = self.data / "train" / CATEGORY
         self.test = self.data / "test" / CATEGORY
@@ -85,6 +85,19 @@ class Line:
 
     def learn(self, **changes: Any) -> dict[str, Any]:
         return retrain(self.request(**changes), QUIET)
+
+    def begin(self, count: int) -> dict[str, Any]:
+        """Put so many parts there and learn them, or take what an earlier test learned of them."""
+        put(self.train, *range(count))
+        assert self.kept is not None
+        kept = self.kept / f"{self.kind}_{count}"
+        if not kept.exists():
+            self.learn()
+            shutil.copytree(self.out, kept)
+        else:
+            shutil.copytree(kept, self.out)
+        report: dict[str, Any] = json.loads((kept / "report.json").read_text())
+        return report
 
     def go_on(self, progress: Progress = QUIET, **changes: Any) -> dict[str, Any]:
         """Update what lies in `out` from the pictures that are there now."""
@@ -113,14 +126,26 @@ class Line:
             return len(file["embeddings"]) if self.kind == "patchcore" else int(file["count"])
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was learned once for several tests. They take copies."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture(params=KINDS)
-def line(request: pytest.FixtureRequest, tmp_path: Path) -> Line:
-    return Line(tmp_path, request.param)
+def line(request: pytest.FixtureRequest, tmp_path: Path, kept: Path) -> Line:
+    return Line(tmp_path, request.param, kept)
+
+
+# Of what lies in no kind, but in what is done with any.
+of_one_kind = pytest.mark.parametrize(
+    "line", ["patchcore", pytest.param("padim", marks=pytest.mark.soak)], indirect=True
+)
 
 
 @pytest.fixture
-def patchcore(tmp_path: Path) -> Line:
-    return Line(tmp_path, "patchcore")
+def patchcore(tmp_path: Path, kept: Path) -> Line:
+    return Line(tmp_path, "patchcore", kept)
 
 
 @pytest.fixture
@@ -131,11 +156,11 @@ def padim(tmp_path: Path) -> Line:
 # ---- from nothing -----------------------------------------------------------------------------
 
 
+@of_one_kind
 def test_a_new_training_resizes_each_axis_by_itself_and_an_update_as_its_model_does(
     line: Line,
 ) -> None:
-    put(line.train, *range(6))
-    line.learn()
+    line.begin(6)
     assert line.written()["resize"] == "each_axis"
     put(line.train, 6)
     line.go_on()
@@ -162,8 +187,7 @@ def test_long_pictures_are_told_in_log_summary_and_report(patchcore: Line) -> No
 
 
 def test_every_picture_is_learned_and_scored_by_what_had_not_learned_it(line: Line) -> None:
-    put(line.train, *range(10))
-    report = line.learn()
+    report = line.begin(10)
     assert report["images"] == {"learned": 10, "known": 0, "strange": [], "skipped": {}}
     found = report["calibration"]
     assert (found["method"], found["normals"], found["defects"]) == ("left_out", 10, 0)
@@ -176,9 +200,9 @@ def test_every_picture_is_learned_and_scored_by_what_had_not_learned_it(line: Li
     assert found["drawn"]["of"] == 16
 
 
+@of_one_kind
 def test_golden_images_are_of_the_training_where_there_are_no_others(line: Line) -> None:
-    put(line.train, *range(10))
-    line.learn()
+    line.begin(10)
     golden = Golden.read(line.out, 64)
     assert golden is not None
     assert len(golden.images) == 8
@@ -186,6 +210,7 @@ def test_golden_images_are_of_the_training_where_there_are_no_others(line: Line)
     assert not golden.defective.any()
 
 
+@of_one_kind
 def test_test_images_that_were_learned_are_not_asked_for_the_threshold(line: Line) -> None:
     put(line.train, *range(10))
     put(line.test / "normal", 3, 4, 20, 21)  # two of them lie in train/, too
@@ -207,11 +232,11 @@ def test_normal_test_images_count_as_well_and_defects_are_judged(line: Line) -> 
     assert len(line.known()) == 8  # those of the test come again with the next update
 
 
+@of_one_kind
 def test_a_threshold_set_by_hand_stays_in_force_and_is_told_until_a_budget_is_asked_for(
     line: Line,
 ) -> None:
-    put(line.train, *range(12))
-    line.learn()
+    line.begin(12)
     meta = Meta.read(line.out / "meta.json").with_(image_threshold=0.7)
     meta.write(line.out / "meta.json")
     put(line.train, *range(40, 46))
@@ -228,8 +253,7 @@ def test_a_threshold_set_by_hand_stays_in_force_and_is_told_until_a_budget_is_as
 
 def test_defects_are_drawn_onto_pictures_that_are_not_strange_themselves(line: Line) -> None:
     """One that is rejected as it is would let every drawn defect be found."""
-    put(line.train, *range(14))
-    before = line.learn()["calibration"]["drawn"]
+    before = line.begin(14)["calibration"]["drawn"]
     put_strange(line.train, "0003_b.png")
     report = line.go_on(keep_strange=True)
     after, threshold = report["calibration"]["drawn"], report["calibration"]["threshold"]
@@ -237,6 +261,7 @@ def test_defects_are_drawn_onto_pictures_that_are_not_strange_themselves(line: L
     assert after["found"] == sum(score > threshold for score in before["scores"])
 
 
+@of_one_kind
 def test_the_budget_and_the_cap_reach_meta_json(line: Line) -> None:
     put(line.train, *range(8))
     put(line.test / "anomaly", 30, defect="stain")
@@ -304,6 +329,7 @@ def test_a_bank_of_one_row_is_refused_and_not_taken_for_one_that_judges(patchcor
         patchcore.learn()
 
 
+@of_one_kind
 def test_broken_images_are_named_and_the_others_learned(line: Line) -> None:
     paths = put(line.train, *range(20))
     paths[2].write_bytes(b"no picture")
@@ -314,6 +340,7 @@ def test_broken_images_are_named_and_the_others_learned(line: Line) -> None:
     assert len(line.known().learned) == 18
 
 
+@of_one_kind
 def test_more_than_one_broken_picture_in_ten_is_no_success(line: Line) -> None:
     paths = put(line.train, *range(12))
     for path in paths[4:6]:
@@ -348,6 +375,7 @@ class Unmounting(Progress):
         return tick
 
 
+@of_one_kind
 def test_pictures_that_go_away_while_they_are_read_end_the_training(line: Line) -> None:
     put(line.train, *range(40))
     with pytest.raises(BadDataset, match=r"cannot be read: No such file.*see that they are all"):
@@ -372,12 +400,11 @@ def test_what_is_passed_over_is_told_in_log_summary_and_report(patchcore: Line) 
 
 
 def test_larger_pictures_are_learned_where_the_limits_say_so(patchcore: Line) -> None:
-    paths = put(patchcore.train, *range(5))
-    for path in paths:
-        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (5000, 3300)))
-    with pytest.raises(BadDataset, match=r"5 of 5 .*5000 x 3300.*--max_image_pixels"):
-        patchcore.learn()
-    assert patchcore.learn(limits=ImageLimits(max_pixels=20_000_000))["images"]["learned"] == 5
+    put(patchcore.train, *range(5))
+    with pytest.raises(BadDataset, match=r"5 of 5 .*128 x 128.*--max_image_pixels"):
+        patchcore.learn(limits=ImageLimits(max_pixels=128 * 128 - 1))
+    limits = ImageLimits(max_pixels=128 * 128)
+    assert patchcore.learn(limits=limits)["images"]["learned"] == 5
 
 
 # ---- 16 bits ----------------------------------------------------------------------------------
@@ -410,6 +437,7 @@ def test_files_that_fill_16_bits_leave_no_doubt(patchcore: Line) -> None:
     assert patchcore.written()["bit_depth"] == 16
 
 
+@of_one_kind
 def test_an_update_raises_the_bit_depth_and_learns_all_anew_where_all_is_there(line: Line) -> None:
     paths = put_deep(line.train, *range(8), highest=835)
     line.learn(bit_depth=10)  # as a Kensa that guessed had it
@@ -482,8 +510,7 @@ def test_names_that_are_not_utf_8_are_written_escaped(
 
 
 def test_strange_pictures_are_named_and_not_learned(line: Line) -> None:
-    put(line.train, *range(14))
-    line.learn()
+    line.begin(14)
     clean, threshold = line.size(), line.written()["image_threshold_auto"]
     put_strange(line.train, "0003_b.png", "0013_b.png")
     report = line.learn()
@@ -498,8 +525,7 @@ def test_strange_pictures_are_named_and_not_learned(line: Line) -> None:
 
 
 def test_a_sheet_shows_what_is_strange_about_them(line: Line) -> None:
-    put(line.train, *range(14))
-    line.learn()
+    line.begin(14)
     assert read_strange(line.out, Meta.read(line.out / "meta.json")) is None
     put_strange(line.train, "0003_b.png", "検査.png")
     report = line.learn()
@@ -518,6 +544,7 @@ def test_a_sheet_shows_what_is_strange_about_them(line: Line) -> None:
     assert read_strange(line.out, Meta.read(line.out / "meta.json")) is None, "of another training"
 
 
+@of_one_kind
 def test_strange_pictures_are_learned_where_that_is_asked_for(line: Line) -> None:
     put(line.train, *range(14))
     put_strange(line.train, "0003_b.png", "0013_b.png")
@@ -527,8 +554,7 @@ def test_strange_pictures_are_learned_where_that_is_asked_for(line: Line) -> Non
 
 
 def test_a_strange_picture_among_the_new_ones_does_not_move_the_limit(line: Line) -> None:
-    put(line.train, *range(14))
-    before = line.learn()["calibration"]["threshold"]
+    before = line.begin(14)["calibration"]["threshold"]
     put(line.train, *range(40, 49))
     put_strange(line.train, "0045_b.png")
     report = line.go_on()
@@ -540,6 +566,7 @@ def test_a_strange_picture_among_the_new_ones_does_not_move_the_limit(line: Line
     assert line.written()["calibration"] == found
 
 
+@of_one_kind
 def test_strange_pictures_are_not_learned_by_the_next_update_either_unless_that_is_asked_for(
     line: Line,
 ) -> None:
@@ -581,6 +608,7 @@ def with_lite0(line: Line) -> Line:
     return line
 
 
+@of_one_kind
 def test_weights_of_a_package_are_found_said_and_reported_and_so_they_are_after_an_update(
     line: Line,
 ) -> None:
@@ -642,9 +670,9 @@ def test_the_same_folder_again_teaches_nothing_twice(line: Line) -> None:
     assert set(line.written()["files"]) == set(written["files"])
 
 
+@of_one_kind
 def test_the_same_folder_again_without_test_images_keeps_all_there_is(line: Line) -> None:
-    put(line.train, *range(8))
-    before = line.learn()["calibration"]
+    before = line.begin(8)["calibration"]
     golden = Golden.read(line.out, 64)
     found = line.go_on()["calibration"]
     assert found["threshold"] == pytest.approx(before["threshold"], rel=1e-4)
@@ -658,8 +686,8 @@ def test_the_same_folder_again_without_test_images_keeps_all_there_is(line: Line
 
 def test_pictures_that_were_saved_again_do_not_count_again(line: Line) -> None:
     """Their own patches are in the bank: they score far too low, and prove nothing new."""
-    paths = put(line.train, *range(12))
-    before = line.learn()["calibration"]
+    before = line.begin(12)["calibration"]
+    paths = sorted(line.train.iterdir())
     for path in paths[:8]:
         picture = cv2.imread(str(path))
         picture[0, 0] = 255 - picture[0, 0]
@@ -676,9 +704,9 @@ def test_pictures_that_were_saved_again_do_not_count_again(line: Line) -> None:
     assert (report["images"]["learned"], report["calibration"]["parts"]) == (0, 14)
 
 
+@of_one_kind
 def test_scores_of_a_kensa_that_knew_no_looks_are_gone_on_from(line: Line) -> None:
-    put(line.train, *range(8))
-    line.learn()
+    line.begin(8)
     content = json.loads((line.out / SCORES).read_text())
     del content["looks"]
     (line.out / SCORES).write_text(json.dumps(content))
@@ -690,9 +718,9 @@ def test_scores_of_a_kensa_that_knew_no_looks_are_gone_on_from(line: Line) -> No
     assert np.isnan(line.known().looks).all(axis=1).tolist() == [True] * 8 + [False] * 2
 
 
+@of_one_kind
 def test_another_budget_without_a_new_picture_finds_other_drawn_defects(line: Line) -> None:
-    put(line.train, *range(8))
-    line.learn()
+    line.begin(8)
     found = line.go_on(false_rejects=0.9)["calibration"]
     drawn = found["drawn"]
     above = sum(score > found["threshold"] for score in drawn["scores"])
@@ -700,8 +728,7 @@ def test_another_budget_without_a_new_picture_finds_other_drawn_defects(line: Li
 
 
 def test_new_pictures_among_old_ones_are_learned_and_pooled(line: Line) -> None:
-    put(line.train, *range(8))
-    line.learn()
+    line.begin(8)
     first = line.known()
     put(line.train, *range(40, 44))
     report = line.go_on()
@@ -716,8 +743,7 @@ def test_new_pictures_among_old_ones_are_learned_and_pooled(line: Line) -> None:
 
 
 def test_an_update_in_other_light_names_nobody(line: Line) -> None:
-    put(line.train, *range(12))
-    line.learn()
+    line.begin(12)
     for path in sorted(line.train.iterdir()):
         cv2.imwrite(str(path), (cv2.imread(str(path)) * 0.8).astype(np.uint8))
     report = line.go_on()
@@ -725,9 +751,9 @@ def test_an_update_in_other_light_names_nobody(line: Line) -> None:
     assert report["images"]["strange"] == []
 
 
+@of_one_kind
 def test_what_an_older_kensa_knows_keeps_its_threshold(line: Line) -> None:
-    put(line.train, *range(8))
-    line.learn()
+    line.begin(8)
     (line.out / SCORES).unlink()
     before = line.written()["image_threshold_auto"]
     put(line.train, *range(40, 44))
@@ -742,9 +768,9 @@ def test_what_an_older_kensa_knows_keeps_its_threshold(line: Line) -> None:
     assert line.go_on()["images"] == {"learned": 0, "known": 12, "strange": [], "skipped": {}}
 
 
+@of_one_kind
 def test_what_an_older_kensa_knows_has_a_new_threshold_from_test_images(line: Line) -> None:
-    put(line.train, *range(8))
-    line.learn()
+    line.begin(8)
     (line.out / SCORES).unlink()
     put(line.train, *range(40, 44))
     put(line.test / "normal", *range(20, 26))
@@ -765,12 +791,12 @@ def test_scores_of_an_earlier_model_in_the_same_folder_are_not_taken_for_the_new
     assert len(patchcore.known().learned) == 1
 
 
+@of_one_kind
 @pytest.mark.parametrize("scores", ["{", None], ids=["damaged", "of another model"])
 def test_scores_that_are_not_its_own_are_said_before_anything_is_written(
     line: Line, scores: str | None
 ) -> None:
-    put(line.train, *range(6))
-    line.learn()
+    line.begin(6)
     others = {"scores": [1.0, 2.0], "parts": [0, 1], "learned": [], "strange": []}
     (line.out / SCORES).write_text(scores or json.dumps(others))
     before = line.content()
@@ -780,11 +806,11 @@ def test_scores_that_are_not_its_own_are_said_before_anything_is_written(
     assert line.content() == before
 
 
+@of_one_kind
 def test_a_disk_that_is_full_leaves_the_old_model(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(line.train, *range(6))
-    line.learn()
+    line.begin(6)
     before = line.content()
     put(line.train, *range(40, 44))
 
@@ -893,9 +919,9 @@ def test_an_empty_mask_learns_as_none_does(line: Line) -> None:
     assert line.go_on()["images"]["known"] == 8
 
 
+@of_one_kind
 def test_other_regions_have_all_learned_anew_where_all_is_there(line: Line) -> None:
-    put(line.train, *range(8))
-    line.learn()
+    line.begin(8)
     said = Said()
     report = line.go_on(said, regions=mask(line.folder / "mask.png", 6))
     assert "all 8 pictures are learned anew" in said.text
