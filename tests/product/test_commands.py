@@ -66,6 +66,7 @@ def seed(trained: Path, pipe_data: Path, tmp_path_factory: pytest.TempPathFactor
     shutil.copy(trained / "memory_bank.npz", model)
     write_meta(model / "meta.json", image_threshold_auto=8.257, raw_image_min=6.725,
                raw_image_max=20.643, image_threshold=0.55, line="press 4")  # fmt: skip
+    write_meta(model / "small.json", image_size=128)  # a quarter of the work
     (root / "data").symlink_to(pipe_data)
     (root / "bin").mkdir()
     for name in ("retrain.py", "convtrt.py", "bin/patchcore"):
@@ -254,7 +255,7 @@ def flags_of(seed: Path, out_dir: Path, **changes: str | Path | None) -> list[st
     flags: dict[str, str | Path | None] = {
         "model": "patchcore",
         "pretrained_pth": model / "model.pth",
-        "meta_json": model / "meta.json",
+        "meta_json": model / "small.json",
         "category": CATEGORY,
         "data_root": seed / "data",
         "out_dir": out_dir,
@@ -263,16 +264,14 @@ def flags_of(seed: Path, out_dir: Path, **changes: str | Path | None) -> list[st
     return [str(w) for k, v in flags.items() if v is not None for w in (f"--{k}", v)]
 
 
-def test_log_off_writes_no_log(seed: Path, tmp_path: Path) -> None:
+def test_without_a_bank_the_bank_is_made_anew_and_log_off_writes_no_log(
+    seed: Path, tmp_path: Path
+) -> None:
     assert retrain.main(flags_of(seed, tmp_path / "out", log="off")) == 0
     assert (tmp_path / "out" / "model.pth").is_file()
     assert not (tmp_path / "out" / "retrain.log").exists()
-
-
-def test_without_a_bank_the_bank_is_made_anew(seed: Path, tmp_path: Path) -> None:
-    assert retrain.main(flags_of(seed, tmp_path / "out")) == 0
     rows = len(read_bank(tmp_path / "out" / "memory_bank.npz"))
-    assert rows == int(6 * 32 * 32 * 0.1)
+    assert rows == int(6 * 16 * 16 * 0.1)
     assert "before" not in as_json(tmp_path / "out" / "report.json")
 
 
@@ -751,7 +750,7 @@ def test_on_a_terminal_progress_is_a_bar_and_the_log_stays_plain(
     os.close(ours)
     assert process.wait() == 0
     assert re.search(rb"\rimages .*6/6", said)
-    assert re.search(rb"\rcoreset .*614/614", said)
+    assert re.search(rb"\rcoreset .*153/153", said)
     log = (tmp_path / "out" / "retrain.log").read_text()
     assert "\r" not in log
     assert "images: 6 in" in log
