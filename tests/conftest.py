@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 # As the commands set it, before anything loads torch: threads that spin take the other core away.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# As the server does, before numpy is loaded: several threads for a small product wait for cores.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Nor does each of the processes that tests start compile the project anew.
+# Each of the many processes that tests start would compile the project anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # A shell that starts the tests in the background has Ctrl-C ignored, also by what they start.

@@ -97,8 +97,7 @@ class NormalScores:
 
     def exceeded(self, limit: float) -> float:
         """The probability that the next normal part scores above a raw score."""
-        # Not by `@`: threads of BLAS for a sum that is this short wait for each other instead.
-        return float((self.weights * _exceeds(self.locations, self.scales, limit)).sum())
+        return float(self.weights @ _exceeds(self.locations, self.scales, limit))
 
     def limit(self, false_rejects: float) -> float:
         """The raw score that the next normal part exceeds with this probability, within (0, 1).
