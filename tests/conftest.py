@@ -16,6 +16,7 @@ import pytest
 
 import engines  # noqa: F401 (before numpy)
 from support.project import ASSETS, run, write_meta
+from support.server import Compiled
 
 if TYPE_CHECKING:
     from support.fleet import Postgres
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # As the commands set it, before anything loads torch: threads that spin take the other core away.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Each of the many processes that tests start would compile the project anew.
+# Each of the many processes that are started would compile our own code again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # A shell that starts the tests in the background has Ctrl-C ignored, also by what they start.
@@ -56,6 +58,12 @@ def _no_settings() -> None:
     """What somebody has set in this shell is not what the tests are about."""
     for name in [name for name in os.environ if name.startswith("KENSA_")]:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache for the servers that this process starts, where a test names none."""
+    Compiled.folder = tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,12 @@ from support.project import ROOT
 RAW = {"Content-Type": "application/octet-stream"}
 
 
+class Compiled:
+    """What one server has compiled, the next one need not: a folder of this run (conftest.py)."""
+
+    folder: Path | None = None
+
+
 @dataclass
 class Server:
     """A server process, and a client that keeps its connection."""
@@ -61,11 +67,12 @@ def serving(
     log = folder / "server.log"
     variables = {
         "KENSA_PORT": "0",
-        "KENSA_CACHE_DIR": str(folder / "cache"),
+        "KENSA_CACHE_DIR": str(Compiled.folder or folder / "cache"),
         "KENSA_DATA_DIR": str(folder / "data"),
         "KENSA_WORKER": "off",
         "KENSA_GATE_FOUND": "0",  # models of the tests see little, so that they are quick to make
         "KENSA_BATCHING": "off",  # whether batches pay is tried for a second at each start
+        "KENSA_THREADS": "1",  # several that wait for each other on a busy core burn it meanwhile
         **settings,
     }
     with log.open("ab") as lines:
