@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import engines  # noqa: F401 (before numpy)
+from support import forking
 from support.project import ASSETS, run, write_meta
 from support.server import Compiled
 
@@ -61,9 +62,11 @@ def _no_settings() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One cache for the servers that this process starts, where a test names none."""
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """They share what they compile, where a test names no other place, and what they import."""
     Compiled.folder = tmp_path_factory.mktemp("compiled")
+    yield
+    forking.end_all()
 
 
 @pytest.fixture(scope="session")

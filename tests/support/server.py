@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from support.forking import forked
 from support.project import ROOT
 
 RAW = {"Content-Type": "application/octet-stream"}
@@ -61,9 +62,13 @@ def cpu_seconds(process: int) -> float:
 
 @contextmanager
 def serving(
-    folder: Path, program: Sequence[str] = ("-m", "app"), **settings: str
+    folder: Path, program: Sequence[str] = (), **settings: str
 ) -> Iterator[Server]:
-    """A server at a free port, with its log in `folder`; stopped in the end."""
+    """A server at a free port, with its log in `folder`; stopped in the end.
+
+    Args:
+        program: what Python runs instead of `-m app`.
+    """
     log = folder / "server.log"
     variables = {
         "KENSA_PORT": "0",
@@ -77,9 +82,10 @@ def serving(
     }
     with log.open("ab") as lines:
         since = lines.tell()
-        process = subprocess.Popen(
-            [sys.executable, *program], cwd=ROOT, env={**os.environ, **variables}, stderr=lines
-        )
+        process = (None if program else forked(variables, log)) or subprocess.Popen(
+            [sys.executable, *(program or ("-m", "app"))],
+            cwd=ROOT, env={**os.environ, **variables}, stderr=lines,
+        )  # fmt: skip
     try:
         url = _url(process, log, since)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:

@@ -44,7 +44,7 @@ DOCS = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 
 @contextlib.contextmanager
 def learning(
-    folder: Path, sample_data: Path, program: Sequence[str] = ("-m", "app"), **settings: str
+    folder: Path, sample_data: Path, program: Sequence[str] = (), **settings: str
 ) -> Iterator[Line]:
     """A server with a worker, and the sample parts as its dataset."""
     datasets = folder / "data" / "datasets"
