@@ -75,6 +75,7 @@ def serving(
         "KENSA_CACHE_DIR": str(Compiled.folder or folder / "cache"),
         "KENSA_DATA_DIR": str(folder / "data"),
         "KENSA_WORKER": "off",
+        "KENSA_JOB_SPARE": "off",  # a job is all that a worker of the tests does
         "KENSA_GATE_FOUND": "0",  # models of the tests see little, so that they are quick to make
         "KENSA_BATCHING": "off",  # whether batches pay is tried for a second at each start
         "KENSA_THREADS": "1",  # several that wait for each other on a busy core burn it meanwhile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,25 @@ def with_rejects(server: Server, sample_data: Path, **headers: str) -> None:
         score(picture, part=MARKUP if picture.stem == "stain_00" else f"P-{place:02}")
 
 
-@pytest.fixture
-def served(kensa_model: Path, sample_data: Path, tmp_path: Path) -> Iterator[Server]:
-    """A record of its own for each test: they mark it."""
+@pytest.fixture(scope="module")
+def inspected(
+    kensa_model: Path, sample_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What a server leaves that judged the parts. To be copied."""
+    folder = tmp_path_factory.mktemp("inspected")
     settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "bracket"}
-    with serving(tmp_path, **settings) as server:
+    with serving(folder, **settings) as server:
         with_rejects(server, sample_data)
+        server.process.terminate()
+        server.process.wait()
+    return folder / "data"
+
+
+@pytest.fixture
+def served(inspected: Path, tmp_path: Path) -> Iterator[Server]:
+    """A record of its own for each test: they mark it."""
+    shutil.copytree(inspected, tmp_path / "data")
+    with serving(tmp_path) as server:
         yield server
 
 
@@ -347,14 +361,13 @@ def test_views_of_a_part_are_seen_one_by_one(
 
 
 def test_a_lines_key_sees_and_marks_nothing(
-    browser: Any, kensa_model: Path, sample_data: Path, tmp_path: Path
+    browser: Any, inspected: Path, tmp_path: Path
 ) -> None:
+    shutil.copytree(inspected, tmp_path / "data")
     keys = tmp_path / "data" / "keys.json"
     of_line, of_boss = add_key(keys, "plc", "line"), add_key(keys, "boss", "operator")
-    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "bracket"}
-    with serving(tmp_path, **settings) as server:
+    with serving(tmp_path) as server:
         server.client.headers["X-API-Key"] = of_boss
-        with_rejects(server, sample_data)
         with shown(browser, server.url, refused=True) as it:
             it.page.add_init_script(f"sessionStorage.setItem('kensa.key', '{of_line}')")
             it.go("#/review")
@@ -367,12 +380,10 @@ def test_a_lines_key_sees_and_marks_nothing(
 
 
 @pytest.fixture(scope="module")
-def looked_at(
-    kensa_model: Path, sample_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_MODEL_NAME": "bracket"}
-    with serving(tmp_path_factory.mktemp("looked-at"), **settings) as server:
-        with_rejects(server, sample_data)
+def looked_at(inspected: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("looked-at")
+    shutil.copytree(inspected, folder / "data")
+    with serving(folder) as server:
         yield server
 
 
