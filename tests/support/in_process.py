@@ -11,14 +11,15 @@ import httpx
 
 from app.main import create_app
 from app.settings import Settings
+from support.server import Compiled
 
 Result = TypeVar("Result")
 
 
 def settings_of(folder: Path, **settings: Any) -> Settings:
     """Without a worker, and for models that see little, so that they are quick to open."""
-    quick: dict[str, Any] = {"worker": "off", "batching": "off", "gate_found": 0.0}
-    return Settings(**{"data_dir": folder / "data", **quick, **settings})
+    quick: dict[str, Any] = {"worker": "off", "batching": "off", "gate_found": 0.0, "threads": 1}
+    return Settings(**{"data_dir": folder / "data", "cache_dir": Compiled.folder, **quick, **settings})
 
 
 def in_process(

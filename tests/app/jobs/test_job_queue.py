@@ -31,7 +31,7 @@ from engines.meta import FIRST as USUAL
 from engines.meta import Meta
 from engines.store.versions import Store
 from support.damage import picture, saved
-from support.jobs import AGAIN, CATEGORY, ENDED, FIRST
+from support.jobs import AGAIN, CATEGORY, ENDED, FIRST, META
 from support.line import SLOW_DISK, Line
 from support.server import RAW, ROOT, agreed, serving
 from support.waiting import alive, until
@@ -126,7 +126,21 @@ def own(taught: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_curl_lines_of_the_page_learn_on_the_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "added",
+    [
+        pytest.param(
+            [{"pretrained": "untrained", "meta": META, "max_flips": 1.0}, {"max_flips": 1.0}],
+            id="small",
+        ),
+        pytest.param([{}, {}], id="as they are", marks=pytest.mark.soak),
+    ],
+)
+def test_the_curl_lines_of_the_page_learn_on_the_line(
+    added: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The model that they learn is small in `make test`; all else is sent as it stands there."""
+    more = iter(added)
     part = DOCS.split("## Learn on the line")[1].split("\n## ")[0]
     lines = "".join(re.findall(r"```sh\n(.*?)```", part, re.DOTALL)).splitlines()
     assert sum("/retrain -H" in line for line in lines) == 2
@@ -136,6 +150,10 @@ def test_the_curl_lines_of_the_page_learn_on_the_line(tmp_path: Path) -> None:
         for line in lines:
             line = re.sub(r"retrain-[0-9a-f]{12}", job, line)
             line = line.replace("http://localhost:8000", server.url)
+            if "/retrain -H" in line:
+                whole = {"model": "bracket", "category": "bracket"}
+                assert json.dumps(whole) in line
+                line = line.replace(json.dumps(whole), json.dumps({**whole, **next(more)}))
             said = _in_a_shell(line, tmp_path)
             if found := re.search(r'"id":"(retrain-[0-9a-f]{12})"', said):
                 job = found[1]

@@ -20,6 +20,7 @@ from engines.meta import Meta
 from engines.store.versions import Store
 from support import waiting
 from support.fake_model import fake_model
+from support.in_process import settings_of
 from support.line import variant
 from support.oip_client import (
     Client,
@@ -321,9 +322,8 @@ def test_instead_of_a_damaged_live_version_the_one_before_it_is_loaded(tight: Se
 def own_store(folder: Path, bundle: Path) -> tuple[Store, Settings]:
     store = Store(folder / "models")
     store.activate("bolt", store.take_in("bolt", bundle, {}))
-    return store, Settings(
-        data_dir=folder, worker="off", rollback_parts=4, rollback_max_rejects=0.5, gate_found=0.0
-    )
+    limits = {"rollback_parts": 4, "rollback_max_rejects": 0.5}
+    return store, settings_of(folder, data_dir=folder, **limits)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_light_that_fades_is_named_before_the_parts_are_rejected_for_it(
     assert camera is not None
     drift, verdicts, warned = Drift(PARTS), list[Verdict](), list[int]()
     rejected_from: int | None = None
-    with_light = [1.0] * 60 + [1 - 0.5 * n / 300 for n in range(300)]
+    with_light = [1.0] * 40 + [1 - 0.5 * n / 150 for n in range(150)]
     for number, share in enumerate(with_light):
         picture = faded(part(300 + number), share)
         picture = cv2.resize(picture, (320, 320), interpolation=cv2.INTER_CUBIC)
@@ -150,7 +150,7 @@ def test_light_that_fades_is_named_before_the_parts_are_rejected_for_it(
             rejected_from = number
     resident.runtime.close()
     assert warned
-    assert warned[0] >= 60, "before the light had changed"
+    assert warned[0] >= 40, "before the light had changed"
     assert rejected_from is not None, "no part was rejected for it"
     assert warned[0] < rejected_from
 

@@ -364,6 +364,7 @@ def test_a_decision_has_an_address_and_the_way_back_closes_it(page: Shown, line:
     dialog.get_by_text("0.8000").wait_for()
     dialog.get_by_role("button", name="Close", exact=True).click()
     dialog.wait_for(state="detached")
+    page.page.wait_for_url(lambda address: "id=" not in address)  # the browser goes back for it
     assert asked(page) == {"part": "of two views"}
     page.page.goto("about:blank")
     page.go("#/find?id=line-3.17&number=18")  # long before the first page of the list
