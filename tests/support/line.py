@@ -71,8 +71,9 @@ class Line:
         return found
 
     def state(self, version: str, name: str = NAME) -> str:
-        states = {one["version"]: one["state"] for one in self.model(name)["versions"]}
-        if version in self.model(name)["refused"]:
+        found = self.model(name)
+        states = {one["version"]: one["state"] for one in found["versions"]}
+        if version in found["refused"]:
             return "refused"
         return str(states[version])
 

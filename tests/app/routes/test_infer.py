@@ -606,11 +606,12 @@ def test_a_cache_that_cannot_be_written_only_costs_time(kensa_model: Path, tmp_p
 
 def test_a_damaged_cache_changes_no_score(kensa_model: Path, tmp_path: Path, photo: bytes) -> None:
     # OpenVINO reads zeros in a cached network, as a power cut leaves them, without complaint.
-    scores = []
+    scores, cache = [], tmp_path / "cache"
+    settings = {"KENSA_MODEL_DIR": str(kensa_model), "KENSA_CACHE_DIR": str(cache)}
     for _ in range(3):
-        with serving(tmp_path, KENSA_MODEL_DIR=str(kensa_model)) as running:
+        with serving(tmp_path, **settings) as running:
             scores.append(running.infer(photo).json()["raw_score"])
-        found = list((tmp_path / "cache").glob("*.blob"))
+        found = list(cache.glob("*.blob"))
         assert found
         for file in found:
             data = file.read_bytes()

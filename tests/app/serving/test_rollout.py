@@ -129,7 +129,7 @@ def test_swaps_under_load_lose_no_part_and_mix_no_versions(
     kensa_model: Path, other: Path, regraphed: Path, photos: list[bytes], tmp_path: Path
 ) -> None:
     """To the same graph with another bank, to another graph, and back."""
-    swap_under_load(tmp_path, [kensa_model, other, regraphed], photos, swaps=6)
+    swap_under_load(tmp_path, [kensa_model, other, regraphed], photos, swaps=4)
 
 
 @pytest.mark.soak
