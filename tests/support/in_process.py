@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 def settings_of(folder: Path, **settings: Any) -> Settings:
     """Without a worker, and for models that see little, so that they are quick to open."""
     quick: dict[str, Any] = {"worker": "off", "batching": "off", "gate_found": 0.0, "threads": 1}
-    return Settings(**{"data_dir": folder / "data", "cache_dir": Compiled.folder, **quick, **settings})
+    folders = {"data_dir": folder / "data", "cache_dir": Compiled.folder}
+    return Settings(**{**folders, **quick, **settings})
 
 
 def in_process(

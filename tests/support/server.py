@@ -61,9 +61,7 @@ def cpu_seconds(process: int) -> float:
 
 
 @contextmanager
-def serving(
-    folder: Path, program: Sequence[str] = (), **settings: str
-) -> Iterator[Server]:
+def serving(folder: Path, program: Sequence[str] = (), **settings: str) -> Iterator[Server]:
     """A server at a free port, with its log in `folder`; stopped in the end.
 
     Args:

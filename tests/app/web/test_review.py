@@ -360,9 +360,7 @@ def test_views_of_a_part_are_seen_one_by_one(
         it.must_be_accessible()
 
 
-def test_a_lines_key_sees_and_marks_nothing(
-    browser: Any, inspected: Path, tmp_path: Path
-) -> None:
+def test_a_lines_key_sees_and_marks_nothing(browser: Any, inspected: Path, tmp_path: Path) -> None:
     shutil.copytree(inspected, tmp_path / "data")
     keys = tmp_path / "data" / "keys.json"
     of_line, of_boss = add_key(keys, "plc", "line"), add_key(keys, "boss", "operator")
