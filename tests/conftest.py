@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # As the commands set it, before anything loads torch: threads that spin take the other core away.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Each of the many processes that tests start would compile the project anew.
-# Each of the many processes that are started would compile our own code again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # A shell that starts the tests in the background has Ctrl-C ignored, also by what they start.
