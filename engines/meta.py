@@ -59,6 +59,7 @@ class Meta(BaseModel):
     format: int = Field(FORMAT, ge=1, le=FORMAT)
     backbone: str | None = None
     layers: list[str] | None = Field(None, min_length=1)
+    grid: str | None = None  # PatchCore: the layer that has a place per patch; absent: the first
     coreset_ratio: float | None = Field(None, gt=0, le=1)
     n_features: int | None = Field(None, ge=1)
     channel_choice: Literal["random", "steady"] | None = None  # of n_features; random if absent
@@ -111,6 +112,11 @@ class Meta(BaseModel):
         missing = [key for key in _REQUIRED[self.model] if getattr(self, key) is None]
         if missing:
             raise ValueError(f"a {self.model} model also needs {', '.join(missing)}")
+        layers = (self.layers or []) if self.model == "patchcore" else []
+        if self.grid is not None and self.grid not in layers:
+            raise ValueError(
+                f"grid must be one of the layers of a patchcore model, not {self.grid}"
+            )
         low, high = self.raw_image_min, self.raw_image_max
         if low is not None and high is not None and low >= high:
             raise ValueError(f"raw_image_min ({low}) must be less than raw_image_max ({high})")

@@ -195,6 +195,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no backbone": ({"backbone": None}, "backbone"),
     "no layers": ({"layers": []}, "layers"),
     "layers in one string": ({"layers": "layer2"}, "layers"),
+    "a grid of no layer of its": ({"grid": "layer9"}, "grid"),
     "a size in words": ({"image_size": "big"}, "image_size"),
     "half a pixel": ({"image_size": 256.5}, "image_size"),
     "a size for each side": ({"image_size": [256, 256]}, "image_size"),

@@ -65,9 +65,16 @@ class PatchCore(nn.Module):
         if meta.model != "patchcore" or meta.backbone is None or meta.layers is None:
             raise BadMeta(f"meta.json describes a {meta.model} model, not a patchcore model.")
         self.features = extractor(meta.backbone, meta.layers, weights)
+        order = self.features.idx
+        if meta.grid is not None and order != sorted(order):  # anomalib would exchange their names
+            raise BadMeta(
+                "Beside `grid`, `layers` go from the first of the backbone to the last:"
+                f" not {', '.join(meta.layers)}."
+            )
         self.origin: Origin | None = self.features.origin
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
         self.layers = meta.layers
+        self.grid = meta.grid or meta.layers[0]
         self.image_size = meta.image_size
         self.half_backbone = False
         self.bank: Bank | None = None
@@ -124,17 +131,25 @@ class PatchCore(nn.Module):
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w).
 
-        Deeper layers are stretched to the size of the first one, as in anomalib's PatchcoreModel.
+        Coarser layers are stretched to the size of the grid's, as in anomalib's PatchcoreModel.
         """
         x = self.normalise(image)
         features = self.features(x.half() if self.half_backbone else x)
-        first, *deeper = (self.pool(features[layer]) for layer in self.layers)
-        size = first.shape[-2:]
-        deeper = [functional.interpolate(one, size=size, mode="bilinear") for one in deeper]
-        embedding = torch.cat([first, *deeper], 1).float()  # (N, C, h, w)
+        size = features[self.grid].shape[-2:]
+        columns = [self._brought_to(size, features[layer]) for layer in self.layers]
+        embedding = torch.cat(columns, 1).float()  # (N, C, h, w)
         # int(): the sizes of the graph that is exported are fixed, whatever the backbone does.
         channels, height, width = (int(side) for side in embedding.shape[1:])
         return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)
+
+    def _brought_to(self, size: torch.Size, feature: torch.Tensor) -> torch.Tensor:
+        """A layer (N, C, h, w) with the places of the grid; each sees around its own a little."""
+        finer = int(feature.shape[-1]) // int(size[-1])
+        # To go down to the grid averages enough: pooled besides, the finest scratches fade.
+        pooled = functional.avg_pool2d(feature, finer) if finer > 1 else self.pool(feature)
+        if pooled.shape[-2:] == size:
+            return pooled
+        return functional.interpolate(pooled, size=size, mode="bilinear")
 
     def channels(self) -> int:
         """Columns of an embedding."""

@@ -341,18 +341,47 @@ def test_untrained_is_the_same_every_time_and_leaves_the_random_state_alone() ->
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_finer_layer_than_the_grids_is_averaged_down_to_it() -> None:
+    layers, seen = ["layer1", "layer2", "layer3"], torch.from_numpy(parts(1, 2))
+    model = patchcore.build(settings(layers=layers, grid="layer2"), "untrained")
+    embedding, places = model.embed(seen)
+    assert places == (16, 16), "those of layer2"
+    finer = model.features(model.normalise(seen))["layer1"].permute(0, 2, 3, 1)  # (2, 32, 32, 64)
+    means = finer.reshape(2, 16, 2, 16, 2, 64).mean(dim=(2, 4)).reshape(2, 256, 64)
+    torch.testing.assert_close(embedding[..., :64], means)
+    without = patchcore.build(settings(layers=layers[1:]), "untrained").embed(seen)[0]
+    torch.testing.assert_close(embedding[..., 64:], without)
+
+
+def test_the_grid_is_that_of_the_first_layer_unless_meta_json_names_another() -> None:
+    seen = torch.from_numpy(parts(3))
+    absent, named = (
+        patchcore.build(settings(**grid), "untrained").embed(seen)
+        for grid in ({}, {"grid": "layer2"})
+    )
+    assert absent[1] == named[1] == (16, 16)
+    assert torch.equal(absent[0], named[0])
+
+
+def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
+    meta = settings(layers=["layer3", "layer2"], grid="layer2")
+    with pytest.raises(BadMeta, match=r"from the first .* to the last: not layer3, layer2"):
+        patchcore.build(meta, "untrained")
+
+
 @pytest.mark.parametrize("opset", [17, 18])
 @pytest.mark.parametrize(
-    ("backbone", "layers", "size"),
+    ("backbone", "layers", "size", "grid"),
     [
-        ("mobilenetv2_100", ["blocks.1", "blocks.2"], 128),
-        ("vit_tiny_patch16_224", ["blocks.3", "blocks.6"], 224),
+        ("mobilenetv2_100", ["blocks.1", "blocks.2"], 128, None),
+        ("mobilenetv2_100", ["blocks.1", "blocks.2", "blocks.4"], 128, "blocks.2"),
+        ("vit_tiny_patch16_224", ["blocks.3", "blocks.6"], 224, None),
     ],
 )
 def test_other_backbones_work_from_pictures_to_a_graph_that_agrees(
-    tmp_path: Path, backbone: str, layers: list[str], size: int, opset: Opset
+    tmp_path: Path, backbone: str, layers: list[str], size: int, grid: str | None, opset: Opset
 ) -> None:
-    meta = settings(backbone=backbone, layers=layers, image_size=size)
+    meta = settings(backbone=backbone, layers=layers, image_size=size, grid=grid)
     model = patchcore.build(meta, "untrained")
     patchcore.train(model, meta, [parts(1, 2, size=size)], Training(), QUIET)
     unseen = np.concatenate([parts(5, size=size), parts(6, defect="stain", size=size)])
