@@ -20,15 +20,14 @@ from typing import Any
 from benchmarks.common import ROOT, phase, print_load, print_machine, print_table
 from engines.machine.memory import MIB
 from engines.machine.memory_needs import Learning, to_convert, to_learn
-from engines.meta import Meta
+from engines.meta import FIRST, Meta
 
 RESNET = {"backbone": "resnet18", "image_size": 256}
 CORESET = {**RESNET, "layers": ["layer2", "layer3"], "coreset_ratio": 0.1}
 THINNED = {**CORESET, "coreset_ratio": 0.01}
 WIDE = {**THINNED, "backbone": "wide_resnet50_2"}
 PADIM = {**RESNET, "layers": ["layer1", "layer2", "layer3"], "n_features": 100}
-LITE = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2", "blocks.4"],
-        "coreset_ratio": 0.1, "image_size": 256}  # fmt: skip
+LITE = {key: value for key, value in FIRST.items() if key != "model"}
 EFFICIENT = {"model_size": "small", "image_size": 256}
 VAE = {"latent_dim": 64, "image_size": 256}
 

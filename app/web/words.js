@@ -617,7 +617,7 @@ const WORDS = {
     about_efficientad: ['Sees missing and misplaced parts; learns long, and needs a teacher in the folder weights.', '欠品や位置違いも見つけます。学習は長く、weights フォルダの教師モデルが必要です。'],
     about_vae: ['The fastest and smallest; for clear defects.', '最も速く小さい方式です。はっきりした不良に向きます。'],
     backbone: ['Backbone', 'バックボーン'],
-    backbone_hint: ['The weights of the first two are installed with Kensa.', '最初の二つは重みが同梱されています。'],
+    backbone_hint: ['The weights of the first one are installed with Kensa.', '最初のものは重みが同梱されています。'],
     image_size: ['Size that it sees, pixels', '入力サイズ（ピクセル）'],
     image_size_hint: ['320 or 384 sees finer defects, and takes longer.', '320 や 384 にすると細かい不良が見えますが、時間がかかります。'],
     pretrained: ['File of weights', '重みファイル'],

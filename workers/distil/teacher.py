@@ -24,6 +24,7 @@ from engines import image
 from engines.errors import BadMeta, BadRequest, BadWeights
 from engines.files import write_atomically
 from engines.image import DEFAULT_LIMITS, ImageLimits
+from engines.meta import FIRST
 from workers.distil.pictures import (
     Picture,
     cut_batches,
@@ -51,7 +52,7 @@ class Distil:
 
     images: list[Path]
     out: Path = Path("teacher.pth")
-    backbone: str = "tf_efficientnet_lite0"  # what docs/models.md measured teachers of
+    backbone: str = FIRST["backbone"]
     layers: list[str] | None = None  # None: those of `STRIDES`
     weights: str | None = None
     model_size: str = "small"

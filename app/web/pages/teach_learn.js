@@ -6,9 +6,8 @@ import {
   Button, Field, Problem, Thumbnail, Waiting, confirm, count, html, sentence, useAction, useData, useState, whyNot,
 } from '../parts.js';
 
-const LITE = ['tf_efficientnet_lite1', 'tf_efficientnet_lite0', 'tf_efficientnet_lite2'];
+const LITE = ['tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2'];
 const BACKBONES = [...LITE, 'resnet18', 'wide_resnet50_2'];
-const usualBackbone = (kind) => (kind === 'padim' ? LITE[1] : LITE[0]);
 const KINDS = ['patchcore', 'padim', 'efficientad', 'vae'];
 const NAME = /^[\p{L}\p{N}_-]{1,64}$/u;
 const USUAL = { // of a first training, as docs/models.md says of each kind
@@ -26,8 +25,7 @@ export const isName = (name) => NAME.test(name.normalize('NFC'));
 function seenBy(kind, backbone) {
   const padim = kind === 'padim';
   if (!LITE.includes(backbone)) return { backbone, layers: padim ? ['layer1', 'layer2', 'layer3'] : ['layer2', 'layer3'] };
-  if (!padim && backbone === 'tf_efficientnet_lite0') return { backbone, layers: ['blocks.2', 'blocks.4'] };
-  return { backbone, layers: ['blocks.1', 'blocks.2', 'blocks.4'], ...(padim ? {} : { grid: 'blocks.2' }) };
+  return { backbone, layers: ['blocks.1', 'blocks.2', 'blocks.4'], ...(padim ? {} : { layer_weights: [0.8, 1, 0.85], grid: 'blocks.2' }) };
 }
 
 /** The body of POST /retrain: only what was said. `more` are the fields of the fold. */
@@ -52,7 +50,7 @@ function firstMeta(kind, { backbone }) {
   const meta = { ...USUAL[kind] };
   const sees = kind === 'patchcore' || kind === 'padim';
   if (kind !== 'patchcore') meta.image_size = 256;
-  if (sees && (backbone || kind !== 'patchcore')) Object.assign(meta, seenBy(kind, backbone || usualBackbone(kind)));
+  if (sees && (backbone || kind !== 'patchcore')) Object.assign(meta, seenBy(kind, backbone || LITE[0]));
   return meta;
 }
 
@@ -120,7 +118,7 @@ function More({ model, isFirst, more, onchange }) {
       ${isFirst && html`
         <${Field} label=${t('teach.kind')} hint=${t(`teach.about_${kind}`)}><select name="kind" value=${kind} onchange=${(event) => onchange({ kind: event.target.value, epochs: '', batch: '', pretrained: '', ...LONG[event.target.value] })}>
           ${KINDS.map((one) => html`<option key=${one} value=${one}>${t(`teach.kind_${one}`)}</option>`)}</select><//>
-        ${(kind === 'patchcore' || kind === 'padim') && html`<${Field} label=${t('teach.backbone')} hint=${t('teach.backbone_hint')}><select name="backbone" value=${more.backbone ?? usualBackbone(kind)} onchange=${(event) => onchange({ backbone: event.target.value })}>
+        ${(kind === 'patchcore' || kind === 'padim') && html`<${Field} label=${t('teach.backbone')} hint=${t('teach.backbone_hint')}><select name="backbone" value=${more.backbone ?? LITE[0]} onchange=${(event) => onchange({ backbone: event.target.value })}>
           ${BACKBONES.map((one) => html`<option key=${one} value=${one}>${one}</option>`)}</select><//>`}
         ${whole('size', t('teach.image_size'), 32, 4096, 256, t('teach.image_size_hint'))}
         ${text('pretrained', t('teach.pretrained'), {}, t('teach.pretrained_hint'))}`}

