@@ -29,7 +29,6 @@ from benchmarks.common import (
     print_machine,
     print_table,
 )
-from engines.meta import FIRST
 
 TURNS, IN_A_ROW = 12, 5  # images per engine, each with its bank in the cache, as when serving
 RESNET = {"backbone": "resnet18", "image_size": 256}
@@ -41,8 +40,8 @@ TWO, THREE = ["blocks.2", "blocks.4"], ["blocks.1", "blocks.2", "blocks.4"]
 OF_RESNET = ["layer1", "layer2", "layer3"]
 CONTESTANTS: list[tuple[str, dict[str, Any], int, int]] = [
     ("resnet18", {**PATCHCORE, **RESNET, "layers": OF_RESNET[1:]}, 1, 4),
-    ("the first model", FIRST, 1, 4),
     ("lite0", {**PATCHCORE, **LITE, "layers": TWO}, 1, 4),
+    ("lite0, grid", {**PATCHCORE, **LITE, "layers": THREE, "grid": TWO[0]}, 1, 4),
     ("lite0, 320 px", {**PATCHCORE, **LITE, "layers": TWO, "image_size": 320}, 1, 4),
     ("resnet18", {**PADIM, **RESNET, "layers": OF_RESNET}, 1, 4),
     ("resnet18, steady",

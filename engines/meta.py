@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,16 +15,13 @@ from engines.files import write_atomically
 Kind = Literal["patchcore", "padim", "efficientad", "vae"]
 
 FORMAT = 1
-_Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 _MOST = 1e38  # of a raw score, which is a float32; the difference of two is one, too
 
 # What a first model is where nobody says otherwise; docs/models.md says how it was chosen.
 FIRST: dict[str, Any] = {
     "model": "patchcore",
     "backbone": "tf_efficientnet_lite0",
-    "layers": ["blocks.1", "blocks.2", "blocks.4"],
-    "layer_weights": [0.8, 1, 0.85],
-    "grid": "blocks.2",
+    "layers": ["blocks.2", "blocks.4"],
     "coreset_ratio": 0.1,
     "image_size": 256,
 }
@@ -62,7 +59,6 @@ class Meta(BaseModel):
     format: int = Field(FORMAT, ge=1, le=FORMAT)
     backbone: str | None = None
     layers: list[str] | None = Field(None, min_length=1)
-    layer_weights: list[_Weight] | None = None  # PatchCore: of each of `layers`; absent: 1
     grid: str | None = None  # PatchCore: the layer that has a place per patch; absent: the first
     coreset_ratio: float | None = Field(None, gt=0, le=1)
     n_features: int | None = Field(None, ge=1)
@@ -120,11 +116,6 @@ class Meta(BaseModel):
         if self.grid is not None and self.grid not in layers:
             raise ValueError(
                 f"grid must be one of the layers of a patchcore model, not {self.grid}"
-            )
-        if self.layer_weights is not None and len(self.layer_weights) != len(layers):
-            raise ValueError(
-                "layer_weights must be as many as the layers of a patchcore model:"
-                f" {len(layers)}, not {len(self.layer_weights)}"
             )
         low, high = self.raw_image_min, self.raw_image_max
         if low is not None and high is not None and low >= high:

@@ -185,7 +185,7 @@ class RetrainRequest(VersionRequest):
         if self.kind is None and kind != FIRST["model"]:
             raise BadMeta(f'meta is of a {kind} model: say so with "kind": "{kind}".')
         usual = FIRST if kind == FIRST["model"] else {}
-        together = {"backbone", "layers", "layer_weights", "grid"}
+        together = {"backbone", "layers"}
         if self.meta.keys() & together:
             usual = {key: value for key, value in usual.items() if key not in together}
         return Meta.parse({**usual, **self.meta, "model": kind})

@@ -196,8 +196,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"layers": []}, "layers"),
     "layers in one string": ({"layers": "layer2"}, "layers"),
     "a grid of no layer of its": ({"grid": "layer9"}, "grid"),
-    "weights of other layers": ({"layer_weights": [1.0, 1.0, 1.0]}, "layer_weights"),
-    "a layer that counts nothing": ({"layer_weights": [0.0]}, "layer_weights"),
     "a size in words": ({"image_size": "big"}, "image_size"),
     "half a pixel": ({"image_size": 256.5}, "image_size"),
     "a size for each side": ({"image_size": [256, 256]}, "image_size"),

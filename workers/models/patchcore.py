@@ -74,7 +74,6 @@ class PatchCore(nn.Module):
         self.origin: Origin | None = self.features.origin
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
         self.layers = meta.layers
-        self.layer_weights = meta.layer_weights or [1.0] * len(meta.layers)
         self.grid = meta.grid or meta.layers[0]
         self.image_size = meta.image_size
         self.half_backbone = False
@@ -137,23 +136,20 @@ class PatchCore(nn.Module):
         x = self.normalise(image)
         features = self.features(x.half() if self.half_backbone else x)
         size = features[self.grid].shape[-2:]
-        columns = [
-            self._brought_to(size, features[layer], weight)
-            for layer, weight in zip(self.layers, self.layer_weights, strict=True)
-        ]
+        columns = [self._brought_to(size, features[layer]) for layer in self.layers]
         embedding = torch.cat(columns, 1).float()  # (N, C, h, w)
         # int(): the sizes of the graph that is exported are fixed, whatever the backbone does.
         channels, height, width = (int(side) for side in embedding.shape[1:])
         return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)
 
-    def _brought_to(self, size: torch.Size, feature: torch.Tensor, weight: float) -> torch.Tensor:
+    def _brought_to(self, size: torch.Size, feature: torch.Tensor) -> torch.Tensor:
         """A layer (N, C, h, w) with the places of the grid; each sees around its own a little."""
         finer = int(feature.shape[-1]) // int(size[-1])
         # To go down to the grid averages enough: pooled besides, the finest scratches fade.
         found = functional.avg_pool2d(feature, finer) if finer > 1 else self.pool(feature)
         if found.shape[-2:] != size:
             found = functional.interpolate(found, size=size, mode="bilinear")
-        return found if weight == 1 else found * weight
+        return found
 
     def channels(self) -> int:
         """Columns of an embedding."""

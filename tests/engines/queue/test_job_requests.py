@@ -24,7 +24,7 @@ def asked(**more: Any) -> RetrainRequest:
 @pytest.mark.parametrize(
     ("meta", "made"),
     [({}, FIRST), ({"image_size": 320}, {**FIRST, "image_size": 320}),
-     (RESNET, {**FIRST, **RESNET, "layer_weights": None, "grid": None})],
+     (RESNET, {**FIRST, **RESNET})],
 )  # fmt: skip
 def test_a_first_training_takes_the_usual_keys_where_none_are_said(
     kind: Any, meta: dict[str, Any], made: dict[str, Any]

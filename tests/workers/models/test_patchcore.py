@@ -363,16 +363,6 @@ def test_the_grid_is_that_of_the_first_layer_unless_meta_json_names_another() ->
     assert torch.equal(absent[0], named[0])
 
 
-def test_a_layer_counts_as_much_as_its_weight_says() -> None:
-    seen = torch.from_numpy(parts(1))
-    even, odd = (
-        patchcore.build(settings(**weights), "untrained").embed(seen)[0]
-        for weights in ({}, {"layer_weights": [1, 0.25]})
-    )
-    torch.testing.assert_close(odd[..., :128], even[..., :128])
-    torch.testing.assert_close(odd[..., 128:], even[..., 128:] / 4)
-
-
 def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
     meta = settings(layers=["layer3", "layer2"], grid="layer2")
     with pytest.raises(BadMeta, match=r"from the first .* to the last: not layer3, layer2"):
@@ -384,7 +374,7 @@ def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
     "changes",
     [
         {"backbone": "mobilenetv2_100", "layers": ["blocks.1", "blocks.2"]},
-        FIRST,
+        {**FIRST, "layers": ["blocks.1", *FIRST["layers"]], "grid": "blocks.2"},
         {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.3", "blocks.6"], "image_size": 224},
     ],
     ids=lambda changes: changes["backbone"],
