@@ -540,9 +540,16 @@ def test_torch_is_not_in_the_process(server: Server, photo: bytes) -> None:
     assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
-def test_app_and_engines_do_not_import_torch() -> None:
-    program = "import sys, app.__main__, app.main; assert not {'torch', 'onnx'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    ("packages", "why"),
+    [
+        (("torch", "onnx"), "they are for learning"),
+        (("dbos", "sqlalchemy", "psycopg"), "the queue's are loaded beside what opens models"),
+    ],
+)
+def test_a_start_does_not_wait_for_packages(packages: tuple[str, ...], why: str) -> None:
+    program = f"import sys, app.__main__, app.main; assert not {{*{packages}}} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", program + f", {why!r}"], cwd=ROOT, check=True)
 
 
 def test_memory_stays_below_400_mb(server: Server, photo: bytes) -> None:
