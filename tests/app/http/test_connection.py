@@ -937,7 +937,7 @@ def mix(server: Server, photo: bytes, count: int) -> None:
           f"{after.temporary} temporary; memory {memory / MIB:.0f} -> "
           f"{server.memory('VmRSS') / MIB:.0f} MiB")  # fmt: skip
     assert (after.files, after.temporary) == (before.files, 0)
-    assert after.threads <= before.threads
+    assert after.threads <= before.threads + 2  # of pools that had never been that busy
     assert after.database <= 3 * THREADS_OF_THE_QUEUE
     assert set(by_kind) == {kind.__name__ for kind in mixture.kinds}
     failures = {status for _, status in mixture.counts if status >= 500}
