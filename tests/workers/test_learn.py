@@ -169,9 +169,10 @@ def test_what_is_learned_again_takes_the_place_of_what_was_there(
     assert not (tmp_path / "models" / "bolt" / "data" / "test" / "bolt" / "anomaly").exists()
 
 
-@pytest.mark.parametrize("step", ["2/5", "3/5"])
+# Of the second step the moment when torch is loaded: before, it may abort the process itself.
+@pytest.mark.parametrize(("step", "since"), [("2/5", "Weights of"), ("3/5", "3/5")])
 def test_ctrl_c_leaves_nothing_half(
-    step: str, good: Path, kensa_model: Path, tmp_path: Path
+    step: str, since: str, good: Path, kensa_model: Path, tmp_path: Path
 ) -> None:
     engine = tmp_path / "models" / "bolt" / "engine"
     shutil.copytree(kensa_model, engine)
@@ -184,9 +185,9 @@ def test_ctrl_c_leaves_nothing_half(
     said = ""
     for line in learning.stderr:
         said += line
-        if line.startswith(step):
+        if line.strip().startswith(since):
             break
-    time.sleep(0.5)  # into the step
+    time.sleep(0.2)  # into the step
     os.killpg(learning.pid, signal.SIGINT)
     said += learning.communicate(timeout=60)[1]
     assert learning.returncode == 130, said

@@ -601,6 +601,8 @@ def torn_page(database: Path) -> None:
 
 
 def garbage_in_the_log(database: Path) -> None:
+    with closing(sqlite3.connect(database)) as whole:  # what was closed may not yet be
+        whole.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     Path(f"{database}-wal").write_bytes(os.urandom(100_000))
 
 
