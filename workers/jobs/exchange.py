@@ -147,8 +147,7 @@ def checked(wanted: dict[str, Any]) -> tuple[str, str]:
         BadBundle: they may not.
     """
     device, model = str(wanted.get("device")), str(wanted.get("model"))
-    good = {"device": re.fullmatch(DEVICE, device), "model": is_name(model)}
-    for key in good:
-        if not good[key]:
+    for key, is_good in (("device", re.fullmatch(DEVICE, device)), ("model", is_name(model))):
+        if not is_good:
             raise BadBundle(f"The queue names a {key} {wanted.get(key)!r}, which is no name.")
     return device, model

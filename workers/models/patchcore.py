@@ -74,7 +74,7 @@ class PatchCore(nn.Module):
         self.origin: Origin | None = self.features.origin
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
         self.layers = meta.layers
-        self.grid = meta.grid or meta.layers[0]
+        self.grid = meta.grid
         self.image_size = meta.image_size
         self.half_backbone = False
         self.bank: Bank | None = None
@@ -131,11 +131,12 @@ class PatchCore(nn.Module):
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w).
 
-        Coarser layers are stretched to the size of the grid's, as in anomalib's PatchcoreModel.
+        Other layers are stretched to the size of the first one, as in anomalib's PatchcoreModel;
+        where meta.json names the `grid`, to that one's, and finer ones are averaged down to it.
         """
         x = self.normalise(image)
         features = self.features(x.half() if self.half_backbone else x)
-        size = features[self.grid].shape[-2:]
+        size = features[self.grid or self.layers[0]].shape[-2:]
         columns = [self._brought_to(size, features[layer]) for layer in self.layers]
         embedding = torch.cat(columns, 1).float()  # (N, C, h, w)
         # int(): the sizes of the graph that is exported are fixed, whatever the backbone does.
@@ -143,13 +144,16 @@ class PatchCore(nn.Module):
         return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)
 
     def _brought_to(self, size: torch.Size, feature: torch.Tensor) -> torch.Tensor:
-        """A layer (N, C, h, w) with the places of the grid; each sees around its own a little."""
+        """A layer (N, C, h, w) with so many places; each sees around its own a little."""
         finer = int(feature.shape[-1]) // int(size[-1])
-        # To go down to the grid averages enough: pooled besides, the finest scratches fade.
-        found = functional.avg_pool2d(feature, finer) if finer > 1 else self.pool(feature)
-        if found.shape[-2:] != size:
-            found = functional.interpolate(found, size=size, mode="bilinear")
-        return found
+        if self.grid is not None and finer > 1:
+            # To go down averages enough: pooled besides, the finest scratches fade.
+            feature = functional.avg_pool2d(feature, finer)
+        else:
+            feature = self.pool(feature)
+        if feature.shape[-2:] == size:
+            return feature
+        return functional.interpolate(feature, size=size, mode="bilinear")
 
     def channels(self) -> int:
         """Columns of an embedding."""

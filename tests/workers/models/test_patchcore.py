@@ -18,6 +18,7 @@ import torchvision
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from engines.errors import BadBundle, BadDataset, BadMeta, BadWeights
 from engines.image import resize
@@ -353,7 +354,18 @@ def test_a_finer_layer_than_the_grids_is_averaged_down_to_it() -> None:
     torch.testing.assert_close(embedding[..., 64:], without)
 
 
-def test_the_grid_is_that_of_the_first_layer_unless_meta_json_names_another() -> None:
+@pytest.mark.parametrize("layers", [["layer2", "layer3"], ["layer3", "layer2"]])
+def test_without_a_grid_every_layer_is_pooled_and_stretched_to_the_first(layers: list[str]) -> None:
+    seen = torch.from_numpy(parts(3))
+    model = patchcore.build(settings(layers=layers), "untrained")
+    features = model.features(model.normalise(seen))
+    first, other = (functional.avg_pool2d(features[one], 3, 1, 1) for one in layers)
+    other = functional.interpolate(other, size=first.shape[-2:], mode="bilinear")
+    expected = torch.cat([first, other], 1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.embed(seen)[0], expected)
+
+
+def test_a_grid_of_the_first_layer_changes_nothing() -> None:
     seen = torch.from_numpy(parts(3))
     absent, named = (
         patchcore.build(settings(**grid), "untrained").embed(seen)
