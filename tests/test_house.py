@@ -38,6 +38,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
 TRAINING = {"torch", "torchvision", "anomalib", "timm", "lightning", "onnx", "sklearn"}
 # Where somebody works on it, not where it runs: /work and the homes of people.
 SOMEBODYS_PATH = re.compile(r"(?<![\w.:/-])/(?:work|home/\w+|Users/\w+)/")
+LARGEST = 512 * 1024  # bytes of a file
 BRANCH = re.compile(r"^((?:│   )*)(?:├── |└── )(\w+) +(\d{3})  \S", re.MULTILINE)
 
 
@@ -238,6 +239,11 @@ def test_no_tracked_file_names_a_path_of_this_machine() -> None:
         if SOMEBODYS_PATH.search(text) or any(f"{name}/" in text for name in paths):
             found.append(str(path.relative_to(ROOT)))
     assert not found
+
+
+def test_no_large_file_is_tracked() -> None:
+    """Such as a compiled network, or weights, that somebody left in the tree."""
+    assert [path for path in tracked() if path.stat().st_size > LARGEST] == []
 
 
 @pytest.mark.parametrize("where", ["", " ", '"', "=", "("])
