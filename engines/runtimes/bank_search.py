@@ -11,14 +11,17 @@ whose distance may be the largest are then searched so that no nearer row can be
   distance is below: |q - b|^2 >= |q_d - b_d|^2 + (|q_r| - |b_r|)^2. Rows are measured in full
   only where the bound is below the distance that is known.
 
-A row has half its squared norm in a column of its own, which meets a 1 in the query: the product
-of two, and half the query's squared norm, is |query - row|^2 / 2.
+A row has half its squared norm in a channel of its own, which meets a 1 in the query: the product
+of two, and half the query's squared norm, is |query - row|^2 / 2. A cell lies in memory as a matrix
+(C + 1, rows), from the right of which numpy's OpenBLAS multiplies fastest.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +43,11 @@ AXIS_PER = 6  # channels for one principal axis: what is kept of them is a seven
 SAMPLE = 8192  # rows that principal axes are found of
 TILE = 32_768  # rows whose bounds are in memory at once
 GATHER = 2_048  # rows measured at once
+PRODUCTS = 262_144  # in memory at once, of patches and rows: as much as a core has near it
+SAMPLED = 11  # one patch in so many says how far from the nearest centre cells are looked into
+LEAST_OF_A_BLOCK = 8  # patches
+TRIALS, CLEARLY = 7, 0.95  # to find out whether small products are faster
+SMALL = 1_000_000  # multiplications up to which OpenBLAS may take its kernel for small matrices
 THREADS = 4  # at most for one image: each has its own share of small steps to take in Python
 # Of squared norms: what a squared distance may be off by that was reckoned as products in float32.
 ROUNDING = 2e-6
@@ -58,23 +66,30 @@ class Search:
         self._threads = min(threads or _cores(), THREADS)
         self._centres, cells = _cells(bank, lambda rows: (rows - self._mean) @ self._axes)
         self._centre_halves = _half_squares(self._centres)
-        self._ends = np.cumsum(np.bincount(cells))
+        self._sizes = np.bincount(cells)
+        self._ends = np.cumsum(self._sizes)
         order = np.argsort(cells, kind="stable")
         count, channels = bank.shape
-        self._rows = np.empty((count, channels + 1), np.float32)  # row, half of |row|^2
+        self._all = np.empty(count * (channels + 1), np.float32)  # cell after cell
+        self._cells = [
+            self._all[(end - size) * (channels + 1) : end * (channels + 1)].reshape(-1, size)
+            for end, size in zip(self._ends, self._sizes, strict=True)
+        ]
         self._bounds = np.empty((count, self._axes.shape[1] + 2), np.float32)
-        for start in range(0, count, GATHER):
-            where = slice(start, start + GATHER)
-            rows = bank[order[where]] - self._mean
-            halves, near = _half_squares(rows), rows @ self._axes
-            self._rows[where] = np.column_stack([rows, halves])
-            self._bounds[where] = np.column_stack([-near, -_rest(halves, near), halves])
-        self._largest = float(self._rows[:, -1].max())
+        for cell, begin in zip(self._cells, self._ends - self._sizes, strict=True):
+            for start in range(0, cell.shape[1], GATHER):
+                where = np.arange(start, min(start + GATHER, cell.shape[1]))
+                rows = bank[order[begin + where]] - self._mean
+                halves, near = _half_squares(rows), rows @ self._axes
+                cell[:-1, where], cell[-1, where] = rows.T, halves
+                encoded = np.column_stack([-near, -_rest(halves, near), halves])
+                self._bounds[begin + where] = encoded
+        self._largest = float(max(cell[-1].max() for cell in self._cells))
         self._counting: NDArray[np.bool_] | None = None  # of the patches (P,); None: all
 
     @property
     def rows(self) -> int:
-        return len(self._rows)
+        return len(self._bounds)
 
     def count_only(self, keep: Floats) -> None:
         """Let only the patches decide a score that are 1 of (h, w)."""
@@ -94,7 +109,7 @@ class Search:
         queries = _Queries.of(patches, self._axes)
         distances = self._search(queries, self._likely(queries))
         patch, row = self._farthest(queries, distances)
-        nearest = _Queries.of(self._rows[row : row + 1, :-1], self._axes)
+        nearest = _Queries.of(self._rows(np.array([row])), self._axes)
         _, neighbours = self._closest(nearest, 0, NEIGHBOURS)
         reach = self._measure(queries.rows[patch], neighbours)
         own = distances[patch]
@@ -106,30 +121,41 @@ class Search:
         half = self._centre_halves[:, None] - self._centres @ queries.near.T
         away = _distances(half + _half_squares(queries.near))
         away -= away.min(axis=0)
-        pairs = min(CELLS * away.shape[1], away.size) - 1
-        likely: NDArray[np.bool_] = away <= np.partition(away, pairs, axis=None)[pairs]
+        some = away[:, ::SAMPLED]
+        pairs = min(CELLS * some.shape[1], some.size) - 1
+        likely: NDArray[np.bool_] = away <= np.partition(some, pairs, axis=None)[pairs]
         return likely
 
     def _search(self, queries: _Queries, where: NDArray[np.bool_]) -> Floats:
         """(P,): the distance of each patch to the nearest row of its cells, `where` (k, P) says."""
         wide = np.column_stack([-queries.rows, np.ones_like(queries.halves)])  # (P, C + 1)
+        counts = np.count_nonzero(where, axis=1)
+        patches = np.flatnonzero(where) % len(wide)  # of all pairs, cell by cell
+        ends = np.cumsum(counts)
+        products = counts * self._sizes
 
-        def search(cells: range) -> Floats:
-            half = np.full(len(wide), np.inf, np.float32)
-            for cell in cells:
-                patches = np.flatnonzero(where[cell])
-                if patches.size:
-                    products = self._rows[self._cell(cell)] @ wide[patches].T
-                    half[patches] = np.minimum(half[patches], products.min(axis=0))
-            return half
+        def nearest(cells: range) -> Floats:
+            """Of each pair: half the squared distance, less half of the patch's squared norm."""
+            found = [np.empty(0, np.float32)]
+            for some in _in_parts(cells, products, PRODUCTS):
+                pairs = slice(ends[some.start] - counts[some.start], ends[some.stop - 1])
+                near = wide.take(patches[pairs], axis=0)
+                flat, at, first = np.empty(products[some.start : some.stop].sum(), np.float32), 0, 0
+                for cell in some:
+                    last, to = first + counts[cell], at + products[cell]
+                    if last > first:
+                        product = flat[at:to].reshape(-1, self._sizes[cell])
+                        _multiply(near[first:last], self._cells[cell], product)
+                    first, at = last, to
+                rows = np.repeat(self._sizes[some.start : some.stop], counts[some.start : some.stop])
+                if rows.size:
+                    found.append(np.minimum.reduceat(flat, np.cumsum(rows) - rows))
+            return np.concatenate(found)
 
-        cells = range(len(self._centres))
-        shares = [cells[one :: self._threads] for one in range(self._threads)]
-        half = np.minimum.reduce(list(_side_by_side(search, shares)))
+        shares = _shares(products, self._threads)
+        half = np.full(len(wide), np.inf, np.float32)
+        np.minimum.at(half, patches, np.concatenate(list(_side_by_side(nearest, shares))))
         return _distances(half + queries.halves)
-
-    def _cell(self, cell: int) -> slice:
-        return slice(self._ends[cell - 1] if cell else 0, self._ends[cell])
 
     def _farthest(self, queries: _Queries, distances: Floats) -> tuple[np.intp, np.intp]:
         """The patch that decides the score, and the row nearest to it.
@@ -149,7 +175,7 @@ class Search:
                 largest, found = exact[0], (patch, row)
             left = left[distances[left] ** 2 + 2 * slack[left] > largest**2]
             # Where the picture is plain, many patches are alike: this row is as near to them.
-            away = np.linalg.norm(queries.rows[left] - self._rows[found[1], :-1], axis=1)
+            away = np.linalg.norm(queries.rows[left] - self._rows(found[1][None]), axis=1)
             distances[left] = np.minimum(distances[left], away)
             left = left[away > largest * (1 + ALIKE)]
             if len(left) > MANY:  # the cells tell little in this bank
@@ -170,15 +196,18 @@ class Search:
         slack = 2 * self._slack(queries)[patch]
         count = min(count, self.rows)
         distances, rows = np.empty(0, np.float32), np.empty(0, np.intp)
-        for start in range(0, self.rows, TILE):
-            tile = slice(start, min(start + TILE, self.rows))
-            bounds = self._bounds[tile] @ queries.encoded[patch]
+        for cells in _in_parts(range(len(self._cells)), self._sizes, TILE):
+            start, stop = self._ends[cells.start] - self._sizes[cells.start], self._ends[cells[-1]]
+            bounds = self._bounds[start:stop] @ queries.encoded[patch]
             if within == math.inf:
-                likely = np.argsort(bounds)[: 4 * count] + start
-                within = np.sort(self._measure(query, likely))[:count][-1]
+                some = min(4 * count, len(bounds))
+                likely = np.argpartition(bounds, some - 1)[:some] + start
+                known = np.sort(self._measure(query, likely))
+                if len(known) >= count:
+                    within = known[count - 1]
             some = np.flatnonzero(bounds <= within**2 / 2 - half + slack) + start
             if len(some) > GATHER:  # the bounds rule out little in this bank
-                some = some[self._by_products(query, tile, count, slack)[some - start]]
+                some = some[self._by_products(query, cells, count, slack)[some - start]]
             distances = np.concatenate([distances, self._measure(query, some)])
             rows = np.concatenate([rows, some])
             nearest = distances.argsort(kind="stable")[:count]
@@ -188,10 +217,11 @@ class Search:
         return distances, rows
 
     def _by_products(
-        self, query: Floats, tile: slice, count: int, slack: np.float32
+        self, query: Floats, cells: range, count: int, slack: np.float32
     ) -> NDArray[np.bool_]:
-        """Which rows of a tile may be among the nearest, reckoned as products."""
-        products = self._rows[tile] @ np.append(-query, np.float32(1))
+        """Which rows of some cells may be among the nearest, reckoned as products."""
+        wide = np.append(-query, np.float32(1))
+        products = np.concatenate([wide @ self._cells[cell] for cell in cells])
         last = min(count, len(products)) - 1
         may: NDArray[np.bool_] = products <= np.partition(products, last)[last] + slack
         return may
@@ -199,8 +229,17 @@ class Search:
     def _measure(self, query: Floats, rows: Indexes) -> Floats:
         """The distances of rows (n,) as differences, which are exact also where they are small."""
         some = (rows[start : start + GATHER] for start in range(0, len(rows), GATHER))
-        each = [np.linalg.norm(self._rows[one, :-1] - query, axis=1) for one in some]
+        each = [np.linalg.norm(self._rows(one) - query, axis=1) for one in some]
         return np.concatenate(each) if each else np.empty(0, np.float32)
+
+    def _rows(self, rows: Indexes) -> Floats:
+        """Some rows (n,), less the mean: (n, C)."""
+        channels = len(self._mean)
+        cells = np.searchsorted(self._ends, rows, side="right")
+        sizes = self._sizes[cells]
+        before = self._ends[cells] - sizes  # the first row of the same cell
+        first = before * (channels + 1) + rows - before
+        return self._all.take(first[:, None] + sizes[:, None] * np.arange(channels))
 
     def _slack(self, queries: _Queries) -> Floats:
         """By how much half a squared distance may be off (P,)."""
@@ -275,6 +314,59 @@ def _distances(halves: Floats) -> Floats:
     """From half the squared distance, which may have been rounded to less than 0."""
     distances: Floats = np.sqrt(2 * np.maximum(halves, 0))
     return distances
+
+
+def _in_parts(cells: range, sizes: Indexes, most: int) -> Iterator[range]:
+    """Cells that follow each other, in parts whose sizes (k,) together are at most so much.
+
+    A larger cell is a part of its own.
+    """
+    start, size = cells.start, 0
+    for cell in cells:
+        size += sizes[cell]
+        if size > most and cell > start:
+            yield range(start, cell)
+            start, size = cell, sizes[cell]
+    if start < cells.stop:
+        yield range(start, cells.stop)
+
+
+def _shares(products: Indexes, threads: int) -> list[range]:
+    """The cells for each thread, about as many of the products (k,) for each."""
+    done = np.cumsum(products)
+    cuts = np.searchsorted(done, done[-1] * np.arange(1, threads) / threads)
+    borders = [0, *map(int, cuts), len(products)]
+    return [range(first, last) for first, last in itertools.pairwise(borders)]
+
+
+def _multiply(some: Floats, by: Floats, into: Floats) -> None:
+    """(n, C) and (C, m) -> (n, m), in blocks that are small to OpenBLAS where that is faster."""
+    at_once = SMALL // by.size
+    if not (LEAST_OF_A_BLOCK <= at_once < len(some) and _small_is_fast()):
+        np.matmul(some, by, out=into)
+        return
+    whole = len(some) // at_once * at_once
+    blocks = some[:whole].reshape(-1, at_once, len(by))
+    np.matmul(blocks, by, out=into[:whole].reshape(-1, at_once, by.shape[1]))
+    if whole < len(some):
+        np.matmul(some[whole:], by, out=into[whole:])
+
+
+@cache
+def _small_is_fast() -> bool:
+    """Whether the small of two products takes less than its share: only some CPUs have a kernel.
+
+    A core with AVX512 takes 0.8 of the time so, and one with AVX2 1.4 times as long.
+    """
+    random = np.random.default_rng(0)
+    some, by = (random.normal(size=size).astype(np.float32) for size in ((72, 384), (384, 100)))
+    blocks, least = some.reshape(3, 24, 384), {True: math.inf, False: math.inf}
+    for _ in range(TRIALS):
+        for small, what in ((True, blocks), (False, some)):
+            began = time.perf_counter()
+            what @ by
+            least[small] = min(least[small], time.perf_counter() - began)
+    return least[True] < CLEARLY * least[False]
 
 
 def _side_by_side(work: Callable[[range], Floats], shares: list[range]) -> Iterator[Floats]:
