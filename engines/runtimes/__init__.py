@@ -23,6 +23,7 @@ class Batches:
 
 
 ALONE = Batches()
+WORTH = 0.9  # a smaller gain is not worth it that the first part waits for the others
 
 # What a maximum over NaN is, in OpenVINO and elsewhere: the least float32 (bf16 rounds it to less
 # than it). No score and no distance is anywhere near.
@@ -48,7 +49,11 @@ class Runtime(Protocol):
 
     name: str  # "openvino" or "tensorrt"
     precision: str  # "f32", "bf16", "f16" or "int8"
-    pads: bool  # whether fewer images than `batches.size` are filled up, and cost as much as these
+    pads: bool  # whether fewer images than `batches.size` cost as much as these
+
+    @property
+    def worth(self) -> float:
+        """Images together must take less than this share of the time that they take alone."""
 
     @property
     def batches(self) -> Batches:

@@ -22,16 +22,18 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Indexes = NDArray[np.intp]
+Made = TypeVar("Made")
 
 NEIGHBOURS = 9  # anomalib's num_neighbors, fixed by the meaning of the score
 CELLS = 6  # that a patch is compared with on the average
@@ -43,8 +45,8 @@ AXIS_PER = 6  # channels for one principal axis: what is kept of them is a seven
 SAMPLE = 8192  # rows that principal axes are found of
 TILE = 32_768  # rows whose bounds are in memory at once
 GATHER = 2_048  # rows measured at once
-PRODUCTS = 262_144  # in memory at once, of patches and rows: as much as a core has near it
-SAMPLED = 11  # one patch in so many says how far from the nearest centre cells are looked into
+NEAR = 262_144  # numbers that a thread has in memory at once: about what a core has near it
+SAMPLED = 96  # patches, or a few more, say how much farther than the nearest centre is too far
 LEAST_OF_A_BLOCK = 8  # patches
 TRIALS, CLEARLY = 7, 0.95  # to find out whether small products are faster
 SMALL = 1_000_000  # multiplications up to which OpenBLAS may take its kernel for small matrices
@@ -54,16 +56,12 @@ ROUNDING = 2e-6
 
 
 class Search:
-    """One memory bank, ready to be searched by one thread at a time."""
+    """One memory bank, ready to be searched, by several threads at once as well."""
 
-    def __init__(self, bank: Floats, *, threads: int = 0) -> None:
-        """Copy the bank (M, C) float32 into the form that is searched; it is not needed afterwards.
-
-        `threads`: how many look at one image, 0 for all cores, and never more than `THREADS`.
-        """
+    def __init__(self, bank: Floats) -> None:
+        """Copy the bank (M, C) float32 into the form that is searched; it is left as it is."""
         self._mean = bank.mean(axis=0)
         self._axes = _principal_axes(bank, self._mean)  # (C, d)
-        self._threads = min(threads or _cores(), THREADS)
         self._centres, cells = _cells(bank, lambda rows: (rows - self._mean) @ self._axes)
         self._centre_halves = _half_squares(self._centres)
         self._sizes = np.bincount(cells)
@@ -95,8 +93,10 @@ class Search:
         """Let only the patches decide a score that are 1 of (h, w)."""
         self._counting = keep.reshape(-1) > 0
 
-    def score(self, embedding: Floats) -> tuple[float, Floats]:
+    def score(self, embedding: Floats, threads: int = 1) -> tuple[float, Floats]:
         """The embedding (P, C) of one image -> its raw score, and each patch's distance (P,).
+
+        `threads`: how many look at it, never more than `THREADS`; what they find is the same.
 
         The score is eq. 7 of arXiv:2106.08265, as anomalib computes it. It is exact to float32, as
         are the distances of all patches that it might have come from. The others are to a row of
@@ -107,8 +107,8 @@ class Search:
         if not np.isfinite(_half_squares(patches)).all():
             return math.nan, np.full(len(patches), np.nan, np.float32)
         queries = _Queries.of(patches, self._axes)
-        distances = self._search(queries, self._likely(queries))
-        patch, row = self._farthest(queries, distances)
+        distances = self._search(queries, self._likely(queries), threads)
+        patch, row = self._farthest(queries, distances, threads)
         nearest = _Queries.of(self._rows(np.array([row])), self._axes)
         _, neighbours = self._closest(nearest, 0, NEIGHBOURS)
         reach = self._measure(queries.rows[patch], neighbours)
@@ -121,12 +121,12 @@ class Search:
         half = self._centre_halves[:, None] - self._centres @ queries.near.T
         away = _distances(half + _half_squares(queries.near))
         away -= away.min(axis=0)
-        some = away[:, ::SAMPLED]
+        some = away[:, :: away.shape[1] // SAMPLED | 1]  # odd, so that it meets each column
         pairs = min(CELLS * some.shape[1], some.size) - 1
         likely: NDArray[np.bool_] = away <= np.partition(some, pairs, axis=None)[pairs]
         return likely
 
-    def _search(self, queries: _Queries, where: NDArray[np.bool_]) -> Floats:
+    def _search(self, queries: _Queries, where: NDArray[np.bool_], threads: int) -> Floats:
         """(P,): the distance of each patch to the nearest row of its cells, `where` (k, P) says."""
         wide = np.column_stack([-queries.rows, np.ones_like(queries.halves)])  # (P, C + 1)
         counts = np.count_nonzero(where, axis=1)
@@ -137,27 +137,33 @@ class Search:
         def nearest(cells: range) -> Floats:
             """Of each pair: half the squared distance, less half of the patch's squared norm."""
             found = [np.empty(0, np.float32)]
-            for some in _in_parts(cells, products, PRODUCTS):
+            for some in _in_parts(cells, counts * wide.shape[1] + products, NEAR):
                 pairs = slice(ends[some.start] - counts[some.start], ends[some.stop - 1])
                 near = wide.take(patches[pairs], axis=0)
-                flat, at, first = np.empty(products[some.start : some.stop].sum(), np.float32), 0, 0
+                flat, at, first = np.empty(products[some].sum(), np.float32), 0, 0
                 for cell in some:
                     last, to = first + counts[cell], at + products[cell]
                     if last > first:
                         product = flat[at:to].reshape(-1, self._sizes[cell])
                         _multiply(near[first:last], self._cells[cell], product)
                     first, at = last, to
-                rows = np.repeat(self._sizes[some.start : some.stop], counts[some.start : some.stop])
+                rows = np.repeat(
+                    self._sizes[some.start : some.stop], counts[some.start : some.stop]
+                )
                 if rows.size:
                     found.append(np.minimum.reduceat(flat, np.cumsum(rows) - rows))
             return np.concatenate(found)
 
-        shares = _shares(products, self._threads)
+        shares = _shares(products, min(threads, THREADS))
         half = np.full(len(wide), np.inf, np.float32)
-        np.minimum.at(half, patches, np.concatenate(list(_side_by_side(nearest, shares))))
+        np.minimum.at(
+            half, patches, np.concatenate(list(side_by_side(nearest, shares, of="bank-search")))
+        )
         return _distances(half + queries.halves)
 
-    def _farthest(self, queries: _Queries, distances: Floats) -> tuple[np.intp, np.intp]:
+    def _farthest(
+        self, queries: _Queries, distances: Floats, threads: int
+    ) -> tuple[np.intp, np.intp]:
         """The patch that decides the score, and the row nearest to it.
 
         `distances` (P,) are exact afterwards for each patch that might have been it.
@@ -181,7 +187,7 @@ class Search:
             if len(left) > MANY:  # the cells tell little in this bank
                 everywhere = np.zeros((len(self._centres), len(distances)), bool)
                 everywhere[:, left] = True
-                np.minimum(distances, self._search(queries, everywhere), out=distances)
+                np.minimum(distances, self._search(queries, everywhere, threads), out=distances)
                 left = left[np.argsort(-distances[left], kind="stable")][:MANY]
         return found
 
@@ -239,7 +245,8 @@ class Search:
         sizes = self._sizes[cells]
         before = self._ends[cells] - sizes  # the first row of the same cell
         first = before * (channels + 1) + rows - before
-        return self._all.take(first[:, None] + sizes[:, None] * np.arange(channels))
+        found: Floats = self._all.take(first[:, None] + sizes[:, None] * np.arange(channels))
+        return found
 
     def _slack(self, queries: _Queries) -> Floats:
         """By how much half a squared distance may be off (P,)."""
@@ -369,18 +376,22 @@ def _small_is_fast() -> bool:
     return least[True] < CLEARLY * least[False]
 
 
-def _side_by_side(work: Callable[[range], Floats], shares: list[range]) -> Iterator[Floats]:
-    """What is made of each share: of the first in this thread, of the others in others."""
-    others = [_helpers().submit(work, share) for share in shares[1:]]
-    yield work(shares[0])
-    yield from (one.result() for one in others)
+def side_by_side(work: Callable[..., Made], *shares: Iterable[Any], of: str) -> Iterator[Made]:
+    """What `work` makes of each share, as `map`: of the first in this thread, of others in others.
+
+    `of`: whose threads. What waits for others must not have theirs, or all might wait.
+    """
+    first, *others = zip(*shares, strict=False)
+    made = [_helpers(of).submit(work, *share) for share in others]
+    yield work(*first)
+    yield from (one.result() for one in made)
 
 
 @cache
-def _helpers() -> ThreadPoolExecutor:
+def _helpers(of: str) -> ThreadPoolExecutor:
     """Threads for all banks of this process; they wait for work, and cost nothing until then."""
-    return ThreadPoolExecutor(_cores(), "bank-search")
+    return ThreadPoolExecutor(cores(), of)
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,8 +22,8 @@ from engines.errors import BadBundle, OutOfMemory, RuntimeFailed
 from engines.machine.memory import MIB, free_bytes
 from engines.machine.memory_needs import BANK_FACTOR, FIXED, GRAPH_FACTOR
 from engines.regions import hide, shown
-from engines.runtimes import ALONE, Batches, look_past_regions, only_whole
-from engines.runtimes.bank_search import Search
+from engines.runtimes import ALONE, WORTH, Batches, look_past_regions, only_whole
+from engines.runtimes.bank_search import Floats, Search, cores, side_by_side
 from engines.runtimes.compiled_cache import seal_cache
 from engines.runtimes.openvino_lighter import lighten
 from engines.store.bundle import Bundle
@@ -35,6 +35,8 @@ from engines.store.onnx_weights import check_weights
 Precision = Literal["f32", "bf16"]
 
 
+TOGETHER = 4  # images: 8 gain a little more, and the first waits twice as long
+
 # Operations that may give a number where they were given NaN, and some that never do.
 _HIDE_NAN = {"ReduceMax", "ReduceMin", "MaxPool", "Relu", "Clamp", "Maximum", "Minimum"}
 _KEEP_NAN = {
@@ -45,28 +47,38 @@ _KEEP_NAN = {
 
 @dataclass(frozen=True)
 class _Ready:
-    """What runs so many images at once; one object, to be exchanged while another thread runs."""
+    """What runs so many images at once; one object, to be exchanged while another thread runs.
+
+    They are one batch, for one request; or side by side, with a request and a share of the cores
+    for each. Of a graph before a memory bank a batch gains nothing, and the search sees one image
+    at a time, which the more cores the less of each one makes quicker.
+    """
 
     batches: Batches
     compiled: ov.CompiledModel
-    request: ov.InferRequest
+    requests: list[ov.InferRequest]
 
     @classmethod
     def of(
-        cls, compiled: ov.CompiledModel, batches: Batches, keep: NDArray[np.float32] | None
+        cls,
+        compiled: ov.CompiledModel,
+        batches: Batches,
+        keep: NDArray[np.float32] | None,
+        side_by_side: bool = False,
     ) -> _Ready:
         """`keep` (h, w) is for a graph that has this input; it stays there for all images."""
-        request = compiled.create_infer_request()
+        count = batches.size if side_by_side else 1
+        requests = [compiled.create_infer_request() for _ in range(count)]
         if keep is not None:
-            request.get_tensor("keep").data[:] = keep
-        return cls(batches, compiled, request)
+            for request in requests:
+                request.get_tensor("keep").data[:] = keep
+        return cls(batches, compiled, requests)
 
 
 class OpenVINORuntime:
     """A model on the CPU; see `engines.runtimes.Runtime`."""
 
     name = "openvino"
-    batch_sizes = (4,)  # 8 gain a little more, and the first waits twice as long
     pads = True
 
     def __init__(
@@ -99,7 +111,6 @@ class OpenVINORuntime:
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32" if in_part else self.precision,
             "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
         }
         model = _read(core, onnx)
@@ -117,7 +128,7 @@ class OpenVINORuntime:
                 raise BadBundle(f"{onnx} was not exported by convtrt.py: `keep` is not of its map.")
             self._rows, self._channels = memory_bank.shape
             model = _cut_at_embedding(model, onnx, self._channels)
-            self._search = self._new_search(memory_bank)
+            self._search = Search(memory_bank)
         elif {name for one in model.inputs for name in one.names} - {"image", "keep"}:
             raise BadBundle(f"{onnx} needs a memory bank, and none was given.")
         else:
@@ -128,7 +139,7 @@ class OpenVINORuntime:
             config["CACHE_DIR"] = str(cache_dir)
         self._onnx, self._compiling = onnx, config
         self._graph_bytes = onnx.stat().st_size
-        self._alone = self._together = _Ready.of(self._compile(model, 1), ALONE, self._keep)
+        self._alone = self._together = self._ready(self._compile(model, 1), ALONE)
         self._prepared: _Ready | None = None
 
     def _lighten(self, model: ov.Model) -> None:
@@ -136,12 +147,13 @@ class OpenVINORuntime:
         if self.precision == "f32" or self._float32_convolutions is not None:
             lighten(model, self._float32_convolutions)
 
-    def _compile(self, model: ov.Model, batch: int) -> ov.CompiledModel:
+    def _compile(self, model: ov.Model, batch: int, side_by_side: int = 1) -> ov.CompiledModel:
         """For a fixed number of images: one that may change costs 2 ms for each image."""
         model.reshape({"image": [batch, self._image_size, self._image_size, 3]})
         _check_tensors(model, self._onnx)
+        config = {**self._compiling, "NUM_STREAMS": side_by_side}
         try:
-            compiled = self._core.compile_model(model, "CPU", self._compiling)
+            compiled = self._core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise BadBundle(f"OpenVINO cannot compile {self._onnx}: {error}.") from error
         seal_cache(self._cache_dir)
@@ -151,6 +163,18 @@ class OpenVINORuntime:
     def batches(self) -> Batches:
         return self._together.batches
 
+    @property
+    def worth(self) -> float:
+        # Side by side they share the cores with what decodes better, too: no trial sees that.
+        return WORTH if self._search is None else 1.0
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        if self._search is None:
+            return (TOGETHER,)
+        at_once = min(self._threads or cores(), TOGETHER)
+        return (at_once,) if at_once > 1 else ()
+
     def prepare(self, size: int) -> None:
         if self._ready_for(size) is None:
             self._prepared = None  # before the next one takes memory
@@ -158,9 +182,14 @@ class OpenVINORuntime:
             _show_what_hides(model)
             if self._search is not None:
                 model = _cut_at_embedding(model, self._onnx, self._channels)
+                compiled = self._compile(model, 1, side_by_side=size)
             else:
                 self._lighten(model)
-            self._prepared = _Ready.of(self._compile(model, size), Batches(size), self._keep)
+                compiled = self._compile(model, size)
+            self._prepared = self._ready(compiled, Batches(size))
+
+    def _ready(self, compiled: ov.CompiledModel, batches: Batches) -> _Ready:
+        return _Ready.of(compiled, batches, self._keep, side_by_side=self._search is not None)
 
     def take_together(self, batches: Batches) -> None:
         self.prepare(batches.size)
@@ -171,9 +200,6 @@ class OpenVINORuntime:
     def _ready_for(self, size: int) -> _Ready | None:
         known = (self._alone, self._together, self._prepared)
         return next((one for one in known if one is not None and one.batches.size == size), None)
-
-    def _new_search(self, bank: NDArray[np.float32]) -> Search:
-        return Search(bank, threads=self._threads)
 
     @classmethod
     def open(
@@ -215,8 +241,8 @@ class OpenVINORuntime:
             self._search.count_only(keep)
             return
         self._keep = keep
-        for ready in (self._alone, self._together):
-            ready.request.get_tensor("keep").data[:] = keep
+        for request in (*self._alone.requests, *self._together.requests):
+            request.get_tensor("keep").data[:] = keep
 
     def _all_count(self) -> NDArray[np.float32] | None:
         """What the graph that is run takes as `keep`; None where it has no such input."""
@@ -252,20 +278,32 @@ class OpenVINORuntime:
         self, images: NDArray[np.uint8], ready: _Ready
     ) -> Iterator[tuple[float, NDArray[np.float32]]]:
         """As many images (n, S, S, 3) as are ready -> raw score and raw map (h, w) of each."""
-        request, count = self._alone.request, len(images)
+        if self._search is not None:
+            yield from self._search_some(images, ready, self._search)
+            return
+        (request,), count = self._alone.requests, len(images)
         if count > 1:
-            request, padding = ready.request, ready.batches.size - count
+            (request,), padding = ready.requests, ready.batches.size - count
             images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), np.uint8)])
-        # Never share_inputs: with it OpenVINO 2026.4 now and then scored the image before.
-        outputs = request.infer({"image": images}, share_outputs=True)
+        outputs = _run(request, images)
         for index in range(count):
-            if self._search is None:
-                score, before = outputs["score"][index : index + 1], range(2, len(outputs))
-                (whole,) = only_whole(score, *(outputs[at][index : index + 1] for at in before))
-                yield float(whole), outputs["map"][index].copy()
-            else:
-                score, distances = self._search.score(outputs["embedding"][index])
-                yield score, distances.reshape(self._map_size)
+            score, before = outputs["score"][index : index + 1], range(2, len(outputs))
+            (whole,) = only_whole(score, *(outputs[at][index : index + 1] for at in before))
+            yield float(whole), outputs["map"][index].copy()
+
+    def _search_some(
+        self, images: NDArray[np.uint8], ready: _Ready, search: Search
+    ) -> Iterator[tuple[float, NDArray[np.float32]]]:
+        """The same with a memory bank: several images side by side, one with all cores."""
+        if len(images) == 1:
+            ready = self._alone
+        threads = max(1, (self._threads or cores()) // len(ready.requests))
+
+        def look(request: ov.InferRequest, image: NDArray[np.uint8]) -> tuple[float, Floats]:
+            return search.score(_run(request, image[None])["embedding"][0], threads)
+
+        for score, distances in side_by_side(look, ready.requests, images, of="images"):
+            yield score, distances.reshape(self._map_size)
 
     def with_bank(self, bank: NDArray[np.float32] | None, precision: str) -> OpenVINORuntime | None:
         if precision != self.precision or (bank is None) != (self._search is None):
@@ -275,18 +313,23 @@ class OpenVINORuntime:
         other = copy.copy(self)  # the compiled graph is the same object, and kept by both
         keep, together = self._all_count(), self._together  # once: another thread may exchange it
         other._keep, other._shown = keep, None
-        other._alone = _Ready.of(self._alone.compiled, ALONE, keep)
+        other._alone = other._ready(self._alone.compiled, ALONE)
         other._together = replace(other._alone, batches=together.batches)
         if together.batches.size > 1:
-            other._together = _Ready.of(together.compiled, together.batches, keep)
+            other._together = other._ready(together.compiled, together.batches)
         other._prepared = None
         if bank is not None:
-            other._search = self._new_search(bank)
+            other._search = Search(bank)
             other._rows = len(bank)
         return other
 
     def close(self) -> None:
         del self._alone, self._together, self._prepared, self._search
+
+
+def _run(request: ov.InferRequest, images: NDArray[np.uint8]) -> Any:
+    # Never share_inputs: with it OpenVINO 2026.4 now and then scored the image before.
+    return request.infer({"image": images}, share_outputs=True)
 
 
 def cpu_has_bf16() -> bool:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle, KensaError, RuntimeFailed, StalePlan
 from engines.nvidia.library import Library, here
 from engines.regions import hide, shown
-from engines.runtimes import ALONE, Batches, only_whole
+from engines.runtimes import ALONE, WORTH, Batches, only_whole
 from engines.runtimes.cuda import CHUNK, NON_BLOCKING, Bank, Buffer, Gpu, gpu
 from engines.runtimes.kernel_cache import KernelCache
 
@@ -37,7 +37,7 @@ class TensorRTRuntime:
     """A model on the GPU; see `engines.runtimes.Runtime`. `infer` may be called by any thread."""
 
     name = "tensorrt"
-    pads = False
+    pads, worth = False, WORTH
 
     def __init__(
         self,

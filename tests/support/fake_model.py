@@ -22,7 +22,7 @@ class FakeRuntime:
     bank_rows = None
     batches = ALONE
     batch_sizes = ()
-    pads = True
+    pads, worth = True, 0.9
     nbytes = 1
 
     def __init__(self, score: float) -> None:

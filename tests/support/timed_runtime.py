@@ -38,7 +38,7 @@ class Timed:
     """
 
     name, precision, image_size, bank_rows = "timed", "f32", SIZE, None
-    pads, nbytes = True, 1
+    pads, worth, nbytes = True, 0.9, 1
 
     def __init__(
         self,

@@ -357,7 +357,7 @@ def test_a_runtime_that_fails_keeps_what_it_has_and_others_are_looked_at(
 def test_a_server_that_was_started_on_a_busy_machine_looks_again_by_itself(
     kensa_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the real runtime. Whatever is timed takes one second, so a batch of four is faster."""
+    """With the real runtime. Whatever is timed takes as long, so several at once are faster."""
     calls = iter(range(10**6))
     even = Stopwatch(lambda: float(next(calls)) / 1024, dict)
     monkeypatch.setattr(
@@ -367,10 +367,12 @@ def test_a_server_that_was_started_on_a_busy_machine_looks_again_by_itself(
     monkeypatch.setattr(batch_retrial, "EVERY_S", 0.01)
     monkeypatch.setattr(batch_retrial, "PAUSES_S", (0.0,))
     app = create_app(Settings(data_dir=tmp_path, worker="off", model_dir=kensa_model))
+    sizes: list[int] = []
 
     async def serve() -> Batches:
         async with app.router.lifespan_context(app):
             (model,) = app.state.inspector.residents.all()
+            sizes.extend(model.runtime.batch_sizes)
             for _ in range(3000):
                 if not model.runtime.batches.provisional:
                     break
@@ -378,5 +380,6 @@ def test_a_server_that_was_started_on_a_busy_machine_looks_again_by_itself(
             found: Batches = model.runtime.batches
             return found
 
-    assert asyncio.run(serve()) == FOUND
+    found = asyncio.run(serve())
+    assert found == (Batches(sizes[-1], least=2) if sizes else ALONE)  # ALONE on one core
     assert not [one for one in threading.enumerate() if one.name == "engine"]

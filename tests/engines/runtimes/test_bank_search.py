@@ -108,7 +108,7 @@ def test_another_part_of_the_bank_is_searched_where_the_cells_were_wrong(
     cells = len(search._centres)
     wrong = np.zeros((cells, PATCHES), bool)
     wrong[np.arange(PATCHES) % cells, np.arange(PATCHES)] = True
-    monkeypatch.setattr(search, "_likely", lambda queries: wrong)
+    monkeypatch.setattr(search, "_likely", lambda _: wrong)
     assert search.score(picture)[0] == pytest.approx(in_float64(picture, bank)[0], rel=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_a_bank_of_several_tiles_is_searched_whole(monkeypatch: pytest.MonkeyPat
 
 def test_one_thread_and_several_find_the_same_to_the_bit() -> None:
     bank, picture = like_parts(3000), like_parts(PATCHES, 1)
-    alone, together = (Search(bank, threads=count).score(picture) for count in (1, 3))
+    alone, together = (Search(bank).score(picture, threads=count) for count in (1, 3))
     assert alone[0] == together[0]
     np.testing.assert_array_equal(alone[1], together[1])
 

@@ -822,16 +822,53 @@ def test_the_second_start_reads_what_the_first_one_compiled(
     assert scores[0] == scores[1]
 
 
-def test_networks_for_batches_are_in_the_cache_of_the_next_start_too(
-    own_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("threads", "sizes"), [(1, ()), (2, (2,)), (3, (3,)), (16, (4,))])
+def test_with_a_bank_as_many_images_run_side_by_side_as_there_are_threads_but_four_at_most(
+    threads: int, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
-    bank, cache = Bundle.open(own_model).memory_bank(), tmp_path / "cache"
-    runtime = OpenVINORuntime(own_model / "model.onnx", bank, cache_dir=usable_cache(cache))
-    runtime.prepare(4)
-    made = sorted(path.name for path in cache.glob("*.blob"))
-    assert len(made) == 2
-    usable_cache(cache)  # as the next start looks at it
-    assert sorted(path.name for path in cache.glob("*.blob")) == made
+    onnx, parts = tiny_onnx(tmp_path / "model.onnx", bank=True), some_parts()
+    runtime = OpenVINORuntime(onnx, tiny_bank(0), threads=threads)
+    assert runtime.batch_sizes == sizes
+    alone = runtime.infer(parts)
+    for size in sizes:
+        runtime.take_together(Batches(size))
+        for found, expected in zip(runtime.infer(parts), alone, strict=True):
+            np.testing.assert_array_equal(found, expected)  # to the bit
+    runtime.close()
+
+
+def test_many_callers_at_once_never_wait_for_each_others_threads(tmp_path: Path) -> None:
+    """Images wait for the threads of their search: both in one pool, all of it might wait."""
+    onnx, parts = tiny_onnx(tmp_path / "model.onnx", bank=True), some_parts()
+    runtimes = [OpenVINORuntime(onnx, tiny_bank(0), threads=16) for _ in range(6)]
+    for runtime in runtimes:
+        runtime.take_together(Batches(4))
+    expected = runtimes[0].infer(parts)[0]
+    with ThreadPoolExecutor(len(runtimes)) as pool:
+        for _ in range(5):  # each runtime by one thread at a time
+            asked = [pool.submit(one.infer, parts) for one in runtimes]
+            for one in asked:
+                np.testing.assert_array_equal(one.result(timeout=60)[0], expected)
+
+
+@pytest.mark.parametrize("has_bank", [True, False])
+def test_networks_for_several_images_are_in_the_cache_of_the_next_start_too(
+    has_bank: bool, tmp_path: Path
+) -> None:
+    """With a bank the network for one image serves several as well: not at once, but twice."""
+    cache, onnx = tmp_path / "cache", tiny_onnx(tmp_path / "model.onnx", bank=has_bank)
+    bank = tiny_bank(0) if has_bank else None
+    for start in range(2):
+        runtime = OpenVINORuntime(onnx, bank, threads=2, cache_dir=usable_cache(cache))
+        runtime.prepare(2)
+        assert runtime._prepared is not None
+        streams = runtime._prepared.compiled.get_property("NUM_STREAMS")
+        assert streams == len(runtime._prepared.requests) == (2 if has_bank else 1)
+        made = sorted(path.name for path in cache.glob("*.blob"))
+        assert len(made) == (1 if has_bank else 2)
+        if start == 0:
+            first = made
+    assert made == first
 
 
 def test_the_cache_of_one_training_is_not_taken_for_another(
@@ -905,5 +942,5 @@ def test_memory_while_inferring_grows_by_a_fifth_more_than_the_bank_at_most(
     graph = kensa_model / "model.onnx"
     small, large = (peak_while_inferring(graph, n) for n in rows)
     of_bank = (rows[1] - rows[0]) * CHANNELS * 4 / 2**20
-    assert large - small > 0.9 * of_bank  # or what is measured is not the bank
+    assert large - small > 0.7 * of_bank  # or what is measured is not the bank
     assert large - small < 1.2 * of_bank

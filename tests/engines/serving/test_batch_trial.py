@@ -65,6 +65,13 @@ def test_where_images_take_long_there_are_fewer_rounds() -> None:
     assert (quick.ran.count(4), slow.ran.count(4)) == (1 + ROUNDS, 1 + 2)
 
 
+def test_a_runtime_says_how_much_a_batch_must_gain() -> None:
+    engine = Timed(fixed_s=0.08 * MS, each_s=MS)  # four in 0.944 of the time
+    assert chosen(engine) == ALONE
+    engine.worth = 1.0
+    assert chosen(engine) == Batches(4, least=4)
+
+
 def test_a_runtime_that_offers_no_batches_is_left_alone() -> None:
     assert chosen(Timed(sizes=())) == ALONE
 
