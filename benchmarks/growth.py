@@ -8,11 +8,6 @@ points between two of them. docs/benchmarks.md says what the columns mean.
 
 from __future__ import annotations
 
-import os
-
-# As the server does, before numpy is loaded: OpenBLAS would take a thread from the engines.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import argparse
 import gc
 import statistics

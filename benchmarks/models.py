@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.common import (
     ASSETS,
     ROOT,
@@ -62,10 +60,10 @@ def main() -> None:
                         " without them")  # fmt: skip
     parser.add_argument("--category", action="append", help="of the photos; may be repeated"
                         " (default alien and hazelnut_toy)")  # fmt: skip
-    parser.add_argument("--child", type=Path, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child is not None:
-        print(json.dumps(measure(flags.child)))
+        print(json.dumps(measure(flags.child[0], [Path(one) for one in flags.child[1:]])))
         return
     begin()
     if not (ASSETS / "data").is_dir():
@@ -89,8 +87,8 @@ def compare(folder: Path, category: str, kinds: list[str], teacher: Path | None)
                 row = learn_and_measure(place, meta, epochs, batch, category, teacher)
             rows.append([name, *row])
             engines.append(place / "engine")
-    together = _in_a_process_of_its_own(engines)["ms"]
-    alone = [_in_a_process_of_its_own([engine])["mib"] for engine in engines]
+    together = _in_a_process_of_its_own(category, engines)["ms"]
+    alone = [_in_a_process_of_its_own(category, [engine])["mib"] for engine in engines]
     print_table(
         category,
         ["model", "AUROC", "misses", "false rejects", "learn s", "files to serve, MB",
@@ -134,24 +132,28 @@ def learn_and_measure(
     ]
 
 
-def _in_a_process_of_its_own(engines: list[Path]) -> dict[str, Any]:
-    words = [sys.executable, "-m", "benchmarks.models", "--child", *map(str, engines)]
+def _in_a_process_of_its_own(category: str, engines: list[Path]) -> dict[str, Any]:
+    words = [sys.executable, "-m", "benchmarks.models", "--child", category, *map(str, engines)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def measure(engines: list[Path]) -> dict[str, Any]:
-    """Infer in turns: the median milliseconds of each engine, and the memory of this process."""
+def measure(category: str, engines: list[Path]) -> dict[str, Any]:
+    """Infer photos in turns: each engine's median milliseconds, and the memory of this process."""
+    from engines.image import load
     from engines.runtimes.openvino import OpenVINORuntime
     from engines.store.bundle import Bundle
+    from workers.learning.dataset import Category
+
+    found = Category.find(ASSETS / "data", category)
+    photos = [path.read_bytes() for path in (*found.test_normal[:6], *found.test_anomaly[:6])]
 
     runtimes = [OpenVINORuntime.open(Bundle.open(engine)) for engine in engines]
     taken: list[list[float]] = [[] for _ in engines]
     for turn in range(TURNS + 1):
         for runtime, times in zip(runtimes, taken, strict=True):
-            size = runtime.image_size
-            image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+            image = load(photos[turn % len(photos)], runtime.image_size)[None]
             for _ in range(IN_A_ROW):
                 began = time.perf_counter()
                 runtime.infer(image)

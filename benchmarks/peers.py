@@ -8,15 +8,11 @@ The first run builds three environments in the cache folder: it downloads 3 GB f
 
 from __future__ import annotations
 
-import os
-
-# As the server does, before numpy is loaded: OpenBLAS would take a thread from the engines.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import argparse
 import contextlib
 import http.client
 import json
+import os
 import random
 import signal
 import socket

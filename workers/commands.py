@@ -7,9 +7,13 @@ import errno
 import gc
 import logging
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from engines.errors import EXIT_CODE, INTERRUPTED, BadRequest, KensaError
@@ -28,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 gc.set_threshold(50_000)
 atexit.register(gc.freeze)
 
+AGAIN_S = 0.1  # after which Ctrl-C is heard that came while torch was loaded
 FEW_PARTS = 20  # under so many a threshold says little
 
 
@@ -44,6 +49,8 @@ def run(work: Callable[[], None], progress: Progress) -> int:
     """
     print_anything()
     hush_libraries()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _once_torch_is_loaded)
     try:
         work()
     except KensaError as error:
@@ -62,6 +69,18 @@ def run(work: Callable[[], None], progress: Progress) -> int:
         progress.fail(str(stopped) or "Stopped. Nothing was changed.")
         return INTERRUPTED
     return 0
+
+
+def _once_torch_is_loaded(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: torch calls Python from C++ while it is loaded, and aborts where that raises."""
+    torch = sys.modules.get("torch")
+    if not getattr(getattr(torch, "__spec__", None), "_initializing", False):
+        signal.default_int_handler(number, frame)
+    elif not any(one.name == "ctrl-c" for one in threading.enumerate()):  # one is enough
+        main = threading.main_thread().ident
+        later = threading.Timer(AGAIN_S, signal.pthread_kill, [main, number])
+        later.name, later.daemon = "ctrl-c", True
+        later.start()
 
 
 def show(summary: list[str]) -> None:

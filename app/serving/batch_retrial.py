@@ -74,7 +74,7 @@ class BatchRetrial:
             now = self._clock()
             looks = self._looks.setdefault(model, _Looks(now + PAUSES_S[0]))
             if looks.made < len(PAUSES_S) and now >= looks.due and self._fits(model):
-                await self._look_at(model)
+                await self._look_at(model, is_first=looks.made == 0)
                 looks.made += 1
                 if looks.made < len(PAUSES_S):
                     looks.due = self._clock() + PAUSES_S[looks.made]
@@ -83,13 +83,16 @@ class BatchRetrial:
         """As when it was opened: to try batches may take as much memory again."""
         return self._may_take_memory() and free_bytes() > 2 * model.runtime.nbytes
 
-    async def _look_at(self, model: Resident) -> None:
-        """Make the trial again, and keep what it finds unless the machine is still busy."""
+    async def _look_at(self, model: Resident, is_first: bool) -> None:
+        """Make the trial again, and keep what it finds, the first time even if it is provisional.
+
+        Until then a model that the start opened has only its images alone.
+        """
         trial = Trial(model.runtime, self._watch)
 
         def settle() -> None:
             before = model.runtime.batches
-            after = before if trial.found.provisional else trial.found
+            after = before if trial.found.provisional and not is_first else trial.found
             model.runtime.take_together(after)  # also gives back what was prepared
             if after.size != before.size:
                 was = at_once(replace(before, provisional=False))

@@ -45,6 +45,7 @@ AXIS_PER = 6  # channels for one principal axis: what is kept of them is a seven
 SAMPLE = 8192  # rows that principal axes are found of
 TILE = 32_768  # rows whose bounds are in memory at once
 GATHER = 2_048  # rows measured at once
+SCATTERED = 16  # times as long as in order it takes to read rows one by one
 NEAR = 262_144  # numbers that a thread has in memory at once: about what a core has near it
 SAMPLED = 96  # patches, or a few more, say how much farther than the nearest centre is too far
 LEAST_OF_A_BLOCK = 8  # patches
@@ -212,7 +213,7 @@ class Search:
                 if len(known) >= count:
                     within = known[count - 1]
             some = np.flatnonzero(bounds <= within**2 / 2 - half + slack) + start
-            if len(some) > GATHER:  # the bounds rule out little in this bank
+            if len(some) > (stop - start) // SCATTERED:  # the bounds rule out little in this bank
                 some = some[self._by_products(query, cells, count, slack)[some - start]]
             distances = np.concatenate([distances, self._measure(query, some)])
             rows = np.concatenate([rows, some])

@@ -114,7 +114,7 @@ class Trial:
             certain = certain and sure
             if taken < share:
                 # From here on one more image alone takes longer than the whole batch.
-                least = max(2, math.ceil(taken * size)) if runtime.pads else 2
+                least = min(size, max(2, math.ceil(taken * size))) if runtime.pads else 2
                 best, share = Batches(size, least), taken
         self.found = replace(best, provisional=not certain)
 

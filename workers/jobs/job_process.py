@@ -446,7 +446,9 @@ def _as_before(data: Path, source: Path | None, category: str) -> dict[str, Any]
     if export.get("precision") == "int8":
         how |= {"int8": True, "data_root": data / "datasets", "category": category}
     if plan:
-        how |= {"workspace": plan["workspace_mib"], "use_dla": plan["dla"]}
+        for flag, key in (("workspace", "workspace_mib"), ("use_dla", "dla")):
+            if key in plan:
+                how[flag] = plan[key]
         if not has_tensorrt() and builds_for_others():  # which serves nobody with it
             how["target"] = target_of(plan.get("gpus"))
     return how

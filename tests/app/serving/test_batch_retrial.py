@@ -195,7 +195,9 @@ def test_a_part_that_comes_meanwhile_waits_for_one_step_at_most(place: Place) ->
     assert engine.batches == FOUND
 
 
-def test_while_the_machine_stays_busy_nothing_changes_and_the_pauses_grow(place: Place) -> None:
+def test_while_the_machine_stays_busy_what_the_first_look_found_stays_and_the_pauses_grow(
+    place: Place,
+) -> None:
     engine = place.model()
     place.machine.others = 1.0
     looked: list[float] = []
@@ -210,7 +212,7 @@ def test_while_the_machine_stays_busy_nothing_changes_and_the_pauses_grow(place:
                 place.machine.now += 5
 
     asyncio.run(look())
-    assert engine.batches == FOR_NOW
+    assert engine.batches == replace(FOUND, provisional=True)
     assert engine.prepared is None
     assert len(looked) == len(PAUSES_S)  # and no more
     pauses = [later - one for one, later in zip([0.0, *looked], looked, strict=False)]
@@ -248,7 +250,7 @@ def test_the_next_version_has_looks_of_its_own(place: Place) -> None:
             place.machine.others = 0.0
             await place.look_when_due()
             (model,) = place.residents.all()
-            assert model.runtime.batches == FOR_NOW
+            assert model.runtime.batches == replace(FOUND, provisional=True)
             engine = place.model()
             await place.look_when_due()
             assert engine.batches == FOUND
