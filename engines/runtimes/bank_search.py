@@ -44,7 +44,8 @@ ROUNDS = 6  # of k-means
 AXIS_PER = 6  # channels for one principal axis: what is kept of them is a seventh of the bank
 SAMPLE = 8192  # rows that principal axes are found of
 TILE = 32_768  # rows whose bounds are in memory at once
-GATHER = 2_048  # rows measured at once
+GATHER = 2_048  # rows in memory at once besides, in their order
+MEASURED = 256  # rows that are measured at once, from wherever they are
 SCATTERED = 16  # times as long as in order it takes to read rows one by one
 NEAR = 262_144  # numbers that a thread has in memory at once: about what a core has near it
 SAMPLED = 96  # patches, or a few more, say how much farther than the nearest centre is too far
@@ -119,8 +120,9 @@ class Search:
 
     def _likely(self, queries: _Queries) -> NDArray[np.bool_]:
         """(k, P): which cells are looked into for which patch; the nearest one for all."""
-        half = self._centre_halves[:, None] - self._centres @ queries.near.T
-        away = _distances(half + _half_squares(queries.near))
+        away = self._centres @ queries.near.T
+        np.subtract(self._centre_halves[:, None], away, out=away)
+        away = _distances(np.add(away, _half_squares(queries.near), out=away))
         away -= away.min(axis=0)
         some = away[:, :: away.shape[1] // SAMPLED | 1]  # odd, so that it meets each column
         pairs = min(CELLS * some.shape[1], some.size) - 1
@@ -129,38 +131,45 @@ class Search:
 
     def _search(self, queries: _Queries, where: NDArray[np.bool_], threads: int) -> Floats:
         """(P,): the distance of each patch to the nearest row of its cells, `where` (k, P) says."""
-        wide = np.column_stack([-queries.rows, np.ones_like(queries.halves)])  # (P, C + 1)
+        wide = np.empty((len(queries.rows), len(self._mean) + 1), np.float32)
+        np.negative(queries.rows, out=wide[:, :-1])
+        wide[:, -1] = 1
         counts = np.count_nonzero(where, axis=1)
-        patches = np.flatnonzero(where) % len(wide)  # of all pairs, cell by cell
-        ends = np.cumsum(counts)
         products = counts * self._sizes
 
-        def nearest(cells: range) -> Floats:
-            """Of each pair: half the squared distance, less half of the patch's squared norm."""
-            found = [np.empty(0, np.float32)]
+        def search(cells: range) -> Floats:
+            half = np.full(len(wide), np.inf, np.float32)
             for some in _in_parts(cells, counts * wide.shape[1] + products, NEAR):
-                pairs = slice(ends[some.start] - counts[some.start], ends[some.stop - 1])
-                near = wide.take(patches[pairs], axis=0)
-                flat, at, first = np.empty(products[some].sum(), np.float32), 0, 0
-                for cell in some:
-                    last, to = first + counts[cell], at + products[cell]
-                    if last > first:
-                        product = flat[at:to].reshape(-1, self._sizes[cell])
-                        _multiply(near[first:last], self._cells[cell], product)
-                    first, at = last, to
-                rows = np.repeat(
-                    self._sizes[some.start : some.stop], counts[some.start : some.stop]
-                )
-                if rows.size:
-                    found.append(np.minimum.reduceat(flat, np.cumsum(rows) - rows))
-            return np.concatenate(found)
+                patches = np.flatnonzero(where[some.start : some.stop]) % len(wide)  # of each cell
+                at_once = max(1, len(patches))
+                if len(some) == 1:
+                    at_once = max(1, NEAR // (wide.shape[1] + int(self._sizes[some.start])))
+                for start in range(0, len(patches), at_once):
+                    part = patches[start : start + at_once]
+                    many = counts[some] if len(some) > 1 else np.array([len(part)])
+                    np.minimum.at(half, part, self._nearest(wide.take(part, axis=0), some, many))
+            return half
 
         shares = _shares(products, min(threads, THREADS))
-        half = np.full(len(wide), np.inf, np.float32)
-        np.minimum.at(
-            half, patches, np.concatenate(list(side_by_side(nearest, shares, of="bank-search")))
-        )
+        half = np.minimum.reduce(list(side_by_side(search, shares, of="bank-search")))
         return _distances(half + queries.halves)
+
+    def _nearest(self, wide: Floats, cells: range, counts: Indexes) -> Floats:
+        """(n,): the least product of each patch, `wide` (n, C + 1), with the rows of its cell.
+
+        So many patches (k,) are for each of the cells, those of the first one first.
+        """
+        sizes = self._sizes[cells]
+        flat = np.empty((counts * sizes).sum(), np.float32)
+        first = at = 0
+        for cell, count, size in zip(cells, counts, sizes, strict=True):
+            last, to = first + count, at + count * size
+            if count:
+                _multiply(wide[first:last], self._cells[cell], flat[at:to].reshape(-1, size))
+            first, at = last, to
+        begins = np.repeat(sizes, counts)
+        found: Floats = np.minimum.reduceat(flat, np.cumsum(begins) - begins)
+        return found
 
     def _farthest(
         self, queries: _Queries, distances: Floats, threads: int
@@ -235,7 +244,7 @@ class Search:
 
     def _measure(self, query: Floats, rows: Indexes) -> Floats:
         """The distances of rows (n,) as differences, which are exact also where they are small."""
-        some = (rows[start : start + GATHER] for start in range(0, len(rows), GATHER))
+        some = (rows[start : start + MEASURED] for start in range(0, len(rows), MEASURED))
         each = [np.linalg.norm(self._rows(one) - query, axis=1) for one in some]
         return np.concatenate(each) if each else np.empty(0, np.float32)
 
@@ -319,9 +328,10 @@ def _rest(halves: Floats, near: Floats) -> Floats:
 
 
 def _distances(halves: Floats) -> Floats:
-    """From half the squared distance, which may have been rounded to less than 0."""
-    distances: Floats = np.sqrt(2 * np.maximum(halves, 0))
-    return distances
+    """From half the squared distance, which may have been rounded to less than 0; in its place."""
+    np.maximum(halves, 0, out=halves)
+    halves *= 2
+    return np.sqrt(halves, out=halves)
 
 
 def _in_parts(cells: range, sizes: Indexes, most: int) -> Iterator[range]:

@@ -205,18 +205,26 @@ def test_ctrl_c_leaves_nothing_half(
         assert all((engine.parent / name).is_file() for name in meta.files or {})
 
 
-def test_ctrl_c_while_torch_is_imported_ends_with_the_same_exit_code(tmp_path: Path) -> None:
-    (tmp_path / "stopped.py").write_text(
-        "import sys\n"
+def stopped(folder: Path, work: str) -> subprocess.CompletedProcess[str]:
+    """What a command says whose work is this."""
+    (folder / "stopped.py").write_text(
+        "import sys, time\n"
         "from workers.commands import run\n"
         "from workers.progress import Progress\n"
-        "sys.exit(run(lambda: exec('raise KeyboardInterrupt'), Progress()))\n"
+        f"sys.exit(run(lambda: exec({work!r}), Progress()))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "stopped"], cwd=tmp_path, env=environment(tmp_path),
-        capture_output=True, text=True, timeout=60,
+    return subprocess.run(
+        [sys.executable, "-m", "stopped"], cwd=folder, env=environment(folder),
+        capture_output=True, text=True, timeout=50,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (130, "error: Stopped. Nothing was changed.\n")
+
+
+STOPPED = (130, "error: Stopped. Nothing was changed.\n")
+
+
+def test_ctrl_c_while_torch_is_imported_ends_with_the_same_exit_code(tmp_path: Path) -> None:
+    done = stopped(tmp_path, "raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == STOPPED
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -229,20 +237,8 @@ def test_ctrl_c_is_heard_when_torch_is_loaded_and_not_before(times: int, tmp_pat
         "    time.sleep(0.3)\n"
         "pathlib.Path('loaded').touch()\n"
     )
-    (tmp_path / "stopped.py").write_text(
-        "import sys, time\n"
-        "from workers.commands import run\n"
-        "from workers.progress import Progress\n"
-        "def work():\n"
-        "    import torch\n"
-        "    time.sleep(60)\n"
-        "sys.exit(run(work, Progress()))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "stopped"], cwd=tmp_path, env=environment(tmp_path),
-        capture_output=True, text=True, timeout=50,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (130, "error: Stopped. Nothing was changed.\n")
+    done = stopped(tmp_path, "import torch; time.sleep(60)")
+    assert (done.returncode, done.stderr) == STOPPED
     assert (tmp_path / "loaded").exists()
 
 

@@ -133,6 +133,34 @@ def test_a_bank_of_several_tiles_is_searched_whole(monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(distances, expected[1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("picture", PICTURES)
+def test_small_products_and_whole_ones_give_the_same_score(
+    picture: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank_search, "_small_is_fast", lambda: is_fast)
+    monkeypatch.setattr(bank_search, "SMALL", 60_000)  # about ten patches with a cell
+    expected, nearest, _ = in_float64(PICTURES[picture], BANKS["like parts"])
+    score, distances = Search(BANKS["like parts"]).score(PICTURES[picture], threads=2)
+    assert score == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert (distances >= nearest * (1 - 1e-3) - 1e-2).all()
+
+
+@pytest.mark.parametrize("near", [1, 2_000, 20_000])
+def test_little_memory_for_what_is_between_changes_nothing(
+    near: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then each cell is a part of its own, those too that no patch asks for."""
+    search = Search(like_parts(3000))
+    for picture in PICTURES.values():
+        score, distances = search.score(picture)
+        with monkeypatch.context() as little:
+            little.setattr(bank_search, "NEAR", near)
+            again, also = search.score(picture, threads=3)
+        assert again == pytest.approx(score, rel=1e-6)
+        np.testing.assert_allclose(also, distances, rtol=1e-3, atol=1e-2)
+
+
 def test_one_thread_and_several_find_the_same_to_the_bit() -> None:
     bank, picture = like_parts(3000), like_parts(PATCHES, 1)
     alone, together = (Search(bank).score(picture, threads=count) for count in (1, 3))

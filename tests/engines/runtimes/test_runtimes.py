@@ -909,13 +909,14 @@ def test_bf16_is_taken_where_the_cpu_has_it_and_the_export_found_it_good() -> No
 # Memory
 
 INFER_AND_MEASURE = """
-import re, sys
+import ctypes, re, sys
 from pathlib import Path
 import numpy as np
 from engines.runtimes.openvino import OpenVINORuntime
 bank = np.random.default_rng(0).standard_normal((int(sys.argv[2]), 384), dtype=np.float32)
 runtime = OpenVINORuntime(Path(sys.argv[1]), bank)
 del bank
+ctypes.CDLL(None).malloc_trim(0)  # what opening left free would hide what is taken now
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of opening
 image = np.zeros((1, 256, 256, 3), np.uint8)
 for _ in range(3):
@@ -942,5 +943,5 @@ def test_memory_while_inferring_grows_by_a_fifth_more_than_the_bank_at_most(
     graph = kensa_model / "model.onnx"
     small, large = (peak_while_inferring(graph, n) for n in rows)
     of_bank = (rows[1] - rows[0]) * CHANNELS * 4 / 2**20
-    assert large - small > 0.7 * of_bank  # or what is measured is not the bank
+    assert large - small > 0.9 * of_bank  # or what is measured is not the bank
     assert large - small < 1.2 * of_bank

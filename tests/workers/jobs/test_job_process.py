@@ -87,6 +87,18 @@ def test_a_gpu_that_the_library_here_does_not_know_stops_no_retraining(
         assert _as_before(tmp_path, tmp_path, "bolt").get("target") == target
 
 
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [({}, {}), ({"workspace_mib": 512}, {"workspace": 512}), ({"dla": True}, {"use_dla": True})],
+)
+def test_a_retraining_takes_what_the_plan_before_says_and_no_more(
+    plan: dict[str, object], expected: dict[str, object], tmp_path: Path
+) -> None:
+    write_report(tmp_path, {"plan": plan})
+    how = _as_before(tmp_path, tmp_path, "bolt")
+    assert {key: how[key] for key in ("workspace", "use_dla") if key in how} == expected
+
+
 def test_strange_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:
     strange = ["/srv/datasets/train/bolt/07.png", "/srv/datasets/train/bolt/検査 13.png"]
     report = {"learned": 18, "known": 20, "strange": strange, "skipped": {"/a.png": "cut short"}}
