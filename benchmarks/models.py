@@ -27,6 +27,7 @@ from benchmarks.common import (
     print_machine,
     print_table,
 )
+from engines.meta import FIRST
 
 TURNS, IN_A_ROW = 12, 5  # images per engine, each with its bank in the cache, as when serving
 RESNET = {"backbone": "resnet18", "image_size": 256}
@@ -34,13 +35,13 @@ LITE = {"backbone": "tf_efficientnet_lite0", "image_size": 256}
 # What is trained: what is said of it, meta.json, epochs, batch.
 PATCHCORE = {"model": "patchcore", "coreset_ratio": 0.1}
 PADIM = {"model": "padim", "n_features": 100}
-TWO, THREE = ["blocks.2", "blocks.4"], ["blocks.1", "blocks.2", "blocks.4"]
+TWO, THREE = FIRST["layers"], ["blocks.1", "blocks.2", "blocks.4"]
 OF_RESNET = ["layer1", "layer2", "layer3"]
 CONTESTANTS: list[tuple[str, dict[str, Any], int, int]] = [
     ("resnet18", {**PATCHCORE, **RESNET, "layers": OF_RESNET[1:]}, 1, 4),
-    ("lite0", {**PATCHCORE, **LITE, "layers": TWO}, 1, 4),
-    ("lite0, grid", {**PATCHCORE, **LITE, "layers": THREE, "grid": TWO[0]}, 1, 4),
-    ("lite0, 320 px", {**PATCHCORE, **LITE, "layers": TWO, "image_size": 320}, 1, 4),
+    ("the first", FIRST, 1, 4),
+    ("the first, 320 px", {**FIRST, "image_size": 320}, 1, 4),
+    ("lite0 as in anomalib", {**PATCHCORE, **LITE, "layers": TWO}, 1, 4),
     ("resnet18", {**PADIM, **RESNET, "layers": OF_RESNET}, 1, 4),
     ("resnet18, steady",
      {**PADIM, **RESNET, "layers": OF_RESNET, "channel_choice": "steady"}, 1, 4),

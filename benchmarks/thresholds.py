@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from benchmarks.common import ASSETS, begin, print_load, print_machine, print_table
 from benchmarks.drawn_parts import KINDS as DRAWN
 from benchmarks.drawn_parts import defective, normal
+from engines.meta import FIRST
 from engines.promise import FEW_FOUND
 
 PHOTOS = ("alien", "cookie", "hazelnut_toy")
-BACKBONES = {
-    "resnet18": ["layer2", "layer3"],
-    "mobilenetv2_100": ["blocks.2", "blocks.4"],
-    "tf_efficientnet_lite0": ["blocks.2", "blocks.4"],
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": ["layer2", "layer3"]},
+    "mobilenetv2_100": {"layers": ["blocks.2", "blocks.4"]},
+    FIRST["backbone"]: {key: FIRST[key] for key in ("layers", "centre_weight", "feature_power")},
 }
 ONE_MORE = {  # PaDiM's first layer
     "resnet18": "layer1",
@@ -70,10 +71,10 @@ class Contestant:
         from engines.meta import Meta
         from workers import models
 
-        layers = BACKBONES[backbone]
-        known: dict[str, Any] = {"coreset_ratio": RATIO, "layers": layers}
+        known: dict[str, Any] = {"coreset_ratio": RATIO, **BACKBONES[backbone]}
         if kind == "padim":
-            known = {"n_features": CHANNELS, "layers": [ONE_MORE[backbone], *layers]}
+            layers = [ONE_MORE[backbone], *BACKBONES[backbone]["layers"]]
+            known = {"n_features": CHANNELS, "layers": layers}
         self.meta = Meta.parse(
             {"model": kind, "backbone": backbone, "image_size": SIDE, "bit_depth": 8, **known}
         )

@@ -22,6 +22,8 @@ FIRST: dict[str, Any] = {
     "model": "patchcore",
     "backbone": "tf_efficientnet_lite0",
     "layers": ["blocks.2", "blocks.4"],
+    "centre_weight": 0.3,
+    "feature_power": 0.7,
     "coreset_ratio": 0.1,
     "image_size": 256,
 }
@@ -59,7 +61,8 @@ class Meta(BaseModel):
     format: int = Field(FORMAT, ge=1, le=FORMAT)
     backbone: str | None = None
     layers: list[str] | None = Field(None, min_length=1)
-    grid: str | None = None  # PatchCore: the layer that has a place per patch; absent: the first
+    centre_weight: float | None = Field(None, ge=0, le=1)  # PatchCore: see its `embed`; absent: 0
+    feature_power: float | None = Field(None, gt=0, le=1)  # the same; absent: 1
     coreset_ratio: float | None = Field(None, gt=0, le=1)
     n_features: int | None = Field(None, ge=1)
     channel_choice: Literal["random", "steady"] | None = None  # of n_features; random if absent
@@ -112,11 +115,9 @@ class Meta(BaseModel):
         missing = [key for key in _REQUIRED[self.model] if getattr(self, key) is None]
         if missing:
             raise ValueError(f"a {self.model} model also needs {', '.join(missing)}")
-        layers = (self.layers or []) if self.model == "patchcore" else []
-        if self.grid is not None and self.grid not in layers:
-            raise ValueError(
-                f"grid must be one of the layers of a patchcore model, not {self.grid}"
-            )
+        for key in ("centre_weight", "feature_power"):
+            if self.model != "patchcore" and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for a patchcore model, not for a {self.model} model")
         low, high = self.raw_image_min, self.raw_image_max
         if low is not None and high is not None and low >= high:
             raise ValueError(f"raw_image_min ({low}) must be less than raw_image_max ({high})")

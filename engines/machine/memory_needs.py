@@ -200,9 +200,8 @@ def _backbone(meta: Meta) -> _Backbone:
 
 
 def _positions(meta: Meta) -> int:
-    """Patches of one image: as many as the layer of the grid has places."""
-    of = [meta.grid] if meta.grid else meta.layers or [""]
-    stride = min(_STRIDES.get(layer, 4) for layer in of)
+    """Patches of one image: as many as its finest layer has places."""
+    stride = min(_STRIDES.get(layer, 4) for layer in meta.layers or [""])
     return (meta.image_size // stride) ** 2
 
 

@@ -185,8 +185,8 @@ class RetrainRequest(VersionRequest):
         if self.kind is None and kind != FIRST["model"]:
             raise BadMeta(f'meta is of a {kind} model: say so with "kind": "{kind}".')
         usual = FIRST if kind == FIRST["model"] else {}
-        together = {"backbone", "layers"}
-        if self.meta.keys() & together:
+        if self.meta.keys() & {"backbone", "layers"}:  # the others were measured with these
+            together = {"backbone", "layers", "centre_weight", "feature_power"}
             usual = {key: value for key, value in usual.items() if key not in together}
         return Meta.parse({**usual, **self.meta, "model": kind})
 

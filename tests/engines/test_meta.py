@@ -195,7 +195,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no backbone": ({"backbone": None}, "backbone"),
     "no layers": ({"layers": []}, "layers"),
     "layers in one string": ({"layers": "layer2"}, "layers"),
-    "a grid of no layer of its": ({"grid": "layer9"}, "grid"),
+    "more of a place than all": ({"centre_weight": 1.1}, "centre_weight"),
+    "a power of nothing": ({"feature_power": 0}, "feature_power"),
+    "features to a power for a VAE": (
+        {"model": "vae", "latent_dim": 8, "feature_power": 0.5},
+        "for a patchcore model, not for a vae",
+    ),
     "a size in words": ({"image_size": "big"}, "image_size"),
     "half a pixel": ({"image_size": 256.5}, "image_size"),
     "a size for each side": ({"image_size": [256, 256]}, "image_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.camera import Camera
-from engines.errors import BadDataset, BadImage, BadMeta, BadRequest
+from engines.errors import BadDataset, BadImage, BadMeta, BadRequest, Unreadable
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits, read
 from engines.limits import TRAINED, is_number
@@ -36,6 +37,7 @@ from workers.learning.strange import SHOWN, sheet
 from workers.models.origin import origin_of, said
 from workers.progress import Progress
 
+FEATURES = ("backbone", "layers", "centre_weight", "feature_power")  # keys that they follow from
 LEAST_PARTS = 4  # whose scores are enough for another threshold than the one that there is
 
 
@@ -409,6 +411,25 @@ def _check_origin(learned: Path, meta: Meta, kind: Any, meta_json: Path) -> None
             check_hash(beside, meta.files[name])
             if SCORES in meta.files and beside.with_name(SCORES).exists():
                 check_hash(beside.with_name(SCORES), meta.files[SCORES])
+    _check_seen_alike(learned, name, meta, meta_json)
+
+
+def _check_seen_alike(learned: Path, name: str, meta: Meta, meta_json: Path) -> None:
+    """Raise where the meta.json that a bank or statistics were written with has other features."""
+    try:
+        before = Meta.read(learned.with_name("meta.json"))
+    except (BadMeta, Unreadable):  # nothing is known of them
+        return
+    if (before.files or {}).get(name) != sha256(learned):
+        return
+    for key in FEATURES:
+        was, now = getattr(before, key), getattr(meta, key)
+        if was != now:
+            raise BadMeta(
+                f"{learned} was learned with {key} {json.dumps(was)}, and {meta_json} says"
+                f" {json.dumps(now)}: what they see cannot be compared. Pass the meta.json beside"
+                " it, or learn anew (no --load_bank or --load_stats; a job: update=false)."
+            )
 
 
 def _write(

@@ -41,6 +41,7 @@ LEARNED = "memory_bank"
 INCREMENTAL = True
 USUAL_SCALE = 0.05  # of the scores of new normal parts, as a share of the median: 0.03 to 0.1
 TOGETHER = 4  # pictures through the backbone: more gain nothing, and take memory
+STEEPEST = 1e-3  # the value of a feature below which its power grows no steeper
 CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
 
 
@@ -64,17 +65,17 @@ class PatchCore(nn.Module):
         super().__init__()
         if meta.model != "patchcore" or meta.backbone is None or meta.layers is None:
             raise BadMeta(f"meta.json describes a {meta.model} model, not a patchcore model.")
-        self.features = extractor(meta.backbone, meta.layers, weights)
-        order = self.features.idx
-        if meta.grid is not None and order != sorted(order):  # anomalib would exchange their names
+        if (meta.model_extra or {}).get("grid") is not None:
             raise BadMeta(
-                "Beside `grid`, `layers` go from the first of the backbone to the last:"
-                f" not {', '.join(meta.layers)}."
+                "meta.json names a `grid`, which is no more: learn all pictures anew, with `layers`"
+                " that begin with that one, and without it. What serves goes on as it is."
             )
+        self.features = extractor(meta.backbone, meta.layers, weights)
         self.origin: Origin | None = self.features.origin
         self.pool = nn.AvgPool2d(3, 1, 1)  # as PatchcoreModel.feature_pooler
         self.layers = meta.layers
-        self.grid = meta.grid
+        self.centre_weight = meta.centre_weight or 0.0
+        self.feature_power = meta.feature_power or 1.0
         self.image_size = meta.image_size
         self.half_backbone = False
         self.bank: Bank | None = None
@@ -131,29 +132,35 @@ class PatchCore(nn.Module):
     def embed(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Images (N, S, S, 3) uint8 -> patch embeddings (N, h*w, C) float32, and (h, w).
 
-        Other layers are stretched to the size of the first one, as in anomalib's PatchcoreModel;
-        where meta.json names the `grid`, to that one's, and finer ones are averaged down to it.
+        Each place of a layer is averaged with those around it, and other layers are stretched to
+        the size of the first one, as in anomalib's PatchcoreModel. Two keys of meta.json go beyond
+        that: with `feature_power` p each value x becomes sign(x) |x|^p (power normalisation, as in
+        Perronnin et al., ECCV 2010), so that strong edges drown faint differences less; and
+        `centre_weight` is the share that a place has beside the average around it.
         """
         x = self.normalise(image)
         features = self.features(x.half() if self.half_backbone else x)
-        size = features[self.grid or self.layers[0]].shape[-2:]
-        columns = [self._brought_to(size, features[layer]) for layer in self.layers]
+        columns = [self._around(features[layer]) for layer in self.layers]
+        size = columns[0].shape[-2:]
+        columns = [
+            one if one.shape[-2:] == size else functional.interpolate(one, size, mode="bilinear")
+            for one in columns
+        ]
         embedding = torch.cat(columns, 1).float()  # (N, C, h, w)
         # int(): the sizes of the graph that is exported are fixed, whatever the backbone does.
         channels, height, width = (int(side) for side in embedding.shape[1:])
         return embedding.permute(0, 2, 3, 1).reshape(-1, height * width, channels), (height, width)
 
-    def _brought_to(self, size: torch.Size, feature: torch.Tensor) -> torch.Tensor:
-        """A layer (N, C, h, w) with so many places; each sees around its own a little."""
-        finer = int(feature.shape[-1]) // int(size[-1])
-        if self.grid is not None and finer > 1:
-            # To go down averages enough: pooled besides, the finest scratches fade.
-            feature = functional.avg_pool2d(feature, finer)
-        else:
-            feature = self.pool(feature)
-        if feature.shape[-2:] == size:
-            return feature
-        return functional.interpolate(feature, size=size, mode="bilinear")
+    def _around(self, feature: torch.Tensor) -> torch.Tensor:
+        """A layer (N, C, h, w), each place with what is around it."""
+        if self.feature_power != 1:
+            feature = feature.float()
+            # As sign(x) |x|^p, but not infinitely steep at 0, where rounding decides.
+            feature = feature * (feature.abs() + STEEPEST).pow(self.feature_power - 1)
+        around: torch.Tensor = self.pool(feature)
+        if self.centre_weight:
+            around = self.centre_weight * feature + (1 - self.centre_weight) * around
+        return around
 
     def channels(self) -> int:
         """Columns of an embedding."""

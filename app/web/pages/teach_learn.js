@@ -21,9 +21,10 @@ const LONG = { efficientad: { epochs: 11, batch: 2, pretrained: 'teacher.pth' },
 /** Whether a model or a category may be called so. */
 export const isName = (name) => NAME.test(name.normalize('NFC'));
 
-function layers(kind, backbone) {
-  if (LITE.includes(backbone)) return kind === 'padim' ? ['blocks.1', 'blocks.2', 'blocks.4'] : ['blocks.2', 'blocks.4'];
-  return kind === 'padim' ? ['layer1', 'layer2', 'layer3'] : ['layer2', 'layer3'];
+function seenBy(kind, backbone) {
+  const padim = kind === 'padim';
+  if (!LITE.includes(backbone)) return { backbone, layers: padim ? ['layer1', 'layer2', 'layer3'] : ['layer2', 'layer3'] };
+  return padim ? { backbone, layers: ['blocks.1', 'blocks.2', 'blocks.4'] } : { backbone, layers: ['blocks.2', 'blocks.4'], centre_weight: 0.3, feature_power: 0.7 };
 }
 
 /** The body of POST /retrain: only what was said. `more` are the fields of the fold. */
@@ -48,7 +49,7 @@ function firstMeta(kind, { backbone }) {
   const meta = { ...USUAL[kind] };
   const sees = kind === 'patchcore' || kind === 'padim';
   if (kind !== 'patchcore') meta.image_size = 256;
-  if (sees && (backbone || kind !== 'patchcore')) Object.assign(meta, { backbone: backbone || LITE[0], layers: layers(kind, backbone || LITE[0]) });
+  if (sees && (backbone || kind !== 'patchcore')) Object.assign(meta, seenBy(kind, backbone || LITE[0]));
   return meta;
 }
 

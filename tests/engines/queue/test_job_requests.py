@@ -24,7 +24,10 @@ def asked(**more: Any) -> RetrainRequest:
 @pytest.mark.parametrize(
     ("meta", "made"),
     [({}, FIRST), ({"image_size": 320}, {**FIRST, "image_size": 320}),
-     (RESNET, {**FIRST, **RESNET})],
+     ({"feature_power": 0.5}, {**FIRST, "feature_power": 0.5}),
+     (RESNET, {**FIRST, **RESNET, "centre_weight": None, "feature_power": None}),
+     ({**RESNET, "centre_weight": 0.4},
+      {**FIRST, **RESNET, "centre_weight": 0.4, "feature_power": None})],
 )  # fmt: skip
 def test_a_first_training_takes_the_usual_keys_where_none_are_said(
     kind: Any, meta: dict[str, Any], made: dict[str, Any]

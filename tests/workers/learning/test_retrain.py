@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from engines.errors import BadBundle, BadDataset, BadRequest
+from engines.errors import BadBundle, BadDataset, BadMeta, BadRequest
 from engines.files import sha256
 from engines.image import ImageLimits
 from engines.limits import Limits
@@ -469,6 +469,24 @@ def test_a_bit_depth_that_was_changed_in_meta_json_by_hand_is_noticed(patchcore:
     put_deep(patchcore.train, 6, highest=3000)
     assert patchcore.go_on()["images"]["known"] == 0
     assert patchcore.written()["bit_depth"] == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "now", "was"),
+    [("layers", ["layer3", "layer2"], r'\["layer2", "layer3"\]'), ("feature_power", 0.7, "null")],
+)
+def test_an_update_with_features_of_another_meta_json_is_refused_and_changes_nothing(
+    patchcore: Line, key: str, now: Any, was: str
+) -> None:
+    patchcore.begin(6)
+    before = patchcore.content()
+    other = patchcore.folder / "other.json"
+    other.write_text(json.dumps({**patchcore.written(), key: now}))
+    put(patchcore.train, 6)
+    request = patchcore.request(meta_json=other, load_bank=patchcore.out / "bank.npz")
+    with pytest.raises(BadMeta, match=rf"bank.npz was learned with {key} {was}, and .*other.json"):
+        retrain(request, QUIET)
+    assert patchcore.content() == before
 
 
 def test_a_folder_that_mixes_8_and_16_bits_is_told_in_log_summary_and_report(

@@ -342,20 +342,8 @@ def test_untrained_is_the_same_every_time_and_leaves_the_random_state_alone() ->
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_finer_layer_than_the_grids_is_averaged_down_to_it() -> None:
-    layers, seen = ["layer1", "layer2", "layer3"], torch.from_numpy(parts(1, 2))
-    model = patchcore.build(settings(layers=layers, grid="layer2"), "untrained")
-    embedding, places = model.embed(seen)
-    assert places == (16, 16), "those of layer2"
-    finer = model.features(model.normalise(seen))["layer1"].permute(0, 2, 3, 1)  # (2, 32, 32, 64)
-    means = finer.reshape(2, 16, 2, 16, 2, 64).mean(dim=(2, 4)).reshape(2, 256, 64)
-    torch.testing.assert_close(embedding[..., :64], means)
-    without = patchcore.build(settings(layers=layers[1:]), "untrained").embed(seen)[0]
-    torch.testing.assert_close(embedding[..., 64:], without)
-
-
 @pytest.mark.parametrize("layers", [["layer2", "layer3"], ["layer3", "layer2"]])
-def test_without_a_grid_every_layer_is_pooled_and_stretched_to_the_first(layers: list[str]) -> None:
+def test_as_in_anomalib_every_layer_is_pooled_and_stretched_to_the_first(layers: list[str]) -> None:
     seen = torch.from_numpy(parts(3))
     model = patchcore.build(settings(layers=layers), "untrained")
     features = model.features(model.normalise(seen))
@@ -365,20 +353,43 @@ def test_without_a_grid_every_layer_is_pooled_and_stretched_to_the_first(layers:
     torch.testing.assert_close(model.embed(seen)[0], expected)
 
 
-def test_a_grid_of_the_first_layer_changes_nothing() -> None:
+def test_a_place_counts_beside_those_around_it_as_much_as_its_weight_says() -> None:
     seen = torch.from_numpy(parts(3))
-    absent, named = (
-        patchcore.build(settings(**grid), "untrained").embed(seen)
-        for grid in ({}, {"grid": "layer2"})
+    around, centre, between = (
+        patchcore.build(settings(layers=["layer2"], centre_weight=weight), "untrained").embed(seen)[
+            0
+        ]
+        for weight in (None, 1, 0.4)
     )
-    assert absent[1] == named[1] == (16, 16)
-    assert torch.equal(absent[0], named[0])
+    model = patchcore.build(settings(layers=["layer2"]), "untrained")
+    itself = model.features(model.normalise(seen))["layer2"].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(centre, itself)
+    assert not torch.allclose(around, itself, rtol=0.1)
+    torch.testing.assert_close(between, 0.4 * itself + 0.6 * around)
 
 
-def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
-    meta = settings(layers=["layer3", "layer2"], grid="layer2")
-    with pytest.raises(BadMeta, match=r"from the first .* to the last: not layer3, layer2"):
-        patchcore.build(meta, "untrained")
+def test_features_are_raised_to_the_power_and_keep_their_sign() -> None:
+    seen = torch.from_numpy(parts(3))
+    # A last block of mobilenetv2 ends without a ReLU, so that features have both signs.
+    mobile = {"backbone": "mobilenetv2_100", "layers": ["blocks.2"], "centre_weight": 1}
+    plain, raised = (
+        patchcore.build(settings(**mobile, feature_power=power), "untrained").embed(seen)[0]
+        for power in (None, 0.7)
+    )
+    assert (plain < 0).any()
+    assert (plain > 0).any()
+    torch.testing.assert_close(raised, plain.sign() * plain.abs() ** 0.7, rtol=1e-2, atol=2e-3)
+
+
+def test_no_picture_makes_a_feature_that_is_no_number() -> None:
+    model = patchcore.build(settings(centre_weight=0.4, feature_power=0.3), "untrained")
+    for picture in (np.zeros((1, 128, 128, 3), np.uint8), np.full((1, 128, 128, 3), 255, np.uint8)):
+        assert torch.isfinite(model.embed(torch.from_numpy(picture))[0]).all()
+
+
+def test_a_grid_of_an_older_build_is_refused_with_what_to_do() -> None:
+    with pytest.raises(BadMeta, match="names a `grid`, which is no more: learn all pictures anew"):
+        patchcore.build(settings(grid="layer2"), "untrained")
 
 
 @pytest.mark.parametrize("opset", [17, 18])
@@ -386,7 +397,7 @@ def test_beside_a_grid_layers_in_another_order_are_refused() -> None:
     "changes",
     [
         {"backbone": "mobilenetv2_100", "layers": ["blocks.1", "blocks.2"]},
-        {**FIRST, "layers": ["blocks.1", *FIRST["layers"]], "grid": "blocks.2"},
+        FIRST,
         {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.3", "blocks.6"], "image_size": 224},
     ],
     ids=lambda changes: changes["backbone"],
