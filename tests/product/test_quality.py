@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import retrain
 from engines.image import files_in
-from engines.meta import Meta
+from engines.meta import FIRST, Meta
 from engines.runtimes.openvino import choose_precision
 from engines.verdict import Scale, decide
 from support.project import ROOT, run, write_meta
@@ -28,6 +28,7 @@ from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workers.models.coreset import k_centre_greedy
 from workers.models.patchcore import PatchCore
 from workers.progress import Progress
+from workers.sample_parts.write_dataset import CATEGORY, write_dataset
 
 Scores = NDArray[np.float32]
 
@@ -64,9 +65,13 @@ def pictures(paths: list[Path], meta: Meta) -> NDArray[np.uint8]:
     return np.concatenate(list(Images(paths, meta, 8, Progress(quiet=True))))
 
 
-def learn(out_dir: Path, data: Path, category: str, weights: Path, meta: Path, *more: str) -> Path:
-    flags = ["--model", "patchcore", "--pretrained_pth", weights, "--meta_json", meta, "--category",
-             category, "--data_root", data, "--out_dir", out_dir, *more]  # fmt: skip
+def learn(
+    out_dir: Path, data: Path, category: str, weights: Path | None, meta: Path, *more: str
+) -> Path:
+    flags = ["--model", "patchcore", "--meta_json", meta, "--category", category, "--data_root",
+             data, "--out_dir", out_dir, *more]  # fmt: skip
+    if weights is not None:
+        flags += ["--pretrained_pth", weights]
     assert retrain.main([str(word) for word in flags]) == 0
     return out_dir
 
@@ -140,6 +145,36 @@ def test_hazelnuts_are_told_apart_without_a_fault(
     meta = write_meta(tmp_path / "meta.json")
     out_dir = learn(tmp_path / "out", assets / "data", "hazelnut_toy", resnet18, meta)
     assert report_of(out_dir)["calibration"]["auroc"] == 1.0
+
+
+def ranks(out_dir: Path, data: Path, category: str, weights: Path | None, **meta: Any) -> float:
+    """The AUROC of a model that learns a category."""
+    written = write_meta(out_dir.with_suffix(".json"), **meta)
+    report = report_of(learn(out_dir, data, category, weights, written))
+    return float(report["calibration"]["auroc"])
+
+
+def test_the_first_model_tells_alien_apart(assets: Path, tmp_path: Path) -> None:
+    assert ranks(tmp_path / "first", assets / "data", "alien", None, **FIRST) >= 0.99
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("category", ["alien", "hazelnut_toy", CATEGORY])
+def test_the_first_model_ranks_as_resnet18_does(
+    assets: Path, resnet18: Path, tmp_path: Path, category: str
+) -> None:
+    roots = [assets / "data"]
+    if category == CATEGORY:
+        roots = [
+            write_dataset(tmp_path / f"data_{seed}", train=24, normal=40, per_kind=10, seed=seed)
+            for seed in range(5)
+        ]
+    first, other = [], []
+    for number, root in enumerate(roots):
+        first.append(ranks(tmp_path / f"first_{number}", root, category, None, **FIRST))
+        other.append(ranks(tmp_path / f"other_{number}", root, category, resnet18))
+    print(f"{category}: {np.mean(first):.4f}, resnet18 {np.mean(other):.4f}")
+    assert np.mean(first) >= np.mean(other) - 0.01
 
 
 @pytest.mark.soak
