@@ -247,7 +247,7 @@ def test_the_coreset_covers_as_well_as_anomalibs(alien: Alien) -> None:
         patches = model.embed(torch.from_numpy(images))[0].flatten(0, 1)
     torch.manual_seed(0)  # theirs begins at a random patch
     bank = KCenterGreedy(patches, 0.1).sample_coreset()
-    chosen, radius = k_centre_greedy(patches, int(len(patches) * 0.1))
+    chosen, radius, _ = k_centre_greedy(patches, int(len(patches) * 0.1))
     assert len(chosen) == len(bank)
     assert radius == pytest.approx(reach(patches, patches[chosen]), rel=1e-3)
     assert radius <= 1.02 * reach(patches, bank)

@@ -20,7 +20,7 @@ ROUNDING = 1e-5  # of the largest squared length: by which squared distances may
 
 
 class BankSearch:
-    """A memory bank (M, C), ready to be searched; some of its rows may be left out each time."""
+    """A memory bank (M, C), ready to be searched."""
 
     def __init__(self, bank: torch.Tensor, keep: torch.Tensor) -> None:
         """`keep` (P,) is 1 for patches that count in a score, 0 for the others."""
@@ -30,32 +30,23 @@ class BankSearch:
         self._half_norm = 0.5 * self._bank.square().sum(dim=1)  # (M,)
         self._counts = keep.reshape(-1).bool()
 
-    def score(self, embedding: torch.Tensor, without: torch.Tensor | None = None) -> float:
-        """The raw score of one picture, as `PatchCore.forward` gives it.
-
-        Args:
-            embedding: (P, C) float32.
-            without: (M,) true for rows that are not looked at; None: all are.
-        """
+    def score(self, embedding: torch.Tensor) -> float:
+        """The raw score of one picture (P, C) float32, as `PatchCore.forward` gives it."""
         if not torch.isfinite(embedding).all():
             return math.nan
-        half_norm = self._half_norm
-        if without is not None:
-            half_norm = half_norm.masked_fill(without, torch.inf)
         query = (embedding - self._mean)[self._counts]
-        decisive, near = self._farthest(query, half_norm)
-        there = torch.isfinite(half_norm).count_nonzero()
-        count = min(NEIGHBOURS, int(there))
-        around = half_norm - self._bank @ self._bank[near]
+        decisive, near = self._farthest(query)
+        count = min(NEIGHBOURS, len(self._bank))
+        around = self._half_norm - self._bank @ self._bank[near]
         neighbours = around.topk(count, largest=False).indices
         reach = (query[decisive] - self._bank[neighbours]).square().sum(dim=1).sqrt()  # (count,)
         weight = 1 - torch.softmax(reach, dim=0)[0]
         distance = (query[decisive] - self._bank[near]).square().sum().sqrt()
         return float(weight * distance)
 
-    def _farthest(self, query: torch.Tensor, half_norm: torch.Tensor) -> tuple[int, int]:
+    def _farthest(self, query: torch.Tensor) -> tuple[int, int]:
         """Which patch of (n, C) lies farthest from the bank, and the row that is nearest to it."""
-        square = query.square().sum(dim=1)
+        half_norm, square = self._half_norm, query.square().sum(dim=1)
         patches = torch.arange(len(query))  # that may still be the farthest
         nearest = torch.full((len(query),), torch.inf)  # half squared distances, but for |q|^2 / 2
         at_least, begin = -torch.inf, 0
@@ -77,8 +68,6 @@ class BankSearch:
         return int(patches[one]), int(last[one].argmin())
 
 
-def scores_of(
-    search: BankSearch, embeddings: torch.Tensor, without: torch.Tensor | None = None
-) -> NDArray[np.float64]:
+def scores_of(search: BankSearch, embeddings: torch.Tensor) -> NDArray[np.float64]:
     """Raw scores (n,) of embeddings (n, P, C), one by one."""
-    return np.array([search.score(one, without) for one in embeddings])
+    return np.array([search.score(one) for one in embeddings])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ ROUNDING = 1e-6  # of the largest squared length: equal rows may seem that far a
 
 Report = Callable[[int, int], None]  # rows chosen, rows to choose at the most
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Coreset(NamedTuple):
+    """What was chosen of n rows."""
+
+    chosen: torch.Tensor  # (k,) indices, in the order of choice
+    radius: float  # the largest distance of any row to the chosen (and known) ones
+    owners: torch.Tensor  # (n,) which of the k is nearest; -1: what is known already
 
 
 def _one_thread(function: F) -> F:
@@ -45,7 +53,7 @@ def k_centre_greedy(
     covered_to: torch.Tensor | None = None,
     stop_radius: float = 0.0,
     report: Report = lambda done, total: None,
-) -> tuple[torch.Tensor, float]:
+) -> Coreset:
     """Choose rows, each the one farthest from all chosen before it.
 
     The result is that of the plain greedy loop over all columns. Only its cost differs: most rows
@@ -62,10 +70,6 @@ def k_centre_greedy(
             to the mean comes first.
         stop_radius: stop as soon as no row is farther away than this.
         report: called now and then with (chosen, count).
-
-    Returns:
-        Indices of the chosen rows (k,) in the order of choice, and the coverage radius: the
-        largest distance of any row to the chosen (and known) ones.
     """
     count = min(count, len(rows))
     rows = rows - rows.mean(dim=0)
@@ -79,7 +83,8 @@ def k_centre_greedy(
     report(len(cover.chosen), len(cover.chosen))
     farthest = cover.farthest()
     chosen = torch.tensor(cover.chosen, dtype=torch.long)
-    return chosen, math.sqrt(farthest) if farthest > noise else 0.0
+    radius = math.sqrt(farthest) if farthest > noise else 0.0
+    return Coreset(chosen, radius, torch.from_numpy(cover.owners))
 
 
 class _Cover:
@@ -103,7 +108,7 @@ class _Cover:
         self._lengths = np.empty(count, np.float32)  # of them, squared
         # Of each row: the squared distance to the chosen rows, and which of them is nearest; -1 for
         # what was known before, of which nothing but the distance is here.
-        self._owner = np.full(len(rows), -1)
+        self.owners = np.full(len(rows), -1)
         if covered_to is None:
             self._nearest = np.full(len(rows), np.inf, np.float32)
             self._next = int(self._square.argmin())
@@ -128,7 +133,7 @@ class _Cover:
         nearer = exact < self._nearest[closer]
         won = closer[nearer]
         self._nearest[won] = np.maximum(exact[nearer], 0)
-        self._owner[won] = number
+        self.owners[won] = number
         self._nearest[centre] = 0
         self._next = int(self._nearest.argmax())
 
@@ -143,7 +148,7 @@ class _Cover:
         quarter[:count] *= -2
         quarter[:count] += self._lengths[:count] + self._square[centre]
         quarter *= 0.25
-        return np.flatnonzero(quarter.take(self._owner, mode="wrap") < self._nearest)
+        return np.flatnonzero(quarter.take(self.owners, mode="wrap") < self._nearest)
 
     def _from_below(self, centre: int, among: NDArray[np.int64]) -> NDArray[np.float32]:
         """No more than the squared distances of some rows (k,) to another one."""

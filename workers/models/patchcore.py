@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +217,8 @@ class Lesson:
         embeddings: (N, P, C) of the pictures.
         before: the bank that was added to, None where it was made from nothing.
         rows: (K,) the patches, counted over all pictures, that are in the bank now.
+        owners: (N*P,) which of the K is nearest to each patch; -1 where `before` has a nearer one,
+            or the patch never counts.
         pictures: the numbers of the pictures that can be left out: all of them.
     """
 
@@ -226,6 +227,7 @@ class Lesson:
     embeddings: torch.Tensor
     before: Bank | None
     rows: torch.Tensor
+    owners: torch.Tensor
 
     @property
     def pictures(self) -> NDArray[np.int64]:
@@ -246,11 +248,7 @@ class Lesson:
         return self.before is not None or left > 1  # by one row alone everything scores 0
 
     def scores(self, parts: NDArray[np.int64], tick: Tick) -> NDArray[np.float64]:
-        """Raw scores (N,) by the bank without the rows of the pictures of the same part.
-
-        A bank made anew without them would have other rows where it covered patches of others with
-        these. It changes nothing: the patch that decides a score is far from all (measured in
-        docs/models.md).
+        """Raw scores (N,) by the bank as it would be without the pictures of the same part.
 
         Args:
             parts: (N,) pictures with the same number are left out together.
@@ -275,18 +273,35 @@ class Lesson:
         )
 
     def _judge(self, embeddings: torch.Tensor, without: NDArray[np.int64]) -> NDArray[np.float64]:
-        known = 0 if self.before is None else len(self.before.embeddings)
-        picture = self.rows // self.embeddings.shape[1]
-        left_out = torch.zeros(known + len(picture), dtype=torch.bool)
-        left_out[known:] = torch.isin(picture, torch.from_numpy(without))
-        return scores_of(self._search, embeddings, left_out)
+        return scores_of(BankSearch(self._bank_without(without), self.model.keep), embeddings)
 
-    @cached_property
-    def _search(self) -> BankSearch:
-        bank = self.embeddings.flatten(0, 1)[self.rows]
+    def _bank_without(self, pictures: NDArray[np.int64]) -> torch.Tensor:
+        """The bank (M, C) as it would be had some pictures not been learned.
+
+        Their rows cover patches of others as well. In a bank made anew some of these would be rows
+        instead; without them the bank has holes, where normal parts score up to a fifth too high.
+        So what is farther from the rest than the coverage radius is chosen from in the same way.
+        """
+        assert self.model.bank is not None, "train() gives it one"
+        patches, places = self.embeddings.flatten(0, 1), self.embeddings.shape[1]
+        left_out = torch.from_numpy(pictures)
+        gone = torch.isin(self.rows // places, left_out)  # (K,)
+        bank = patches[self.rows[~gone]]
         if self.before is not None:
             bank = torch.cat([self.before.embeddings, bank])
-        return BankSearch(bank, self.model.keep)
+        orphaned = torch.isin(self.owners, gone.nonzero().flatten())  # (N*P,)
+        orphaned.view(-1, places)[left_out] = False
+        orphans = patches[orphaned]
+        if not len(orphans):
+            return bank
+        radius = self.model.bank.coverage_radius
+        chunks = torch.split(orphans, CHUNK)
+        covered_to = torch.cat([_distance(chunk, bank, radius) for chunk in chunks])
+        if float(covered_to.max()) <= radius:
+            return bank
+        count = int(gone.count_nonzero())
+        chosen = k_centre_greedy(orphans, count, covered_to=covered_to, stop_radius=radius).chosen
+        return torch.cat([bank, orphans[chosen]])
 
 
 def train(
@@ -333,17 +348,19 @@ def learn(
     count = max(1, int(len(patches) * _ratio(meta)))
     report = progress.phase("coreset")
     if before is None:
-        rows, radius = k_centre_greedy(patches, count, report=report)
+        rows, radius, owners = k_centre_greedy(patches, count, report=report)
         model.bank = Bank(patches[rows], radius)
     else:
         known, radius = before.embeddings, before.coverage_radius
         chunks = torch.split(patches, CHUNK)
         covered_to = torch.cat([_distance(chunk, known, radius) for chunk in chunks])
-        rows, new_radius = k_centre_greedy(
+        rows, new_radius, owners = k_centre_greedy(
             patches, count, covered_to=covered_to, stop_radius=radius, report=report
         )
         model.bank = Bank(torch.cat([known, patches[rows]]), max(radius, new_radius))
-    return Lesson(model, meta, embeddings, before, numbers[rows])
+    of_all = torch.full((embeddings.shape[0] * embeddings.shape[1],), -1)
+    of_all[numbers] = owners
+    return Lesson(model, meta, embeddings, before, numbers[rows], of_all)
 
 
 def scores(model: PatchCore, batches: Batches) -> NDArray[np.float32]:

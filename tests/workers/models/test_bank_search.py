@@ -1,4 +1,4 @@
-"""The search of learning finds the scores of the model that is exported, whatever it leaves out."""
+"""The search of learning finds the scores of the model that is exported."""
 
 from __future__ import annotations
 
@@ -49,24 +49,6 @@ def test_it_finds_it_where_one_patch_is_far_from_all(model: PatchCore, seed: int
         strange[patch] += 20
         expected = plain(model, strange, bank)
         assert BankSearch(bank, model.keep).score(strange) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
-def test_rows_that_are_left_out_count_as_if_they_were_not_there(
-    model: PatchCore, seed: int, share: float
-) -> None:
-    bank, picture = rows(seed, 1000), rows(seed + 100, PATCHES)
-    without = torch.rand(1000, generator=torch.Generator().manual_seed(seed)) < share
-    found = BankSearch(bank, model.keep).score(picture, without)
-    assert found == pytest.approx(plain(model, picture, bank[~without]), rel=1e-5)
-
-
-def test_also_the_first_rows_that_are_looked_at_may_be_left_out(model: PatchCore) -> None:
-    bank, picture = rows(0, 1000), rows(100, PATCHES)
-    without = torch.arange(1000) < 300
-    found = BankSearch(bank, model.keep).score(picture, without)
-    assert found == pytest.approx(plain(model, picture, bank[300:]), rel=1e-5)
 
 
 def test_patches_that_never_count_decide_nothing(model: PatchCore) -> None:

@@ -45,7 +45,7 @@ def distance_to(rows: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [DIMENSIONS - 29, DIMENSIONS, DIMENSIONS + 1, 96])
 def test_it_chooses_what_the_plain_loop_over_all_columns_chooses(seed: int, channels: int) -> None:
     rows = clustered(seed, channels=channels)
-    chosen, _ = k_centre_greedy(rows, 60)
+    chosen, _, _ = k_centre_greedy(rows, 60)
     assert chosen.tolist() == plain_greedy(rows, 60)
 
 
@@ -53,7 +53,7 @@ def test_it_chooses_what_the_plain_loop_over_all_columns_chooses(seed: int, chan
 @pytest.mark.parametrize("count", [1, 7, 60])
 def test_the_radius_it_returns_is_the_largest_distance_of_any_row(seed: int, count: int) -> None:
     rows = clustered(seed)
-    chosen, radius = k_centre_greedy(rows, count)
+    chosen, radius, _ = k_centre_greedy(rows, count)
     assert len(chosen) == count
     assert radius == pytest.approx(float(distance_to(rows, rows[chosen]).max()), rel=1e-4)
 
@@ -63,7 +63,7 @@ def test_of_covered_rows_none_is_chosen_and_it_stops_at_the_radius(seed: int) ->
     rows, known = clustered(seed), clustered(seed)[::4]
     covered_to = distance_to(rows, known).float()
     stop_radius = float(covered_to.max()) / 2
-    chosen, radius = k_centre_greedy(rows, 400, covered_to=covered_to, stop_radius=stop_radius)
+    chosen, radius, _ = k_centre_greedy(rows, 400, covered_to=covered_to, stop_radius=stop_radius)
     assert 0 < len(chosen) < 400
     assert chosen.tolist() == plain_greedy(rows, 400, covered_to, stop_radius)
     assert (covered_to[chosen] > stop_radius).all()
@@ -75,7 +75,7 @@ def test_of_covered_rows_none_is_chosen_and_it_stops_at_the_radius(seed: int) ->
 def test_where_all_is_covered_nothing_is_chosen() -> None:
     rows = clustered(0)
     covered_to = torch.full((len(rows),), 0.5)
-    chosen, radius = k_centre_greedy(rows, 10, covered_to=covered_to, stop_radius=0.5)
+    chosen, radius, _ = k_centre_greedy(rows, 10, covered_to=covered_to, stop_radius=0.5)
     assert chosen.tolist() == []
     assert radius == 0.5
 
@@ -83,7 +83,7 @@ def test_where_all_is_covered_nothing_is_chosen() -> None:
 def test_a_count_that_ends_an_update_early_leaves_the_true_radius() -> None:
     rows, known = clustered(1), clustered(1)[:5]
     covered_to = distance_to(rows, known).float()
-    chosen, radius = k_centre_greedy(rows, 4, covered_to=covered_to, stop_radius=0.01)
+    chosen, radius, _ = k_centre_greedy(rows, 4, covered_to=covered_to, stop_radius=0.01)
     assert len(chosen) == 4
     together = torch.cat([known, rows[chosen]])
     assert radius == pytest.approx(float(distance_to(rows, together).max()), rel=1e-4)
@@ -91,7 +91,7 @@ def test_a_count_that_ends_an_update_early_leaves_the_true_radius() -> None:
 
 def test_a_count_above_the_rows_chooses_each_row_once() -> None:
     rows = clustered(2, n=50)
-    chosen, radius = k_centre_greedy(rows, 10_000)
+    chosen, radius, _ = k_centre_greedy(rows, 10_000)
     assert sorted(chosen.tolist()) == list(range(50))
     assert radius == 0
 
@@ -100,19 +100,19 @@ def test_a_count_above_the_rows_chooses_each_row_once() -> None:
 def test_of_equal_rows_one_is_chosen(seed: int) -> None:
     distinct = clustered(seed, n=40)
     rows = distinct.repeat(5, 1)[torch.randperm(200, generator=torch.Generator().manual_seed(seed))]
-    chosen, radius = k_centre_greedy(rows, 200)
+    chosen, radius, _ = k_centre_greedy(rows, 200)
     assert len(torch.unique(rows[chosen], dim=0)) == len(chosen) == 40
     assert radius == 0
 
 
 def test_rows_that_are_all_equal_give_one() -> None:
-    chosen, radius = k_centre_greedy(torch.full((30, 64), 3.7), 10)
+    chosen, radius, _ = k_centre_greedy(torch.full((30, 64), 3.7), 10)
     assert len(chosen) == 1
     assert radius == 0
 
 
 def test_one_row_gives_that_row() -> None:
-    chosen, radius = k_centre_greedy(torch.randn(1, 64), 5)
+    chosen, radius, _ = k_centre_greedy(torch.randn(1, 64), 5)
     assert chosen.tolist() == [0]
     assert radius == 0
 
