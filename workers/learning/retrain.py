@@ -37,7 +37,8 @@ from workers.learning.strange import SHOWN, sheet
 from workers.models.origin import origin_of, said
 from workers.progress import Progress
 
-FEATURES = ("backbone", "layers", "centre_weight", "feature_power")  # keys that they follow from
+# Keys that features follow from, and what they are where they are absent.
+FEATURES = {"backbone": None, "layers": None, "centre_weight": 0, "feature_power": 1}
 LEAST_PARTS = 4  # whose scores are enough for another threshold than the one that there is
 
 
@@ -214,11 +215,13 @@ def _with_bit_depth(
     if request.known is None:
         return request, meta.with_(bit_depth=asked or bit_depth_of(category.train, request.limits))
     before = read_report(request.known.parent).get("bit_depth") or meta.bit_depth
-    if (asked or 16) == (before or 16):
+    if asked is None:  # nobody asks for another one
+        return request, meta.with_(bit_depth=before)
+    if asked == (before or 16):
         return request, meta
     _check_all_are_there(request.known, category, "bit_depth")
     progress.say(
-        f"bit_depth was {before or 16} and is now {asked or 16}: all {len(category.train)} pictures"
+        f"bit_depth was {before or 16} and is now {asked}: all {len(category.train)} pictures"
         " are learned anew"
     )
     return replace(request, load_bank=None, load_stats=None), meta.with_(bit_depth=asked)
@@ -422,8 +425,8 @@ def _check_seen_alike(learned: Path, name: str, meta: Meta, meta_json: Path) -> 
         return
     if (before.files or {}).get(name) != sha256(learned):
         return
-    for key in FEATURES:
-        was, now = getattr(before, key), getattr(meta, key)
+    for key, absent in FEATURES.items():
+        was, now = getattr(before, key) or absent, getattr(meta, key) or absent
         if was != now:
             raise BadMeta(
                 f"{learned} was learned with {key} {json.dumps(was)}, and {meta_json} says"

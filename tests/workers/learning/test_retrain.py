@@ -101,13 +101,13 @@ class Line:
 
     def go_on(self, progress: Progress = QUIET, **changes: Any) -> dict[str, Any]:
         """Update what lies in `out` from the pictures that are there now."""
-        request = self.request(
-            meta_json=self.out / "meta.json",
-            pretrained_pth=str(self.out / "model.pth"),
-            load_bank=self.out / "bank.npz" if self.kind == "patchcore" else None,
-            load_stats=self.out / "stats.npz" if self.kind == "padim" else None,
-            **changes,
-        )
+        usual: dict[str, Any] = {
+            "meta_json": self.out / "meta.json",
+            "pretrained_pth": str(self.out / "model.pth"),
+            "load_bank": self.out / "bank.npz" if self.kind == "patchcore" else None,
+            "load_stats": self.out / "stats.npz" if self.kind == "padim" else None,
+        }
+        request = self.request(**{**usual, **changes})
         return retrain(request, progress)
 
     def known(self) -> KnownScores:
@@ -461,6 +461,18 @@ def test_an_update_raises_the_bit_depth_and_learns_all_anew_where_all_is_there(l
         line.go_on(bit_depth=14)
 
 
+@of_one_kind
+def test_an_update_with_the_meta_json_that_the_first_training_began_with_keeps_what_is_known(
+    line: Line,
+) -> None:
+    line.begin(6)
+    assert "bit_depth" not in json.loads(line.meta.read_text())
+    put(line.train, 6)
+    report = line.go_on(meta_json=line.meta)
+    assert (report["images"]["known"], report["images"]["learned"]) == (6, 1)
+    assert line.written()["bit_depth"] == 8
+
+
 def test_a_bit_depth_that_was_changed_in_meta_json_by_hand_is_noticed(patchcore: Line) -> None:
     put_deep(patchcore.train, *range(6), highest=835)
     patchcore.learn(bit_depth=10)
@@ -473,7 +485,7 @@ def test_a_bit_depth_that_was_changed_in_meta_json_by_hand_is_noticed(patchcore:
 
 @pytest.mark.parametrize(
     ("key", "now", "was"),
-    [("layers", ["layer3", "layer2"], r'\["layer2", "layer3"\]'), ("feature_power", 0.7, "null")],
+    [("layers", ["layer3", "layer2"], r'\["layer2", "layer3"\]'), ("feature_power", 0.7, "1")],
 )
 def test_an_update_with_features_of_another_meta_json_is_refused_and_changes_nothing(
     patchcore: Line, key: str, now: Any, was: str
