@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
-from engines.meta import FIRST, Kind, Meta, of_kind
+from engines.meta import FIRST, Kind, Meta, of_kind, other_features
 from engines.nvidia.library import TARGET, TARGETS
 from engines.store.versions import NAME, NAME_LENGTH, Store, is_name
 
@@ -197,7 +197,14 @@ class RetrainRequest(VersionRequest):
             BadMeta: keys contradict each other, or another kind of model is asked for.
         """
         self._check_kind(before.model)
-        return before.with_(**self.meta)
+        after = before.with_(**self.meta)
+        if self.update and (other := other_features(before, after)):
+            key, was, now = other
+            raise BadMeta(
+                f"{self.model} was learned with {key} {was}, and what {now} would see cannot be"
+                ' compared with that: learn anew, with "update": false.'
+            )
+        return after
 
     def _check_kind(self, kind: Any) -> None:
         for asked in (self.kind, self.meta.get("model")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,7 +18,7 @@ from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits, read
 from engines.limits import TRAINED, is_number
 from engines.machine import memory, memory_needs
-from engines.meta import Meta
+from engines.meta import Meta, other_features
 from engines.promise import UNTRAINED
 from engines.regions import Regions
 from engines.store.bundle import REPORT, STRANGE, check_hash, read_report, write_report
@@ -37,8 +36,6 @@ from workers.learning.strange import SHOWN, sheet
 from workers.models.origin import origin_of, said
 from workers.progress import Progress
 
-# Keys that features follow from, and what they are where they are absent.
-FEATURES = {"backbone": None, "layers": None, "centre_weight": 0, "feature_power": 1}
 LEAST_PARTS = 4  # whose scores are enough for another threshold than the one that there is
 
 
@@ -425,14 +422,13 @@ def _check_seen_alike(learned: Path, name: str, meta: Meta, meta_json: Path) -> 
         return
     if (before.files or {}).get(name) != sha256(learned):
         return
-    for key, absent in FEATURES.items():
-        was, now = getattr(before, key) or absent, getattr(meta, key) or absent
-        if was != now:
-            raise BadMeta(
-                f"{learned} was learned with {key} {json.dumps(was)}, and {meta_json} says"
-                f" {json.dumps(now)}: what they see cannot be compared. Pass the meta.json beside"
-                " it, or learn anew (no --load_bank or --load_stats; a job: update=false)."
-            )
+    if other := other_features(before, meta):
+        key, was, now = other
+        raise BadMeta(
+            f"{learned} was learned with {key} {was}, and {meta_json} says {now}: what they see"
+            " cannot be compared. Pass the meta.json beside it, or learn anew (no --load_bank or"
+            " --load_stats)."
+        )
 
 
 def _write(

@@ -10,6 +10,7 @@ import csv
 import fcntl
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ HYPER_PARAMETERS = {
     "vae": ("latent_dim", "learning_rate", "image_size"),
 }
 STUDY, TRIALS, BEST = "study.db", "trials.csv", "meta.json"
+META_JSON = "--meta_json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def open_study(request: Tune, space: Space, category: Category) -> Iterator[optu
         study = _create(storage)
         search = _search_of(request, space, category)
         before = study.user_attrs.get("search", search)
+        if meta := before.get(META_JSON):  # of an older Kensa, whose meta.json had fewer keys
+            before = {**before, META_JSON: _without_nulls(meta)}
         other = ", ".join(what for what in search if search[what] != before.get(what))
         if other and ended_trials(study):
             raise BadRequest(
@@ -115,7 +119,7 @@ def _search_of(request: Tune, space: Space, category: Category) -> dict[str, str
         "--model": request.model,
         "--category": request.category,
         "images in --data_root": images.hexdigest(),
-        "--meta_json": space.start.model_dump_json(),
+        META_JSON: _without_nulls(space.start.model_dump_json()),
         "--pretrained_pth": _weights_id(request.pretrained_pth),
         "--backbones": ",".join(sorted(request.backbones)),
         "teachers": ",".join(space.model_sizes),
@@ -125,6 +129,11 @@ def _search_of(request: Tune, space: Space, category: Category) -> dict[str, str
         "--penalty_dir": str(request.penalty_dir and request.penalty_dir.resolve()),
         "--regions": None if request.never is None else sha256(request.never),
     }
+
+
+def _without_nulls(text: str) -> str:
+    """JSON of an object without the keys that have no value."""
+    return json.dumps({key: value for key, value in json.loads(text).items() if value is not None})
 
 
 def _weights_id(weights: str | None) -> str:

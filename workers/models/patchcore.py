@@ -66,8 +66,9 @@ class PatchCore(nn.Module):
             raise BadMeta(f"meta.json describes a {meta.model} model, not a patchcore model.")
         if (meta.model_extra or {}).get("grid") is not None:
             raise BadMeta(
-                "meta.json names a `grid`, which is no more: learn all pictures anew, with `layers`"
-                " that begin with that one, and without it. What serves goes on as it is."
+                "meta.json names a `grid`, which is no more: learn all pictures anew without it and"
+                ' the layers before it (a job: "update": false, "meta": {"grid": null, "layers":'
+                " [...]}). What serves goes on as it is."
             )
         self.features = extractor(meta.backbone, meta.layers, weights)
         self.origin: Origin | None = self.features.origin

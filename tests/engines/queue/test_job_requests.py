@@ -68,6 +68,23 @@ def test_what_goes_on_from_a_version_stays_of_its_kind() -> None:
             asked(**more).meta_after(before)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"feature_power": 0.5}, {"centre_weight": 0}, {"layers": ["blocks.2"]}, {"grid": "blocks.2"}],
+)
+def test_other_features_need_a_training_from_nothing(changes: dict[str, Any]) -> None:
+    before, [key] = Meta.parse(FIRST), changes
+    with pytest.raises(BadMeta, match=rf'bolt was learned with {key} .*with "update": false'):
+        asked(meta=changes).meta_after(before)
+    assert asked(meta=changes, update=False).meta_after(before) == before.with_(**changes)
+    assert asked(meta={"coreset_ratio": 0.2, "feature_power": 0.7}).meta_after(before)
+
+
+def test_what_is_said_and_what_is_absent_are_the_same_features() -> None:
+    before = Meta.parse({**FIRST, "centre_weight": None, "feature_power": None})
+    assert asked(meta={"centre_weight": 0, "feature_power": 1}).meta_after(before)
+
+
 def test_where_every_version_was_held_nothing_begins_anew_unless_a_kind_is_said(
     tmp_path: Path,
 ) -> None:
