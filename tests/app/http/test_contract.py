@@ -373,7 +373,9 @@ def test_no_word_in_a_query_breaks_the_server(server: Server, known: dict[str, A
         for parameter in operation.get("parameters", []):
             if parameter["in"] == "query":
                 key = parameter["name"]
-                for word in [*NASTY, "", f"1&{key}=2", f"&{key}", "=", "&" * 5000]:
+                # A deadline of 2 ms may be over: that is an answer, and not what is looked for.
+                twice = f"1&{key}=2" if key != "deadline_ms" else f"60000&{key}=60001"
+                for word in [*NASTY, "", twice, f"&{key}", "=", "&" * 5000]:
                     answer = exchange(server, method, f"{target}?{key}={word}")
                     refused_or_served(answer)
 

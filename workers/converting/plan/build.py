@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,12 +132,23 @@ def _in_a_thread(work: Callable[[threading.Event], T]) -> T:
     TensorRT builds for minutes within one call, during which Python hears no Ctrl-C in the thread
     that called. So the main thread only waits; when it is interrupted it sets the event.
     """
-    stop = threading.Event()
+    stop, begin = threading.Event(), threading.Event()
+
+    def wait_and_work() -> T:
+        begin.wait()
+        if stop.is_set():
+            raise CancelledError
+        return work(stop)
+
     with ThreadPoolExecutor(1, "kensa-build") as pool:
         try:
-            return pool.submit(work, stop).result()
+            # Interrupted within submit(), the pool does not know its thread, and waits for none.
+            done = pool.submit(wait_and_work)
+            begin.set()
+            return done.result()
         except BaseException:
             stop.set()
+            begin.set()
             raise
 
 

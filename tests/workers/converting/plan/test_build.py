@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -605,6 +606,28 @@ def test_ctrl_c_stops_a_build(each: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     assert each.heard.percent[-1] == sent[0]
     assert each.double.gpu.counts["builds"] == 0
     assert [path.name for path in folder.iterdir()] == [ONNX]
+
+
+def test_ctrl_c_while_the_thread_of_a_build_starts_begins_nothing(
+    nano: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    began: list[threading.Event] = []
+
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, *work: Any) -> Any:
+            super().submit(*work)
+            threads.extend(self._threads)
+            self._threads.clear()  # as where it comes before the pool has written it down
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nano.build, "ThreadPoolExecutor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nano.build._in_a_thread(began.append)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not began
 
 
 def test_what_fails_while_progress_is_shown_ends_the_build(nano: Bench) -> None:
