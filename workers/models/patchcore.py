@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,16 @@ class Lesson:
         )
 
     def _judge(self, embeddings: torch.Tensor, without: NDArray[np.int64]) -> NDArray[np.float64]:
-        return scores_of(BankSearch(self._bank_without(without), self.model.keep), embeddings)
+        key = without.tobytes()
+        if key not in self._newest:  # asked again for each defect that is drawn onto a picture
+            self._newest.clear()
+            self._newest[key] = BankSearch(self._bank_without(without), self.model.keep)
+        return scores_of(self._newest[key], embeddings)
+
+    @cached_property
+    def _newest(self) -> dict[bytes, BankSearch]:
+        """The newest search, by the pictures that it is without."""
+        return {}
 
     def _bank_without(self, pictures: NDArray[np.int64]) -> torch.Tensor:
         """The bank (M, C) as it would be had some pictures not been learned.
