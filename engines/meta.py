@@ -45,12 +45,12 @@ _OLD_NAMES = {"image_min": "raw_image_min", "image_max": "raw_image_max"}  # old
 
 
 # What the features follow from that a bank or statistics were learned with, and what absent means.
-_FEATURES = {"backbone": None, "layers": None, "centre_weight": 0, "feature_power": 1, "grid": None}
+FEATURES = {"backbone": None, "layers": None, "centre_weight": 0, "feature_power": 1, "grid": None}
 
 
 def other_features(before: Meta, now: Meta) -> tuple[str, str, str] | None:
     """A key by which two models see other features, and what it was and is; None: none does."""
-    for key, absent in _FEATURES.items():
+    for key, absent in FEATURES.items():
         was, is_now = (getattr(meta, key, None) or absent for meta in (before, now))
         if was != is_now:
             return key, json.dumps(was), json.dumps(is_now)

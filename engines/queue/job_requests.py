@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from engines.errors import BadMeta, BadWeights
 from engines.limits import LEAST_SHARE
-from engines.meta import FIRST, Kind, Meta, of_kind, other_features
+from engines.meta import FEATURES, FIRST, Kind, Meta, of_kind, other_features
 from engines.nvidia.library import TARGET, TARGETS
 from engines.store.versions import NAME, NAME_LENGTH, Store, is_name
 
@@ -186,8 +186,7 @@ class RetrainRequest(VersionRequest):
             raise BadMeta(f'meta is of a {kind} model: say so with "kind": "{kind}".')
         usual = FIRST if kind == FIRST["model"] else {}
         if self.meta.keys() & {"backbone", "layers"}:  # the others were measured with these
-            together = {"backbone", "layers", "centre_weight", "feature_power"}
-            usual = {key: value for key, value in usual.items() if key not in together}
+            usual = {key: value for key, value in usual.items() if key not in FEATURES}
         return Meta.parse({**usual, **self.meta, "model": kind})
 
     def meta_after(self, before: Meta) -> Meta:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from app.http.keys import add_key
 from app.routes.web import FOLDER
+from engines.meta import FIRST as FIRST_META
 from support.browser import Shown, shown
 from support.damage import picture, saved
 from support.jobs import CATEGORY, FIRST
@@ -560,3 +561,9 @@ def test_each_view_fits_and_can_be_used_by_everybody(
                 path=screenshots / f"teach-{name}-{size}-{language}-{look}.png", full_page=True
             )
         assert not re.search(r"teach\.\w+", it.page.content().replace("pages/teach.css", ""))
+
+
+def test_a_backbone_of_the_same_family_is_learned_with_the_numbers_of_a_first_model() -> None:
+    page = (ROOT / "app" / "web" / "pages" / "teach_learn.js").read_text()
+    for key in ("centre_weight", "feature_power"):
+        assert re.findall(rf"{key}: ([\d.]+)", page) == [str(FIRST_META[key])]

@@ -450,15 +450,15 @@ def test_another_search_in_the_same_folder_is_refused(
 def test_a_search_that_an_older_kensa_began_goes_on(
     own: Result, sample_data: Path, meta: Path
 ) -> None:
-    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{own.out_dir}/study.db")
+    where = f"sqlite:///{own.out_dir}/study.db"
+    study = optuna.load_study(study_name="tune", storage=where)
     begun = study.user_attrs["search"]
     keys = json.dumps({**json.loads(begun["--meta_json"]), "a_key_of_that_build": None})
     study.set_user_attr("search", {**begun, "--meta_json": keys})
     flags = flags_of(sample_data, meta, own.out_dir, trials=len(own.rows))
     assert command.main(flags) == 0
-    assert optuna.load_study(
-        study_name="tune", storage=f"sqlite:///{own.out_dir}/study.db"
-    ).user_attrs == {"search": begun}
+    found = optuna.load_study(study_name="tune", storage=where).user_attrs
+    assert found == {"search": begun}, "and says it as today's does"
 
 
 def test_a_folder_that_holds_a_model_is_refused(
