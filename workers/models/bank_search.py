@@ -20,39 +20,80 @@ ROUNDING = 1e-5  # of the largest squared length: by which squared distances may
 
 
 class BankSearch:
-    """A memory bank (M, C), ready to be searched."""
+    """A memory bank (M, C), ready to be searched.
+
+    Attributes:
+        out: (k,) the rows that others stand in for, or nothing does.
+    """
 
     def __init__(self, bank: torch.Tensor, keep: torch.Tensor) -> None:
         """`keep` (P,) is 1 for patches that count in a score, 0 for the others."""
         # Distances do not change when both sides move by the mean; rounding errors shrink.
         self._mean = bank.mean(dim=0)
         self._bank = bank - self._mean
-        self._half_norm = 0.5 * self._bank.square().sum(dim=1)  # (M,)
+        self._half_norm = 0.5 * self._bank.square().sum(dim=1)  # (M,); infinite: none is there
         self._counts = keep.reshape(-1).bool()
+        self.out = torch.empty(0, dtype=torch.long)
+        self._kept = self._bank[self.out], self._half_norm[self.out]
 
-    def score(self, embedding: torch.Tensor) -> float:
-        """The raw score of one picture (P, C) float32, as `PatchCore.forward` gives it."""
+    def __len__(self) -> int:
+        return len(self._bank)
+
+    def exchange(self, out: torch.Tensor, others: torch.Tensor) -> None:
+        """Let other rows (j, C) stand in for some (k,), j <= k, until this is called again."""
+        self._bank[self.out], self._half_norm[self.out] = self._kept
+        self.out, self._kept = out, (self._bank[out], self._half_norm[out])
+        there = others - self._mean
+        self._bank[out[: len(there)]] = there
+        self._half_norm[out] = torch.inf
+        self._half_norm[out[: len(there)]] = 0.5 * there.square().sum(dim=1)
+
+    def squared(self, patches: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Squared distances of patches (n, C) to all rows, or to some (m,): (n, M) or (n, m)."""
+        query = patches - self._mean
+        bank, half_norm = self._bank, self._half_norm
+        if rows is not None:
+            bank, half_norm = bank.index_select(0, rows), half_norm[rows]
+        away = torch.addmm(half_norm, query, bank.T, alpha=-1)
+        return away.mul_(2).add_(query.square().sum(dim=1, keepdim=True))
+
+    def score(
+        self, embedding: torch.Tensor, covered: torch.Tensor | None = None, radius: float = 0.0
+    ) -> float:
+        """The raw score of one picture (P, C) float32, as `PatchCore.forward` gives it.
+
+        Args:
+            covered: (P,) patches that are known to lie within `radius` of the bank. The farthest is
+                hardly ever among them; where it may be, they are looked at.
+        """
         if not torch.isfinite(embedding).all():
             return math.nan
         query = (embedding - self._mean)[self._counts]
-        decisive, near = self._farthest(query)
-        count = min(NEIGHBOURS, len(self._bank))
+        found = None
+        if covered is not None and len(few := query[~covered[self._counts]]):
+            found = self._farthest(few)
+            if found[2] <= radius**2 + ROUNDING * float(query.square().sum(dim=1).max()):
+                found = None
+        decisive, near, _ = found or self._farthest(query)
+        count = min(NEIGHBOURS, int(self._half_norm.isfinite().count_nonzero()))
         around = self._half_norm - self._bank @ self._bank[near]
         neighbours = around.topk(count, largest=False).indices
-        reach = (query[decisive] - self._bank[neighbours]).square().sum(dim=1).sqrt()  # (count,)
+        reach = (decisive - self._bank[neighbours]).square().sum(dim=1).sqrt()  # (count,)
         weight = 1 - torch.softmax(reach, dim=0)[0]
-        distance = (query[decisive] - self._bank[near]).square().sum().sqrt()
+        distance = (decisive - self._bank[near]).square().sum().sqrt()
         return float(weight * distance)
 
-    def _farthest(self, query: torch.Tensor) -> tuple[int, int]:
-        """Which patch of (n, C) lies farthest from the bank, and the row that is nearest to it."""
+    def _farthest(self, query: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+        """The patch (C,) of (n, C) farthest from the bank, its nearest row, and how far squared."""
         half_norm, square = self._half_norm, query.square().sum(dim=1)
         patches = torch.arange(len(query))  # that may still be the farthest
         nearest = torch.full((len(query),), torch.inf)  # half squared distances, but for |q|^2 / 2
         at_least, begin = -torch.inf, 0
         for share in SHARES:
             end = len(half_norm) // share
-            some = half_norm[begin:end] - query[patches] @ self._bank[begin:end].T
+            some = torch.addmm(
+                half_norm[begin:end], query[patches], self._bank[begin:end].T, alpha=-1
+            )
             if some.shape[1]:
                 nearest[patches] = torch.minimum(nearest[patches], some.amin(dim=1))
             begin = end
@@ -65,7 +106,7 @@ class BankSearch:
         last = half_norm - query[patches] @ self._bank.T  # (few, M)
         distances = square[patches] + 2 * last.amin(dim=1)
         one = int(distances.argmax())
-        return int(patches[one]), int(last[one].argmin())
+        return query[patches[one]], int(last[one].argmin()), float(distances[one])
 
 
 def scores_of(search: BankSearch, embeddings: torch.Tensor) -> NDArray[np.float64]:

@@ -43,6 +43,7 @@ USUAL_SCALE = 0.05  # of the scores of new normal parts, as a share of the media
 TOGETHER = 4  # pictures through the backbone: more gain nothing, and take memory
 STEEPEST = 1e-3  # the value of a feature below which its power grows no steeper
 CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
+FEW = 64  # rows compared with all others at once, for the same reason
 
 
 @dataclass(frozen=True)
@@ -256,17 +257,23 @@ class Lesson:
             parts: (N,) pictures with the same number are left out together.
         """
         found = np.empty(len(parts))
+        assert self.model.bank is not None, "train() gives it one"
+        radius = self.model.bank.coverage_radius
         with torch.inference_mode():
             for part in np.unique(parts):
                 same = np.flatnonzero(parts == part)
-                found[same] = self._judge(self.embeddings[torch.from_numpy(same)], same)
+                search, gone = self._without(same), self._gone(same)
+                for number in same:
+                    covered = ~gone[self.owners.view(len(parts), -1)[number]]
+                    found[number] = search.score(self.embeddings[number], covered, radius)
                 tick(int(part) + 1, int(parts.max()) + 1)
         return found
 
     def judge(self, pictures: NDArray[np.uint8], without: NDArray[np.int64]) -> NDArray[np.float64]:
         """Raw scores (n,) of other pictures (n, S, S, 3) by the bank without some it learned."""
         with torch.inference_mode():
-            return self._judge(self.model.embed(torch.from_numpy(pictures))[0], without)
+            embeddings = self.model.embed(torch.from_numpy(pictures))[0]
+            return scores_of(self._without(without), embeddings)
 
     def keeping(self, kept: NDArray[np.int64], progress: Progress) -> Lesson:
         """Learn again, from these pictures only."""
@@ -274,64 +281,74 @@ class Lesson:
             self.model, self.meta, self.embeddings[torch.from_numpy(kept)], self.before, progress
         )
 
-    def _judge(self, embeddings: torch.Tensor, without: NDArray[np.int64]) -> NDArray[np.float64]:
-        key = without.tobytes()
-        if key not in self._newest:  # asked again for each defect that is drawn onto a picture
-            self._newest.clear()
-            self._newest[key] = BankSearch(self._bank_without(without), self.model.keep)
-        return scores_of(self._newest[key], embeddings)
-
-    @cached_property
-    def _newest(self) -> dict[bytes, BankSearch]:
-        """The newest search, by the pictures that it is without."""
-        return {}
-
-    def _bank_without(self, pictures: NDArray[np.int64]) -> torch.Tensor:
-        """The bank (M, C) as it would be had some pictures not been learned.
+    def _without(self, pictures: NDArray[np.int64]) -> BankSearch:
+        """The bank as it would be had some pictures not been learned, until this is called again.
 
         Their rows cover patches of others as well. In a bank made anew some of these would be rows
         instead; without them the bank has holes, where normal parts score up to a fifth too high.
         So what is farther from the rest than the coverage radius is chosen from in the same way.
         """
         assert self.model.bank is not None, "train() gives it one"
-        patches, places = self.embeddings.flatten(0, 1), self.embeddings.shape[1]
-        left_out = torch.from_numpy(pictures)
-        gone = torch.isin(self.rows // places, left_out)  # (K,)
-        bank = patches[self.rows[~gone]]
-        if self.before is not None:
-            bank = torch.cat([self.before.embeddings, bank])
-        orphaned = torch.isin(self.owners, gone.nonzero().flatten())  # (N*P,)
-        orphaned.view(-1, places)[left_out] = False
-        radius = self.model.bank.coverage_radius
-        uncovered = patches[self._uncovered(orphaned.nonzero().flatten(), bank, radius)]
-        if not len(uncovered):
-            return bank
-        chunks = torch.split(uncovered, CHUNK)
-        covered_to = torch.cat([_distance(chunk, bank, radius) for chunk in chunks])
-        count = int(gone.count_nonzero())
-        chosen = k_centre_greedy(uncovered, count, covered_to=covered_to, stop_radius=radius).chosen
-        return torch.cat([bank, uncovered[chosen]])
+        search, radius = self._search, self.model.bank.coverage_radius
+        numbers = self._gone(pictures).nonzero().flatten()
+        gone = numbers + len(search) - len(self.rows)  # the newest rows of the bank are these
+        if torch.equal(gone, search.out):  # asked again for each defect drawn onto a picture
+            return search
+        patches = self.embeddings.flatten(0, 1)
+        search.exchange(gone, patches[:0])
+        uncovered = patches[self._uncovered(numbers, torch.from_numpy(pictures), radius)]
+        if len(uncovered):
+            chunks = torch.split(uncovered, CHUNK)
+            away = torch.cat([search.squared(chunk).amin(dim=1) for chunk in chunks])
+            chosen = k_centre_greedy(
+                uncovered, len(gone), covered_to=away.clamp_min(0).sqrt(), stop_radius=radius
+            ).chosen
+            search.exchange(gone, uncovered[chosen])
+        return search
 
-    def _uncovered(self, orphans: torch.Tensor, bank: torch.Tensor, radius: float) -> torch.Tensor:
-        """Those of some patches (n,), counted over all, that no row of a bank (M, C) covers.
+    def _gone(self, pictures: NDArray[np.int64]) -> torch.Tensor:
+        """Which of the K rows are of some pictures: (K + 1,), the last for `owners` of -1."""
+        is_left_out = torch.zeros(len(self.embeddings), dtype=torch.bool)
+        is_left_out[torch.from_numpy(pictures)] = True
+        of_rows = is_left_out[self.rows // self.embeddings.shape[1]]
+        return torch.cat([of_rows, is_left_out.new_zeros(1)])
+
+    def _uncovered(self, gone: torch.Tensor, pictures: torch.Tensor, radius: float) -> torch.Tensor:
+        """Patches (n,), counted over all, that nothing covers but some of the K rows.
 
         By the triangle only rows may cover a patch that lie no farther from the row that it had
         than the patch and the radius together: a few in a hundred of all.
+
+        Args:
+            gone: (k,) of the K.
+            pictures: whose patches do not matter.
         """
-        patches = self.embeddings.flatten(0, 1)
-        orphans = orphans[self.owners[orphans].argsort()]
-        owners, counts = torch.unique(self.owners[orphans], return_counts=True)  # ascending, too
-        rows = patches[self.rows[owners]]  # (k, C)
-        apart = torch.cdist(rows, bank)  # (k, M)
-        left = [orphans[:0]]
-        of_each = torch.split(orphans, counts.tolist())
-        for row, to_others, own in zip(rows, apart, of_each, strict=True):
-            its = patches[own]
-            reach = (its - row).square().sum(dim=1).amax().sqrt() + radius
-            near = bank[to_others <= reach]
-            covered = (torch.cdist(its, near) <= radius).any(dim=1)
-            left.append(own[~covered])
+        search, patches = self._search, self.embeddings.flatten(0, 1)
+        left = [self.rows[:0]]
+        for few in torch.split(gone, FEW):
+            rows = patches[self.rows[few]]
+            for number, row, to_others in zip(few, rows, search.squared(rows), strict=True):
+                own = self._owned[number]
+                own = own[~torch.isin(own // self.embeddings.shape[1], pictures)]
+                if not len(own):
+                    continue
+                its = patches[own]
+                reach = (its - row).square().sum(dim=1).amax().sqrt() + radius
+                near = (to_others <= reach.square()).nonzero().flatten()
+                covered = (search.squared(its, near) <= radius**2).any(dim=1)
+                left.append(own[~covered])
         return torch.cat(left)
+
+    @cached_property
+    def _owned(self) -> tuple[torch.Tensor, ...]:
+        """Of each of the K rows, the patches that it is nearest to."""
+        counts = torch.bincount(self.owners + 1, minlength=len(self.rows) + 1)
+        return torch.split(self.owners.argsort(), counts.tolist())[1:]
+
+    @cached_property
+    def _search(self) -> BankSearch:
+        assert self.model.bank is not None, "train() gives it one"
+        return BankSearch(self.model.bank.embeddings, self.model.keep)
 
 
 def train(

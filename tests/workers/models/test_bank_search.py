@@ -76,6 +76,62 @@ def test_patches_that_are_all_alike_have_a_score(model: PatchCore) -> None:
     assert BankSearch(picture, model.keep).score(picture) == 0
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 400])
+@pytest.mark.parametrize("stand_in", [0, 1, 3])
+def test_rows_that_others_stand_in_for_are_not_there_until_they_are_back(
+    model: PatchCore, count: int, stand_in: int
+) -> None:
+    bank, others, picture = rows(0, count + 5), rows(7, stand_in), rows(100, PATCHES)
+    picture[3] += 20
+    search, out = BankSearch(bank, model.keep), torch.tensor([0, 1, count, count + 1, count + 4])
+    left = [number for number in range(len(bank)) if number not in out.tolist()]
+    search.exchange(out, others)
+    expected = plain(model, picture, torch.cat([bank[left], others]))
+    assert search.score(picture) == pytest.approx(expected, rel=1e-5)
+    search.exchange(out[1:3], others[:0])
+    there = torch.cat([bank[:1], bank[2:count], bank[count + 1 :]])
+    assert search.score(picture) == pytest.approx(plain(model, picture, there), rel=1e-5)
+    search.exchange(out[:0], others[:0])
+    assert search.score(picture) == pytest.approx(plain(model, picture, bank), rel=1e-5)
+
+
+@pytest.mark.parametrize("stand_in", [0, 2])
+def test_distances_are_those_to_the_rows_that_are_there(model: PatchCore, stand_in: int) -> None:
+    bank, others, patches = rows(0, 50), rows(7, stand_in), rows(100, 30)
+    search, out = BankSearch(bank, model.keep), torch.tensor([4, 10, 49])
+    search.exchange(out, others)
+    now = bank.clone()
+    now[out[:stand_in]] = others
+    expected = torch.cdist(patches, now).square()
+    expected[:, out[stand_in:]] = torch.inf
+    torch.testing.assert_close(search.squared(patches), expected, rtol=1e-4, atol=1e-2)
+    some = torch.tensor([49, 0, 4])
+    torch.testing.assert_close(
+        search.squared(patches, some), expected[:, some], rtol=1e-4, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("farthest_is_covered", [False, True])
+def test_patches_known_to_be_covered_change_nothing(
+    model: PatchCore, farthest_is_covered: bool
+) -> None:
+    bank, picture = rows(0, 500), rows(100, PATCHES)
+    search, expected = BankSearch(bank, model.keep), plain(model, picture, bank)
+    distances = torch.cdist(picture, bank).amin(dim=1)
+    radius = float(distances.max() if farthest_is_covered else distances.median())
+    covered = distances <= radius
+    covered[::7] = False  # of these nobody knows
+    if farthest_is_covered:
+        covered[distances.argmax()] = True
+    assert search.score(picture, covered, radius) == pytest.approx(expected, rel=1e-5)
+    nothing = torch.zeros(PATCHES, dtype=torch.bool)
+    assert search.score(picture, nothing, radius) == pytest.approx(expected, rel=1e-5)
+    everything = torch.ones(PATCHES, dtype=torch.bool)
+    assert search.score(picture, everything, float(distances.max())) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_no_number_gets_no_score(model: PatchCore, wrong: float) -> None:
     pictures = torch.stack([rows(0, PATCHES), rows(1, PATCHES)])
