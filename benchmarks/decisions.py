@@ -1,11 +1,11 @@
 """The record: what it costs the line, and how fast a million decisions are looked through.
 
-    python -m benchmarks.decisions [--lines N] [--clients N] [--turns N] [--seconds S]
+    python -m benchmarks.decisions [--lines N ...] [--clients N] [--turns N] [--seconds S]
 
 Two servers with the same PatchCore model, one with KENSA_RECORD=on and one with off, are asked in
 turns by the same clients, each part with a name of its own; every picture is kept. All in one run,
-because machines differ from one minute to the next. Then a database is filled and asked; then a
-server that has it.
+because machines differ from one minute to the next. Then a server is asked that has the most
+decisions, and a database as it grows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -39,6 +39,7 @@ from app.decisions.words import Words
 from benchmarks.common import ASSETS, begin, phase, print_load, print_machine, print_table
 from benchmarks.load import CATEGORY, WEIGHTS, ask, compare, learned, server
 
+LINES = (1_000, 10_000, 100_000, 1_000_000)
 MODELS = 4
 SCORER = "5f0c8e6c0b1d"
 BEGAN, BEAT_MS = 1_764_400_000_000, 100  # when the first was made, and each after the one before
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decisions", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--lines", type=int, default=1_000_000, help="(default 1,000,000)")
+    parser.add_argument("--lines", type=int, nargs="+", default=LINES, help="that there are")
     parser.add_argument("--clients", type=int, default=16, help="at once (default 16)")
     parser.add_argument("--turns", type=int, default=8, help="for each server (default 8)")
     parser.add_argument("--seconds", type=float, default=8, help="for each turn (default 8)")
@@ -62,7 +63,7 @@ def main() -> None:
             with phase("learning"):
                 engine = learned("patchcore", Path(folder) / "patchcore")
             beside_the_line(engine, flags.clients, flags.turns, flags.seconds)
-            over_http(engine, Path(folder) / "data", flags.lines)
+            over_http(engine, Path(folder) / "data", max(flags.lines))
         else:
             sys.stderr.write(f"No photos and weights in {ASSETS}: only lines are looked through.\n")
         many(Path(folder) / "decisions", flags.lines)
@@ -89,20 +90,28 @@ def another_part() -> dict[str, str]:
 # ---- many lines ----------------------------------------------------------------------------------
 
 
-def many(folder: Path, lines: int) -> None:
-    """Fill a database, and ask it in every way that the routes do."""
-    draw = random.Random(1)
+def many(folder: Path, sizes: Sequence[int]) -> None:
+    """Fill a database, and ask it in every way that the routes do, at each of some sizes."""
+    draw, lines, taken = random.Random(1), 0, dict[str, list[str]]()
+    each_us, mib = [], []
     with open_or_make(folder) as database:
-        with phase(f"writing {lines:,} decisions"):
-            began = time.perf_counter()
-            for first in range(0, lines, 1000):
-                database.append([_one(number, draw) for number in range(first, first + 1000)])
-            each_us = (time.perf_counter() - began) / lines * 1e6
-        rows = [[what, *_timed(lambda ask=ask: ask(database))] for what, ask in _ways(lines)]
-        mib = database.bytes_used() / 2**20
+        for size in sorted(sizes):
+            with phase(f"writing {size:,} decisions"):
+                began = time.perf_counter()
+                for first in range(lines, size, 1000):
+                    last = min(first + 1000, size)
+                    database.append([_one(number, draw) for number in range(first, last)])
+                each_us.append(f"{(time.perf_counter() - began) / (size - lines) * 1e6:.0f}")
+            lines = size
+            for what, ask in _ways(lines):
+                taken.setdefault(what, []).append(_timed(lambda ask=ask: ask(database))[1])
+            mib.append(f"{database.bytes_used() / 2**20:.1f}")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print_table(f"{lines:,} decisions", ["asked for", "first ms", "median ms"], rows)
-    print(f"Written in {each_us:.0f} us each; {mib:.0f} MiB; this process {memory:.0f} MiB")
+    rows = [[what, *medians] for what, medians in taken.items()]
+    rows += [["writing one, us", *each_us], ["the file, MiB", *mib]]
+    head = [f"{size:,}" for size in sorted(sizes)]
+    print_table("Decisions that there are: median ms", ["asked for", *head], rows)
+    print(f"This process {memory:.0f} MiB")
 
 
 def over_http(engine: Path, data: Path, lines: int) -> None:
@@ -225,7 +234,7 @@ def _timed(work: Callable[[], Any]) -> list[str]:
         began = time.perf_counter()
         work()
         taken.append((time.perf_counter() - began) * 1000)
-    return [f"{taken[0]:.1f}", f"{statistics.median(taken):.1f}"]
+    return [f"{taken[0]:.1f}", f"{statistics.median(taken):.2f}"]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python -m benchmarks.lists [--turns N] [--seconds S] [--rate N] [--pause MS] [--streams N]
                                [--folder FOLDER]
+    python -m benchmarks.lists --growth
 
 A server with a PatchCore model that has 1,000 versions, a category of 20,000 pictures and 5,000
 jobs. A camera sends parts at a steady rate; by turns nobody else asks, and somebody asks for one
-list after the other. All in one run, because machines differ from one minute to the next.
+list after the other. All in one run, because machines differ from one minute to the next. With
+--growth servers that have a hundredth, a tenth and all of that are asked, with no parts.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ LISTS = (
     "/healthz",
     "/metrics",
 )
+SHARES, AGAIN = (0.01, 0.1, 1.0), 20  # of it; how often a list is asked for
 LOOK_EVERY_S = 0.05  # at /livez
 
 
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=100, help="ms between lists (default 100)")
     parser.add_argument("--streams", type=int, default=0, help="of events, instead of lists")
     parser.add_argument("--folder", type=Path, help="for the data, which are made where it is new")
+    parser.add_argument("--growth", action="store_true", help="how long lists take as they grow")
     flags = parser.parse_args()
     begin()
     if not WEIGHTS.is_file():
@@ -61,6 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = flags.folder or Path(temporary)
         engine, data = folder / "model" / "engine", folder / "data"
+        if flags.growth:
+            growth(folder)
+            return
         if not data.exists():
             folder.mkdir(exist_ok=True)
             with phase("learning"):
@@ -76,20 +83,20 @@ def main() -> None:
 # ---- what there is -------------------------------------------------------------------------------
 
 
-def fill(data: Path, engine: Path) -> None:
-    """A data folder with all of it; the files of versions and the pictures are hard links."""
-    fill_models(data, engine)
+def fill(data: Path, engine: Path, share: float = 1.0) -> None:
+    """A data folder with all of it, or a share; files of versions and pictures are hard links."""
+    fill_models(data, engine, round(share * VERSIONS))
     folder = data / "datasets" / "train" / MANY
     folder.mkdir(parents=True)
     photo = next((ASSETS / "data" / "train" / CATEGORY).iterdir())
     first = folder / f"{0:05}{photo.suffix}"
     shutil.copyfile(photo, first)
-    for number in range(1, PICTURES):
+    for number in range(1, round(share * PICTURES)):
         (folder / f"{number:05}{photo.suffix}").hardlink_to(first)
-    fill_jobs(data)
+    fill_jobs(data, round(share * JOBS), round(share * ENDED))
 
 
-def fill_models(data: Path, engine: Path) -> None:
+def fill_models(data: Path, engine: Path, count: int) -> None:
     """One that was trained, and a change of its threshold for each other version."""
     from engines.meta import Meta
     from engines.store.versions import Store
@@ -97,14 +104,14 @@ def fill_models(data: Path, engine: Path) -> None:
     store = Store(data / "models")
     base = store.take_in(NAME, engine, {"folder": str(engine.resolve()), "activate": True})
     meta = Meta.read(store.folder(NAME, base) / "meta.json")
-    for number in range(1, VERSIONS):
+    for number in range(1, count):
         changed = meta.model_copy(update={"image_threshold": 0.4 + number / 10_000})
         store.publish_threshold(NAME, base, changed, {"reason": f"try {number}"})
     store.activate(NAME, base, {"ok": True, "reasons": []})
     store.note_folder(NAME, base)
 
 
-def fill_jobs(data: Path) -> None:
+def fill_jobs(data: Path, count: int, have_ended: int) -> None:
     """The newest have ended and published a version; the others wait."""
     from app.jobs.job_queue import JobQueue
     from engines.queue.job_requests import RetrainRequest
@@ -116,13 +123,13 @@ def fill_jobs(data: Path) -> None:
     jobs.open()
     meta = {"backbone": "resnet18", "layers": ["layer2", "layer3"], "image_size": 256}
     request = RetrainRequest(model=NAME, category=MANY, meta=meta).model_dump(exclude_none=True)
-    ids = [f"retrain-{number:012x}" for number in range(JOBS)]
+    ids = [f"retrain-{number:012x}" for number in range(count)]
     for one in ids:
         jobs._client.enqueue(enqueue_options(one, None, []), "retrain", request)
     jobs.close()
     images = {"learned": 40, "known": 0, "strange": 2, "names": ["a.png", "b.png"], "skipped": 0}
     with closing(sqlite3.connect(data / "jobs.sqlite")) as database:
-        for one, version in zip(ids[-ENDED:], itertools.cycle(versions), strict=False):
+        for one, version in zip(ids[-have_ended:], itertools.cycle(versions), strict=False):
             ended = {"state": "succeeded", "version": version, "attempts": 1, "images": images}
             database.execute(
                 "UPDATE workflow_status SET status = 'SUCCESS', output = ?, completed_at ="
@@ -130,6 +137,31 @@ def fill_jobs(data: Path) -> None:
                 [json.dumps(ended), one],
             )
         database.commit()
+
+
+# ---- as it grows ---------------------------------------------------------------------------------
+
+
+def growth(folder: Path) -> None:
+    """How long each list takes of servers that have less and more, asked one after the other."""
+    with phase("learning"):
+        learned("patchcore", folder / "model")
+    taken: dict[str, list[str]] = {path: [] for path in LISTS}
+    for share in SHARES:
+        data = folder / f"data-{share}"
+        with phase(f"filling {share:.0%}"):
+            fill(data, folder / "model" / "engine", share)
+        more = {"KENSA_DATA_DIR": str(data), "KENSA_KEEP_VERSIONS": str(VERSIONS)}
+        with server(folder / "model" / "engine", "off", **more, KENSA_MODEL_NAME=NAME) as (port, _):
+            connection = connect(port)
+            for path in LISTS:
+                some = path.split("&offset")[0]  # the first page: a late one, smaller lists lack
+                waits = [ask(connection, some) for _ in range(AGAIN + 1)][1:]
+                taken[path].append(f"{statistics.median(waits):.1f}")
+    head = [f"{share:.0%}" for share in SHARES]
+    rows = [[path.split("&offset")[0], *medians] for path, medians in taken.items()]
+    print_table("Median ms, by the share of what there is", ["list", *head], rows)
+    print_load("after")
 
 
 # ---- who asks ------------------------------------------------------------------------------------
