@@ -1,6 +1,6 @@
 """Many clients at once: requests a second with micro-batching and without it.
 
-    python -m benchmarks.load [--clients N] [--turns N] [--seconds S] [--kinds K ...]
+    python -m benchmarks.load [--clients N ...] [--turns N] [--seconds S] [--kinds K ...]
 
 Two servers with the same model, one with KENSA_BATCHING=on and one with off, are asked in turns by
 the same clients, each of which sends its next part when it has the verdict on the last one. All in
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--clients", type=int, default=16, help="at once (default 16)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[16], help="(default 16)")
     parser.add_argument("--turns", type=int, default=6, help="for each server (default 6)")
     parser.add_argument("--seconds", type=float, default=5, help="for each turn (default 5)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -54,10 +54,12 @@ def main() -> None:
         for kind in flags.kinds:
             with phase(f"{kind}: learning"):
                 engine = learned(kind, Path(folder) / kind)
-            with phase(f"{kind}: {flags.clients} clients"):
-                rows += measure(kind, engine, flags.clients, flags.turns, flags.seconds)
-    head = ["model", "batching", "at once", "requests/s", "p50 ms", "p99 ms", "on / off"]
-    print_table(f"{flags.clients} clients, photos of 1024 pixels", head, rows)
+            for clients in flags.clients:
+                with phase(f"{kind}: {clients} clients"):
+                    found = measure(kind, engine, clients, flags.turns, flags.seconds)
+                rows += [[str(clients), *row] for row in found]
+    head = ["clients", "model", "batching", "at once", "requests/s", "p50 ms", "p99 ms", "on / off"]
+    print_table("Clients with photos of 1024 pixels", head, rows)
     print_load("after")
 
 

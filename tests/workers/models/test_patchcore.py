@@ -30,6 +30,7 @@ from support.project import PATCHCORE
 from workers.converting.export import Opset, export_onnx, parity
 from workers.models import Training, patchcore
 from workers.models.backbone import IMAGENET_MEAN, IMAGENET_STD, extractor
+from workers.models.coreset import k_centre_greedy
 from workers.models.patchcore import Bank, Lesson, PatchCore
 from workers.progress import Progress
 from workers.sample_parts.drawing import draw_part
@@ -232,6 +233,42 @@ def test_left_out_a_picture_scores_as_if_its_part_had_never_been_learned(
         never += patchcore.scores(others.model, [picture[None]]).tolist()
     np.testing.assert_allclose(found, never, rtol=0.15)
     assert found.mean() == pytest.approx(np.mean(never), rel=0.04)
+
+
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize("half_counts", [False, True])
+def test_leaving_out_scores_as_by_a_bank_that_comparing_all_with_all_makes(
+    updated: bool, half_counts: bool
+) -> None:
+    model = patchcore.build(settings(), "untrained")
+    model.keep[: 8 if half_counts else 0] = 0
+    counts = model.keep.bool().flatten()
+    pictures, before = parts(*range(6)), None
+    if updated:
+        patchcore.train(model, settings(), [darker(parts(8, 9))], Training(), QUIET)
+        before = bank_of(model).embeddings
+    learn = patchcore.update if updated else patchcore.train
+    lesson = learn(model, settings(), [pictures], Training(), QUIET)
+    radius, of_rows = bank_of(model).coverage_radius, lesson.rows // len(counts)
+    numbers = np.array([0, 0, 1, 2, 1, 3])
+    found, expected = lesson.scores(numbers, silent), np.empty(6)
+    for number in range(4):
+        same = torch.from_numpy(np.flatnonzero(numbers == number))
+        stays = ~torch.isin(of_rows, same)
+        bank = lesson.embeddings.flatten(0, 1)[lesson.rows[stays]]
+        bank = bank if before is None else torch.cat([before, bank])
+        others = [one for one in range(6) if one not in same.tolist()]
+        patches = lesson.embeddings[others][:, counts].flatten(0, 1)
+        away = torch.cdist(patches.double(), bank.double()).amin(dim=1).float()
+        uncovered, away = patches[away > radius], away[away > radius]
+        if len(uncovered):
+            count = int(stays.logical_not().count_nonzero())
+            chosen = k_centre_greedy(uncovered, count, covered_to=away, stop_radius=radius).chosen
+            bank = torch.cat([bank, uncovered[chosen]])
+        with torch.inference_mode():
+            expected[same] = model.judge(lesson.embeddings[same], bank)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert updated or len(uncovered)
 
 
 def test_without_its_rows_alone_the_bank_would_have_holes_that_raise_the_scores() -> None:
