@@ -24,7 +24,7 @@ BUDGETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of the ta
 # What is known before a score was seen: how far scores spread, as a share of the median, differs
 # between kinds of models, and from part to part (docs/models.md). From twenty pictures on they
 # decide.
-USUAL_SCALE, ITS_LOG_SPREAD = 0.05, 0.3
+USUAL_SCALE, ITS_LOG_SPREAD = 0.05, 0.35
 NOT_FINITE = "The model gives scores that are not finite: its weights are damaged."
 EASY = 0.15  # share of the lowest scores of which only that they are low is believed: the tail is
 # at the other end, and a picture that is nearly one of the others would make it wider

@@ -39,7 +39,7 @@ Batches = Iterable[NDArray[np.uint8]]
 SCORE_KIND = "patchcore/weighted-distance"  # anomalib's PatchcoreModel with num_neighbors=9
 LEARNED = "memory_bank"
 INCREMENTAL = True
-USUAL_SCALE = 0.055  # of the scores of new normal parts, as a share of the median: 0.03 to 0.1
+USUAL_SCALE = 0.05  # of the scores of new normal parts, as a share of the median: 0.03 to 0.1
 TOGETHER = 4  # pictures through the backbone: more gain nothing, and take memory
 STEEPEST = 1e-3  # the value of a feature below which its power grows no steeper
 CHUNK = 1024  # patches searched at once, so that memory does not grow with the batch
