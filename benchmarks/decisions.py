@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decisions", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--lines", type=int, nargs="+", default=LINES, help="that there are")
+    parser.add_argument("--lines", type=int, nargs="+", default=LINES, help="(default 1,000 to 1,000,000)")
     parser.add_argument("--clients", type=int, default=16, help="at once (default 16)")
     parser.add_argument("--turns", type=int, default=8, help="for each server (default 8)")
     parser.add_argument("--seconds", type=float, default=8, help="for each turn (default 8)")

@@ -167,20 +167,22 @@ def compare(
 ) -> None:
     """Ask the servers `off` and `on` in turns, the first of which is not counted, and print it."""
     waits: dict[str, list[float]] = {name: [] for name in ports}
+    spent = dict.fromkeys(ports, 0.0)
     ratios: dict[str, list[float]] = {"p50": [], "p99": []}
     for turn in range(turns + 1):
-        taken = {
-            name: ask(ports[name], photos, clients, seconds if turn else 2, more)
-            for name in (list(ports) if turn % 2 else list(reversed(ports)))
-        }
+        taken = {}
+        for name in list(ports) if turn % 2 else list(reversed(ports)):
+            began = time.perf_counter()
+            taken[name] = ask(ports[name], photos, clients, seconds if turn else 2, more)
+            if turn:
+                spent[name] += time.perf_counter() - began
+                waits[name] += taken[name]
         if turn:
-            for name, some in taken.items():
-                waits[name] += some
             for which, percent in (("p50", 50), ("p99", 99)):
                 on, off = (percentile(taken[name], percent) for name in ("on", "off"))
                 ratios[which].append(on / off)
     rows = [
-        [name, f"{len(some) / turns / seconds:.1f}",
+        [name, f"{len(some) / spent[name]:.1f}",
          *(f"{percentile(some, percent):.1f}" for percent in (50, 99))]
         for name, some in waits.items()
     ]  # fmt: skip
