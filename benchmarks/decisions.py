@@ -51,7 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decisions", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--lines", type=int, nargs="+", default=LINES, help="(default 1,000 to 1,000,000)")
+    sizes = "of the database (default 1,000 to 1,000,000)"
+    parser.add_argument("--lines", type=int, nargs="+", default=LINES, help=sizes)
     parser.add_argument("--clients", type=int, default=16, help="at once (default 16)")
     parser.add_argument("--turns", type=int, default=8, help="for each server (default 8)")
     parser.add_argument("--seconds", type=float, default=8, help="for each turn (default 8)")
@@ -95,7 +96,7 @@ def many(folder: Path, sizes: Sequence[int]) -> None:
     draw, lines, taken = random.Random(1), 0, dict[str, list[str]]()
     each_us, mib = [], []
     with open_or_make(folder) as database:
-        for size in sorted(sizes):
+        for size in sorted({*sizes} - {0}):
             with phase(f"writing {size:,} decisions"):
                 began = time.perf_counter()
                 for first in range(lines, size, 1000):
@@ -109,7 +110,7 @@ def many(folder: Path, sizes: Sequence[int]) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = [[what, *medians] for what, medians in taken.items()]
     rows += [["writing one, us", *each_us], ["the file, MiB", *mib]]
-    head = [f"{size:,}" for size in sorted(sizes)]
+    head = [f"{size:,}" for size in sorted({*sizes} - {0})]
     print_table("Decisions that there are: median ms", ["asked for", *head], rows)
     print(f"This process {memory:.0f} MiB")
 

@@ -66,7 +66,7 @@ def main() -> None:
         folder = flags.folder or Path(temporary)
         engine, data = folder / "model" / "engine", folder / "data"
         if flags.growth:
-            growth(folder)
+            growth(Path(temporary))
             return
         if not data.exists():
             folder.mkdir(exist_ok=True)

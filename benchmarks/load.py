@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[16], help="(default 16)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[16], help="at once (default 16)")
     parser.add_argument("--turns", type=int, default=6, help="for each server (default 6)")
     parser.add_argument("--seconds", type=float, default=5, help="for each turn (default 5)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

@@ -32,6 +32,7 @@ class BankSearch:
         self._mean = bank.mean(dim=0)
         self._bank = bank - self._mean
         self._half_norm = 0.5 * self._bank.square().sum(dim=1)  # (M,); infinite: none is there
+        self._largest = 2 * float(self._half_norm.max()) if len(bank) else 0.0
         self._counts = keep.reshape(-1).bool()
         self.out = torch.empty(0, dtype=torch.long)
         self._kept = self._bank[self.out], self._half_norm[self.out]
@@ -72,7 +73,8 @@ class BankSearch:
         found = None
         if covered is not None and len(few := query[~covered[self._counts]]):
             found = self._farthest(few)
-            if found[2] <= radius**2 + ROUNDING * float(query.square().sum(dim=1).max()):
+            largest = max(self._largest, float(query.square().sum(dim=1).max()))
+            if found[2] <= radius**2 + ROUNDING * largest:
                 found = None
         decisive, near, _ = found or self._farthest(query)
         count = min(NEIGHBOURS, int(self._half_norm.isfinite().count_nonzero()))

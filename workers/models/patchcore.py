@@ -6,7 +6,7 @@ anomalib cuts the features out of the backbone. The coreset and the search in th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ def knows(model: PatchCore) -> bool:
     return model.bank is not None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lesson:
     """What was learned from which picture, so that each can be judged as if it had not been.
 
@@ -231,6 +231,7 @@ class Lesson:
     before: Bank | None
     rows: torch.Tensor
     owners: torch.Tensor
+    _without_now: bytes | None = field(default=b"", init=False)  # which pictures `_search` lacks
 
     @property
     def pictures(self) -> NDArray[np.int64]:
@@ -262,7 +263,7 @@ class Lesson:
         with torch.inference_mode():
             for part in np.unique(parts):
                 same = np.flatnonzero(parts == part)
-                search, gone = self._without(same), self._gone(same)
+                search, gone = self._without(same), self._gone(self._are(same))
                 for number in same:
                     covered = ~gone[self.owners.view(len(parts), -1)[number]]
                     found[number] = search.score(self.embeddings[number], covered, radius)
@@ -290,13 +291,14 @@ class Lesson:
         """
         assert self.model.bank is not None, "train() gives it one"
         search, radius = self._search, self.model.bank.coverage_radius
-        numbers = self._gone(pictures).nonzero().flatten()
-        gone = numbers + len(search) - len(self.rows)  # the newest rows of the bank are these
-        if torch.equal(gone, search.out):  # asked again for each defect drawn onto a picture
+        if pictures.tobytes() == self._without_now:  # again for each defect drawn onto a picture
             return search
+        self._without_now, left_out = None, self._are(pictures)
+        numbers = self._gone(left_out).nonzero().flatten()
+        gone = numbers + len(search) - len(self.rows)  # the newest rows of the bank are these
         patches = self.embeddings.flatten(0, 1)
         search.exchange(gone, patches[:0])
-        uncovered = patches[self._uncovered(numbers, torch.from_numpy(pictures), radius)]
+        uncovered = patches[self._uncovered(numbers, left_out, radius)]
         if len(uncovered):
             chunks = torch.split(uncovered, CHUNK)
             away = torch.cat([search.squared(chunk).amin(dim=1) for chunk in chunks])
@@ -304,16 +306,21 @@ class Lesson:
                 uncovered, len(gone), covered_to=away.clamp_min(0).sqrt(), stop_radius=radius
             ).chosen
             search.exchange(gone, uncovered[chosen])
+        self._without_now = pictures.tobytes()
         return search
 
-    def _gone(self, pictures: NDArray[np.int64]) -> torch.Tensor:
-        """Which of the K rows are of some pictures: (K + 1,), the last for `owners` of -1."""
-        is_left_out = torch.zeros(len(self.embeddings), dtype=torch.bool)
-        is_left_out[torch.from_numpy(pictures)] = True
-        of_rows = is_left_out[self.rows // self.embeddings.shape[1]]
-        return torch.cat([of_rows, is_left_out.new_zeros(1)])
+    def _are(self, pictures: NDArray[np.int64]) -> torch.Tensor:
+        """Which of all pictures these are: (N,)."""
+        found = torch.zeros(len(self.embeddings), dtype=torch.bool)
+        found[torch.from_numpy(pictures)] = True
+        return found
 
-    def _uncovered(self, gone: torch.Tensor, pictures: torch.Tensor, radius: float) -> torch.Tensor:
+    def _gone(self, left_out: torch.Tensor) -> torch.Tensor:
+        """Which of the K rows are of pictures (N,): (K + 1,), the last for `owners` of -1."""
+        of_rows = left_out[self.rows // self.embeddings.shape[1]]
+        return torch.cat([of_rows, left_out.new_zeros(1)])
+
+    def _uncovered(self, gone: torch.Tensor, left_out: torch.Tensor, radius: float) -> torch.Tensor:
         """Patches (n,), counted over all, that nothing covers but some of the K rows.
 
         By the triangle only rows may cover a patch that lie no farther from the row that it had
@@ -321,15 +328,20 @@ class Lesson:
 
         Args:
             gone: (k,) of the K.
-            pictures: whose patches do not matter.
+            left_out: (N,) pictures whose patches do not matter.
         """
-        search, patches = self._search, self.embeddings.flatten(0, 1)
+        search, patches, places = (
+            self._search,
+            self.embeddings.flatten(0, 1),
+            self.embeddings.shape[1],
+        )
+        by_row, ends = self._owned
         left = [self.rows[:0]]
         for few in torch.split(gone, FEW):
             rows = patches[self.rows[few]]
             for number, row, to_others in zip(few, rows, search.squared(rows), strict=True):
-                own = self._owned[number]
-                own = own[~torch.isin(own // self.embeddings.shape[1], pictures)]
+                own = by_row[ends[number] : ends[number + 1]]
+                own = own[~left_out[own // places]]
                 if not len(own):
                     continue
                 its = patches[own]
@@ -340,10 +352,10 @@ class Lesson:
         return torch.cat(left)
 
     @cached_property
-    def _owned(self) -> tuple[torch.Tensor, ...]:
-        """Of each of the K rows, the patches that it is nearest to."""
+    def _owned(self) -> tuple[torch.Tensor, list[int]]:
+        """The patches by the row that is nearest; those of the k-th begin and end at [k], [k+1]."""
         counts = torch.bincount(self.owners + 1, minlength=len(self.rows) + 1)
-        return torch.split(self.owners.argsort(), counts.tolist())[1:]
+        return self.owners.argsort(), counts.cumsum(0).tolist()
 
     @cached_property
     def _search(self) -> BankSearch:
@@ -399,8 +411,10 @@ def learn(
         model.bank = Bank(patches[rows], radius)
     else:
         known, radius = before.embeddings, before.coverage_radius
+        mean = known.mean(dim=0)  # distances do not change, rounding errors shrink
+        centred = known - mean
         chunks = torch.split(patches, CHUNK)
-        covered_to = torch.cat([_distance(chunk, known, radius) for chunk in chunks])
+        covered_to = torch.cat([_distance(chunk - mean, centred, radius) for chunk in chunks])
         rows, new_radius, owners = k_centre_greedy(
             patches, count, covered_to=covered_to, stop_radius=radius, report=report
         )

@@ -271,6 +271,60 @@ def test_leaving_out_scores_as_by_a_bank_that_comparing_all_with_all_makes(
     assert updated or len(uncovered)
 
 
+def test_what_was_left_out_before_tells_nothing_of_what_is_left_out_now() -> None:
+    """Also where the second picture has no row, so that the same rows are out."""
+    lesson = lesson_of(parts(*range(8)), coreset_ratio=0.002)
+    has_rows = set((lesson.rows // 256).tolist())
+    one, other = min(has_rows), min(set(range(8)) - has_rows)
+    picture, both = parts(other), np.array(sorted([one, other]))
+    fresh = lesson_of(parts(*range(8)), coreset_ratio=0.002).judge(picture, both)
+    lesson.judge(picture, np.array([one]))
+    assert lesson.judge(picture, both) == pytest.approx(fresh, rel=1e-6)
+    lesson.judge(picture, np.array([one]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patchcore, "k_centre_greedy", full_memory)
+        with pytest.raises(MemoryError):
+            lesson.judge(picture, both)
+    assert lesson.judge(picture, both) == pytest.approx(fresh, rel=1e-6)
+
+
+def full_memory(*arguments: Any, **keywords: Any) -> None:
+    raise MemoryError
+
+
+def features(count: int, seed: int) -> torch.Tensor:
+    """Embeddings (count, 20, 16) of pictures that are much alike."""
+    random = torch.Generator().manual_seed(seed)
+    alike = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(0))
+    return alike + 0.1 * torch.randn(count, 20, 16, generator=random)
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_a_patch_out_of_all_proportion_hides_no_other_picture(seed: int) -> None:
+    """Beside it the others seem to be covered: the coverage radius is rounded to 0."""
+    model, embeddings = patchcore.build(settings(), "untrained"), features(6, seed)
+    model.keep = torch.ones(4, 5)
+    embeddings[5, 3] *= 1000
+    with torch.inference_mode():
+        lesson = patchcore.learn(model, settings(coreset_ratio=0.5), embeddings, None, QUIET)
+        found = lesson.scores(np.arange(6), silent)
+        for number, embedding in enumerate(embeddings):
+            expected = lesson._without(np.array([number])).score(embedding)
+            assert found[number] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_update_covers_as_it_says_also_where_features_lie_far_from_zero() -> None:
+    model, meta = patchcore.build(settings(), "untrained"), settings(coreset_ratio=0.3)
+    model.keep = torch.ones(4, 5)
+    known, new = 1000 + features(6, 1), 1000 + features(6, 2)
+    with torch.inference_mode():
+        patchcore.learn(model, meta, known, None, QUIET)
+        patchcore.learn(model, meta, new, bank_of(model), QUIET)
+    bank = bank_of(model)
+    away = torch.cdist(new.flatten(0, 1).double(), bank.embeddings.double()).amin(dim=1)
+    assert float(away.max()) <= 1.01 * bank.coverage_radius
+
+
 def test_without_its_rows_alone_the_bank_would_have_holes_that_raise_the_scores() -> None:
     pictures = parts(*range(6))
     lesson = lesson_of(pictures)
