@@ -97,7 +97,7 @@ def test_new_light_and_a_turn_are_learned_and_name_no_part(gaskets: Contestant, 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["patchcore", "padim"])
 def test_a_limit_from_twenty_good_parts_holds_on_photos_and_drawn_parts(kind: str) -> None:
-    """docs/models.md has each of the twelve, and which of them are not near the best."""
+    """docs/models.md has each, and which of them are not near the best."""
     found = []
     for backbone, name in product(thresholds.BACKBONES, SETS):
         one = thresholds.contestant(kind, backbone, name)
