@@ -93,10 +93,11 @@ def another_part() -> dict[str, str]:
 
 def many(folder: Path, sizes: Sequence[int]) -> None:
     """Fill a database, and ask it in every way that the routes do, at each of some sizes."""
-    draw, lines, taken = random.Random(1), 0, dict[str, list[str]]()
+    sizes, draw, lines = sorted({*sizes} - {0}), random.Random(1), 0
+    taken: dict[str, list[str]] = {}
     each_us, mib = [], []
     with open_or_make(folder) as database:
-        for size in sorted({*sizes} - {0}):
+        for size in sizes:
             with phase(f"writing {size:,} decisions"):
                 began = time.perf_counter()
                 for first in range(lines, size, 1000):
@@ -110,7 +111,7 @@ def many(folder: Path, sizes: Sequence[int]) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = [[what, *medians] for what, medians in taken.items()]
     rows += [["writing one, us", *each_us], ["the file, MiB", *mib]]
-    head = [f"{size:,}" for size in sorted({*sizes} - {0})]
+    head = [f"{size:,}" for size in sizes]
     print_table("Decisions that there are: median ms", ["asked for", *head], rows)
     print(f"This process {memory:.0f} MiB")
 

@@ -225,18 +225,18 @@ def weigh(draws: list[Draw], limit: Limit) -> Found:
 
     limits = [limit(draw.left_out) for draw in draws]
     rejects = float(np.mean([(d.others > at).mean() for d, at in zip(draws, limits, strict=True)]))
-    missed = np.array([(d.defects <= at).mean() for d, at in zip(draws, limits, strict=True)])
+    missed = [d.defects <= at for d, at in zip(draws, limits, strict=True)]
     every = np.sort(np.concatenate([draw.others for draw in draws]))[::-1]
     as_many = every[min(round(rejects * len(every)), len(every) - 1)]
     shares = [
         eyesight(draw.drawn, at)["share"] if draw.drawn else 1.0
         for draw, at in zip(draws, limits, strict=True)
     ]
-    blind = missed > 0.9
+    blind = np.array([one.mean() > 0.9 for one in missed])
     return Found(
         rejects,
-        float(missed.mean()),
-        float(np.mean([(draw.defects <= as_many).mean() for draw in draws])),
+        float(np.mean(missed)),  # of all at once: the mean of means is off by its last bit
+        float(np.mean([draw.defects <= as_many for draw in draws])),
         int(blind.sum()),
         sum(share >= FEW_FOUND for share, is_blind in zip(shares, blind, strict=True) if is_blind),
         sum(share < FEW_FOUND for share in shares),

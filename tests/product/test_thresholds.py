@@ -106,7 +106,7 @@ def test_a_limit_from_twenty_good_parts_holds_on_photos_and_drawn_parts(kind: st
     assert np.mean([one.false_rejects for one in found]) <= 0.02
     assert sum(one.unsaid for one in found) == 0
     assert sum(one.holds(20) for one in found) >= 10
-    assert all(round(one.misses - one.best, 6) <= 0.2 for one in found)  # of whole pictures
+    assert all(one.misses <= one.best + 0.2 for one in found)
 
 
 @pytest.mark.soak

@@ -20,11 +20,7 @@ ROUNDING = 1e-5  # of the largest squared length: by which squared distances may
 
 
 class BankSearch:
-    """A memory bank (M, C), ready to be searched.
-
-    Attributes:
-        out: (k,) the rows that others stand in for, or nothing does.
-    """
+    """A memory bank (M, C), ready to be searched."""
 
     def __init__(self, bank: torch.Tensor, keep: torch.Tensor) -> None:
         """`keep` (P,) is 1 for patches that count in a score, 0 for the others."""
@@ -32,18 +28,18 @@ class BankSearch:
         self._mean = bank.mean(dim=0)
         self._bank = bank - self._mean
         self._half_norm = 0.5 * self._bank.square().sum(dim=1)  # (M,); infinite: none is there
-        self._largest = 2 * float(self._half_norm.max()) if len(bank) else 0.0
+        self._largest = 2 * float(self._half_norm.max())
         self._counts = keep.reshape(-1).bool()
-        self.out = torch.empty(0, dtype=torch.long)
-        self._kept = self._bank[self.out], self._half_norm[self.out]
+        self._out = torch.empty(0, dtype=torch.long)
+        self._kept = self._bank[self._out], self._half_norm[self._out]
 
     def __len__(self) -> int:
         return len(self._bank)
 
     def exchange(self, out: torch.Tensor, others: torch.Tensor) -> None:
         """Let other rows (j, C) stand in for some (k,), j <= k, until this is called again."""
-        self._bank[self.out], self._half_norm[self.out] = self._kept
-        self.out, self._kept = out, (self._bank[out], self._half_norm[out])
+        self._bank[self._out], self._half_norm[self._out] = self._kept
+        self._out, self._kept = out, (self._bank[out], self._half_norm[out])
         there = others - self._mean
         self._bank[out[: len(there)]] = there
         self._half_norm[out] = torch.inf

@@ -330,12 +330,8 @@ class Lesson:
             gone: (k,) of the K.
             left_out: (N,) pictures whose patches do not matter.
         """
-        search, patches, places = (
-            self._search,
-            self.embeddings.flatten(0, 1),
-            self.embeddings.shape[1],
-        )
-        by_row, ends = self._owned
+        patches, places = self.embeddings.flatten(0, 1), self.embeddings.shape[1]
+        search, (by_row, ends) = self._search, self._owned
         left = [self.rows[:0]]
         for few in torch.split(gone, FEW):
             rows = patches[self.rows[few]]
