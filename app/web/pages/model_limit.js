@@ -12,6 +12,7 @@ const STEP = 20; // so that not each px of a window that is resized is another d
 const SMALL = 200; const LARGE = 20; // so many steps of the arrow keys, and of the page keys, are all of the range
 const GOALS = [0.001, 0.005, 0.01, 0.02, 0.05];
 const FIRST = 24; // flips that are shown at once
+const NOTHING = { preview: null, problem: null, asked: null };
 const LEGEND = [ // group of scores -> its colour
   ['normals', 'normal'], ['defects', 'anomaly'], ['drawn', 'drawn'], ['parts', 'soft'],
   ['marked_good', 'good'], ['marked_defect', 'anomaly'],
@@ -41,23 +42,23 @@ export function Limit({ of, version, live, session, changed, undo }) {
 
 /** What another limit would have said, asked once it stands still; what was there stays meanwhile. */
 function usePreview(of, wanted) {
-  const [state, setState] = useState({ preview: null, problem: null, looking: false });
+  const [last, setLast] = useState(NOTHING);
   useEffect(() => {
     if (wanted === null) {
-      setState({ preview: null, problem: null, looking: false });
+      setLast(NOTHING);
       return undefined;
     }
-    setState((before) => ({ ...before, looking: true }));
     const ending = new AbortController();
     const timer = setTimeout(() => {
       get(`${of}/threshold/preview${inQuery(wanted)}`, { signal: ending.signal }).then(
-        (preview) => setState({ preview, problem: null, looking: false }),
-        (problem) => problem.name === 'AbortError' || setState({ preview: null, problem, looking: false }),
+        (preview) => setLast({ preview, problem: null, asked: wanted }),
+        (problem) => problem.name === 'AbortError' || setLast({ preview: null, problem, asked: wanted }),
       );
     }, 250);
     return () => { clearTimeout(timer); ending.abort(); };
   }, [of, wanted]);
-  return state;
+  const { preview, problem } = wanted === null ? NOTHING : last; // an effect runs only after what it is of was painted
+  return { preview, problem, looking: wanted !== null && last.asked !== wanted };
 }
 
 const Legend = ({ scores }) => html`<p class="legend">${LEGEND.filter(([group]) => scores[group].length > 0).map(([group, colour]) => html`
