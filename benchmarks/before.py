@@ -27,7 +27,7 @@ TURNS, IN_A_ROW, TOGETHER = 25, 5, 4
 # Which of the contestants of `benchmarks.models`, and what is otherwise.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "patchcore": ("patchcore", "resnet18", {"coreset_ratio": 0.25}),  # 10,240 rows of 40 photos
-    "lite0": ("patchcore", "lite0", {}),
+    "lite0": ("patchcore", "lite0 as in anomalib", {}),
     "padim": ("padim", "resnet18", {}),
     "efficientad": ("efficientad", "", {}),
 }

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# Of the projection that rules most rows out; more costs more than it rules out. With the length of
-# the rest it is two cache lines, of which thousands are read at each step.
-DIMENSIONS = 31
+DIMENSIONS = 31  # of the projection that rules most rows out; more costs more than it rules out
+CANDIDATES = 512  # of which the next rows are chosen
+TOGETHER = 128  # rows at the most that all others are compared with at once
+CHUNK = 4096  # rows that are compared at once, so that products stay in a CPU's cache
+MANY = 1 / 32  # of all pairs: more are measured in full in less time without choosing among them
 ROUNDING = 1e-6  # of the largest squared length: equal rows may seem that far apart in float32
 
 Report = Callable[[int, int], None]  # rows chosen, rows to choose at the most
@@ -58,12 +60,12 @@ def k_centre_greedy(
 ) -> Coreset:
     """Choose rows, each the one farthest from all chosen before it.
 
-    The result is that of the plain greedy loop over all columns. Only its cost differs: most rows
-    are seen to be no nearer to the newest centre than to an older one, and only the others are
-    measured in full. First by the triangle: a row cannot come nearer than it is to its own centre,
-    when that one lies twice as far from the newest. Then by a sketch: rows are rotated onto their
-    principal axes, where the distance over the first few axes and the length of the rest bound the
-    true distance from below.
+    The result is that of the plain greedy loop over all columns. Only its cost differs. Some of the
+    farthest rows are looked at together: what they choose among themselves is what all rows would,
+    as long as the farthest of them is no nearer than any other row. Then all rows are compared with
+    the new ones, first by a sketch: rows are rotated onto their principal axes, where the distance
+    over the first few axes and the length of the rest bound the true distance from below. Only what
+    may be nearer than before is measured in full.
 
     Args:
         rows: (n, c) float32.
@@ -76,11 +78,12 @@ def k_centre_greedy(
     count = min(count, len(rows))
     rows = rows - rows.mean(dim=0)
     square = rows.square().sum(dim=1)  # (n,)
-    cover = _Cover(rows, square, count, covered_to)
+    cover = _Cover(rows, square, covered_to)
     noise = ROUNDING * float(square.max())
-    while len(cover.chosen) < count and cover.farthest() > max(stop_radius**2, noise):
-        cover.add_the_farthest()
-        if len(cover.chosen) % 64 == 0 and len(cover.chosen) < count:
+    enough = max(stop_radius**2, noise)
+    while len(cover.chosen) < count and cover.farthest() > enough:
+        cover.add_the_farthest(count - len(cover.chosen), enough)
+        if len(cover.chosen) < count:
             report(len(cover.chosen), count)
     report(len(cover.chosen), len(cover.chosen))
     farthest = cover.farthest()
@@ -90,83 +93,86 @@ def k_centre_greedy(
 
 
 class _Cover:
-    """The chosen rows, and how far every row lies from them.
-
-    Steps over all rows are numpy's: torch takes several times as long for such short ones.
-    """
+    """The chosen rows, and how far every row lies from them."""
 
     def __init__(
-        self,
-        rows: torch.Tensor,
-        square: torch.Tensor,
-        count: int,
-        covered_to: torch.Tensor | None,
+        self, rows: torch.Tensor, square: torch.Tensor, covered_to: torch.Tensor | None
     ) -> None:
         self.chosen: list[int] = []
-        self._rows, self._square = rows, square.numpy()  # centred
-        sketch = _sketch(rows, square)  # (n, DIMENSIONS + 1), with the same lengths as rows
-        self._sketch = sketch
-        self._centres = torch.empty(count, sketch.shape[1])  # sketches of the chosen
-        self._lengths = np.empty(count, np.float32)  # of them, squared
+        self._rows, self._square = rows.numpy(), square.numpy()  # centred
+        self._sketch = _sketch(rows, square)  # (DIMENSIONS + 2, n)
+        self._products = torch.empty(TOGETHER * CHUNK)
         # Of each row: the squared distance to the chosen rows, and which of them is nearest; -1 for
         # what was known before, of which nothing but the distance is here.
         self.owners = np.full(len(rows), -1)
-        if covered_to is None:
-            self._nearest = np.full(len(rows), np.inf, np.float32)
-            self._next = int(self._square.argmin())
-        else:
+        self._nearest = np.full(len(rows), np.inf, np.float32)
+        if covered_to is not None:
             self._nearest = covered_to.square().numpy()
-            self._next = int(self._nearest.argmax())
 
     def farthest(self) -> float:
         """The largest squared distance of any row."""
-        return float(self._nearest[self._next])
+        return float(self._nearest.max())
 
-    def add_the_farthest(self) -> None:
-        """Choose it."""
-        number, centre = len(self.chosen), self._next
-        among = self._that_may_be_nearer(centre)
-        self.chosen.append(centre)
-        self._centres[number] = self._sketch[centre]
-        self._lengths[number] = self._square[centre]
-        closer = among[self._from_below(centre, among) < self._nearest[among]]
-        products = torch.from_numpy(self._rows.numpy().take(closer, axis=0)) @ self._rows[centre]
-        exact = self._square[closer] + self._square[centre] - 2 * products.numpy()
-        nearer = exact < self._nearest[closer]
-        won = closer[nearer]
-        self._nearest[won] = np.maximum(exact[nearer], 0)
-        self.owners[won] = number
-        self._nearest[centre] = 0
-        self._next = int(self._nearest.argmax())
+    def add_the_farthest(self, most: int, enough: float) -> None:
+        """Choose at least one row, and no more than `most`; none that is `enough` near, squared."""
+        new = self._farthest(min(most, TOGETHER), enough)
+        sketches = self._sketch[:, new].T.contiguous()  # (m, DIMENSIONS + 2)
+        sketches[:, -1] = torch.from_numpy(-0.5 * self._square[new])
+        for begin in range(0, len(self._rows), CHUNK):
+            self._bring_nearer(slice(begin, begin + CHUNK), new, sketches)
+        self._nearest[new] = 0
+        self.chosen += new.tolist()
 
-    def _that_may_be_nearer(self, centre: int) -> NDArray[np.int64]:
-        """The rows whose own centre is not twice as far from the newest one as they are from it."""
-        count = len(self.chosen)
-        if count == 0:
-            return np.arange(len(self._rows))
-        # A quarter of the squared distance of each centre; nothing is known of the last, owner -1.
-        quarter = np.zeros(count + 1, np.float32)
-        quarter[:count] = torch.mv(self._centres[:count], self._sketch[centre]).numpy()
-        quarter[:count] *= -2
-        quarter[:count] += self._lengths[:count] + self._square[centre]
-        quarter *= 0.25
-        return np.flatnonzero(quarter.take(self.owners, mode="wrap") < self._nearest)
+    def _farthest(self, most: int, enough: float) -> NDArray[np.int64]:
+        """The rows (m,) to be chosen next, 1 <= m <= most, in this order."""
+        if np.isinf(self._nearest).all():  # nothing is known
+            return np.array([self._square.argmin()])
+        some = np.arange(len(self._rows))
+        if len(some) > CANDIDATES:
+            some = np.sort(np.argpartition(self._nearest, -CANDIDATES)[-CANDIDATES:])
+            enough = max(enough, float(self._nearest[some].min()))  # no other is farther
+        away, its, square = self._nearest[some], self._rows[some], self._square[some]
+        apart = square[:, None] + square - 2 * (its @ its.T)
+        found: list[int] = []
+        while len(found) < most:
+            one = int(away.argmax())
+            if found and not away[one] > enough:
+                break
+            found.append(one)
+            np.minimum(away, apart[one], out=away)
+            away[one] = 0
+        return some[found]
 
-    def _from_below(self, centre: int, among: NDArray[np.int64]) -> NDArray[np.float32]:
-        """No more than the squared distances of some rows (k,) to another one."""
-        sketch = self._sketch
-        if len(among) < len(sketch):  # numpy takes rows in less time than torch
-            sketch = torch.from_numpy(sketch.numpy().take(among, axis=0))
-        bound: NDArray[np.float32] = torch.mv(sketch, self._sketch[centre]).numpy()
-        bound *= -2
-        bound += self._square[among]
-        bound += self._square[centre]
-        return bound
+    def _bring_nearer(self, own: slice, new: NDArray[np.int64], sketches: torch.Tensor) -> None:
+        """Compare some rows with m new ones, and keep what is nearer than before.
+
+        Squared, |q - b|^2 < d is the same as  q.b - |b|^2 / 2 > (|q|^2 - d) / 2.
+        """
+        square, nearest = self._square[own], self._nearest[own]
+        products = self._products[: len(new) * len(square)].view(len(new), len(square))
+        torch.mm(sketches, self._sketch[:, own], out=products)
+        may = np.flatnonzero(products.numpy() > 0.5 * (square - nearest))
+        if len(may) > products.numel() * MANY:
+            away = -2 * (self._rows[new] @ self._rows[own].T)
+            away += square
+            away += self._square[new][:, None]
+            row, which = np.arange(len(square)), away.argmin(axis=0)
+            exact = away[which, row]
+        else:
+            which, row = np.divmod(may, len(square))
+            pairs = self._rows[own].take(row, axis=0), self._rows[new].take(which, axis=0)
+            exact = square[row] + self._square[new[which]] - 2 * np.einsum("ij,ij->i", *pairs)
+        nearer = np.flatnonzero(exact < nearest[row])
+        best = nearer[np.lexsort((exact[nearer], row[nearer]))]  # of each row the nearest first
+        won, first = np.unique(row[best], return_index=True)
+        best = best[first]
+        nearest[won] = np.maximum(exact[best], 0)
+        self.owners[own][won] = len(self.chosen) + which[best]
 
 
 def _sketch(rows: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-    """The first principal coordinates of centred rows, and the length of what they leave out."""
+    """The first principal coordinates of centred rows, the length of what they leave out, and 1."""
     axes = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -DIMENSIONS:]  # (c, DIMENSIONS)
-    head = rows @ axes
-    rest = (square - head.square().sum(dim=1)).clamp_min(0).sqrt()
-    return torch.cat([head, rest[:, None]], dim=1).contiguous()
+    head = axes.T @ rows.T
+    rest = (square - head.square().sum(dim=0)).clamp_min(0).sqrt()
+    return torch.cat([head, rest[None], torch.ones(1, len(rows))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.models.coreset import DIMENSIONS, k_centre_greedy
+from workers.models.coreset import CHUNK, DIMENSIONS, TOGETHER, k_centre_greedy
 
 
 def clustered(seed: int, n: int = 400, channels: int = 96, clusters: int = 12) -> torch.Tensor:
@@ -47,6 +47,16 @@ def test_it_chooses_what_the_plain_loop_over_all_columns_chooses(seed: int, chan
     rows = clustered(seed, channels=channels)
     chosen, _, _ = k_centre_greedy(rows, 60)
     assert chosen.tolist() == plain_greedy(rows, 60)
+
+
+@pytest.mark.parametrize("clusters", [40, 5000])  # of 5000 no axis tells more than another
+def test_nor_is_it_another_where_rows_are_looked_at_in_pieces(clusters: int) -> None:
+    rows = clustered(1, n=CHUNK + 500, clusters=clusters)
+    count = 2 * TOGETHER + 50
+    chosen, _, owners = k_centre_greedy(rows, count)
+    assert chosen.tolist() == plain_greedy(rows, count)
+    away = (rows - rows[chosen][owners]).norm(dim=1)
+    assert torch.allclose(away.double(), distance_to(rows, rows[chosen]), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
