@@ -45,14 +45,25 @@ class BankSearch:
         self._half_norm[out] = torch.inf
         self._half_norm[out[: len(there)]] = 0.5 * there.square().sum(dim=1)
 
-    def squared(self, patches: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Squared distances of patches (n, C) to all rows, or to some (m,): (n, M) or (n, m)."""
+    def squared(self, patches: torch.Tensor) -> torch.Tensor:
+        """Squared distances of patches (n, C) to all rows: (n, M)."""
         query = patches - self._mean
-        bank, half_norm = self._bank, self._half_norm
-        if rows is not None:
-            bank, half_norm = bank.index_select(0, rows), half_norm[rows]
-        away = torch.addmm(half_norm, query, bank.T, alpha=-1)
+        away = torch.addmm(self._half_norm, query, self._bank.T, alpha=-1)
         return away.mul_(2).add_(query.square().sum(dim=1, keepdim=True))
+
+    def covers(
+        self, patches: NDArray[np.float32], rows: NDArray[np.int64], radius: float
+    ) -> NDArray[np.bool_]:
+        """Which of patches (n, C) lie within `radius` of one of some rows (m,): (n,).
+
+        For few of both, where torch alone takes twice as long; but its product, since the threads
+        of numpy's stand in the way of its own.
+        """
+        query, bank = patches - self._mean.numpy(), self._bank.numpy().take(rows, axis=0)
+        products = torch.mm(torch.from_numpy(query), torch.from_numpy(bank).T).numpy()
+        nearest = (self._half_norm.numpy()[rows] - products).min(axis=1, initial=np.inf)
+        within: NDArray[np.bool_] = 2 * nearest + np.square(query).sum(axis=1) <= radius**2
+        return within
 
     def score(
         self, embedding: torch.Tensor, covered: torch.Tensor | None = None, radius: float = 0.0

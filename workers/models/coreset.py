@@ -30,7 +30,7 @@ class Coreset(NamedTuple):
     owners: torch.Tensor  # (n,) which of the k is nearest; -1: what is known already
 
 
-def _one_thread(function: F) -> F:
+def on_one_thread(function: F) -> F:
     """Run on one thread: thousands of small steps, each shorter than it takes to share it.
 
     On an idle machine a second thread wins nothing. Beside an inference server it made the loop
@@ -49,7 +49,7 @@ def _one_thread(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-@_one_thread
+@on_one_thread
 def k_centre_greedy(
     rows: torch.Tensor,
     count: int,
@@ -132,7 +132,7 @@ class _Cover:
             some = np.sort(np.argpartition(self._nearest, -CANDIDATES)[-CANDIDATES:])
             enough = max(enough, float(self._nearest[some].min()))  # no other is farther
         away, its, square = self._nearest[some], self._rows[some], self._square[some]
-        apart = square[:, None] + square - 2 * (its @ its.T)
+        apart = square[:, None] + square - 2 * _products(its, its)
         found: list[int] = []
         while len(found) < most:
             one = int(away.argmax())
@@ -153,7 +153,7 @@ class _Cover:
         torch.mm(sketches, self._sketch[:, own], out=products)
         may = np.flatnonzero(products.numpy() > 0.5 * (square - nearest))
         if len(may) > products.numel() * MANY:
-            away = -2 * (self._rows[new] @ self._rows[own].T)
+            away = -2 * _products(self._rows[new], self._rows[own])
             away += square
             away += self._square[new][:, None]
             row, which = np.arange(len(square)), away.argmin(axis=0)
@@ -168,6 +168,13 @@ class _Cover:
         best = best[first]
         nearest[won] = np.maximum(exact[best], 0)
         self.owners[own][won] = len(self.chosen) + which[best]
+
+
+def _products(some: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each of (n, c) with each of (m, c), (n, m); numpy would bring threads of its own."""
+    both = torch.from_numpy(some), torch.from_numpy(others).T
+    found: NDArray[np.float32] = torch.mm(*both).numpy()
+    return found
 
 
 def _sketch(rows: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

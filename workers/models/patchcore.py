@@ -30,7 +30,7 @@ from workers.models.backbone import (
     write_weights,
 )
 from workers.models.bank_search import BankSearch, scores_of
-from workers.models.coreset import k_centre_greedy
+from workers.models.coreset import k_centre_greedy, on_one_thread
 from workers.models.origin import Origin
 from workers.progress import Progress, Tick
 
@@ -251,6 +251,7 @@ class Lesson:
         left = len(in_the_bank) - int(np.bincount(in_the_bank).max(initial=0))
         return self.before is not None or left > 1  # by one row alone everything scores 0
 
+    @on_one_thread  # as fast as on two, and the line has the other one
     def scores(self, parts: NDArray[np.int64], tick: Tick) -> NDArray[np.float64]:
         """Raw scores (N,) by the bank as it would be without the pictures of the same part.
 
@@ -332,26 +333,26 @@ class Lesson:
         """
         patches, places = self.embeddings.flatten(0, 1), self.embeddings.shape[1]
         search, (by_row, ends) = self._search, self._owned
-        left = [self.rows[:0]]
+        is_out, left = left_out.numpy(), [by_row[:0]]
         for few in torch.split(gone, FEW):
             rows = patches[self.rows[few]]
-            for number, row, to_others in zip(few, rows, search.squared(rows), strict=True):
+            to_all = search.squared(rows).numpy()
+            for number, row, to_others in zip(few.tolist(), rows.numpy(), to_all, strict=True):
                 own = by_row[ends[number] : ends[number + 1]]
-                own = own[~left_out[own // places]]
+                own = own[~is_out[own // places]]
                 if not len(own):
                     continue
-                its = patches[own]
-                reach = (its - row).square().sum(dim=1).amax().sqrt() + radius
-                near = (to_others <= reach.square()).nonzero().flatten()
-                covered = (search.squared(its, near) <= radius**2).any(dim=1)
-                left.append(own[~covered])
-        return torch.cat(left)
+                its = patches.numpy().take(own, axis=0)
+                reach = np.sqrt(np.square(its - row).sum(axis=1).max()) + radius
+                near = np.flatnonzero(to_others <= reach**2)
+                left.append(own[~search.covers(its, near, radius)])
+        return torch.from_numpy(np.concatenate(left))
 
     @cached_property
-    def _owned(self) -> tuple[torch.Tensor, list[int]]:
+    def _owned(self) -> tuple[NDArray[np.int64], list[int]]:
         """The patches by the row that is nearest; those of the k-th begin and end at [k], [k+1]."""
         counts = torch.bincount(self.owners + 1, minlength=len(self.rows) + 1)
-        return self.owners.argsort(), counts.cumsum(0).tolist()
+        return self.owners.argsort().numpy(), counts.cumsum(0).tolist()
 
     @cached_property
     def _search(self) -> BankSearch:

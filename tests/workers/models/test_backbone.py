@@ -12,13 +12,14 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from anomalib.models.components import TimmFeatureExtractor
 from safetensors.torch import save_file
 
 from engines.errors import BadWeights
 from engines.files import sha256
 from engines.machine.backbones import PACKAGES
 from support.site_packages import lay_down
-from workers.models.backbone import extractor, read_weights
+from workers.models.backbone import Extractor, extractor, read_weights
 from workers.models.origin import said
 from workers.models.packaged_weights import under_timms_names
 
@@ -57,6 +58,72 @@ def packaged() -> State:
 
 def shapes(state: State) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in state.values()]
+
+
+# Features
+
+
+@pytest.fixture(scope="module")
+def noise() -> torch.Tensor:
+    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+def with_statistics(found: Extractor) -> Extractor:
+    """As if it had been trained: normalisation that does something."""
+    random = torch.Generator().manual_seed(1)
+    for module in found.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(generator=random)
+            module.running_var.uniform_(0.5, 2, generator=random)
+            module.weight.uniform_(0.5, 1.5, generator=random)
+            module.bias.normal_(generator=random)
+    return found
+
+
+def theirs(found: Extractor, pictures: torch.Tensor) -> dict[Any, torch.Tensor]:
+    features: dict[Any, torch.Tensor] = TimmFeatureExtractor.forward(found, pictures)
+    return features
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers"),
+    [
+        ("tf_efficientnet_lite0", ["blocks.1", "blocks.2"]),
+        ("mobilenetv2_100", ["blocks.2", "blocks.4"]),
+        ("mobilenetv3_small_100", ["blocks.1", "blocks.5"]),
+        ("mobilenetv4_conv_small", ["blocks.2"]),
+        ("efficientnet_b0", ["blocks.6"]),
+        ("resnet18", ["layer2"]),
+    ],
+)
+def test_features_are_anomalibs_to_rounding(
+    backbone: str, layers: list[str], noise: torch.Tensor
+) -> None:
+    found = with_statistics(extractor(backbone, layers, "untrained"))
+    features, expected = found(noise), theirs(found, noise)
+    assert list(features) == list(expected) == layers
+    for layer in layers:
+        most = float(expected[layer].abs().max())
+        torch.testing.assert_close(features[layer], expected[layer], rtol=1e-4, atol=1e-5 * most)
+
+
+def test_what_is_kept_of_a_backbone_is_all_of_it_as_it_came(noise: torch.Tensor) -> None:
+    found = with_statistics(extractor("mobilenetv2_100", ["blocks.1"], "untrained"))
+    before = {name: one.clone() for name, one in found.state_dict().items()}
+    assert any("blocks.6" in name for name in before)
+    found(noise)
+    assert list(found.state_dict()) == list(before)
+    assert all(torch.equal(found.state_dict()[name], before[name]) for name in before)
+
+
+def test_features_follow_weights_that_are_rounded_later(noise: torch.Tensor) -> None:
+    found = with_statistics(extractor("mobilenetv2_100", ["blocks.1"], "untrained"))
+    before = found(noise)["blocks.1"]
+    found.half().float()
+    after = found(noise)["blocks.1"]
+    assert not torch.equal(after, before)
+    expected = theirs(found, noise)["blocks.1"]
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 # Packages

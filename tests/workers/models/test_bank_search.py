@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,10 +106,13 @@ def test_distances_are_those_to_the_rows_that_are_there(model: PatchCore, stand_
     expected = torch.cdist(patches, now).square()
     expected[:, out[stand_in:]] = torch.inf
     torch.testing.assert_close(search.squared(patches), expected, rtol=1e-4, atol=1e-2)
-    some = torch.tensor([49, 0, 4])
-    torch.testing.assert_close(
-        search.squared(patches, some), expected[:, some], rtol=1e-4, atol=1e-2
-    )
+    some = np.array([49, 0, 4])
+    nearest = expected[:, some].amin(dim=1).sqrt()
+    for away in nearest.tolist():
+        for radius in (0.999 * away, 1.001 * away):
+            covered = search.covers(patches.numpy(), some, radius)
+            assert covered.tolist() == (nearest <= radius).tolist()
+    assert not search.covers(patches.numpy(), some[:0], 1e6).any()
 
 
 @pytest.mark.parametrize("farthest_is_covered", [False, True])
