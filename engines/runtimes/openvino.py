@@ -25,6 +25,7 @@ from engines.regions import hide, shown
 from engines.runtimes import ALONE, WORTH, Batches, look_past_regions, only_whole
 from engines.runtimes.bank_search import Floats, Search, cores, side_by_side
 from engines.runtimes.compiled_cache import seal_cache
+from engines.runtimes.openvino_int8 import cpu_adds_int8_up, round_in_float32
 from engines.runtimes.openvino_lighter import lighten
 from engines.store.bundle import Bundle
 from engines.store.onnx_weights import check_weights
@@ -116,7 +117,7 @@ class OpenVINORuntime:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
         }
-        model = _read(core, onnx)
+        model = read_graph(core, onnx)
         self._image_size, self._map_size = _sizes(model, onnx)
         self._places = _places(model, onnx)
         self._shown: NDArray[np.bool_] | None = None  # of a map, where not all is
@@ -180,7 +181,7 @@ class OpenVINORuntime:
     def prepare(self, size: int) -> None:
         if self._ready_for(size) is None:
             self._prepared = None  # before the next one takes memory
-            model = _read(self._core, self._onnx)  # again: to keep it would take memory
+            model = read_graph(self._core, self._onnx)  # again: to keep it would take memory
             _show_what_hides(model)
             if self._search is not None:
                 model = _cut_at_embedding(model, self._onnx, self._channels)
@@ -357,11 +358,15 @@ def _found_in_bf16(report: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read(core: ov.Core, onnx: Path) -> ov.Model:
+def read_graph(core: ov.Core, onnx: Path) -> ov.Model:
+    """An ONNX graph, such that this CPU computes it as it says; BadBundle if it cannot be read."""
     try:
-        return core.read_model(onnx)
+        model = core.read_model(onnx)
     except RuntimeError as error:
         raise BadBundle(f"{onnx} is not an ONNX model that OpenVINO can read: {error}.") from error
+    if not cpu_adds_int8_up():
+        round_in_float32(model)
+    return model
 
 
 def _show_what_hides(model: ov.Model) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engines.errors import BadBundle
 from engines.meta import Meta
 from engines.runtimes import openvino
-from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16
+from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16, read_graph
 from engines.runtimes.openvino_lighter import convolutions, triangles
 from engines.runtimes.parity import HALF_LIMIT, compare, compare_in
 from engines.store.plan_record import Precision
@@ -206,8 +206,8 @@ def plain_scores(
     path: Path, images: NDArray[np.uint8], bank: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
     """Scores of the whole graph as exported, the bank as its input."""
-    config = {"INFERENCE_PRECISION_HINT": "f32"}
-    request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
+    core, config = ov.Core(), {"INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(read_graph(core, path), "CPU", config).create_infer_request()
     extra = beside_the_image(request.model_inputs, bank)
     scores = [request.infer({"image": image[None], **extra})["score"] for image in images]
     return np.concatenate(scores)

@@ -15,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BadBundle
 from engines.meta import Meta
+from engines.runtimes.openvino import OpenVINORuntime, read_graph
+from engines.runtimes.openvino_int8 import round_in_float32
 from engines.runtimes.parity import INT8_LIMIT, INT8_MEAN_LIMIT, compare_in
 from engines.store.plan_record import Machine
 from support.double import BUILDING, doubled
@@ -72,7 +74,8 @@ def write(path: Path) -> Path:
 
 
 def scores(path: Path, images: NDArray[np.uint8] = IMAGES) -> NDArray[np.float32]:
-    found = ov.Core().compile_model(str(path), "CPU", IN_FLOAT32)({"image": images})
+    core = ov.Core()
+    found = core.compile_model(read_graph(core, path), "CPU", IN_FLOAT32)({"image": images})
     return np.asarray(found["score"])
 
 
@@ -193,6 +196,17 @@ def test_a_channel_that_is_as_good_as_dead_has_a_scale_that_can_be_divided_by(
     scale = arrays(plain)["second_scale"]
     assert (scale >= np.finfo(np.float32).tiny).all()
     assert scores(plain) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_cpu_that_would_cut_sums_off_computes_what_the_graph_says(quantised: Path) -> None:
+    exactly = IN_FLOAT32 | {"LP_TRANSFORMS_MODE": "NO"}  # rounded as it says, multiplied in float32
+    expected = ov.Core().compile_model(str(quantised), "CPU", exactly)({"image": IMAGES})["score"]
+    served, _ = OpenVINORuntime(quantised).infer(IMAGES)
+    assert served == pytest.approx(np.asarray(expected), rel=0.02)
+    rewritten = ov.Core().read_model(str(quantised))
+    round_in_float32(rewritten)
+    found = ov.Core().compile_model(rewritten, "CPU", IN_FLOAT32)({"image": IMAGES})["score"]
+    assert np.asarray(found) == pytest.approx(np.asarray(expected), rel=1e-5)
 
 
 def test_multiplications_are_counted(plain: Path) -> None:
