@@ -41,15 +41,14 @@ def round_in_float32(model: ov.Model) -> None:
     OpenVINO's own switch for this (LP_TRANSFORMS_MODE) is not part of the key of its cache: a graph
     that was compiled without it would be loaded with it as well.
     """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "FakeQuantize":
-            rounded = _rounded(node)
-            for asks in list(node.output(0).get_target_inputs()):
-                after = asks.get_node()
-                if after.get_type_name() == "Convert":  # to int8, from which it comes back
-                    after.output(0).replace(rounded)
-                else:
-                    asks.replace_source_output(rounded)
+    for node in [one for one in model.get_ordered_ops() if one.get_type_name() == "FakeQuantize"]:
+        rounded = _rounded(node)
+        for asks in list(node.output(0).get_target_inputs()):
+            after = asks.get_node()
+            if after.get_type_name() == "Convert":  # to int8, from which it comes back
+                after.output(0).replace(rounded)
+            else:
+                asks.replace_source_output(rounded)
     model.validate_nodes_and_infer_types()
 
 

@@ -125,7 +125,7 @@ class _Cover:
 
     def _farthest(self, most: int, enough: float) -> NDArray[np.int64]:
         """The rows (m,) to be chosen next, 1 <= m <= most, in this order."""
-        if np.isinf(self._nearest).all():  # nothing is known
+        if np.isinf(self._nearest.min()):  # nothing is known
             return np.array([self._square.argmin()])
         some = np.arange(len(self._rows))
         if len(some) > CANDIDATES:
