@@ -218,7 +218,8 @@ def test_nobody_here_knows_the_client() -> None:
 def test_only_one_runtime_knows_openvino_and_only_its_files_import_it() -> None:
     serving = files("app") + files("engines")
     users = [path for path in serving if "openvino" in set(imports(path))]
-    assert [path.name for path in users] == ["openvino.py", "openvino_lighter.py"]
+    its_files = ["openvino.py", "openvino_int8.py", "openvino_lighter.py"]
+    assert [path.name for path in users] == its_files
 
 
 # Paths

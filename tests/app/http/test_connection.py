@@ -27,12 +27,14 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.http import connection as connections
 from app.http.connection import MAX_HEAD, MAX_PIPELINED, SLOWEST, Connection, room_for_connections
 from app.settings import Settings
 from support.damage import damaged, picture, saved
 from support.server import Server, serving
+from support.waiting import until
 
 MIB = 1024 * 1024
 THREADS_OF_THE_QUEUE = 4
@@ -415,6 +417,40 @@ def test_every_request_of_a_connection_that_is_lost_hears_of_it() -> None:
         time.sleep(0.2)  # the others arrive
         reset(connection)
         assert application.left.wait(30)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_body_that_nobody_will_read_takes_no_memory(
+    monkeypatch: pytest.MonkeyPatch, is_answered: bool
+) -> None:
+    """uvicorn keeps it until the next request; of a lost connection, until Python collects it."""
+    answer, cycles = threading.Event(), list[RequestResponseCycle]()
+    start = Connection._start_asgi_task
+
+    def noted(self: Connection, cycle: RequestResponseCycle, app: Any) -> None:
+        cycles.append(cycle)
+        start(self, cycle, app)
+
+    async def reads_nothing(scope: Any, receive: Any, send: Any) -> None:
+        while not answer.is_set():
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    monkeypatch.setattr(Connection, "_start_asgi_task", noted)
+    with within(reads_nothing) as port:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        connection.sendall(post("/infer", bytes(60_000)))  # of more, uvicorn reads no more
+        until(lambda: cycles and len(cycles[0].body) > 0)
+        if is_answered:
+            answer.set()
+            assert statuses(read_one(connection)) == [204]
+        else:
+            reset(connection)
+            until(lambda: cycles[0].disconnected)
+        until(lambda: len(cycles[0].body) == 0)
+        answer.set()
+        connection.close()
 
 
 # What is no request
