@@ -9,6 +9,7 @@ import io
 import random
 import struct
 import zlib
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -177,6 +178,7 @@ def big_tiff(pixels: NDArray[np.uint8], order: str) -> bytes:
     return header + pixels.tobytes() + directory
 
 
+@cache
 def seeds() -> dict[str, bytes]:
     """A good file of every variant that is read, by name; what stands before _ is its kind."""
     pixels = picture()
