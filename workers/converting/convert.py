@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.errors import BadMeta, BadRequest, BadWeights, NoTensorRT
+from engines.errors import BadMeta, BadRequest, BadWeights, KensaError, NoTensorRT
 from engines.files import sha256, staged
 from engines.image import DEFAULT_LIMITS, ImageLimits
 from engines.machine import memory, memory_needs
@@ -26,6 +26,7 @@ from engines.store.bundle import (
     PLAN_RECORD,
     REPORT,
     STRANGE,
+    check_hash,
     read_bank,
     read_report,
     write_report,
@@ -35,7 +36,7 @@ from engines.store.known_scores import SCORES, KnownScores
 from engines.store.plan_record import L4T_RELEASE, Machine, Precision, has_tensorrt
 from engines.store.regions import REGIONS, read_regions, write_regions
 from workers import models
-from workers.converting.export import Opset, export_onnx, parity
+from workers.converting.export import Opset, export_onnx, made_of, parity
 from workers.converting.int8 import OnTestImages, Proof, to_int8
 from workers.converting.plan.rebuild import (
     DLA_IS_NOT_FOR_FLOAT32,
@@ -67,7 +68,7 @@ class Convert:
     int8: bool = False
     data_root: Path | None = None  # with category: pictures to find and to judge int8 with
     category: str | None = None
-    before: Path | None = None  # a folder whose plan may do; None: out_dir
+    before: Path | None = None  # a folder whose graph and plan may do; None: out_dir
     cache: Path | None = None  # a folder for what TensorRT measured of its kernels
     target: str | None = None  # GPUs of other machines that the plan is for; None: this one's
     limits: ImageLimits = DEFAULT_LIMITS  # of pictures
@@ -117,9 +118,17 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
 
     with staged(request.out_dir) as folder:
         expected = kind.scores(model, [images])  # before half precision, which is for good
-        progress.say(f"exporting with opset {request.opset}{' in float16' * request.fp16}")
-        graph, inputs = kind.graph(model, half=request.fp16)
-        export_onnx(graph, inputs, folder / ONNX, request.opset)
+        before = request.before or request.out_dir
+        key = None
+        if bank is not None and not request.int8:
+            key = made_of(meta, request.weights_pth, bank, request.opset, half=request.fp16)
+        if (same := _the_same_graph(before, key)) is not None:
+            progress.say("the graph is that of the version before")
+            shutil.copyfile(same, folder / ONNX)
+        else:
+            progress.say(f"exporting with opset {request.opset}{' in float16' * request.fp16}")
+            graph, inputs = kind.graph(model, half=request.fp16)
+            export_onnx(graph, inputs, folder / ONNX, request.opset)
         report.pop("int8", None)
         if request.int8:
             proof = Proof(
@@ -135,6 +144,7 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
             "precision": precision,
             "torch": torch.__version__,
             "seconds": round(time.perf_counter() - started, 2),
+            **({"made_of": key} if key is not None else {}),
         }
         report["parity"] = agreement
         report["parity_images"] = f"{len(images)} {'of its own images' if golden else NO_GOLDEN}"
@@ -151,7 +161,6 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
             )  # fmt: skip
             if machine.elsewhere:
                 progress.say(UNPROVED)
-            before = request.before or request.out_dir
             report["plan"] = make_plan(folder, machine, wanted, before, progress)
             names += [PLAN, PLAN_RECORD]
         write_report(folder, report)
@@ -177,6 +186,17 @@ def convert(request: Convert, progress: Progress) -> dict[str, Any]:
     if machine is None:
         progress.say(_about_no_plan())
     return report
+
+
+def _the_same_graph(before: Path, key: str | None) -> Path | None:
+    """The graph in a folder, where it was made of the same; None also where it is damaged."""
+    try:
+        if key is None or read_report(before).get("export", {}).get("made_of") != key:
+            return None
+        check_hash(before / ONNX, (Meta.read(before / "meta.json").files or {}).get(ONNX, ""))
+    except KensaError:  # it is exported anew, and what is wrong there is said by who opens it
+        return None
+    return before / ONNX
 
 
 def _regions_of(request: Convert, meta: Meta) -> Regions | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +18,25 @@ import torch
 from numpy.typing import NDArray
 
 from engines.errors import BadBundle
+from engines.files import sha256
 from engines.meta import Meta
 from engines.runtimes import openvino
+from engines.runtimes.bank_search import NEIGHBOURS
 from engines.runtimes.openvino import OpenVINORuntime, cpu_has_bf16, read_graph
 from engines.runtimes.openvino_lighter import convolutions, triangles
 from engines.runtimes.parity import HALF_LIMIT, compare, compare_in
 from engines.store.plan_record import Precision
+from workers import models
 from workers.converting.graphs import FLOATS
 
 # A few images do not prove a limit for all: bf16 must keep half of it on these.
 MARGIN = 0.5
 MARGIN_OF_PARTS = 0.25  # of a graph that may be in bf16 in part: other photos were off twice as far
+
+# Keys of meta.json that no graph depends on: what was learned, and what is set by hand.
+_BESIDE_THE_GRAPH = {"image_threshold", "image_threshold_auto", "raw_image_min", "raw_image_max",
+                     "calibration", "camera", "regions", "files"}  # fmt: skip
+_EXPORTED_WITH = ("torch", "anomalib", "timm", "onnx", "openvino")
 
 Opset = Literal[17, 18]
 _TRY: dict[Precision, str] = {
@@ -76,6 +87,27 @@ def export_onnx(
     _declare_sizes(model, path)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def made_of(
+    meta: Meta, weights: Path, bank: NDArray[np.float32], opset: Opset, *, half: bool
+) -> str:
+    """All that the graph of a model with a memory bank follows from, as one SHA-256.
+
+    Where it is that of the version before, so is the graph: a new bank is no part of it, but for
+    one with fewer rows than a patch is compared with.
+    """
+    ours = [*sorted(Path(models.__file__).parent.glob("*.py")), Path(__file__)]
+    parts = {
+        "meta": meta.model_dump(mode="json", exclude=_BESIDE_THE_GRAPH),
+        "weights": sha256(weights),
+        "neighbours": min(len(bank), NEIGHBOURS),
+        "opset": opset,
+        "half": half,
+        "packages": {name: version(name) for name in _EXPORTED_WITH},
+        "code": [sha256(path) for path in ours],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _separate(model: onnx.ModelProto) -> None:

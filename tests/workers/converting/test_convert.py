@@ -48,7 +48,7 @@ from support.waiting import until
 from workers import models
 from workers.commands import summarise_conversion
 from workers.converting import convert as converting
-from workers.converting import int8
+from workers.converting import export, int8
 from workers.converting.convert import Convert, convert
 from workers.converting.export import export_onnx
 from workers.converting.graphs import difference
@@ -355,6 +355,70 @@ def test_what_is_learned_next_needs_no_other_plan(
     assert first["golden_scores"] != second["golden_scores"] or kind == "patchcore"
     bundle = Bundle.open(tmp_path / "engine")
     assert {PLAN, PLAN_RECORD} <= {*(bundle.meta.files or {})}
+
+
+def test_a_new_bank_is_served_with_the_graph_of_the_version_before(
+    few: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what exporting once more would give, to the byte; the proof is made anew."""
+    engine, exports = tmp_path / "engine", list[Path]()
+
+    def noted(graph: Any, inputs: Any, path: Path, opset: Any) -> None:
+        exports.append(path)
+        export_onnx(graph, inputs, path, opset)
+
+    monkeypatch.setattr(converting, "export_onnx", noted)
+    convert(request(few("patchcore"), engine), QUIET)
+    more = write_dataset(tmp_path / "more", train=2, normal=3, per_kind=1, size=96, seed=7)
+    again = train("patchcore", more, tmp_path / "again", engine)
+    assert len(exports) == 1
+    said = Said()
+    report = convert(request(again, tmp_path / "next", before=engine), said)
+    assert len(exports) == 1
+    assert "the graph is that of the version before" in said.lines
+    assert report["parity"]["onnx"]["ok"]
+    anew = convert(request(again, tmp_path / "anew"), QUIET)
+    assert len(exports) == 2
+    assert anew["golden_scores"] == report["golden_scores"]
+    graphs = [tmp_path / name / ONNX for name in ("engine", "next", "anew")]
+    assert len({path.read_bytes() for path in graphs}) == 1
+    Bundle.open(tmp_path / "next")
+
+    # What is asked for otherwise is exported, and so is what was damaged.
+    assert onnx.load(graphs[0]).opset_import[0].version == 17
+    convert(request(again, tmp_path / "newer", before=engine, opset=18), QUIET)
+    assert onnx.load(tmp_path / "newer" / ONNX).opset_import[0].version == 18
+    graphs[0].write_bytes(b"not what was written")
+    convert(request(again, engine), QUIET)
+    assert graphs[0].read_bytes() == graphs[1].read_bytes()
+    assert len(exports) == 4
+
+
+def test_whatever_changes_a_graph_makes_it_another(
+    few: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = few("patchcore")
+    meta, weights = Meta.read(trained / "meta.json"), trained / "model.pth"
+    bank = np.zeros((20, 4), np.float32)
+
+    def key(meta: Meta = meta, weights: Path = weights, rows: int = 20, opset: Any = 17,
+            half: bool = False) -> str:  # fmt: skip
+        return export.made_of(meta, weights, bank[:rows], opset, half=half)
+
+    other = tmp_path / "other.pth"
+    other.write_bytes(weights.read_bytes() + b"x")
+    same = key()
+    learned = meta.with_(image_threshold=0.7, image_threshold_auto=3.0, files={"a": "b"})
+    assert {key(learned), key(rows=21), key(rows=9)} == {same}
+    others = [key(meta.with_(centre_weight=0.5)), key(meta.with_(image_size=96)),
+              key(meta.with_(unheard_of=1)), key(weights=other), key(rows=8), key(opset=18),
+              key(half=True)]  # fmt: skip
+    monkeypatch.setattr(export, "version", lambda name: "another")
+    others.append(key())
+    monkeypatch.undo()
+    monkeypatch.setattr(export, "__file__", str(other))  # our own code is another one
+    others.append(key())
+    assert len({same, *others}) == len(others) + 1
 
 
 def test_efficientad_names_its_weights_alike_whatever_it_learned(tmp_path: Path) -> None:
