@@ -194,7 +194,7 @@ def _the_same_graph(before: Path, key: str | None) -> Path | None:
         if key is None or read_report(before).get("export", {}).get("made_of") != key:
             return None
         check_hash(before / ONNX, (Meta.read(before / "meta.json").files or {}).get(ONNX, ""))
-    except KensaError:  # it is exported anew, and what is wrong there is said by who opens it
+    except (KensaError, OSError):  # it is exported anew; who opens it says what is wrong there
         return None
     return before / ONNX
 
